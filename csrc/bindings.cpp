@@ -1,0 +1,194 @@
+// Registers the private ops lift_kernels_native::* under torch's stable ABI: checks of form and dispatch by dtype, no math.
+// The public ops, with their schemas, fakes and argument checks, live in lift_kernels/ops.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#ifdef LIFT_WITH_CUDA
+#include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#endif
+
+#include <optional>
+#include <vector>
+
+#include "launchers.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+lift::DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return lift::DType::f32;
+    case ScalarType::BFloat16: return lift::DType::bf16;
+    case ScalarType::Half: return lift::DType::f16;
+    case ScalarType::Int: return lift::DType::i32;
+    default: STD_TORCH_CHECK(false, "lift_kernels_native: unsupported dtype");
+  }
+}
+
+void parallel_for(int64_t n, lift::ParallelBody body, void* context) {
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+template <class T>
+T* pointer(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? static_cast<T*>(tensor->data_ptr()) : nullptr;
+}
+
+std::vector<lift::Segment> segments_of(const std::vector<Tensor>& grads, const std::vector<int64_t>& offsets,
+                                       const std::vector<int64_t>& counts) {
+  STD_TORCH_CHECK(grads.size() == offsets.size() && grads.size() == counts.size(), "lift_kernels_native: list lengths differ");
+  std::vector<lift::Segment> segments(grads.size());
+  for (size_t i = 0; i < grads.size(); ++i) {
+    segments[i].grad = grads[i].data_ptr();
+    segments[i].offset = offsets[i];
+    segments[i].count = counts[i];
+  }
+  return segments;
+}
+
+void sparse_adamw_(std::vector<Tensor> weights, std::vector<Tensor> grads, Tensor indices, std::vector<int64_t> offsets,
+                   std::vector<int64_t> counts, Tensor exp_avg, Tensor exp_avg_sq, Tensor table, double beta1, double beta2,
+                   double eps, std::optional<Tensor> master, std::optional<Tensor> births, Tensor steps,
+                   std::optional<Tensor> bias, std::optional<Tensor> keys, std::optional<Tensor> inv_scale, bool packed_grads,
+                   bool maximize) {
+  std::vector<lift::Segment> segments = segments_of(grads, offsets, counts);
+  STD_TORCH_CHECK(weights.size() == grads.size() && size_t(table.numel()) == 3 * weights.size(),
+                  "lift_kernels_native: one weight, gradient and row of scalars per matrix");
+  if (segments.empty()) return;
+  const float* scalars = static_cast<const float*>(table.data_ptr());
+  const float* step = static_cast<const float*>(steps.data_ptr());
+  const uint32_t* key = pointer<const uint32_t>(keys);
+  for (size_t i = 0; i < segments.size(); ++i) {
+    segments[i].weight = weights[i].data_ptr();
+    segments[i].step_size = scalars[3 * i];
+    segments[i].inv_sqrt_bc2 = scalars[3 * i + 1];
+    segments[i].decay = scalars[3 * i + 2];
+    segments[i].step = step[i];
+    segments[i].key = key == nullptr ? 0 : key[i];
+  }
+  lift::AdamW adamw{};
+  adamw.indices = static_cast<const int32_t*>(indices.data_ptr());
+  adamw.exp_avg = exp_avg.data_ptr();
+  adamw.exp_avg_sq = exp_avg_sq.data_ptr();
+  adamw.master = pointer<float>(master);
+  adamw.births = pointer<const int32_t>(births);
+  adamw.bias_table = pointer<const float>(bias);
+  adamw.bias_ages = bias.has_value() ? bias->numel() / 2 - 1 : 0;
+  adamw.one_minus_beta1 = float(1 - beta1);
+  adamw.beta2 = float(beta2);
+  adamw.one_minus_beta2 = float(1 - beta2);
+  adamw.eps = float(eps);
+  const float* scale = pointer<const float>(inv_scale);
+  adamw.grad_factor = (scale == nullptr ? 1.0f : *scale) * (maximize ? -1.0f : 1.0f);
+  adamw.packed_grads = packed_grads;
+  adamw.stochastic = key != nullptr;
+  lift::sparse_adamw_cpu(segments.data(), int64_t(segments.size()), adamw, dtype_of(weights[0]), dtype_of(grads[0]),
+                         dtype_of(exp_avg), parallel_for);
+}
+
+void packed_gather(Tensor source, Tensor indices, Tensor out) {
+  lift::packed_gather_cpu(source.data_ptr(), dtype_of(source), static_cast<const int32_t*>(indices.data_ptr()), indices.numel(),
+                          out.data_ptr(), dtype_of(out), parallel_for);
+}
+
+void packed_scatter_(Tensor dest, Tensor indices, Tensor values) {
+  lift::packed_scatter_cpu(dest.data_ptr(), dtype_of(dest), static_cast<const int32_t*>(indices.data_ptr()), indices.numel(),
+                           values.data_ptr(), dtype_of(values), parallel_for);
+}
+
+void packed_migrate(Tensor values, Tensor old_indices, Tensor new_indices, Tensor out) {
+  lift::packed_migrate_cpu(values.data_ptr(), int(values.element_size()), static_cast<const int32_t*>(old_indices.data_ptr()),
+                           old_indices.numel(), static_cast<const int32_t*>(new_indices.data_ptr()), new_indices.numel(),
+                           out.data_ptr(), parallel_for);
+}
+
+Tensor packed_square_sums(std::vector<Tensor> grads, Tensor indices, std::vector<int64_t> offsets, std::vector<int64_t> counts,
+                          bool packed_grads) {
+  const std::vector<lift::Segment> segments = segments_of(grads, offsets, counts);
+  STD_TORCH_CHECK(!segments.empty(), "lift_kernels_native: packed_square_sums needs a gradient");
+  const int64_t n = int64_t(segments.size());
+  const std::vector<int64_t> shape{lift::square_sum_blocks(segments.data(), n)};
+  Tensor partials = torch::stable::empty({shape.data(), shape.size()}, ScalarType::Double);
+  lift::packed_square_sums_cpu(segments.data(), n, static_cast<const int32_t*>(indices.data_ptr()), dtype_of(grads[0]),
+                               packed_grads, static_cast<double*>(partials.data_ptr()), parallel_for);
+  return partials;
+}
+
+#ifdef LIFT_WITH_CUDA
+// torch's current stream, through a symbol that only a CUDA build of torch exports: the extension itself links to neither.
+lift::Stream current_stream(const Tensor& tensor) {
+  using GetStream = AOTITorchError (*)(int32_t, void**);
+  static const auto get = reinterpret_cast<GetStream>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  STD_TORCH_CHECK(get != nullptr, "lift_kernels_native: this torch was built without CUDA");
+  lift::Stream where{tensor.get_device(), nullptr};
+  STD_TORCH_CHECK(get(where.device, &where.stream) == 0, "lift_kernels_native: torch gave no CUDA stream");
+  return where;
+}
+
+void check(int error) { STD_TORCH_CHECK(error == 0, "lift_kernels_native: CUDA error ", error); }
+
+void packed_gather_on_cuda(Tensor source, Tensor indices, Tensor out) {
+  check(lift::packed_gather_cuda(source.data_ptr(), dtype_of(source), static_cast<const int32_t*>(indices.data_ptr()),
+                                 indices.numel(), out.data_ptr(), dtype_of(out), current_stream(indices)));
+}
+
+void packed_scatter_on_cuda(Tensor dest, Tensor indices, Tensor values) {
+  check(lift::packed_scatter_cuda(dest.data_ptr(), dtype_of(dest), static_cast<const int32_t*>(indices.data_ptr()),
+                                  indices.numel(), values.data_ptr(), dtype_of(values), current_stream(indices)));
+}
+
+void packed_migrate_on_cuda(Tensor values, Tensor old_indices, Tensor new_indices, Tensor out) {
+  check(lift::packed_migrate_cuda(values.data_ptr(), int(values.element_size()),
+                                  static_cast<const int32_t*>(old_indices.data_ptr()), old_indices.numel(),
+                                  static_cast<const int32_t*>(new_indices.data_ptr()), new_indices.numel(), out.data_ptr(),
+                                  current_stream(values)));
+}
+
+int64_t cuda_runtime_version() { return lift::cuda_runtime_version(); }
+int64_t cuda_driver_version() { return lift::cuda_driver_version(); }
+#else
+int64_t cuda_runtime_version() { return 0; }
+int64_t cuda_driver_version() { return 0; }
+#endif
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(lift_kernels_native, m) {
+  m.def(
+      "sparse_adamw_(Tensor(a!)[] weights, Tensor[] grads, Tensor indices, int[] offsets, int[] counts, Tensor(b!) exp_avg, "
+      "Tensor(c!) exp_avg_sq, Tensor table, float beta1, float beta2, float eps, Tensor(d!)? master, Tensor? births, "
+      "Tensor steps, Tensor? bias, Tensor? keys, Tensor? inv_scale, bool packed_grads, bool maximize) -> ()");
+  m.def("packed_gather(Tensor source, Tensor indices, Tensor(a!) out) -> ()");
+  m.def("packed_scatter_(Tensor(a!) dest, Tensor indices, Tensor values) -> ()");
+  m.def("packed_migrate(Tensor values, Tensor old_indices, Tensor new_indices, Tensor(a!) out) -> ()");
+  m.def("packed_square_sums(Tensor[] grads, Tensor indices, int[] offsets, int[] counts, bool packed_grads) -> Tensor");
+  m.def("cuda_runtime_version() -> int");
+  m.def("cuda_driver_version() -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lift_kernels_native, CPU, m) {
+  m.impl("sparse_adamw_", TORCH_BOX(&sparse_adamw_));
+  m.impl("packed_gather", TORCH_BOX(&packed_gather));
+  m.impl("packed_scatter_", TORCH_BOX(&packed_scatter_));
+  m.impl("packed_migrate", TORCH_BOX(&packed_migrate));
+  m.impl("packed_square_sums", TORCH_BOX(&packed_square_sums));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lift_kernels_native, CompositeExplicitAutograd, m) {
+  m.impl("cuda_runtime_version", TORCH_BOX(&cuda_runtime_version));
+  m.impl("cuda_driver_version", TORCH_BOX(&cuda_driver_version));
+}
+
+#ifdef LIFT_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(lift_kernels_native, CUDA, m) {
+  m.impl("packed_gather", TORCH_BOX(&packed_gather_on_cuda));
+  m.impl("packed_scatter_", TORCH_BOX(&packed_scatter_on_cuda));
+  m.impl("packed_migrate", TORCH_BOX(&packed_migrate_on_cuda));
+}
+#endif

@@ -1,0 +1,15 @@
+// Calls a lambda over ranges through the raw ParallelFor of launchers.h.
+#pragma once
+
+#include "../launchers.h"
+
+namespace lift {
+
+template <class F>
+void for_ranges(ParallelFor parallel_for, int64_t n, const F& f) {
+  parallel_for(
+      n, [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+}  // namespace lift

@@ -1,0 +1,74 @@
+// Raw-pointer prototypes shared by the bindings and the kernels. No torch headers: a kernel file compiles and is tested alone.
+#pragma once
+
+#include <cstdint>
+
+namespace lift {
+
+enum class DType : int { f32, bf16, f16, i32 };
+
+// Runs body(begin, end) over disjoint ranges of [0, n), perhaps in several threads; returns when all are done.
+using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = void (*)(int64_t n, ParallelBody body, void* context);
+
+// One matrix of a step: where its weight and gradient lie, which arena segment is its own, and its derived scalars.
+struct Segment {
+  void* weight;
+  const void* grad;  // m*n dense entries, or `count` packed ones
+  int64_t offset;    // first arena position
+  int64_t count;
+  float step_size;      // lr / bc1; lr alone in per-entry mode
+  float inv_sqrt_bc2;   // 1 / sqrt(bc2); 1 in per-entry mode
+  float decay;          // 1 - lr * weight_decay
+  float step;           // updates of this matrix, this one counted
+  uint32_t key;         // stochastic rounding
+};
+
+// Arenas and group-wide settings of a step. Optional arenas are null.
+struct AdamW {
+  const int32_t* indices;
+  void* exp_avg;
+  void* exp_avg_sq;
+  float* master;
+  const int32_t* births;
+  const float* bias_table;  // 2 rows of bias_ages + 1 entries: 1/bc1, 1/sqrt(bc2) by age
+  int64_t bias_ages;
+  float one_minus_beta1;
+  float beta2;
+  float one_minus_beta2;
+  float eps;
+  float grad_factor;  // inv_scale, negative to maximize
+  bool packed_grads;
+  bool stochastic;
+};
+
+void sparse_adamw_cpu(const Segment* segments, int64_t n, const AdamW& adamw, DType weight, DType grad, DType moment,
+                      ParallelFor parallel_for);
+
+void packed_gather_cpu(const void* source, DType from, const int32_t* indices, int64_t k, void* out, DType to,
+                       ParallelFor parallel_for);
+void packed_scatter_cpu(void* dest, DType to, const int32_t* indices, int64_t k, const void* values, DType from,
+                        ParallelFor parallel_for);
+// `out` comes filled for the entering entries; `width` is the size of a value in bytes, 2 or 4.
+void packed_migrate_cpu(const void* values, int width, const int32_t* old_indices, int64_t k_old,
+                        const int32_t* new_indices, int64_t k_new, void* out, ParallelFor parallel_for);
+// One sum of squares per block of kSquareSumBlock entries, in the order of the segments; only grad, offset and count are read.
+constexpr int64_t kSquareSumBlock = 8192;
+int64_t square_sum_blocks(const Segment* segments, int64_t n);
+void packed_square_sums_cpu(const Segment* segments, int64_t n, const int32_t* indices, DType grad, bool packed_grads,
+                            double* partials, ParallelFor parallel_for);
+
+// The CUDA side, present when the build found nvcc. Launches return 0 or a cudaError_t.
+struct Stream {
+  int device;
+  void* stream;  // a cudaStream_t
+};
+
+int packed_gather_cuda(const void* source, DType from, const int32_t* indices, int64_t k, void* out, DType to, Stream where);
+int packed_scatter_cuda(void* dest, DType to, const int32_t* indices, int64_t k, const void* values, DType from, Stream where);
+int packed_migrate_cuda(const void* values, int width, const int32_t* old_indices, int64_t k_old, const int32_t* new_indices,
+                        int64_t k_new, void* out, Stream where);
+int cuda_runtime_version();  // as in CUDA, 13000 for 13.0
+int cuda_driver_version();   // 0 without a driver
+
+}  // namespace lift

@@ -1,0 +1,137 @@
+"""Which implementations of the ops are usable here, why the others are not, and which one serves a device."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger("lift_kernels")
+
+NAMES = ("native-cpu", "native-cuda", "triton", "reference")
+
+NATIVE_CUDA_OPS = ("packed_gather", "packed_scatter_", "packed_migrate")
+
+# Fastest first. The op layer takes the first usable one and says so once when it is not the first.
+_PREFERENCE = {"cpu": ("native-cpu", "reference"), "cuda": ("triton", "reference")}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One line of `backends`: whether a backend can run here and, in words, what it is or why it cannot."""
+
+    usable: bool
+    reason: str
+
+
+def backends() -> dict[str, Backend]:
+    """The state of every backend on this machine; never raises and never needs a GPU.
+
+    >>> for name, backend in lift_kernels.backends().items(): print(name, backend.usable, backend.reason)
+    """
+    return {"native-cpu": _native_cpu(), "native-cuda": _native_cuda(), "triton": _triton(), "reference": _REFERENCE}
+
+
+def choose(requested: str | None, device: torch.device, op: str) -> str:
+    """The backend that runs ``op`` on ``device``: the one asked for, or the fastest usable one.
+
+    Raises ValueError for an unknown name and RuntimeError for one that cannot run here, naming the reason.
+    """
+    if requested is None:
+        return _default(device.type)
+    if requested not in NAMES:
+        raise ValueError(f"unknown backend {requested!r}; choose one of {', '.join(NAMES)}")
+    problem = _problem(requested, device.type)
+    if requested == "native-cuda" and op not in NATIVE_CUDA_OPS:
+        problem = f"it has {', '.join(NATIVE_CUDA_OPS)} only; Triton serves the rest"
+    if problem:
+        raise RuntimeError(f"backend {requested!r} cannot run {op} on {device.type} tensors here: {problem}")
+    return requested
+
+
+@functools.lru_cache(maxsize=None)
+def _default(device_type: str) -> str:
+    preference = _PREFERENCE.get(device_type, ("reference",))
+    for name in preference:
+        if not _problem(name, device_type):
+            break
+    if name != preference[0]:
+        reason = _problem(preference[0], device_type)
+        logger.warning("on %s tensors the %s backend serves, which is slower: %s cannot (%s)",
+                       device_type, name, preference[0], reason)  # fmt: skip
+    return name
+
+
+def _problem(name: str, device_type: str) -> str:
+    """Why backend ``name`` cannot serve tensors of this device type; empty when it can."""
+    status = backends()[name]
+    if not status.usable:
+        return status.reason
+    serves = {"native-cpu": "cpu", "native-cuda": "cuda", "triton": "cpu" if interpreting() else "cuda"}
+    if name in serves and serves[name] != device_type:
+        return f"it serves {serves[name]} tensors"
+    return ""
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors (TRITON_INTERPRET=1 before triton is imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def native_library() -> Path | None:
+    """Path of the compiled extension, or None when this installation has none."""
+    spec = importlib.util.find_spec("lift_kernels._C")
+    return Path(spec.origin) if spec is not None and spec.origin is not None else None
+
+
+@functools.lru_cache(maxsize=None)
+def _load_native() -> str:
+    """Register the private ops ``lift_kernels_native``; returns why it cannot, or an empty string."""
+    library = native_library()
+    if library is None:
+        return "the compiled extension lift_kernels._C is missing; install with a C++ compiler: pip install --no-build-isolation ."
+    try:
+        torch.ops.load_library(str(library))
+    except (OSError, RuntimeError) as error:  # an extension built for a newer torch, or a damaged file
+        return f"{library.name} does not load under torch {torch.__version__}: {error}"
+    return ""
+
+
+def _native_cpu() -> Backend:
+    problem = _load_native()
+    return Backend(not problem, problem or "compiled C++ for the CPU")
+
+
+@functools.lru_cache(maxsize=None)
+def _native_cuda() -> Backend:
+    problem = _load_native()
+    if problem:
+        return Backend(False, problem)
+    runtime = torch.ops.lift_kernels_native.cuda_runtime_version()
+    if runtime == 0:
+        return Backend(False, "the extension was built without CUDA; nvcc was not found at build time")
+    if not torch.cuda.is_available():
+        return Backend(False, "torch sees no CUDA device")
+    driver = torch.ops.lift_kernels_native.cuda_driver_version()
+    if driver // 1000 < runtime // 1000:
+        return Backend(False, f"the driver serves CUDA {driver // 1000}, the extension holds CUDA {runtime // 1000}; update the driver")
+    return Backend(True, f"compiled CUDA {runtime // 1000}.{runtime % 1000 // 10}: {', '.join(NATIVE_CUDA_OPS)}")
+
+
+@functools.lru_cache(maxsize=None)
+def _triton() -> Backend:
+    if importlib.util.find_spec("triton") is None:
+        return Backend(False, "triton is not installed; pip install triton")
+    if interpreting():
+        return Backend(True, "in the interpreter, on CPU tensors (TRITON_INTERPRET=1)")
+    if not torch.cuda.is_available():
+        return Backend(False, "torch sees no CUDA device; TRITON_INTERPRET=1 runs the kernels on the CPU for tests")
+    return Backend(True, "Triton kernels on CUDA devices")
+
+
+_REFERENCE = Backend(True, "plain PyTorch on any device; slow")

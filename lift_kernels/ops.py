@@ -1,0 +1,369 @@
+"""Every public op: its schema, its fake, its argument checks and the choice of a backend. No kernels.
+
+An op writes only to tensors that its schema marks, so autograd's version counters, functionalization and `torch.compile`
+see every mutation. Arena arguments (``indices``, moments, ``master``, ``births``) hold the segments of many matrices: matrix i
+owns ``offsets[i] .. offsets[i] + counts[i]``. Index lists are trusted unless ``validate=True``; `PackedState` checks them once,
+where they enter. Ops never wait for the device, apart from ``validate`` and the reference backend.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import backends, reference, scalars
+from .checks import MOMENT_DTYPES, WEIGHT_DTYPES, check_index_list, require
+
+logger = logging.getLogger("lift_kernels")
+_strided_logged = False
+
+
+def sparse_adamw_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    indices: Tensor,
+    offsets: Sequence[int],
+    counts: Sequence[int],
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    steps: Tensor,
+    lr: float | Tensor,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    master: Tensor | None = None,
+    births: Tensor | None = None,
+    inv_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    packed_grads: bool = False,
+    maximize: bool = False,
+    stochastic: bool = False,
+    seed: int = 0,
+    validate: bool = False,
+    backend: str | None = None,
+) -> None:
+    """One AdamW step on the selected entries of n matrices, in place, in one launch.
+
+    Args:
+        weights: n contiguous tensors of one dtype (fp32, bf16, fp16) on one device.
+        grads: n gradients of one dtype: dense, of the weights' shapes, or (``packed_grads``) vectors of ``counts[i]`` entries.
+        indices: int32 arena of sorted flat positions.
+        exp_avg, exp_avg_sq: arenas of the moments, fp32 or bf16.
+        steps: (n,) fp32, updates of each matrix with this one counted.
+        lr: a float, or a 0-dim tensor that may live on the device.
+        master: fp32 arena; the truth for bf16/fp16 weights, which become its round-to-nearest-even.
+        births: int32 arena, the step count at which an entry came in; given, bias correction is per entry.
+        inv_scale: 0-dim fp32; gradients are multiplied by it (GradScaler's inverse scale times a clipping factor).
+        found_inf: 0-dim fp32; non-zero leaves every bit as it was.
+        stochastic: round the weight stochastically; bf16/fp16 weights without master only. The noise is a function of
+            (``seed``, step, arena position), the same on every backend.
+
+    Raises ValueError, TypeError or IndexError, before anything is written, with the position in ``weights`` and the value.
+    """
+    lr = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
+    torch.ops.lift_kernels.sparse_adamw_(
+        weights, grads, indices, offsets, counts, exp_avg, exp_avg_sq, steps, lr, master, births,
+        inv_scale, found_inf, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay, packed_grads=packed_grads, maximize=maximize, stochastic=stochastic, seed=seed, validate=validate,
+        backend=backend,
+    )  # fmt: skip
+
+
+@torch.library.custom_op(
+    "lift_kernels::sparse_adamw_",
+    mutates_args=("weights", "exp_avg", "exp_avg_sq", "master"),
+    schema="(Tensor(a!)[] weights, Tensor[] grads, Tensor indices, int[] offsets, int[] counts, Tensor(b!) exp_avg, "
+    "Tensor(c!) exp_avg_sq, Tensor steps, Tensor lr, Tensor(d!)? master=None, Tensor? births=None, Tensor? inv_scale=None, "
+    "Tensor? found_inf=None, *, float beta1, float beta2, float eps, float weight_decay, bool packed_grads=False, bool maximize=False, "
+    "bool stochastic=False, int seed=0, bool validate=False, str? backend=None) -> ()",
+)
+def _sparse_adamw_op(
+    weights, grads, indices, offsets, counts, exp_avg, exp_avg_sq, steps, lr, master=None, births=None, inv_scale=None,
+    found_inf=None, *, beta1, beta2, eps, weight_decay, packed_grads=False, maximize=False, stochastic=False, seed=0,
+    validate=False, backend=None,
+):  # fmt: skip
+    _check_adamw(weights, grads, indices, offsets, counts, exp_avg, exp_avg_sq, steps, master, births, packed_grads, stochastic)
+    if validate:
+        _check_segments(weights, indices, offsets, counts)
+    if not weights:
+        return
+    name = backends.choose(backend, indices.device, "sparse_adamw_")
+    if name == "reference":
+        return reference.sparse_adamw_ref(
+            weights, grads, indices, offsets, counts, exp_avg, exp_avg_sq, steps, lr, beta1=beta1, beta2=beta2, eps=eps,
+            weight_decay=weight_decay, master=master, births=births, inv_scale=inv_scale, found_inf=found_inf,
+            packed_grads=packed_grads, maximize=maximize, stochastic=stochastic, seed=seed,
+        )  # fmt: skip
+    grads = [_contiguous(g) for g in grads]
+    table = scalars.adamw_scalars(steps, lr, beta1, beta2, weight_decay, births is not None)
+    keys = scalars.stochastic_keys(steps, seed) if stochastic else None
+    bias = scalars.bias_table(beta1, beta2, indices.device) if births is not None else None
+    if name == "triton":
+        from .triton_kernels.adamw import sparse_adamw_triton
+
+        return sparse_adamw_triton(
+            weights, grads, indices, offsets, counts, exp_avg, exp_avg_sq, table, beta1, beta2, eps, master=master, births=births,
+            steps=steps, bias=bias, keys=keys, inv_scale=inv_scale, found_inf=found_inf, packed_grads=packed_grads,
+            maximize=maximize,
+        )  # fmt: skip
+    if found_inf is not None and float(found_inf) != 0.0:  # on the CPU a read, not a synchronization
+        return
+    torch.ops.lift_kernels_native.sparse_adamw_(
+        weights, grads, indices, offsets, counts, exp_avg, exp_avg_sq, table, beta1, beta2, eps, master, births, steps, bias, keys,
+        inv_scale, packed_grads, maximize,
+    )  # fmt: skip
+
+
+@_sparse_adamw_op.register_fake
+def _(weights, grads, indices, offsets, counts, exp_avg, exp_avg_sq, steps, lr, master=None, births=None, inv_scale=None,
+      found_inf=None, **options):  # fmt: skip
+    return None
+
+
+def packed_gather(
+    source: Tensor, indices: Tensor, *, dtype: torch.dtype | None = None, validate: bool = False, backend: str | None = None
+) -> Tensor:
+    """The k entries of ``source`` (any shape, fp32/bf16/fp16) at the flat int32 ``indices``: a vector of ``dtype``.
+
+    A source that is not contiguous is copied first. Out-of-range indices are undefined unless ``validate=True``.
+    """
+    return torch.ops.lift_kernels.packed_gather(source, indices, dtype=dtype, validate=validate, backend=backend)
+
+
+@torch.library.custom_op(
+    "lift_kernels::packed_gather",
+    mutates_args=(),
+    schema="(Tensor source, Tensor indices, *, ScalarType? dtype=None, bool validate=False, str? backend=None) -> Tensor",
+)
+def _packed_gather_op(source, indices, *, dtype=None, validate=False, backend=None):
+    dtype = dtype or source.dtype
+    _check_pair(source, indices, "source")
+    require(dtype in WEIGHT_DTYPES, f"dtype must be float32, bfloat16 or float16, got {dtype}", TypeError)
+    if validate:
+        check_index_list(indices, source.numel(), "indices")
+    name = backends.choose(backend, indices.device, "packed_gather")
+    if name == "reference":
+        return reference.packed_gather_ref(source, indices, dtype)
+    out = torch.empty(indices.shape, dtype=dtype, device=indices.device)
+    _kernel(name, "packed_gather")(source.contiguous(), indices, out)
+    return out
+
+
+@_packed_gather_op.register_fake
+def _(source, indices, *, dtype=None, validate=False, backend=None):
+    return torch.empty(indices.shape, dtype=dtype or source.dtype, device=indices.device)
+
+
+def packed_scatter_(
+    dest: Tensor, indices: Tensor, values: Tensor, *, validate: bool = False, backend: str | None = None
+) -> Tensor:
+    """Write the k ``values`` into contiguous ``dest`` at the flat int32 ``indices``, rounded to nearest even; returns ``dest``."""
+    torch.ops.lift_kernels.packed_scatter_(dest, indices, values, validate=validate, backend=backend)
+    return dest
+
+
+@torch.library.custom_op(
+    "lift_kernels::packed_scatter_",
+    mutates_args=("dest",),
+    schema="(Tensor(a!) dest, Tensor indices, Tensor values, *, bool validate=False, str? backend=None) -> ()",
+)
+def _packed_scatter_op(dest, indices, values, *, validate=False, backend=None):
+    _check_pair(dest, indices, "dest")
+    _check_pair(values, indices, "values")
+    require(dest.is_contiguous(), f"dest must be contiguous, got strides {dest.stride()}")
+    require(values.shape == indices.shape, f"values has shape {tuple(values.shape)}, indices {tuple(indices.shape)}")
+    if validate:
+        check_index_list(indices, dest.numel(), "indices")
+    name = backends.choose(backend, indices.device, "packed_scatter_")
+    if name == "reference":
+        return reference.packed_scatter_ref(dest, indices, values)
+    _kernel(name, "packed_scatter_")(dest, indices, values.contiguous())
+
+
+@_packed_scatter_op.register_fake
+def _(dest, indices, values, *, validate=False, backend=None):
+    return None
+
+
+def packed_migrate(
+    values: Tensor,
+    old_indices: Tensor,
+    new_indices: Tensor,
+    *,
+    fill: float = 0.0,
+    fill_values: Tensor | None = None,
+    validate: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Carry ``values`` (k_old; fp32, bf16 or int32) of one sorted index list over to another: a vector of k_new values.
+
+    Entries in both lists keep their value to the bit; entering ones get ``fill`` or their place in ``fill_values`` (k_new, same
+    dtype). A merge of the two lists: no dense buffer.
+    """
+    return torch.ops.lift_kernels.packed_migrate(
+        values, old_indices, new_indices, fill_values, fill=fill, validate=validate, backend=backend
+    )
+
+
+@torch.library.custom_op(
+    "lift_kernels::packed_migrate",
+    mutates_args=(),
+    schema="(Tensor values, Tensor old_indices, Tensor new_indices, Tensor? fill_values=None, *, float fill=0.0, "
+    "bool validate=False, str? backend=None) -> Tensor",
+)
+def _packed_migrate_op(values, old_indices, new_indices, fill_values=None, *, fill=0.0, validate=False, backend=None):
+    supported = (*MOMENT_DTYPES, torch.int32)
+    require(values.dtype in supported, f"values must be float32, bfloat16 or int32, got {values.dtype}", TypeError)
+    require(values.shape == old_indices.shape,
+            f"values has shape {tuple(values.shape)}, old_indices {tuple(old_indices.shape)}")  # fmt: skip
+    for tensor, label in ((old_indices, "old_indices"), (new_indices, "new_indices")):
+        _check_pair(values, tensor, "values", label, dtypes=supported)
+        if validate:
+            check_index_list(tensor, 2**31, label)
+    if fill_values is not None:
+        require(fill_values.shape == new_indices.shape and fill_values.dtype == values.dtype,
+                f"fill_values must be {values.dtype} of shape {tuple(new_indices.shape)}, got {fill_values.dtype} of "
+                f"{tuple(fill_values.shape)}")  # fmt: skip
+    name = backends.choose(backend, values.device, "packed_migrate")
+    if name == "reference":
+        return reference.packed_migrate_ref(values, old_indices, new_indices, fill, fill_values)
+    if fill_values is not None:
+        out = fill_values.clone(memory_format=torch.contiguous_format)
+    else:
+        out = torch.full(new_indices.shape, fill, dtype=values.dtype, device=values.device)
+    _kernel(name, "packed_migrate")(values.contiguous(), old_indices, new_indices, out)
+    return out
+
+
+@_packed_migrate_op.register_fake
+def _(values, old_indices, new_indices, fill_values=None, *, fill=0.0, validate=False, backend=None):
+    return torch.empty(new_indices.shape, dtype=values.dtype, device=values.device)
+
+
+def packed_l2_norm(
+    grads: Sequence[Tensor],
+    indices: Tensor,
+    offsets: Sequence[int],
+    counts: Sequence[int],
+    *,
+    packed_grads: bool = False,
+    validate: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Euclidean norm over the selected entries of n gradients together: a 0-dim fp32 tensor on their device.
+
+    Deterministic, without a host synchronization. Gradients as in `sparse_adamw_`.
+    """
+    return torch.ops.lift_kernels.packed_l2_norm(
+        grads, indices, offsets, counts, packed_grads=packed_grads, validate=validate, backend=backend
+    )
+
+
+@torch.library.custom_op(
+    "lift_kernels::packed_l2_norm",
+    mutates_args=(),
+    schema="(Tensor[] grads, Tensor indices, int[] offsets, int[] counts, *, bool packed_grads=False, bool validate=False, "
+    "str? backend=None) -> Tensor",
+)
+def _packed_l2_norm_op(grads, indices, offsets, counts, *, packed_grads=False, validate=False, backend=None):
+    _check_arena(grads, indices, offsets, counts, "grads")
+    _check_grads(grads, grads, counts, packed_grads)
+    if validate and not packed_grads:
+        _check_segments(grads, indices, offsets, counts)
+    name = backends.choose(backend, indices.device, "packed_l2_norm")
+    if name == "reference" or not grads:
+        return reference.packed_l2_norm_ref(grads, indices, offsets, counts, packed_grads)
+    partials = _kernel(name, "packed_square_sums")([_contiguous(g) for g in grads], indices, offsets, counts, packed_grads)
+    return partials.sum(dtype=torch.float64).sqrt().float()
+
+
+@_packed_l2_norm_op.register_fake
+def _(grads, indices, offsets, counts, *, packed_grads=False, validate=False, backend=None):
+    return torch.empty((), dtype=torch.float32, device=indices.device)
+
+
+def _kernel(backend: str, stem: str):
+    """The function that fills outputs for op ``stem``: a private native op or a Triton launcher of the same arguments."""
+    if backend == "triton":
+        from .triton_kernels import packed
+
+        return getattr(packed, f"{stem.rstrip('_')}_triton")
+    return getattr(torch.ops.lift_kernels_native, stem)
+
+
+def _contiguous(grad: Tensor) -> Tensor:
+    if grad.is_contiguous():
+        return grad
+    global _strided_logged
+    if not _strided_logged:
+        _strided_logged = True
+        logger.warning("a gradient of shape %s has strides %s: it is copied to row-major order at every step",
+                       tuple(grad.shape), grad.stride())  # fmt: skip
+    return grad.contiguous()
+
+
+def _check_pair(tensor, indices, label, index_label="indices", dtypes=WEIGHT_DTYPES):
+    require(tensor.dtype in dtypes, f"{label} must be one of {', '.join(map(str, dtypes))}, got {tensor.dtype}", TypeError)
+    require(indices.dtype == torch.int32, f"{index_label} must be int32, got {indices.dtype}", TypeError)
+    require(indices.dim() == 1 and indices.is_contiguous(), f"{index_label} must be a contiguous vector, got {tuple(indices.shape)}")
+    require(tensor.device == indices.device, f"{label} is on {tensor.device}, {index_label} on {indices.device}")
+
+
+def _check_arena(tensors, indices, offsets, counts, label):
+    require(len(tensors) == len(offsets) == len(counts),
+            f"{label}, offsets and counts must be equally long, got {len(tensors)}, {len(offsets)}, {len(counts)}")  # fmt: skip
+    require(indices.dtype == torch.int32, f"indices must be int32, got {indices.dtype}", TypeError)
+    require(indices.dim() == 1 and indices.is_contiguous(), f"indices must be a contiguous vector, got {tuple(indices.shape)}")
+    size = indices.numel()
+    for i, (offset, count) in enumerate(zip(offsets, counts)):
+        require(0 <= offset and 0 <= count and offset + count <= size,
+                f"segment {i} ({offset} + {count}) does not fit in an arena of {size} entries", IndexError)  # fmt: skip
+
+
+def _check_segments(matrices, indices, offsets, counts):
+    for i, (matrix, offset, count) in enumerate(zip(matrices, offsets, counts)):
+        check_index_list(indices[offset : offset + count], matrix.numel(), f"matrix {i}")
+
+
+def _check_grads(grads, weights, counts, packed_grads):
+    for i, (grad, weight, count) in enumerate(zip(grads, weights, counts)):
+        require(grad.layout == torch.strided, f"gradient {i} must be dense (strided), got layout {grad.layout}")
+        require(grad.dtype in WEIGHT_DTYPES and grad.dtype == grads[0].dtype,
+                f"gradient {i} must be float32, bfloat16 or float16 like the others, got {grad.dtype}", TypeError)  # fmt: skip
+        require(grad.device == grads[0].device, f"gradient {i} is on {grad.device}, gradient 0 on {grads[0].device}")
+        if packed_grads:
+            require(grad.numel() == count, f"packed gradient {i} has {grad.numel()} entries, its index list {count}")
+        else:
+            require(grad.shape == weight.shape, f"gradient {i} has shape {tuple(grad.shape)}, its weight {tuple(weight.shape)}")
+
+
+def _check_adamw(
+    weights, grads, indices, offsets, counts, exp_avg, exp_avg_sq, steps, master, births, packed_grads, stochastic
+):
+    require(len(grads) == len(weights), f"got {len(weights)} weights and {len(grads)} gradients")
+    _check_arena(weights, indices, offsets, counts, "weights")
+    _check_grads(grads, weights, counts, packed_grads)
+    for i, weight in enumerate(weights):
+        require(weight.dtype in WEIGHT_DTYPES and weight.dtype == weights[0].dtype,
+                f"weight {i} must be float32, bfloat16 or float16 like the others, got {weight.dtype}", TypeError)  # fmt: skip
+        require(weight.is_contiguous(), f"weight {i} must be contiguous, got strides {weight.stride()}")
+        require(weight.device == indices.device and grads[i].device == indices.device,
+                f"weight {i} is on {weight.device}, its gradient on {grads[i].device}, indices on {indices.device}")  # fmt: skip
+    require(exp_avg.dtype == exp_avg_sq.dtype and exp_avg.dtype in MOMENT_DTYPES,
+            f"moments must both be float32 or bfloat16, got {exp_avg.dtype} and {exp_avg_sq.dtype}", TypeError)  # fmt: skip
+    arenas = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "master": master, "births": births}
+    for label, arena in arenas.items():
+        if arena is not None:
+            require(arena.shape == indices.shape and arena.is_contiguous() and arena.device == indices.device,
+                    f"{label} must be a contiguous arena of shape {tuple(indices.shape)} on {indices.device}, "
+                    f"got {tuple(arena.shape)} on {arena.device}")  # fmt: skip
+    require(master is None or master.dtype == torch.float32, "master must be float32", TypeError)
+    require(births is None or births.dtype == torch.int32, "births must be int32", TypeError)
+    require(steps.shape == (len(weights),) and steps.dtype == torch.float32 and steps.device == indices.device,
+            f"steps must be ({len(weights)},) float32 on {indices.device}, got {tuple(steps.shape)} {steps.dtype}")  # fmt: skip
+    if stochastic and weights:
+        require(master is None and weights[0].dtype != torch.float32,
+                "stochastic rounding needs bfloat16 or float16 weights and no master")  # fmt: skip

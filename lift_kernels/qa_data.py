@@ -1,0 +1,70 @@
+"""Question/answer problems for fine-tuning: generated or read from a file, split, and encoded."""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import evaluation, wordproblems
+from .settings import Settings, UserError
+from .wordproblems import Problem
+
+SHOTS = 4  # worked examples in front of an evaluation prompt
+
+
+def read_problems(path: str | Path) -> list[Problem]:
+    """Read a JSONL file of objects with the strings "question" and "answer"; repeated questions are kept once.
+
+    Raises UserError, with the line number, for a line that is not such an object or whose answer has no number.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    problems: dict[str, Problem] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
+        pair = [row.get(key) for key in ("question", "answer")] if isinstance(row, dict) else []
+        if len(pair) != 2 or not all(isinstance(text, str) and text.strip() for text in pair):
+            raise UserError(f'{path}, line {number}: needs an object with the strings "question" and "answer"')
+        if evaluation.extract_number(pair[1]) is None:
+            raise UserError(f"{path}, line {number}: the answer holds no number to compare with")
+        problems.setdefault(" ".join(pair[0].split()), Problem(*pair))
+    return list(problems.values())
+
+
+def choose_problems(settings: Settings) -> tuple[list[Problem], list[Problem], list[Problem], str]:
+    """Return training problems, held-out problems, few-shot examples (in neither) and a description of the data."""
+    if settings.data is None:
+        heldout = wordproblems.generate(settings.eval_problems, "heldout", settings.seed)
+        train = wordproblems.generate(settings.steps * settings.batch_size + SHOTS, "train", settings.seed)
+        origin = "generated word problems"
+    else:
+        train = read_problems(settings.data)
+        random.Random(settings.seed).shuffle(train)
+        count = min(settings.eval_problems, len(train) // 5)
+        if count == 0 or len(train) < count + SHOTS + settings.batch_size:
+            least = 5 + SHOTS + settings.batch_size
+            raise UserError(f"{settings.data} holds {len(train)} different problems; give at least {least}")
+        heldout, train = train[:count], train[count:]
+        origin = settings.data
+    shots, train = train[:SHOTS], train[SHOTS:]
+    return train, heldout, shots, f"{origin}: {len(train)} for training, {len(heldout)} held out"
+
+
+def fitting(
+    tokenizer, problems: Sequence[Problem], max_length: int, part: str
+) -> tuple[list[Problem], list[dict[str, list[int]]]]:
+    """The problems of at most ``max_length`` tokens and their encodings. Raises UserError when none is left."""
+    encoded = [evaluation.encode(tokenizer, problem) for problem in problems]
+    kept = [(p, e) for p, e in zip(problems, encoded, strict=True) if len(e["input_ids"]) <= max_length]
+    if not kept:
+        raise UserError(f"no {part} problem has at most {max_length} tokens; raise --max-length")
+    if len(kept) < len(problems):
+        print(f"{len(problems) - len(kept)} {part} problems have more than {max_length} tokens and are left out")
+    return [p for p, _ in kept], [e for _, e in kept]

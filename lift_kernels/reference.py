@@ -1,0 +1,168 @@
+"""The executable specification: every op in plain PyTorch, slow and obvious.
+
+Tests compare each backend with these functions, and `ops` falls back to them. Only torch is imported here, so that the
+specification can be read, copied into a notebook and believed on its own.
+
+Shapes: a matrix has m*n entries in row-major order; its index list holds k sorted, unique flat positions (int32). Lists of
+many matrices lie one behind the other in an *arena*; matrix i owns the arena positions ``offsets[i] .. offsets[i]+counts[i]``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+
+
+def sparse_adamw_ref(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    indices: Tensor,
+    offsets: list[int],
+    counts: list[int],
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    steps: Tensor,
+    lr: float | Tensor,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    master: Tensor | None = None,
+    births: Tensor | None = None,
+    inv_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    packed_grads: bool = False,
+    maximize: bool = False,
+    stochastic: bool = False,
+    seed: int = 0,
+) -> None:
+    """AdamW (Loshchilov & Hutter 2019, Algorithm 2) on the selected entries of many matrices, in place.
+
+    ``steps[i]`` counts the updates of matrix i, this one included. Bias correction is global without ``births``; with it
+    (int32, arena-long: the step count at which an entry came in) it counts the steps since then. ``master`` (fp32, arena-long)
+    is the truth for low-precision weights, which then become its round-to-nearest-even. Gradients are multiplied by
+    ``inv_scale`` first. A non-zero ``found_inf`` leaves everything as it was.
+    """
+    if found_inf is not None and float(found_inf) != 0.0:
+        return
+    lr = float(lr)
+    for i, (weight, grad) in enumerate(zip(weights, grads)):
+        segment = slice(offsets[i], offsets[i] + counts[i])
+        index = indices[segment].long()
+        flat = weight.view(-1)
+        compute = torch.promote_types(weight.dtype, torch.float32)
+
+        w = flat[index].to(compute) if master is None else master[segment].clone()
+        g = (grad.reshape(-1) if packed_grads else grad.reshape(-1)[index]).to(compute)
+        if inv_scale is not None:
+            g = g * inv_scale.to(compute)
+        if maximize:
+            g = -g
+        m = exp_avg[segment].to(compute)
+        v = exp_avg_sq[segment].to(compute)
+
+        # The sequence of torch.optim.AdamW(foreach=False), scalars as Python floats: equal to it bit for bit at density 1.
+        w.mul_(1 - lr * weight_decay)
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        step = float(steps[i])
+        if births is None:
+            denom = (v.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
+            w.addcdiv_(m, denom, value=-(lr / (1 - beta1**step)))
+        else:
+            age = step - births[segment].double()
+            denom = (v.sqrt() / (1 - beta2**age).sqrt().to(compute)).add_(eps)
+            w.sub_((lr / (1 - beta1**age)).to(compute) * m / denom)
+
+        exp_avg[segment] = m.to(exp_avg.dtype)
+        exp_avg_sq[segment] = v.to(exp_avg_sq.dtype)
+        if master is not None:
+            master[segment] = w
+        if stochastic:
+            position = torch.arange(segment.start, segment.stop, device=weight.device)
+            noise = counter_hash(counter_hash(position) ^ stochastic_key(steps[i], seed))
+            flat[index] = round_stochastic_ref(w, noise, weight.dtype)
+        else:
+            flat[index] = w.to(weight.dtype)
+
+
+def packed_gather_ref(source: Tensor, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The k entries of ``source`` (any shape) at ``indices``, as a vector of ``dtype`` (default: that of the source)."""
+    return source.reshape(-1)[indices.long()].to(dtype or source.dtype)
+
+
+def packed_scatter_ref(dest: Tensor, indices: Tensor, values: Tensor) -> None:
+    """Write the k ``values``, rounded to nearest even, into contiguous ``dest`` at ``indices``; all else stays."""
+    dest.view(-1)[indices.long()] = values.to(dest.dtype)
+
+
+def packed_migrate_ref(
+    values: Tensor, old_indices: Tensor, new_indices: Tensor, fill: float = 0.0, fill_values: Tensor | None = None
+) -> Tensor:
+    """Values (k_old) of a sorted index list carried over to a new sorted list (k_new).
+
+    Entries in both lists keep their value; entering entries get ``fill``, or their place in ``fill_values`` (k_new).
+    """
+    if fill_values is None:
+        out = torch.full(new_indices.shape, fill, dtype=values.dtype, device=values.device)
+    else:
+        out = fill_values.to(values.dtype, copy=True)
+    if old_indices.numel() > 0:
+        place = torch.searchsorted(old_indices, new_indices).clamp_(max=old_indices.numel() - 1)
+        stays = old_indices[place] == new_indices
+        out[stays] = values[place[stays]]
+    return out
+
+
+def packed_l2_norm_ref(
+    grads: list[Tensor], indices: Tensor, offsets: list[int], counts: list[int], packed_grads: bool = False
+) -> Tensor:
+    """Euclidean norm over the selected entries of all gradients together, a 0-dim fp32 tensor; summed in fp64."""
+    total = torch.zeros((), dtype=torch.float64, device=indices.device)
+    for grad, offset, count in zip(grads, offsets, counts):
+        flat = grad.reshape(-1)
+        entries = flat if packed_grads else flat[indices[offset : offset + count].long()]
+        total += entries.double().square().sum()
+    return total.sqrt().float()
+
+
+def counter_hash(x: Tensor) -> Tensor:
+    """A bijective 32-bit integer mix (constants of C. Wellons' lowbias32) on int64 tensors that hold uint32 values.
+
+    A product of two 32-bit numbers may wrap in int64, but its low 32 bits, all that is kept, stay right.
+    """
+    x = x & _MASK32
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK32
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK32
+    return x ^ (x >> 16)
+
+
+def stochastic_key(steps: Tensor, seed: int) -> Tensor:
+    """One 32-bit key (in int64) per step count: the noise of a step is a pure function of (seed, step, arena position)."""
+    return counter_hash(counter_hash(torch.full_like(steps, seed, dtype=torch.int64)) ^ steps.long())
+
+
+def round_stochastic_ref(x: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round fp32 ``x`` down or up to ``dtype`` (bf16 or fp16) with probability by distance; ``noise``: uniform uint32.
+
+    Non-finite values are rounded to nearest, so that NaN and infinity stay what they are.
+    """
+    bits = x.view(torch.int32).long() & _MASK32
+    if dtype == torch.bfloat16:
+        rounded = _from_bits(bits + (noise & 0xFFFF) & 0xFFFF0000)
+    elif dtype == torch.float16:
+        normal = _from_bits(bits + (noise & 0x1FFF) & 0xFFFFE000)
+        # Below 2^-14 fp16 is a fixed-point format with quantum 2^-24; x * 2^24 is exact there.
+        scaled = (x.abs() * 2.0**24 + (noise >> 8).float() * 2.0**-24).floor() * 2.0**-24
+        rounded = torch.where(x.abs() < 2.0**-14, torch.copysign(scaled, x), normal)
+    else:
+        raise ValueError(f"stochastic rounding needs bfloat16 or float16 weights, got {dtype}")
+    return torch.where(x.isfinite(), rounded, x).to(dtype)
+
+
+def _from_bits(bits: Tensor) -> Tensor:
+    """fp32 values from uint32 bit patterns held in int64."""
+    return torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32).view(torch.float32)

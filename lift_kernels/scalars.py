@@ -1,0 +1,52 @@
+"""Derived scalars of an AdamW step, formed in fp64 and only then rounded to fp32.
+
+Forming ``1 - beta2`` or a bias correction in fp32 would triple the error of a step. Everything here is a tensor expression
+on the device that holds the step counts, so a step never waits for the host and can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from .reference import stochastic_key
+
+MAX_AGE = 2**24
+"""Largest bias-correction table, in steps; betas beyond 0.999999 would need more."""
+
+
+def adamw_scalars(steps: Tensor, lr: Tensor, beta1: float, beta2: float, weight_decay: float, per_entry: bool) -> Tensor:
+    """(n, 3) fp32 per matrix: step size lr/bc1, 1/sqrt(bc2), decay factor 1 - lr*weight_decay.
+
+    With ``per_entry`` the corrections come from `bias_table`, so the first two columns are lr and 1.
+    """
+    step, lr = steps.double(), lr.to(torch.float64)
+    table = torch.empty(steps.numel(), 3, dtype=torch.float32, device=steps.device)
+    table[:, 0] = lr if per_entry else lr / (1 - beta1**step)
+    table[:, 1] = 1.0 if per_entry else (1 - beta2**step).rsqrt()
+    table[:, 2] = 1 - lr * weight_decay
+    return table
+
+
+def stochastic_keys(steps: Tensor, seed: int) -> Tensor:
+    """(n,) int32 keys of the counter-based noise, bit patterns of uint32."""
+    key = stochastic_key(steps, seed)
+    return torch.where(key >= 2**31, key - 2**32, key).to(torch.int32)
+
+
+@functools.lru_cache(maxsize=16)
+def bias_table(beta1: float, beta2: float, device: torch.device) -> Tensor:
+    """(2, T + 1) fp32: 1/bc1 and 1/sqrt(bc2) for an entry's age 0..T; beyond T both corrections are 1 in fp32.
+
+    Raises ValueError when the betas are so close to 1 that the table would pass `MAX_AGE` entries.
+    """
+    beta = max(beta1, beta2)
+    last = 1 if beta == 0 else math.ceil(math.log(2.0**-26) / math.log(beta)) + 1
+    if last > MAX_AGE:
+        raise ValueError(f"bias_correction='per_entry' needs betas up to 0.999999, got ({beta1}, {beta2}); use 'global'")
+    age = torch.arange(last + 1, dtype=torch.float64, device=device)
+    age[0] = 1  # age 0 never occurs in a step; 1 keeps the table finite
+    return torch.stack([(1 - beta1**age).reciprocal(), (1 - beta2**age).rsqrt()]).float()

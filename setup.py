@@ -1,0 +1,111 @@
+"""Builds lift_kernels._C: the CPU ops always, the CUDA ops when nvcc is found (also under a CPU-only torch).
+
+One abi3 file serves Python 3.11 and later and, through torch's stable ABI, torch 2.11 and later. The CUDA sources know
+nothing of torch, so plain ``nvcc -c`` compiles them and the runtime is linked statically. Environment:
+
+- ``LIFT_CUDA=0`` leaves CUDA out, ``LIFT_CUDA=1`` makes its absence an error;
+- ``LIFT_CUDA_ARCHS`` names the targets, by default ``80;90;100``;
+- ``CUDA_HOME`` names a toolkit; without it the one that ``nvcc`` on PATH belongs to is asked.
+
+Without a C++ compiler the package still installs: Triton and the PyTorch reference serve, and the first op says so.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.errors import CCompilerError, CompileError, ExecError, PlatformError
+
+ROOT = Path(__file__).parent
+CPU_SOURCES = ["csrc/bindings.cpp", "csrc/cpu/adamw.cpp", "csrc/cpu/packed.cpp"]
+CUDA_SOURCES = ["csrc/cuda/packed.cu"]
+# No errno and no traps, or the loops around sqrt do not vectorize; no contraction, so that all instruction sets agree.
+CXX_FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fvisibility=hidden", "-g0"]
+
+
+def cuda_toolkit() -> Path | None:
+    """The toolkit to compile with. nvcc itself is asked where it lives: on PATH it is often a wrapper script."""
+    if os.environ.get("LIFT_CUDA", "auto") == "0":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which(str(Path(home) / "bin" / "nvcc") if home else "nvcc")
+    if nvcc is not None:
+        dryrun = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+        top = re.search(r"^#\$ TOP=(.+)$", dryrun.stderr, re.MULTILINE)
+        if top is not None:
+            return Path(top.group(1).strip()).resolve()
+    if os.environ.get("LIFT_CUDA") == "1":
+        sys.exit("setup.py: LIFT_CUDA=1, but nvcc was found neither in CUDA_HOME nor on PATH")
+    return None
+
+
+def static_runtime(toolkit: Path) -> Path | None:
+    """Folder of libcudart_static.a."""
+    for folder in (toolkit / "lib64", *sorted(toolkit.glob("targets/*/lib"))):
+        if (folder / "libcudart_static.a").exists():
+            return folder
+    return None
+
+
+def compile_cuda(toolkit: Path, build_dir: Path) -> list[str]:
+    """Objects of the CUDA sources, machine code for each target and PTX of the last for cards to come."""
+    archs = os.environ.get("LIFT_CUDA_ARCHS", "80;90;100").split(";")
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    build_dir.mkdir(parents=True, exist_ok=True)
+    objects = []
+    for source in CUDA_SOURCES:
+        target = build_dir / (Path(source).stem + ".cu.o")
+        command = [str(toolkit / "bin" / "nvcc"), "-c", "-std=c++20", "-O3", "--fmad=false", "-Xcompiler=-fPIC", "-Xptxas=-v"]
+        print(*command, *targets, source, flush=True)
+        subprocess.run([*command, *targets, source, "-o", str(target)], check=True)
+        objects.append(str(target))
+    return objects
+
+
+def native_extension() -> tuple[list[Extension], dict]:
+    """The extension and its build command; both empty when torch's headers are absent (an isolated build)."""
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError:
+        print("lift_kernels: torch is not visible to the build, so the native extension is left out; "
+              "use pip install --no-build-isolation", file=sys.stderr)  # fmt: skip
+        return [], {}
+
+    class Build(BuildExtension):
+        def build_extension(self, ext):
+            toolkit = cuda_toolkit()
+            runtime = static_runtime(toolkit) if toolkit is not None else None
+            try:
+                if runtime is not None:
+                    ext.extra_objects = compile_cuda(toolkit, Path(self.build_temp).resolve())
+                    ext.define_macros.append(("LIFT_WITH_CUDA", "1"))
+                    ext.library_dirs.append(str(runtime))
+                    ext.libraries += ["cudart_static", "rt", "dl", "pthread"]
+                super().build_extension(ext)
+            except (CCompilerError, CompileError, ExecError, PlatformError, subprocess.CalledProcessError, OSError) as error:
+                if os.environ.get("LIFT_REQUIRE_NATIVE") == "1":
+                    raise
+                print(f"lift_kernels: the native extension was not built ({error}). CPU tensors will be served by the slow "
+                      "PyTorch reference; Triton on GPUs is not affected.", file=sys.stderr)  # fmt: skip
+
+        def copy_extensions_to_source(self):
+            if (Path(self.build_lib) / self.get_ext_filename("lift_kernels._C")).exists():
+                super().copy_extensions_to_source()
+
+    extension = CppExtension(
+        "lift_kernels._C",
+        CPU_SOURCES,
+        define_macros=[("TORCH_TARGET_VERSION", "0x020B000000000000")],
+        extra_compile_args={"cxx": CXX_FLAGS},
+        py_limited_api=True,
+    )
+    return [extension], {"build_ext": Build}
+
+
+extensions, commands = native_extension()
+setup(ext_modules=extensions, cmdclass=commands, options={"bdist_wheel": {"py_limited_api": "cp311"}} if extensions else {})
