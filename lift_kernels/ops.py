@@ -14,11 +14,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import backends, reference, scalars
+from . import dispatch, reference, scalars
 from .checks import MOMENT_DTYPES, WEIGHT_DTYPES, check_index_list, require
 
 logger = logging.getLogger("lift_kernels")
 _strided_logged = False
+
+
+def check_backend(backend: str | None) -> None:
+    """Raise ValueError unless ``backend`` is None or a known name."""
+    require(backend is None or backend in dispatch.NAMES,
+            f"unknown backend {backend!r}; choose one of {', '.join(dispatch.NAMES)}")  # fmt: skip
 
 
 def sparse_adamw_(
@@ -90,7 +96,7 @@ def _sparse_adamw_op(
         _check_segments(weights, indices, offsets, counts)
     if not weights:
         return
-    name = backends.choose(backend, indices.device, "sparse_adamw_")
+    name = dispatch.choose(backend, indices.device, "sparse_adamw_")
     if name == "reference":
         return reference.sparse_adamw_ref(
             weights, grads, indices, offsets, counts, exp_avg, exp_avg_sq, steps, lr, beta1=beta1, beta2=beta2, eps=eps,
@@ -144,7 +150,7 @@ def _packed_gather_op(source, indices, *, dtype=None, validate=False, backend=No
     require(dtype in WEIGHT_DTYPES, f"dtype must be float32, bfloat16 or float16, got {dtype}", TypeError)
     if validate:
         check_index_list(indices, source.numel(), "indices")
-    name = backends.choose(backend, indices.device, "packed_gather")
+    name = dispatch.choose(backend, indices.device, "packed_gather")
     if name == "reference":
         return reference.packed_gather_ref(source, indices, dtype)
     out = torch.empty(indices.shape, dtype=dtype, device=indices.device)
@@ -177,7 +183,7 @@ def _packed_scatter_op(dest, indices, values, *, validate=False, backend=None):
     require(values.shape == indices.shape, f"values has shape {tuple(values.shape)}, indices {tuple(indices.shape)}")
     if validate:
         check_index_list(indices, dest.numel(), "indices")
-    name = backends.choose(backend, indices.device, "packed_scatter_")
+    name = dispatch.choose(backend, indices.device, "packed_scatter_")
     if name == "reference":
         return reference.packed_scatter_ref(dest, indices, values)
     _kernel(name, "packed_scatter_")(dest, indices, values.contiguous())
@@ -227,7 +233,7 @@ def _packed_migrate_op(values, old_indices, new_indices, fill_values=None, *, fi
         require(fill_values.shape == new_indices.shape and fill_values.dtype == values.dtype,
                 f"fill_values must be {values.dtype} of shape {tuple(new_indices.shape)}, got {fill_values.dtype} of "
                 f"{tuple(fill_values.shape)}")  # fmt: skip
-    name = backends.choose(backend, values.device, "packed_migrate")
+    name = dispatch.choose(backend, values.device, "packed_migrate")
     if name == "reference":
         return reference.packed_migrate_ref(values, old_indices, new_indices, fill, fill_values)
     if fill_values is not None:
@@ -273,7 +279,7 @@ def _packed_l2_norm_op(grads, indices, offsets, counts, *, packed_grads=False, v
     _check_grads(grads, grads, counts, packed_grads)
     if validate and not packed_grads:
         _check_segments(grads, indices, offsets, counts)
-    name = backends.choose(backend, indices.device, "packed_l2_norm")
+    name = dispatch.choose(backend, indices.device, "packed_l2_norm")
     if name == "reference" or not grads:
         return reference.packed_l2_norm_ref(grads, indices, offsets, counts, packed_grads)
     partials = _kernel(name, "packed_square_sums")([_contiguous(g) for g in grads], indices, offsets, counts, packed_grads)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import dispatch
 
 ALIGNMENT = 64
 """Entries to which segments must be aligned and padded for wide loads; at least 128 bytes in every dtype."""
@@ -30,7 +30,7 @@ class Table(NamedTuple):
 
 def block_size() -> int:
     """Entries a program handles. The interpreter pays milliseconds a program, whatever its size."""
-    return 4096 if backends.interpreting() else 1024
+    return 4096 if dispatch.interpreting() else 1024
 
 
 def block_table(
