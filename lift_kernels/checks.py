@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -64,3 +66,85 @@ def check_finite(tensor: Tensor, name: str) -> None:
         bad = int((~finite).sum())
         first = int((~finite).reshape(-1).nonzero()[0])
         raise ValueError(f"{name}: {bad} non-finite weights, the first at flat index {first}; repair or reload the weight")
+
+
+def check_pair(
+    tensor: Tensor, indices: Tensor, label: str, index_label: str = "indices", dtypes: tuple = WEIGHT_DTYPES
+) -> None:
+    """A tensor of a supported dtype and a contiguous int32 vector on one device."""
+    require(tensor.dtype in dtypes, f"{label} must be one of {', '.join(map(str, dtypes))}, got {tensor.dtype}", TypeError)
+    require(indices.dtype == torch.int32, f"{index_label} must be int32, got {indices.dtype}", TypeError)
+    require(indices.dim() == 1 and indices.is_contiguous(), f"{index_label} must be a contiguous vector, got {tuple(indices.shape)}")
+    require(tensor.device == indices.device, f"{label} is on {tensor.device}, {index_label} on {indices.device}")
+
+
+def check_arena(tensors: Sequence[Tensor], indices: Tensor, offsets: Sequence[int], counts: Sequence[int], label: str) -> None:
+    """Segments, one per tensor, that lie within an int32 arena."""
+    require(len(tensors) == len(offsets) == len(counts),
+            f"{label}, offsets and counts must be equally long, got {len(tensors)}, {len(offsets)}, {len(counts)}")  # fmt: skip
+    require(indices.dtype == torch.int32, f"indices must be int32, got {indices.dtype}", TypeError)
+    require(indices.dim() == 1 and indices.is_contiguous(), f"indices must be a contiguous vector, got {tuple(indices.shape)}")
+    size = indices.numel()
+    for i, (offset, count) in enumerate(zip(offsets, counts)):
+        require(0 <= offset and 0 <= count and offset + count <= size,
+                f"segment {i} ({offset} + {count}) does not fit in an arena of {size} entries", IndexError)  # fmt: skip
+
+
+def check_segments(matrices: Sequence[Tensor], indices: Tensor, offsets: Sequence[int], counts: Sequence[int]) -> None:
+    """Every segment is an index list of its matrix. Waits for the device."""
+    for i, (matrix, offset, count) in enumerate(zip(matrices, offsets, counts)):
+        check_index_list(indices[offset : offset + count], matrix.numel(), f"matrix {i}")
+
+
+def check_grads(grads: Sequence[Tensor], weights: Sequence[Tensor], counts: Sequence[int], packed_grads: bool) -> None:
+    """Gradients of one dtype on one device: dense and shaped like the weights, or vectors as long as the index lists."""
+    for i, (grad, weight, count) in enumerate(zip(grads, weights, counts)):
+        require(grad.layout == torch.strided, f"gradient {i} must be dense (strided), got layout {grad.layout}")
+        require(grad.dtype in WEIGHT_DTYPES and grad.dtype == grads[0].dtype,
+                f"gradient {i} must be float32, bfloat16 or float16 like the others, got {grad.dtype}", TypeError)  # fmt: skip
+        require(grad.device == grads[0].device, f"gradient {i} is on {grad.device}, gradient 0 on {grads[0].device}")
+        if packed_grads:
+            require(grad.numel() == count, f"packed gradient {i} has {grad.numel()} entries, its index list {count}")
+        else:
+            require(grad.shape == weight.shape, f"gradient {i} has shape {tuple(grad.shape)}, its weight {tuple(weight.shape)}")
+
+
+def check_adamw(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    indices: Tensor,
+    offsets: Sequence[int],
+    counts: Sequence[int],
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    steps: Tensor,
+    master: Tensor | None,
+    births: Tensor | None,
+    packed_grads: bool,
+    stochastic: bool,
+) -> None:
+    """Everything `sparse_adamw_` can check without reading a tensor."""
+    require(len(grads) == len(weights), f"got {len(weights)} weights and {len(grads)} gradients")
+    check_arena(weights, indices, offsets, counts, "weights")
+    check_grads(grads, weights, counts, packed_grads)
+    for i, weight in enumerate(weights):
+        require(weight.dtype in WEIGHT_DTYPES and weight.dtype == weights[0].dtype,
+                f"weight {i} must be float32, bfloat16 or float16 like the others, got {weight.dtype}", TypeError)  # fmt: skip
+        require(weight.is_contiguous(), f"weight {i} must be contiguous, got strides {weight.stride()}")
+        require(weight.device == indices.device and grads[i].device == indices.device,
+                f"weight {i} is on {weight.device}, its gradient on {grads[i].device}, indices on {indices.device}")  # fmt: skip
+    require(exp_avg.dtype == exp_avg_sq.dtype and exp_avg.dtype in MOMENT_DTYPES,
+            f"moments must both be float32 or bfloat16, got {exp_avg.dtype} and {exp_avg_sq.dtype}", TypeError)  # fmt: skip
+    arenas = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "master": master, "births": births}
+    for label, arena in arenas.items():
+        if arena is not None:
+            require(arena.shape == indices.shape and arena.is_contiguous() and arena.device == indices.device,
+                    f"{label} must be a contiguous arena of shape {tuple(indices.shape)} on {indices.device}, "
+                    f"got {tuple(arena.shape)} on {arena.device}")  # fmt: skip
+    require(master is None or master.dtype == torch.float32, "master must be float32", TypeError)
+    require(births is None or births.dtype == torch.int32, "births must be int32", TypeError)
+    require(steps.shape == (len(weights),) and steps.dtype == torch.float32 and steps.device == indices.device,
+            f"steps must be ({len(weights)},) float32 on {indices.device}, got {tuple(steps.shape)} {steps.dtype}")  # fmt: skip
+    if stochastic and weights:
+        require(master is None and weights[0].dtype != torch.float32,
+                "stochastic rounding needs bfloat16 or float16 weights and no master")  # fmt: skip

@@ -54,7 +54,7 @@ def choose(requested: str | None, device: torch.device, op: str) -> str:
     return requested
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _default(device_type: str) -> str:
     preference = _PREFERENCE.get(device_type, ("reference",))
     for name in preference:
@@ -89,7 +89,7 @@ def native_library() -> Path | None:
     return Path(spec.origin) if spec is not None and spec.origin is not None else None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _load_native() -> str:
     """Register the private ops ``lift_kernels_native``; returns why it cannot, or an empty string."""
     library = native_library()
@@ -107,7 +107,7 @@ def _native_cpu() -> Backend:
     return Backend(not problem, problem or "compiled C++ for the CPU")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _native_cuda() -> Backend:
     problem = _load_native()
     if problem:
@@ -123,7 +123,7 @@ def _native_cuda() -> Backend:
     return Backend(True, f"compiled CUDA {runtime // 1000}.{runtime % 1000 // 10}: {', '.join(NATIVE_CUDA_OPS)}")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _triton() -> Backend:
     if importlib.util.find_spec("triton") is None:
         return Backend(False, "triton is not installed; pip install triton")

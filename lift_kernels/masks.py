@@ -52,6 +52,7 @@ def entry_count(
     if density is not None:
         require(0.0 < density <= 1.0, f"{name}: density must be in (0, 1], got {density}")
         return max(1, round(density * m * n))
+    assert k is not None
     require(1 <= k <= m * n, f"{name}: k must be from 1 to {m * n}, got {k}")
     return k
 

@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from . import dispatch, reference, scalars
-from .checks import MOMENT_DTYPES, WEIGHT_DTYPES, check_index_list, require
+from .checks import (
+    MOMENT_DTYPES,
+    WEIGHT_DTYPES,
+    check_adamw,
+    check_arena,
+    check_grads,
+    check_index_list,
+    check_pair,
+    check_segments,
+    require,
+)
 
 logger = logging.getLogger("lift_kernels")
 _strided_logged = False
@@ -72,9 +82,9 @@ def sparse_adamw_(
     """
     lr = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
     torch.ops.lift_kernels.sparse_adamw_(
-        weights, grads, indices, offsets, counts, exp_avg, exp_avg_sq, steps, lr, master, births,
-        inv_scale, found_inf, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay, packed_grads=packed_grads, maximize=maximize, stochastic=stochastic, seed=seed, validate=validate,
-        backend=backend,
+        weights, grads, indices, offsets, counts, exp_avg, exp_avg_sq, steps, lr, master, births, inv_scale, found_inf,
+        beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay, packed_grads=packed_grads, maximize=maximize,
+        stochastic=stochastic, seed=seed, validate=validate, backend=backend,
     )  # fmt: skip
 
 
@@ -83,17 +93,17 @@ def sparse_adamw_(
     mutates_args=("weights", "exp_avg", "exp_avg_sq", "master"),
     schema="(Tensor(a!)[] weights, Tensor[] grads, Tensor indices, int[] offsets, int[] counts, Tensor(b!) exp_avg, "
     "Tensor(c!) exp_avg_sq, Tensor steps, Tensor lr, Tensor(d!)? master=None, Tensor? births=None, Tensor? inv_scale=None, "
-    "Tensor? found_inf=None, *, float beta1, float beta2, float eps, float weight_decay, bool packed_grads=False, bool maximize=False, "
-    "bool stochastic=False, int seed=0, bool validate=False, str? backend=None) -> ()",
+    "Tensor? found_inf=None, *, float beta1, float beta2, float eps, float weight_decay, bool packed_grads=False, "
+    "bool maximize=False, bool stochastic=False, int seed=0, bool validate=False, str? backend=None) -> ()",
 )
 def _sparse_adamw_op(
     weights, grads, indices, offsets, counts, exp_avg, exp_avg_sq, steps, lr, master=None, births=None, inv_scale=None,
     found_inf=None, *, beta1, beta2, eps, weight_decay, packed_grads=False, maximize=False, stochastic=False, seed=0,
     validate=False, backend=None,
 ):  # fmt: skip
-    _check_adamw(weights, grads, indices, offsets, counts, exp_avg, exp_avg_sq, steps, master, births, packed_grads, stochastic)
+    check_adamw(weights, grads, indices, offsets, counts, exp_avg, exp_avg_sq, steps, master, births, packed_grads, stochastic)
     if validate:
-        _check_segments(weights, indices, offsets, counts)
+        check_segments(weights, indices, offsets, counts)
     if not weights:
         return
     name = dispatch.choose(backend, indices.device, "sparse_adamw_")
@@ -146,7 +156,7 @@ def packed_gather(
 )
 def _packed_gather_op(source, indices, *, dtype=None, validate=False, backend=None):
     dtype = dtype or source.dtype
-    _check_pair(source, indices, "source")
+    check_pair(source, indices, "source")
     require(dtype in WEIGHT_DTYPES, f"dtype must be float32, bfloat16 or float16, got {dtype}", TypeError)
     if validate:
         check_index_list(indices, source.numel(), "indices")
@@ -177,8 +187,8 @@ def packed_scatter_(
     schema="(Tensor(a!) dest, Tensor indices, Tensor values, *, bool validate=False, str? backend=None) -> ()",
 )
 def _packed_scatter_op(dest, indices, values, *, validate=False, backend=None):
-    _check_pair(dest, indices, "dest")
-    _check_pair(values, indices, "values")
+    check_pair(dest, indices, "dest")
+    check_pair(values, indices, "values")
     require(dest.is_contiguous(), f"dest must be contiguous, got strides {dest.stride()}")
     require(values.shape == indices.shape, f"values has shape {tuple(values.shape)}, indices {tuple(indices.shape)}")
     if validate:
@@ -226,7 +236,7 @@ def _packed_migrate_op(values, old_indices, new_indices, fill_values=None, *, fi
     require(values.shape == old_indices.shape,
             f"values has shape {tuple(values.shape)}, old_indices {tuple(old_indices.shape)}")  # fmt: skip
     for tensor, label in ((old_indices, "old_indices"), (new_indices, "new_indices")):
-        _check_pair(values, tensor, "values", label, dtypes=supported)
+        check_pair(values, tensor, "values", label, dtypes=supported)
         if validate:
             check_index_list(tensor, 2**31, label)
     if fill_values is not None:
@@ -275,10 +285,10 @@ def packed_l2_norm(
     "str? backend=None) -> Tensor",
 )
 def _packed_l2_norm_op(grads, indices, offsets, counts, *, packed_grads=False, validate=False, backend=None):
-    _check_arena(grads, indices, offsets, counts, "grads")
-    _check_grads(grads, grads, counts, packed_grads)
+    check_arena(grads, indices, offsets, counts, "grads")
+    check_grads(grads, grads, counts, packed_grads)
     if validate and not packed_grads:
-        _check_segments(grads, indices, offsets, counts)
+        check_segments(grads, indices, offsets, counts)
     name = dispatch.choose(backend, indices.device, "packed_l2_norm")
     if name == "reference" or not grads:
         return reference.packed_l2_norm_ref(grads, indices, offsets, counts, packed_grads)
@@ -309,67 +319,3 @@ def _contiguous(grad: Tensor) -> Tensor:
         logger.warning("a gradient of shape %s has strides %s: it is copied to row-major order at every step",
                        tuple(grad.shape), grad.stride())  # fmt: skip
     return grad.contiguous()
-
-
-def _check_pair(tensor, indices, label, index_label="indices", dtypes=WEIGHT_DTYPES):
-    require(tensor.dtype in dtypes, f"{label} must be one of {', '.join(map(str, dtypes))}, got {tensor.dtype}", TypeError)
-    require(indices.dtype == torch.int32, f"{index_label} must be int32, got {indices.dtype}", TypeError)
-    require(indices.dim() == 1 and indices.is_contiguous(), f"{index_label} must be a contiguous vector, got {tuple(indices.shape)}")
-    require(tensor.device == indices.device, f"{label} is on {tensor.device}, {index_label} on {indices.device}")
-
-
-def _check_arena(tensors, indices, offsets, counts, label):
-    require(len(tensors) == len(offsets) == len(counts),
-            f"{label}, offsets and counts must be equally long, got {len(tensors)}, {len(offsets)}, {len(counts)}")  # fmt: skip
-    require(indices.dtype == torch.int32, f"indices must be int32, got {indices.dtype}", TypeError)
-    require(indices.dim() == 1 and indices.is_contiguous(), f"indices must be a contiguous vector, got {tuple(indices.shape)}")
-    size = indices.numel()
-    for i, (offset, count) in enumerate(zip(offsets, counts)):
-        require(0 <= offset and 0 <= count and offset + count <= size,
-                f"segment {i} ({offset} + {count}) does not fit in an arena of {size} entries", IndexError)  # fmt: skip
-
-
-def _check_segments(matrices, indices, offsets, counts):
-    for i, (matrix, offset, count) in enumerate(zip(matrices, offsets, counts)):
-        check_index_list(indices[offset : offset + count], matrix.numel(), f"matrix {i}")
-
-
-def _check_grads(grads, weights, counts, packed_grads):
-    for i, (grad, weight, count) in enumerate(zip(grads, weights, counts)):
-        require(grad.layout == torch.strided, f"gradient {i} must be dense (strided), got layout {grad.layout}")
-        require(grad.dtype in WEIGHT_DTYPES and grad.dtype == grads[0].dtype,
-                f"gradient {i} must be float32, bfloat16 or float16 like the others, got {grad.dtype}", TypeError)  # fmt: skip
-        require(grad.device == grads[0].device, f"gradient {i} is on {grad.device}, gradient 0 on {grads[0].device}")
-        if packed_grads:
-            require(grad.numel() == count, f"packed gradient {i} has {grad.numel()} entries, its index list {count}")
-        else:
-            require(grad.shape == weight.shape, f"gradient {i} has shape {tuple(grad.shape)}, its weight {tuple(weight.shape)}")
-
-
-def _check_adamw(
-    weights, grads, indices, offsets, counts, exp_avg, exp_avg_sq, steps, master, births, packed_grads, stochastic
-):
-    require(len(grads) == len(weights), f"got {len(weights)} weights and {len(grads)} gradients")
-    _check_arena(weights, indices, offsets, counts, "weights")
-    _check_grads(grads, weights, counts, packed_grads)
-    for i, weight in enumerate(weights):
-        require(weight.dtype in WEIGHT_DTYPES and weight.dtype == weights[0].dtype,
-                f"weight {i} must be float32, bfloat16 or float16 like the others, got {weight.dtype}", TypeError)  # fmt: skip
-        require(weight.is_contiguous(), f"weight {i} must be contiguous, got strides {weight.stride()}")
-        require(weight.device == indices.device and grads[i].device == indices.device,
-                f"weight {i} is on {weight.device}, its gradient on {grads[i].device}, indices on {indices.device}")  # fmt: skip
-    require(exp_avg.dtype == exp_avg_sq.dtype and exp_avg.dtype in MOMENT_DTYPES,
-            f"moments must both be float32 or bfloat16, got {exp_avg.dtype} and {exp_avg_sq.dtype}", TypeError)  # fmt: skip
-    arenas = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "master": master, "births": births}
-    for label, arena in arenas.items():
-        if arena is not None:
-            require(arena.shape == indices.shape and arena.is_contiguous() and arena.device == indices.device,
-                    f"{label} must be a contiguous arena of shape {tuple(indices.shape)} on {indices.device}, "
-                    f"got {tuple(arena.shape)} on {arena.device}")  # fmt: skip
-    require(master is None or master.dtype == torch.float32, "master must be float32", TypeError)
-    require(births is None or births.dtype == torch.int32, "births must be int32", TypeError)
-    require(steps.shape == (len(weights),) and steps.dtype == torch.float32 and steps.device == indices.device,
-            f"steps must be ({len(weights)},) float32 on {indices.device}, got {tuple(steps.shape)} {steps.dtype}")  # fmt: skip
-    if stochastic and weights:
-        require(master is None and weights[0].dtype != torch.float32,
-                "stochastic rounding needs bfloat16 or float16 weights and no master")  # fmt: skip

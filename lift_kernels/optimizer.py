@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.adamw import adamw
 
 from . import ops, options
 from .checks import check_finite, check_gradient, check_index_list, require
+from .dense import dense_adamw_
 from .masks import principal_indices, random_indices
 from .packed import PackedState
 from .state_dict import check_state_dict, compact
@@ -46,6 +46,9 @@ class LiftAdamW(Optimizer):
     Raises ValueError or TypeError, naming the parameter and the value, for options and parameters that cannot work.
     """
 
+    _arenas: dict[tuple, PackedState]  # by device, dtypes and form of state
+    _places: dict[Tensor, tuple[PackedState, int]]  # where each matrix lies
+    _skipped: Tensor | None  # sum of found_inf since the schedule was last settled
     _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf, no host synchronization
 
     def __init__(
@@ -129,16 +132,24 @@ class LiftAdamW(Optimizer):
                 check_gradient(p.grad, p, name)
         self._make_first_masks()
         jobs = self._sparse_jobs()
-        dense = [(g, [p for p in g["params"] if p.grad is not None and not options.is_sparse(p, g)]) for g in self.param_groups]
+        dense = [
+            (g, [p for p in g["params"] if p.grad is not None and not options.is_sparse(p, g)]) for g in self.param_groups
+        ]
         found_inf = getattr(self, "found_inf", None)
         inv_scale = self._gradient_factor(jobs, dense)
         for arena, group, rows in jobs:
             self._step_sparse(arena, group, rows, inv_scale, found_inf)
         for group, parameters in dense:
             if parameters:
-                self._step_dense(group, parameters, inv_scale, found_inf)
+                dense_adamw_(parameters, self.state, group, inv_scale, found_inf)
         self._count_step([group for _, group, _ in jobs], found_inf)
         return loss
+
+    @staticmethod
+    def _arguments(arena: PackedState, rows: list[int]) -> tuple[list[Tensor], list[int], list[int]]:
+        """Gradients, offsets and counts of the matrices ``rows``."""
+        grads: list[Any] = [arena.weights[row].grad for row in rows]
+        return grads, [arena.offsets[row] for row in rows], [arena.counts[row] for row in rows]
 
     def _sparse_jobs(self) -> list[tuple[PackedState, dict[str, Any], list[int]]]:
         """The launches of a step: matrices that share an arena, a group and the dtype of their gradients."""
@@ -156,14 +167,11 @@ class LiftAdamW(Optimizer):
         inv_scale = None if scale is None else scale.reshape(()).reciprocal().float()
         if self.max_grad_norm is None:
             return inv_scale
-        norms = [
-            ops.packed_l2_norm(
-                [arena.weights[row].grad for row in rows], arena.indices, [arena.offsets[row] for row in rows],
-                [arena.counts[row] for row in rows], backend=self.backend,
-            )
-            for arena, _, rows in jobs
-        ]  # fmt: skip
-        norms += [norm.float() for _, ps in dense for norm in torch._foreach_norm([p.grad for p in ps])]
+        norms = []
+        for arena, _, rows in jobs:
+            grads, offsets, counts = self._arguments(arena, rows)
+            norms.append(ops.packed_l2_norm(grads, arena.indices, offsets, counts, backend=self.backend))
+        norms += [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for _, ps in dense for p in ps]
         if not norms:
             return inv_scale
         norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device, non_blocking=True) for n in norms]))
@@ -176,29 +184,14 @@ class LiftAdamW(Optimizer):
         inv_scale, found_inf = (None if t is None else t.to(device, non_blocking=True).reshape(()) for t in (inv_scale, found_inf))
         arena.regather_masters(rows)
         steps = arena.advance(rows, found_inf)
+        grads, offsets, counts = self._arguments(arena, rows)
         ops.sparse_adamw_(
-            [arena.weights[row] for row in rows], [arena.weights[row].grad for row in rows], arena.indices,
-            [arena.offsets[row] for row in rows], [arena.counts[row] for row in rows], arena.exp_avg, arena.exp_avg_sq, steps,
+            [arena.weights[row] for row in rows], grads, arena.indices, offsets, counts, arena.exp_avg, arena.exp_avg_sq, steps,
             group["lr"], betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"], master=arena.master,
             births=arena.births, inv_scale=inv_scale, found_inf=found_inf, maximize=group["maximize"],
             stochastic=group["rounding"] == "stochastic", seed=self.seed, backend=self.backend,
         )  # fmt: skip
         arena.mark_written(rows)
-
-    def _step_dense(self, group, parameters: list[Tensor], inv_scale, found_inf) -> None:
-        for p in parameters:
-            if not self.state[p]:
-                zeros = {key: torch.zeros_like(p, memory_format=torch.preserve_format) for key in ("exp_avg", "exp_avg_sq")}
-                self.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device), **zeros}
-        grads = [p.grad if inv_scale is None else p.grad * inv_scale.to(p.device, p.grad.dtype) for p in parameters]
-        states = [self.state[p] for p in parameters]
-        fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
-        adamw(
-            parameters, grads, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [], [s["step"] for s in states],
-            fused=fused, foreach=False, capturable=group["capturable"], grad_scale=None, found_inf=found_inf if fused else None,
-            amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
-            eps=group["eps"], maximize=group["maximize"],
-        )  # fmt: skip
 
     # ---- masks ------------------------------------------------------------------------------------------------------------
 
@@ -234,6 +227,7 @@ class LiftAdamW(Optimizer):
         check_finite(p, name)
         if self.selection == "random":
             return random_indices(p.numel(), k, self.seed + number, p.device)
+        assert callable(self.selection)
         indices = self.selection(p.detach(), k)
         check_index_list(indices, p.numel(), name, p.device)
         return indices
@@ -334,9 +328,7 @@ class LiftAdamW(Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _reset_arenas(self) -> None:
-        self._arenas: dict[tuple, PackedState] = {}
-        self._places: dict[Tensor, tuple[PackedState, int]] = {}
-        self._skipped: Tensor | None = None
+        self._arenas, self._places, self._skipped = {}, {}, None
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle_skipped()

@@ -163,7 +163,8 @@ class PackedState:
         for i in range(len(self.weights)):
             entry = self._migrated(i, lists[i], backend) if i in lists else self.views(i)
             entries.append({"step": self.steps[i], **entry})
-        rebuilt = PackedState(self.indices.device, self.exp_avg.dtype, master=self.master is not None, births=self.births is not None)
+        form = {"master": self.master is not None, "births": self.births is not None}
+        rebuilt = PackedState(self.indices.device, self.exp_avg.dtype, **form)
         rebuilt.append(self.weights, entries, self.names)
         self.__dict__ = rebuilt.__dict__
 

