@@ -72,10 +72,49 @@ def check_pair(
     tensor: Tensor, indices: Tensor, label: str, index_label: str = "indices", dtypes: tuple = WEIGHT_DTYPES
 ) -> None:
     """A tensor of a supported dtype and a contiguous int32 vector on one device."""
+    require(tensor.layout == torch.strided, f"{label} must be dense (strided), got layout {tensor.layout}")
     require(tensor.dtype in dtypes, f"{label} must be one of {', '.join(map(str, dtypes))}, got {tensor.dtype}", TypeError)
     require(indices.dtype == torch.int32, f"{index_label} must be int32, got {indices.dtype}", TypeError)
-    require(indices.dim() == 1 and indices.is_contiguous(), f"{index_label} must be a contiguous vector, got {tuple(indices.shape)}")
+    require(indices.dim() == 1 and indices.is_contiguous(),
+            f"{index_label} must be a contiguous vector, got {tuple(indices.shape)}")  # fmt: skip
     require(tensor.device == indices.device, f"{label} is on {tensor.device}, {index_label} on {indices.device}")
+
+
+def check_gather(source: Tensor, indices: Tensor, dtype: torch.dtype) -> None:
+    """What `packed_gather` can check without reading a tensor."""
+    check_pair(source, indices, "source")
+    require(dtype in WEIGHT_DTYPES, f"dtype must be float32, bfloat16 or float16, got {dtype}", TypeError)
+
+
+def check_scatter(dest: Tensor, indices: Tensor, values: Tensor) -> None:
+    """What `packed_scatter_` can check without reading a tensor."""
+    check_pair(dest, indices, "dest")
+    check_pair(values, indices, "values")
+    require(dest.is_contiguous(), f"dest must be contiguous, got strides {dest.stride()}")
+    require(values.shape == indices.shape, f"values has shape {tuple(values.shape)}, indices {tuple(indices.shape)}")
+
+
+def check_migrate(values: Tensor, old_indices: Tensor, new_indices: Tensor, fill_values: Tensor | None) -> None:
+    """What `packed_migrate` can check without reading a tensor."""
+    supported = (*MOMENT_DTYPES, torch.int32)
+    check_pair(values, old_indices, "values", "old_indices", supported)
+    check_pair(values, new_indices, "values", "new_indices", supported)
+    require(values.shape == old_indices.shape,
+            f"values has shape {tuple(values.shape)}, old_indices {tuple(old_indices.shape)}")  # fmt: skip
+    if fill_values is not None:
+        check_pair(fill_values, new_indices, "fill_values", "new_indices", (values.dtype,))
+        require(fill_values.shape == new_indices.shape,
+                f"fill_values has shape {tuple(fill_values.shape)}, new_indices {tuple(new_indices.shape)}")  # fmt: skip
+
+
+def check_norm(
+    grads: Sequence[Tensor], indices: Tensor, offsets: Sequence[int], counts: Sequence[int], packed_grads: bool
+) -> None:
+    """What `packed_l2_norm` can check without reading a tensor."""
+    check_arena(grads, indices, offsets, counts, "grads")
+    check_grads(grads, grads, counts, packed_grads)
+    for grad in grads[:1]:
+        require(grad.device == indices.device, f"gradient 0 is on {grad.device}, indices on {indices.device}")
 
 
 def check_arena(tensors: Sequence[Tensor], indices: Tensor, offsets: Sequence[int], counts: Sequence[int], label: str) -> None:
@@ -91,7 +130,11 @@ def check_arena(tensors: Sequence[Tensor], indices: Tensor, offsets: Sequence[in
 
 
 def check_segments(matrices: Sequence[Tensor], indices: Tensor, offsets: Sequence[int], counts: Sequence[int]) -> None:
-    """Every segment is an index list of its matrix. Waits for the device."""
+    """Every segment is an index list of its matrix and no one else's. Waits for the device."""
+    end = 0
+    for offset, count, i in sorted(zip(offsets, counts, range(len(counts)))):
+        require(count == 0 or offset >= end, f"segment {i} ({offset} + {count}) begins before its neighbour ends at {end}")
+        end = max(end, offset + count)
     for i, (matrix, offset, count) in enumerate(zip(matrices, offsets, counts)):
         check_index_list(indices[offset : offset + count], matrix.numel(), f"matrix {i}")
 
@@ -118,8 +161,11 @@ def check_adamw(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     steps: Tensor,
+    lr: Tensor,
     master: Tensor | None,
     births: Tensor | None,
+    inv_scale: Tensor | None,
+    found_inf: Tensor | None,
     packed_grads: bool,
     stochastic: bool,
 ) -> None:
@@ -141,10 +187,19 @@ def check_adamw(
             require(arena.shape == indices.shape and arena.is_contiguous() and arena.device == indices.device,
                     f"{label} must be a contiguous arena of shape {tuple(indices.shape)} on {indices.device}, "
                     f"got {tuple(arena.shape)} on {arena.device}")  # fmt: skip
-    require(master is None or master.dtype == torch.float32, "master must be float32", TypeError)
-    require(births is None or births.dtype == torch.int32, "births must be int32", TypeError)
+    for label, tensor, dtype in (("master", master, torch.float32), ("births", births, torch.int32),
+                                 ("inv_scale", inv_scale, torch.float32), ("found_inf", found_inf, torch.float32)):  # fmt: skip
+        if tensor is not None:
+            require(tensor.dtype == dtype, f"{label} must be {dtype}, got {tensor.dtype}", TypeError)
+    for label, number in (("inv_scale", inv_scale), ("found_inf", found_inf)):
+        if number is not None:
+            require(number.numel() == 1 and number.device == indices.device,
+                    f"{label} must be one number on {indices.device}, got {tuple(number.shape)} on {number.device}")  # fmt: skip
+    require(lr.numel() == 1 and lr.device.type in (indices.device.type, "cpu"),
+            f"lr must be one number on {indices.device} or the CPU, got {tuple(lr.shape)} on {lr.device}")  # fmt: skip
     require(steps.shape == (len(weights),) and steps.dtype == torch.float32 and steps.device == indices.device,
-            f"steps must be ({len(weights)},) float32 on {indices.device}, got {tuple(steps.shape)} {steps.dtype}")  # fmt: skip
+            f"steps must be ({len(weights)},) float32 on {indices.device}, got {tuple(steps.shape)} {steps.dtype} "
+            f"on {steps.device}")  # fmt: skip
     if stochastic and weights:
         require(master is None and weights[0].dtype != torch.float32,
                 "stochastic rounding needs bfloat16 or float16 weights and no master")  # fmt: skip

@@ -28,7 +28,10 @@ def low_rank_factors(weight: Tensor, rank: int, *, method: str = "auto", name: s
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         return u[:, :rank] * s[:rank], vh[:rank].T.contiguous()
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    _, vectors = torch.linalg.eigh(wide @ wide.T)  # ascending eigenvalues
+    # A power of two keeps the squares in range and changes no digit; it never overflows itself.
+    unit = torch.ldexp(torch.ones_like(wide[0, 0]), -torch.frexp(wide.abs().max()).exponent.clamp(-120, 120))
+    unit_wide = wide * unit
+    _, vectors = torch.linalg.eigh(unit_wide @ unit_wide.T)  # ascending eigenvalues
     basis = vectors[:, -rank:].contiguous()
     scaled = wide.T @ basis
     return (basis, scaled) if wide is matrix else (scaled, basis)

@@ -47,13 +47,14 @@ def entry_count(
     m, n = shape
     require(m * n <= MAX_ENTRIES, f"{name}: a matrix may have up to 2^31-1 entries, got {m} x {n}")
     if budget_rank is not None:
-        require(budget_rank >= 1, f"{name}: budget_rank must be at least 1, got {budget_rank}")
+        require(isinstance(budget_rank, int) and budget_rank >= 1,
+                f"{name}: budget_rank must be an integer of at least 1, got {budget_rank!r}")  # fmt: skip
         return min((m + n) * budget_rank, m * n)
     if density is not None:
         require(0.0 < density <= 1.0, f"{name}: density must be in (0, 1], got {density}")
         return max(1, round(density * m * n))
     assert k is not None
-    require(1 <= k <= m * n, f"{name}: k must be from 1 to {m * n}, got {k}")
+    require(isinstance(k, int) and 1 <= k <= m * n, f"{name}: k must be an integer from 1 to {m * n}, got {k!r}")
     return k
 
 

@@ -4,6 +4,9 @@ An op writes only to tensors that its schema marks, so autograd's version counte
 see every mutation. Arena arguments (``indices``, moments, ``master``, ``births``) hold the segments of many matrices: matrix i
 owns ``offsets[i] .. offsets[i] + counts[i]``. Index lists are trusted unless ``validate=True``; `PackedState` checks them once,
 where they enter. Ops never wait for the device, apart from ``validate`` and the reference backend.
+
+A fake checks its arguments like the op itself: a single meta tensor among them sends a call there, where it would otherwise do
+nothing and say nothing.
 """
 
 from __future__ import annotations
@@ -16,25 +19,18 @@ from torch import Tensor
 
 from . import dispatch, reference, scalars
 from .checks import (
-    MOMENT_DTYPES,
-    WEIGHT_DTYPES,
     check_adamw,
-    check_arena,
-    check_grads,
+    check_gather,
     check_index_list,
-    check_pair,
+    check_migrate,
+    check_norm,
+    check_scatter,
     check_segments,
     require,
 )
 
 logger = logging.getLogger("lift_kernels")
 _strided_logged = False
-
-
-def check_backend(backend: str | None) -> None:
-    """Raise ValueError unless ``backend`` is None or a known name."""
-    require(backend is None or backend in dispatch.NAMES,
-            f"unknown backend {backend!r}; choose one of {', '.join(dispatch.NAMES)}")  # fmt: skip
 
 
 def sparse_adamw_(
@@ -101,7 +97,8 @@ def _sparse_adamw_op(
     found_inf=None, *, beta1, beta2, eps, weight_decay, packed_grads=False, maximize=False, stochastic=False, seed=0,
     validate=False, backend=None,
 ):  # fmt: skip
-    check_adamw(weights, grads, indices, offsets, counts, exp_avg, exp_avg_sq, steps, master, births, packed_grads, stochastic)
+    check_adamw(weights, grads, indices, offsets, counts, exp_avg, exp_avg_sq, steps, lr, master, births, inv_scale, found_inf,
+                packed_grads, stochastic)  # fmt: skip
     if validate:
         check_segments(weights, indices, offsets, counts)
     if not weights:
@@ -135,8 +132,9 @@ def _sparse_adamw_op(
 
 @_sparse_adamw_op.register_fake
 def _(weights, grads, indices, offsets, counts, exp_avg, exp_avg_sq, steps, lr, master=None, births=None, inv_scale=None,
-      found_inf=None, **options):  # fmt: skip
-    return None
+      found_inf=None, *, packed_grads=False, stochastic=False, **options):  # fmt: skip
+    check_adamw(weights, grads, indices, offsets, counts, exp_avg, exp_avg_sq, steps, lr, master, births, inv_scale, found_inf,
+                packed_grads, stochastic)  # fmt: skip
 
 
 def packed_gather(
@@ -156,8 +154,7 @@ def packed_gather(
 )
 def _packed_gather_op(source, indices, *, dtype=None, validate=False, backend=None):
     dtype = dtype or source.dtype
-    check_pair(source, indices, "source")
-    require(dtype in WEIGHT_DTYPES, f"dtype must be float32, bfloat16 or float16, got {dtype}", TypeError)
+    check_gather(source, indices, dtype)
     if validate:
         check_index_list(indices, source.numel(), "indices")
     name = dispatch.choose(backend, indices.device, "packed_gather")
@@ -170,6 +167,7 @@ def _packed_gather_op(source, indices, *, dtype=None, validate=False, backend=No
 
 @_packed_gather_op.register_fake
 def _(source, indices, *, dtype=None, validate=False, backend=None):
+    check_gather(source, indices, dtype or source.dtype)
     return torch.empty(indices.shape, dtype=dtype or source.dtype, device=indices.device)
 
 
@@ -187,10 +185,7 @@ def packed_scatter_(
     schema="(Tensor(a!) dest, Tensor indices, Tensor values, *, bool validate=False, str? backend=None) -> ()",
 )
 def _packed_scatter_op(dest, indices, values, *, validate=False, backend=None):
-    check_pair(dest, indices, "dest")
-    check_pair(values, indices, "values")
-    require(dest.is_contiguous(), f"dest must be contiguous, got strides {dest.stride()}")
-    require(values.shape == indices.shape, f"values has shape {tuple(values.shape)}, indices {tuple(indices.shape)}")
+    check_scatter(dest, indices, values)
     if validate:
         check_index_list(indices, dest.numel(), "indices")
     name = dispatch.choose(backend, indices.device, "packed_scatter_")
@@ -201,7 +196,7 @@ def _packed_scatter_op(dest, indices, values, *, validate=False, backend=None):
 
 @_packed_scatter_op.register_fake
 def _(dest, indices, values, *, validate=False, backend=None):
-    return None
+    check_scatter(dest, indices, values)
 
 
 def packed_migrate(
@@ -231,18 +226,10 @@ def packed_migrate(
     "bool validate=False, str? backend=None) -> Tensor",
 )
 def _packed_migrate_op(values, old_indices, new_indices, fill_values=None, *, fill=0.0, validate=False, backend=None):
-    supported = (*MOMENT_DTYPES, torch.int32)
-    require(values.dtype in supported, f"values must be float32, bfloat16 or int32, got {values.dtype}", TypeError)
-    require(values.shape == old_indices.shape,
-            f"values has shape {tuple(values.shape)}, old_indices {tuple(old_indices.shape)}")  # fmt: skip
-    for tensor, label in ((old_indices, "old_indices"), (new_indices, "new_indices")):
-        check_pair(values, tensor, "values", label, dtypes=supported)
-        if validate:
-            check_index_list(tensor, 2**31, label)
-    if fill_values is not None:
-        require(fill_values.shape == new_indices.shape and fill_values.dtype == values.dtype,
-                f"fill_values must be {values.dtype} of shape {tuple(new_indices.shape)}, got {fill_values.dtype} of "
-                f"{tuple(fill_values.shape)}")  # fmt: skip
+    check_migrate(values, old_indices, new_indices, fill_values)
+    if validate:
+        check_index_list(old_indices, 2**31, "old_indices")
+        check_index_list(new_indices, 2**31, "new_indices")
     name = dispatch.choose(backend, values.device, "packed_migrate")
     if name == "reference":
         return reference.packed_migrate_ref(values, old_indices, new_indices, fill, fill_values)
@@ -256,6 +243,7 @@ def _packed_migrate_op(values, old_indices, new_indices, fill_values=None, *, fi
 
 @_packed_migrate_op.register_fake
 def _(values, old_indices, new_indices, fill_values=None, *, fill=0.0, validate=False, backend=None):
+    check_migrate(values, old_indices, new_indices, fill_values)
     return torch.empty(new_indices.shape, dtype=values.dtype, device=values.device)
 
 
@@ -285,8 +273,7 @@ def packed_l2_norm(
     "str? backend=None) -> Tensor",
 )
 def _packed_l2_norm_op(grads, indices, offsets, counts, *, packed_grads=False, validate=False, backend=None):
-    check_arena(grads, indices, offsets, counts, "grads")
-    check_grads(grads, grads, counts, packed_grads)
+    check_norm(grads, indices, offsets, counts, packed_grads)
     if validate and not packed_grads:
         check_segments(grads, indices, offsets, counts)
     name = dispatch.choose(backend, indices.device, "packed_l2_norm")
@@ -298,6 +285,7 @@ def _packed_l2_norm_op(grads, indices, offsets, counts, *, packed_grads=False, v
 
 @_packed_l2_norm_op.register_fake
 def _(grads, indices, offsets, counts, *, packed_grads=False, validate=False, backend=None):
+    check_norm(grads, indices, offsets, counts, packed_grads)
     return torch.empty((), dtype=torch.float32, device=indices.device)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import ops, options
+from . import dispatch, ops, options
 from .checks import check_finite, check_gradient, check_index_list, require
 from .dense import dense_adamw_
 from .masks import principal_indices, random_indices
@@ -77,7 +77,8 @@ class LiftAdamW(Optimizer):
         require(callable(selection) or selection in options.SELECTIONS,
                 f"selection must be one of {', '.join(options.SELECTIONS)} or a callable, got {selection!r}")  # fmt: skip
         require(max_grad_norm is None or max_grad_norm > 0, f"max_grad_norm must be positive or None, got {max_grad_norm}")
-        ops.check_backend(backend)
+        require(backend is None or backend in dispatch.NAMES,
+                f"unknown backend {backend!r}; choose one of {', '.join(dispatch.NAMES)}")  # fmt: skip
         self.max_grad_norm, self.selection, self.seed, self.backend = max_grad_norm, selection, seed, backend
         self.grad_norm: Tensor | None = None  # norm over trained entries at the last step, when it was needed for clipping
         self._reset_arenas()
@@ -98,11 +99,13 @@ class LiftAdamW(Optimizer):
             options.check_group(group)
             for parameter, name in self._named(group):
                 if options.is_sparse(parameter, group):
+                    if self.backend is not None:
+                        dispatch.choose(self.backend, parameter.device, "sparse_adamw_")
                     options.check_lift_parameter(parameter, group, name)
                     if group["lift"] is None and options.looks_like_embedding(name):
                         logger.warning("%s looks like an embedding or a head, which LIFT leaves out; use lift_param_groups(model), "
                                        "or say lift=True or lift=False in its group", name)  # fmt: skip
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RuntimeError):
             self.param_groups.pop()
             raise
 
@@ -183,7 +186,7 @@ class LiftAdamW(Optimizer):
         device = arena.indices.device
         inv_scale, found_inf = (None if t is None else t.to(device, non_blocking=True).reshape(()) for t in (inv_scale, found_inf))
         arena.regather_masters(rows)
-        steps = arena.advance(rows, found_inf)
+        steps = arena.next_steps(rows, found_inf)
         grads, offsets, counts = self._arguments(arena, rows)
         ops.sparse_adamw_(
             [arena.weights[row] for row in rows], grads, arena.indices, offsets, counts, arena.exp_avg, arena.exp_avg_sq, steps,
@@ -191,7 +194,7 @@ class LiftAdamW(Optimizer):
             births=arena.births, inv_scale=inv_scale, found_inf=found_inf, maximize=group["maximize"],
             stochastic=group["rounding"] == "stochastic", seed=self.seed, backend=self.backend,
         )  # fmt: skip
-        arena.mark_written(rows)
+        arena.written(rows, steps)
 
     # ---- masks ------------------------------------------------------------------------------------------------------------
 
@@ -320,8 +323,7 @@ class LiftAdamW(Optimizer):
         groups = [g for g in self.param_groups for _ in g["params"]]
         self._reset_arenas()
         self._adopt([
-            (parameters[i], groups[i], names[i], {k: v for k, v in entry.items() if k != "shape"})
-            for i, entry in state_dict["state"].items() if sparse[i]
+            (parameters[i], groups[i], names[i], entry) for i, entry in state_dict["state"].items() if sparse[i]
         ])  # fmt: skip
 
     def _all_parameters(self) -> list[Tensor]:

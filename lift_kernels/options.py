@@ -12,6 +12,7 @@ from torch import Tensor
 from .checks import MOMENT_DTYPES, check_matrix, require
 from .lowrank import check_rank
 from .masks import entry_count
+from .scalars import last_age
 
 DEFAULT_RANK = 64
 SELECTIONS = ("principal", "random")
@@ -33,6 +34,8 @@ def check_group(group: dict[str, Any]) -> None:
             f"refresh_interval must be a number of steps or None, got {interval!r}")  # fmt: skip
     bias, master, rounding = group["bias_correction"], group["master"], group["rounding"]
     require(bias in ("global", "per_entry"), f"bias_correction must be 'global' or 'per_entry', got {bias!r}")
+    if bias == "per_entry":
+        last_age(*betas)
     require(master in ("fp32", None), f"master must be 'fp32' or None, got {master!r}")
     require(rounding in ("nearest", "stochastic"), f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
     require(rounding == "nearest" or master is None, "rounding='stochastic' needs master=None: a master is rounded to nearest")

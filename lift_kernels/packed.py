@@ -81,15 +81,20 @@ class PackedState:
         """The arena positions of matrix i."""
         return slice(self.offsets[i], self.offsets[i] + self.counts[i])
 
-    def advance(self, rows: Sequence[int], found_inf: Tensor | None = None) -> Tensor:
-        """Count one more step for the matrices ``rows`` unless ``found_inf`` is non-zero; returns their counts."""
+    def next_steps(self, rows: Sequence[int], found_inf: Tensor | None = None) -> Tensor:
+        """(len(rows),) fp32 step counts with the coming update counted, unless a non-zero ``found_inf`` will skip it."""
         count = 1.0 if found_inf is None else (found_inf == 0).to(torch.float32)
-        if list(rows) == list(range(len(self.weights))):
-            return self.steps.add_(count)
-        chosen = self._row_tensor(tuple(rows))
-        counts = self.steps[chosen] + count
-        self.steps[chosen] = counts
-        return counts
+        return self._of(rows) + count
+
+    def written(self, rows: Sequence[int], steps: Tensor) -> None:
+        """Note that the weights of ``rows`` were updated: their step counts, and that they hold what their masters say."""
+        if self._is_all(rows):
+            self.steps.copy_(steps)
+        else:
+            self.steps[self._row_tensor(tuple(rows))] = steps
+        if self.master is not None:
+            for row in rows:
+                self._mark(row)
 
     def migrate(self, rows: Sequence[int], lists: Sequence[Tensor], *, backend: str | None = None) -> None:
         """Give the matrices ``rows`` new index lists (paper section 3.2): entries that stay keep moments, master and age.
@@ -126,11 +131,11 @@ class PackedState:
                 self.master[segment] = torch.where(kept, self.master[segment], values.float())
             self._mark(row)
 
-    def mark_written(self, rows: Sequence[int]) -> None:
-        """Note that the weights of ``rows`` hold what their masters say."""
-        if self.master is not None:
-            for row in rows:
-                self._mark(row)
+    def _of(self, rows: Sequence[int]) -> Tensor:
+        return self.steps if self._is_all(rows) else self.steps[self._row_tensor(tuple(rows))]
+
+    def _is_all(self, rows: Sequence[int]) -> bool:
+        return list(rows) == list(range(len(self.weights)))
 
     def _row_tensor(self, rows: tuple[int, ...]) -> Tensor:
         """``rows`` on the device, kept, so that a step uploads nothing and can be captured."""

@@ -23,7 +23,7 @@ def adamw_scalars(steps: Tensor, lr: Tensor, beta1: float, beta2: float, weight_
 
     With ``per_entry`` the corrections come from `bias_table`, so the first two columns are lr and 1.
     """
-    step, lr = steps.double(), lr.to(torch.float64)
+    step, lr = steps.double(), lr.to(torch.float64).reshape(())
     table = torch.empty(steps.numel(), 3, dtype=torch.float32, device=steps.device)
     table[:, 0] = lr if per_entry else lr / (1 - beta1**step)
     table[:, 1] = 1.0 if per_entry else (1 - beta2**step).rsqrt()
@@ -37,16 +37,21 @@ def stochastic_keys(steps: Tensor, seed: int) -> Tensor:
     return torch.where(key >= 2**31, key - 2**32, key).to(torch.int32)
 
 
-@functools.lru_cache(maxsize=16)
-def bias_table(beta1: float, beta2: float, device: torch.device) -> Tensor:
-    """(2, T + 1) fp32: 1/bc1 and 1/sqrt(bc2) for an entry's age 0..T; beyond T both corrections are 1 in fp32.
+def last_age(beta1: float, beta2: float) -> int:
+    """The age from which both bias corrections are 1 in fp32.
 
-    Raises ValueError when the betas are so close to 1 that the table would pass `MAX_AGE` entries.
+    Raises ValueError when the betas are so close to 1 that it lies beyond `MAX_AGE`.
     """
     beta = max(beta1, beta2)
-    last = 1 if beta == 0 else math.ceil(math.log(2.0**-26) / math.log(beta)) + 1
-    if last > MAX_AGE:
-        raise ValueError(f"bias_correction='per_entry' needs betas up to 0.999999, got ({beta1}, {beta2}); use 'global'")
-    age = torch.arange(last + 1, dtype=torch.float64, device=device)
+    age = 1 if beta == 0 else math.ceil(math.log(2.0**-26) / math.log(beta)) + 1
+    if age > MAX_AGE:
+        raise ValueError(f"bias_correction='per_entry' needs betas up to 0.999998, got ({beta1}, {beta2}); use 'global'")
+    return age
+
+
+@functools.lru_cache(maxsize=16)
+def bias_table(beta1: float, beta2: float, device: torch.device) -> Tensor:
+    """(2, T + 1) fp32: 1/bc1 and 1/sqrt(bc2) for an entry's age 0..T, T = `last_age`."""
+    age = torch.arange(last_age(beta1, beta2) + 1, dtype=torch.float64, device=device)
     age[0] = 1  # age 0 never occurs in a step; 1 keeps the table finite
     return torch.stack([(1 - beta1**age).reciprocal(), (1 - beta2**age).rsqrt()]).float()
