@@ -27,7 +27,7 @@ def dense_adamw_(
             state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device), **moments}
     grads: list[Any] = [p.grad for p in parameters]
     if inv_scale is not None:
-        grads = [grad * inv_scale.to(grad.device, grad.dtype) for grad in grads]
+        grads = [_scaled(grad, inv_scale) for grad in grads]
     states = [state[p] for p in parameters]
     fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
     adamw(
@@ -36,3 +36,9 @@ def dense_adamw_(
         found_inf=found_inf if fused else None, amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
         weight_decay=group["weight_decay"], eps=group["eps"], maximize=group["maximize"],
     )  # fmt: skip
+
+
+def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """The product formed in fp32 at least: a factor of 2^-16 has few digits left in fp16."""
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    return (grad.to(wide) * factor.to(grad.device)).to(grad.dtype)

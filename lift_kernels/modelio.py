@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .settings import UserError
@@ -91,22 +92,24 @@ def load_model(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
         model = AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype, use_safetensors=True, **options)
-    except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        remedy = "check the name and the network" if "from the Hugging Face hub" in source.description else "check it"
-        raise UserError(f"cannot load {source.description}: {reason[:300]} ({remedy})") from error
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        reason = " ".join(str(error).split()).split(". ")[0][:300]  # the first sentence of sometimes many
+        hub = source.description.endswith("from the Hugging Face hub")
+        remedy = "check the name and the network" if hub else "the files are damaged or not of a causal language model"
+        raise UserError(f"cannot load {source.description}: {reason}; {remedy}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {source.description} has no end-of-text token; add one to its configuration")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if source.gguf_file:
+        # The weights are dequantized now. Left in place, these make Trainer refuse and a saved model fail to load.
+        del model.config.quantization_config
+        for name, value in (("hf_quantizer", None), ("is_quantized", False)):
+            setattr(model, name, value)
     return model, tokenizer
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write safetensors, configuration and tokenizer to ``folder``."""
-    # After a GGUF file these claim that the weights are still quantized, which the saved ones are not.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-        model.hf_quantizer = None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

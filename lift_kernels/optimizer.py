@@ -48,7 +48,7 @@ class LiftAdamW(Optimizer):
 
     _arenas: dict[tuple, PackedState]  # by device, dtypes and form of state
     _places: dict[Tensor, tuple[PackedState, int]]  # where each matrix lies
-    _skipped: Tensor | None  # sum of found_inf since the schedule was last settled
+    _skipped: dict[int, Tensor | int]  # by id of the group: steps that found_inf skipped, not yet settled
     _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf, no host synchronization
 
     def __init__(
@@ -130,11 +130,11 @@ class LiftAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for p, _, name in self._sparse_parameters():
-            if p.grad is not None:
-                check_gradient(p.grad, p, name)
+        self._check_gradients()
         self._make_first_masks()
         jobs = self._sparse_jobs()
+        for arena, _, rows in jobs:
+            arena.check_weights(rows)
         dense = [
             (g, [p for p in g["params"] if p.grad is not None and not options.is_sparse(p, g)]) for g in self.param_groups
         ]
@@ -147,6 +147,12 @@ class LiftAdamW(Optimizer):
                 dense_adamw_(parameters, self.state, group, inv_scale, found_inf)
         self._count_step([group for _, group, _ in jobs], found_inf)
         return loss
+
+    def _check_gradients(self) -> None:
+        for group in self.param_groups:
+            for p, name in self._named(group):
+                if p.grad is not None:
+                    check_gradient(p.grad, p, name, sparse=options.is_sparse(p, group))
 
     @staticmethod
     def _arguments(arena: PackedState, rows: list[int]) -> tuple[list[Tensor], list[int], list[int]]:
@@ -204,6 +210,7 @@ class LiftAdamW(Optimizer):
 
         Raises ValueError, naming the parameter, for non-finite weights; no mask is changed then.
         """
+        self._settle_skipped()
         if not self._make_first_masks():
             self._refresh(self.param_groups)
 
@@ -268,10 +275,10 @@ class LiftAdamW(Optimizer):
     def _count_step(self, groups: list[dict[str, Any]], found_inf: Tensor | None) -> None:
         """Advance the refresh schedule; a step that found_inf skipped does not count."""
         groups = list({id(g): g for g in groups}.values())
-        if found_inf is not None:
-            self._skipped = found_inf.detach().clone() if self._skipped is None else self._skipped + found_inf
         for group in groups:
             group["steps_since_refresh"] += 1
+            if found_inf is not None:  # GradScaler adds up the flags of all devices
+                self._skipped[id(group)] = self._skipped.get(id(group), 0) + (found_inf != 0).int()
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return  # a graph replays kernels, not this schedule: refresh by hand between replays
         if any(self._due(group) for group in groups):
@@ -286,10 +293,8 @@ class LiftAdamW(Optimizer):
 
     def _settle_skipped(self) -> None:
         """Take skipped steps off the schedule: the one place that reads found_inf back, when a refresh or a save is due."""
-        if self._skipped is not None:
-            skipped, self._skipped = int(self._skipped), None
-            for group in self.param_groups:
-                group["steps_since_refresh"] = max(0, group["steps_since_refresh"] - skipped)
+        for group in self.param_groups:
+            group["steps_since_refresh"] -= int(self._skipped.pop(id(group), 0))
 
     # ---- state ------------------------------------------------------------------------------------------------------------
 
@@ -330,7 +335,7 @@ class LiftAdamW(Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _reset_arenas(self) -> None:
-        self._arenas, self._places, self._skipped = {}, {}, None
+        self._arenas, self._places, self._skipped = {}, {}, {}
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle_skipped()

@@ -15,6 +15,11 @@ from .masks import entry_count
 from .scalars import last_age
 
 DEFAULT_RANK = 64
+OPTIONS = frozenset({
+    "lr", "betas", "eps", "weight_decay", "rank", "density", "budget_rank", "refresh_interval", "bias_correction", "master",
+    "rounding", "state_dtype", "capturable", "maximize", "lift", "steps_since_refresh",
+})  # fmt: skip
+"""What every group holds beside its parameters."""
 SELECTIONS = ("principal", "random")
 _EMBEDDING = re.compile(r"(^|\.)(embed\w*|wte|wpe|lm_head|word_embeddings|shared)(\.|$)")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .checks import check_index_list, require
+from .checks import check_index_list, check_matrix, require
 
 logger = logging.getLogger("lift_kernels")
 
@@ -39,6 +39,7 @@ class PackedState:
         self.exp_avg_sq = torch.zeros(0, dtype=state_dtype, device=device)
         self.master = torch.zeros(0, dtype=torch.float32, device=device) if master else None
         self.births = torch.zeros(0, dtype=torch.int32, device=device) if births else None
+        self._dtypes: list[torch.dtype] = []  # of the weights when they came in
         self._row_tensors: dict[tuple[int, ...], Tensor] = {}
         self._seen: list[tuple[int, int]] = []  # (address, version) of each weight when its master was last right
 
@@ -58,6 +59,7 @@ class PackedState:
         size = self.indices.numel()
         for weight, entry, name in zip(weights, entries, names):
             self.weights.append(weight)
+            self._dtypes.append(weight.dtype)
             self.names.append(name)
             self.offsets.append(size)
             self.counts.append(entry["indices"].numel())
@@ -95,6 +97,15 @@ class PackedState:
         if self.master is not None:
             for row in rows:
                 self._mark(row)
+
+    def check_weights(self, rows: Sequence[int]) -> None:
+        """Raise, naming the parameter, unless the weights still have the form that this state was made for."""
+        for row in rows:
+            weight, name, dtype = self.weights[row], self.names[row], self._dtypes[row]
+            if weight.dtype != dtype or weight.device != self.indices.device or not weight.is_contiguous():
+                check_matrix(weight, name)
+                raise TypeError(f"{name}: the weight became {weight.dtype} on {weight.device} after the optimizer had taken it as "
+                                f"{dtype} on {self.indices.device}; make the optimizer after converting the model")  # fmt: skip
 
     def migrate(self, rows: Sequence[int], lists: Sequence[Tensor], *, backend: str | None = None) -> None:
         """Give the matrices ``rows`` new index lists (paper section 3.2): entries that stay keep moments, master and age.
@@ -182,10 +193,14 @@ class PackedState:
                 arena[segment] = ops.packed_gather(weight.detach(), self.indices[segment], dtype=torch.float32)
             elif name == "births":
                 arena[segment] = self.steps[i].to(torch.int32)
-        self._mark(i)
+        if "master" not in entry:  # a given master may be older than the weight: the next step compares them
+            self._mark(i)
 
     def _check_entry(self, weight: Tensor, entry: dict[str, Tensor], name: str) -> None:
         indices = entry["indices"]
+        check_matrix(weight, name)
+        require(weight.device == self.indices.device,
+                f"{name}: the weight is on {weight.device}, the state on {self.indices.device}")  # fmt: skip
         check_index_list(indices, weight.numel(), name)
         for key in self.arenas():
             value = entry.get(key)

@@ -5,11 +5,12 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import evaluation, wordproblems
+from . import encoding, evaluation, wordproblems
+from .encoding import Example
 from .settings import Settings, UserError
 from .wordproblems import Problem
 
-SHOTS = 4  # worked examples in front of an evaluation prompt
+SHOTS = 4  # worked examples in front of an evaluation prompt, and the most problems in a training sequence
 
 
 def read_problems(path: str | Path) -> list[Problem]:
@@ -29,12 +30,12 @@ def read_problems(path: str | Path) -> list[Problem]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
-        pair = [row.get(key) for key in ("question", "answer")] if isinstance(row, dict) else []
-        if len(pair) != 2 or not all(isinstance(text, str) and text.strip() for text in pair):
+        question, answer = (row.get("question"), row.get("answer")) if isinstance(row, dict) else (None, None)
+        if not (isinstance(question, str) and question.strip() and isinstance(answer, str) and answer.strip()):
             raise UserError(f'{path}, line {number}: needs an object with the strings "question" and "answer"')
-        if evaluation.extract_number(pair[1]) is None:
+        if evaluation.extract_number(answer) is None:
             raise UserError(f"{path}, line {number}: the answer holds no number to compare with")
-        problems.setdefault(" ".join(pair[0].split()), Problem(*pair))
+        problems.setdefault(" ".join(question.split()), Problem(question, answer))
     return list(problems.values())
 
 
@@ -57,14 +58,25 @@ def choose_problems(settings: Settings) -> tuple[list[Problem], list[Problem], l
     return train, heldout, shots, f"{origin}: {len(train)} for training, {len(heldout)} held out"
 
 
-def fitting(
-    tokenizer, problems: Sequence[Problem], max_length: int, part: str
-) -> tuple[list[Problem], list[dict[str, list[int]]]]:
+def fitting(tokenizer, problems: Sequence[Problem], max_length: int, part: str) -> tuple[list[Problem], list[Example]]:
     """The problems of at most ``max_length`` tokens and their encodings. Raises UserError when none is left."""
-    encoded = [evaluation.encode(tokenizer, problem) for problem in problems]
+    encoded = [encoding.encode(tokenizer, problem) for problem in problems]
     kept = [(p, e) for p, e in zip(problems, encoded, strict=True) if len(e["input_ids"]) <= max_length]
     if not kept:
         raise UserError(f"no {part} problem has at most {max_length} tokens; raise --max-length")
     if len(kept) < len(problems):
         print(f"{len(problems) - len(kept)} {part} problems have more than {max_length} tokens and are left out")
     return [p for p, _ in kept], [e for _, e in kept]
+
+
+def training_sequences(tokenizer, examples: Sequence[Example], batch_size: int) -> tuple[list[Example], int]:
+    """Join the examples into sequences of up to SHOTS problems; returns them and how many make a batch.
+
+    Trained on single problems only, the model is thrown off by the worked examples of a few-shot prompt.
+    Raises UserError when the examples do not fill one batch.
+    """
+    if len(examples) < batch_size:
+        raise UserError(f"{len(examples)} training problems do not fill a batch of {batch_size}; lower --batch-size")
+    each = max(n for n in range(1, SHOTS + 1) if batch_size % n == 0)
+    chunks = [examples[i : i + each] for i in range(0, len(examples) - each + 1, each)]
+    return [encoding.join(tokenizer, chunk) for chunk in chunks], batch_size // each

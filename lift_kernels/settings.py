@@ -24,7 +24,7 @@ class Settings:
     rank: int = 64
     budget_rank: int | None = None
     refresh_interval: int = 25
-    steps: int = 80
+    steps: int = 60
     lr: float | None = None
     batch_size: int = 8
     max_length: int = 512

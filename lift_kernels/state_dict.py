@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .checks import MOMENT_DTYPES, check_index_list, require
+from .options import OPTIONS, check_group
 
 VERSION = 1
 """Of the saved form; stored with each matrix, where every tool that moves optimizer state about keeps it."""
@@ -25,11 +26,19 @@ def check_state_dict(state_dict: dict[str, Any], parameters: list[Tensor], spars
             f"a state dict holds 'state' and 'param_groups', got {sorted(state_dict)}")  # fmt: skip
     saved = sum(len(group["params"]) for group in state_dict["param_groups"])
     require(saved == len(parameters), f"the state dict is of a model with {saved} parameters, this optimizer has {len(parameters)}")
+    for group in state_dict["param_groups"]:
+        missing = sorted(OPTIONS - group.keys())
+        require(not missing, f"a group of the state dict lacks {', '.join(missing)}; was it saved by another optimizer?")
+        check_group(group)
     for i, entry in state_dict["state"].items():
         require(0 <= i < len(parameters), f"the state dict has an entry for parameter {i} of {len(parameters)}")
         p, name = parameters[i], names[i]
         if not sparse[i]:
             require("indices" not in entry, f"{name}: the state dict holds a LIFT mask, but this parameter is trained densely")
+            for key in ("exp_avg", "exp_avg_sq"):
+                held = tuple(entry[key].shape) if key in entry else tuple(p.shape)
+                require(held == tuple(p.shape),
+                        f"{name}: {key} of the state dict has shape {held}, this parameter {tuple(p.shape)}")  # fmt: skip
             continue
         require("indices" in entry, f"{name}: the state dict holds no index list; was it saved by another optimizer?")
         version = entry.get("version", VERSION)
@@ -38,6 +47,9 @@ def check_state_dict(state_dict: dict[str, Any], parameters: list[Tensor], spars
         shape = tuple(entry.get("shape", p.shape))
         require(shape == tuple(p.shape), f"{name}: the state dict is of a matrix of shape {shape}, this one is {tuple(p.shape)}")
         check_index_list(entry["indices"], p.numel(), name)
+        require("step" in entry, f"{name}: the state dict holds no step")
+        step = torch.as_tensor(entry["step"])
+        require(step.numel() == 1, f"{name}: step must be one number, got shape {tuple(step.shape)}")
         for key, dtypes in {"exp_avg": MOMENT_DTYPES, "exp_avg_sq": MOMENT_DTYPES, "master": (torch.float32,),
                             "births": (torch.int32,)}.items():  # fmt: skip
             value = entry.get(key)

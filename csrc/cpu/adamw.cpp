@@ -1,10 +1,12 @@
 // The sparse AdamW step on the CPU.
 //
-// Blocks of 256 entries pass three stages: gather the weight and gradient entries into buffers that stay in L1, update them
-// with plain vector loops, scatter the weights. The gathers touch far more lines than the arithmetic costs, so the lines of
-// a block a little ahead are prefetched while the current one is worked on.
+// Entries pass in blocks of kBlock: gather their weights and gradients into buffers that stay in L1, update them with plain
+// vector loops, scatter the weights. What counts is how many of the scattered cache lines are on their way at once:
+// - They are prefetched kAhead blocks early, across the ends of matrices, and into L2: a core follows about 24 misses of L1 but
+//   many more of L2.
+// - The hints are dealt out over the gather loop (gradients) and the scatter loop (weights). In one burst they would fill
+//   the queue and stall the loop that gives them.
 #include <algorithm>
-#include <vector>
 
 #include "../launchers.h"
 #include "elements.h"
@@ -13,61 +15,111 @@
 namespace lift {
 namespace {
 
-constexpr int kBlock = 256;
-constexpr int64_t kChunk = 8192;   // entries a task handles; a multiple of kBlock
-constexpr int64_t kAhead = 256;    // entries between the block in work and the lines being prefetched
+constexpr int kBlock = 128;
+constexpr int64_t kAhead = 8;  // blocks
+constexpr int kL2 = 2;         // "locality" of __builtin_prefetch
 
 struct Scalars {
-  float one_minus_beta1, beta2, one_minus_beta2, eps, decay;
+  float one_minus_beta1, beta2, one_minus_beta2, eps, decay, grad_factor;
 };
 
-// w, m, v <- AdamW(g); step_size and inv_sqrt_bc2 are constant over the block.
-LIFT_CLONES void update(float* __restrict w, float* __restrict m, float* __restrict v, const float* __restrict g, int n,
+struct Moments {
+  float m, v;
+};
+
+// Updates the stored moments of one entry; returns the new ones as they were before rounding.
+template <class M, class MS = typename M::Storage>
+[[gnu::always_inline]] inline Moments update_moments(MS& m_stored, MS& v_stored, float g, Scalars s) {
+  // torch's lerp: exact at both ends, so that beta1 = 0 leaves the gradient itself.
+  const float m_old = M::widen(m_stored);
+  const bool near = s.one_minus_beta1 < 0.5f;
+  const float m = (near ? m_old : g) + (near ? s.one_minus_beta1 : s.one_minus_beta1 - 1.0f) * (g - m_old);
+  const float v = s.beta2 * M::widen(v_stored) + s.one_minus_beta2 * g * g;
+  m_stored = M::round(m);
+  v_stored = M::round(v);
+  return {m, v};
+}
+
+// One step of w and the moments; step_size and inv_sqrt_bc2 are constant over the block.
+template <class M, class MS = typename M::Storage>
+LIFT_CLONES void update(float* __restrict w, MS* __restrict m_stored, MS* __restrict v_stored, const float* __restrict g, int n,
                         Scalars s, float step_size, float inv_sqrt_bc2) {
   for (int j = 0; j < n; ++j) {
-    m[j] = m[j] + s.one_minus_beta1 * (g[j] - m[j]);
-    v[j] = s.beta2 * v[j] + s.one_minus_beta2 * g[j] * g[j];
-    const float denom = __builtin_sqrtf(v[j]) * inv_sqrt_bc2 + s.eps;
-    w[j] = w[j] * s.decay - step_size * m[j] / denom;
+    const Moments now = update_moments<M>(m_stored[j], v_stored[j], g[j] * s.grad_factor, s);
+    w[j] = w[j] * s.decay - step_size * now.m / (__builtin_sqrtf(now.v) * inv_sqrt_bc2 + s.eps);
   }
 }
 
 // The same with the bias corrections of each entry's own age.
-LIFT_CLONES void update_per_entry(float* __restrict w, float* __restrict m, float* __restrict v, const float* __restrict g,
-                                  int n, Scalars s, float lr, const float* __restrict inv_bc1,
+template <class M, class MS = typename M::Storage>
+LIFT_CLONES void update_per_entry(float* __restrict w, MS* __restrict m_stored, MS* __restrict v_stored,
+                                  const float* __restrict g, int n, Scalars s, float lr, const float* __restrict inv_bc1,
                                   const float* __restrict inv_sqrt_bc2) {
   for (int j = 0; j < n; ++j) {
-    m[j] = m[j] + s.one_minus_beta1 * (g[j] - m[j]);
-    v[j] = s.beta2 * v[j] + s.one_minus_beta2 * g[j] * g[j];
-    const float denom = __builtin_sqrtf(v[j]) * inv_sqrt_bc2[j] + s.eps;
-    w[j] = w[j] * s.decay - lr * inv_bc1[j] * m[j] / denom;
+    const Moments now = update_moments<M>(m_stored[j], v_stored[j], g[j] * s.grad_factor, s);
+    w[j] = w[j] * s.decay - lr * inv_bc1[j] * now.m / (__builtin_sqrtf(now.v) * inv_sqrt_bc2[j] + s.eps);
   }
 }
 
-LIFT_CLONES void scale(float* __restrict x, int n, float factor) {
-  for (int j = 0; j < n; ++j) x[j] *= factor;
+template <class T, class TS = typename T::Storage>
+LIFT_CLONES void widen(const TS* __restrict from, float* __restrict to, int n) {
+  for (int j = 0; j < n; ++j) to[j] = T::widen(from[j]);
 }
 
-LIFT_CLONES void widen(const uint16_t* __restrict from, float* __restrict to, int n, BF16) {
-  for (int j = 0; j < n; ++j) to[j] = BF16::widen(from[j]);
-}
-LIFT_CLONES void widen(const uint16_t* __restrict from, float* __restrict to, int n, F16) {
-  for (int j = 0; j < n; ++j) to[j] = F16::widen(from[j]);
-}
-LIFT_CLONES void widen(const float* __restrict from, float* __restrict to, int n, F32) {
-  for (int j = 0; j < n; ++j) to[j] = from[j];
-}
-LIFT_CLONES void round_all(const float* __restrict from, uint16_t* __restrict to, int n, BF16) {
-  for (int j = 0; j < n; ++j) to[j] = BF16::round(from[j]);
-}
-LIFT_CLONES void round_all(const float* __restrict from, uint16_t* __restrict to, int n, F16) {
-  for (int j = 0; j < n; ++j) to[j] = F16::round(from[j]);
-}
-LIFT_CLONES void round_all(const float* __restrict from, float* __restrict to, int n, F32) {
-  for (int j = 0; j < n; ++j) to[j] = from[j];
+template <class T, class TS = typename T::Storage>
+LIFT_CLONES void round_nearest(const float* __restrict from, TS* __restrict to, int n) {
+  for (int j = 0; j < n; ++j) to[j] = T::round(from[j]);
 }
 
-// Arrays of this many entries on the stack of a task.
+// `position` is the arena position of the first entry.
+template <class T, class TS = typename T::Storage>
+LIFT_CLONES void round_stochastic(const float* __restrict from, TS* __restrict to, int n, uint32_t position, uint32_t key) {
+  for (int j = 0; j < n; ++j) to[j] = Stochastic<T>::round(from[j], counter_hash(counter_hash(position + uint32_t(j)) ^ key));
+}
+
+// work(j) for j < n, and beside it hint(j) for j < hints.
+template <class Work, class Hint>
+inline void interleave(int n, const Work& work, int hints, const Hint& hint) {
+  const int both = std::min(n, hints);
+  for (int j = 0; j < both; ++j) {
+    hint(j);
+    work(j);
+  }
+  for (int j = both; j < n; ++j) work(j);
+  for (int j = both; j < hints; ++j) hint(j);
+}
+
+// Entries at .. at + n of a segment's list.
+struct Block {
+  const Segment* segment;
+  int64_t at;
+  int n;
+};
+
+int64_t blocks_of(const Segment& segment) { return (segment.count + kBlock - 1) / kBlock; }
+
+// Walks over the blocks of all segments, from the one numbered `first`.
+class Cursor {
+ public:
+  Cursor(const Segment* segments, int64_t first) : segment_(segments) {
+    for (; first >= blocks_of(*segment_); ++segment_) first -= blocks_of(*segment_);
+    at_ = first * kBlock;
+  }
+
+  // The caller knows that there is one more.
+  Block next() {
+    for (; at_ >= segment_->count; ++segment_) at_ = 0;
+    const Block block{segment_, at_, int(std::min<int64_t>(kBlock, segment_->count - at_))};
+    at_ += kBlock;
+    return block;
+  }
+
+ private:
+  const Segment* segment_;
+  int64_t at_;
+};
+
+// kBlock entries on the stack.
 template <class T>
 struct Buffer {
   alignas(64) T data[kBlock];
@@ -80,107 +132,100 @@ class Step {
   using MS = typename M::Storage;
 
  public:
-  Step(const Segment& segment, const AdamW& adamw) : s_(segment), a_(adamw) {}
+  explicit Step(const AdamW& adamw) : a_(adamw) {}
 
-  // Entries begin .. end of the segment.
-  void run(int64_t begin, int64_t end) const {
-    prefetch(begin, std::min(begin + kAhead, end));
-    for (int64_t at = begin; at < end; at += kBlock) {
-      const int n = int(std::min<int64_t>(kBlock, end - at));
-      prefetch(at + kAhead, std::min(at + kAhead + kBlock, end));
-      block(at, n);
+  // Blocks begin .. end.
+  void run(const Segment* segments, int64_t begin, int64_t end) const {
+    Cursor ahead(segments, begin), now(segments, begin);
+    const int64_t lead = std::min(begin + kAhead, end);
+    for (int64_t b = begin; b < lead; ++b) {
+      const Block block = ahead.next();
+      const int32_t* index = index_of(block);
+      for (int j = 0; j < block.n; ++j) hint_weight(block, index, j);
+      for (int j = 0; j < block.n && !a_.packed_grads; ++j) hint_grad(block, index, j);
     }
+    for (int64_t b = begin; b < end; ++b) step(now.next(), b + kAhead < end ? ahead.next() : Block{segments, 0, 0});
   }
 
  private:
-  void prefetch(int64_t begin, int64_t end) const {
-    const int32_t* index = a_.indices + s_.offset;
-    const WS* weight = static_cast<const WS*>(s_.weight);
-    const GS* grad = static_cast<const GS*>(s_.grad);
-    for (int64_t j = begin; j < end; ++j) __builtin_prefetch(weight + index[j], 1);
-    if (a_.packed_grads) return;
-    for (int64_t j = begin; j < end; ++j) __builtin_prefetch(grad + index[j], 0);
+  const int32_t* index_of(const Block& block) const { return a_.indices + block.segment->offset + block.at; }
+
+  // Announce entry j of a block. A weight with a master is only written, but its line must be read all the same.
+  void hint_grad(const Block& block, const int32_t* index, int j) const {
+    __builtin_prefetch(static_cast<const GS*>(block.segment->grad) + index[j], 0, kL2);
+  }
+  void hint_weight(const Block& block, const int32_t* index, int j) const {
+    __builtin_prefetch(static_cast<const WS*>(block.segment->weight) + index[j], 1, kL2);
   }
 
-  void block(int64_t at, int n) const {
-    const int64_t arena = s_.offset + at;
+  void step(const Block& block, const Block& later) const {
+    const Segment& s = *block.segment;
+    const int n = block.n;
+    const int64_t arena = s.offset + block.at;
     const int32_t* index = a_.indices + arena;
-    WS* weight = static_cast<WS*>(s_.weight);
+    WS* weight = static_cast<WS*>(s.weight);
+    const GS* grad = static_cast<const GS*>(s.grad);
     Buffer<WS> w_raw;
     Buffer<GS> g_raw;
-    Buffer<float> w_buffer, g, m_buffer, v_buffer;
+    Buffer<float> w_wide, g_wide;
 
-    const GS* grad = static_cast<const GS*>(s_.grad);
-    if (a_.packed_grads) {
-      widen(grad + at, g.data, n, G{});
-    } else {
-      for (int j = 0; j < n; ++j) g_raw.data[j] = grad[index[j]];
-      widen(g_raw.data, g.data, n, G{});
-    }
-    if (a_.grad_factor != 1.0f) scale(g.data, n, a_.grad_factor);
+    const int32_t* later_index = index_of(later);
+    const auto hint_g = [&](int j) { hint_grad(later, later_index, j); };
+    const auto hint_w = [&](int j) { hint_weight(later, later_index, j); };
+    const auto gather_w = [&](int j) { w_raw.data[j] = weight[index[j]]; };
+    const auto gather_g = [&](int j) { g_raw.data[j] = grad[index[j]]; };
+    const auto gather_both = [&](int j) {
+      gather_w(j);
+      gather_g(j);
+    };
+    if (!a_.packed_grads && a_.master == nullptr) interleave(n, gather_both, later.n, hint_g);
+    else if (!a_.packed_grads) interleave(n, gather_g, later.n, hint_g);
+    else if (a_.master == nullptr) interleave(n, gather_w, 0, hint_g);
 
-    float* w = w_buffer.data;
-    if (a_.master != nullptr) {
-      w = a_.master + arena;  // the truth: the weight itself is only written
-    } else {
-      for (int j = 0; j < n; ++j) w_raw.data[j] = weight[index[j]];
-      widen(w_raw.data, w, n, W{});
-    }
-    MS* m_arena = static_cast<MS*>(a_.exp_avg) + arena;
-    MS* v_arena = static_cast<MS*>(a_.exp_avg_sq) + arena;
-    float* m = in_place(m_arena, m_buffer.data, n);
-    float* v = in_place(v_arena, v_buffer.data, n);
+    float* w = a_.master == nullptr ? widened<W>(w_raw.data, w_wide.data, n) : a_.master + arena;
+    const float* g = widened<G>(a_.packed_grads ? grad + block.at : g_raw.data, g_wide.data, n);
 
-    const Scalars scalars{a_.one_minus_beta1, a_.beta2, a_.one_minus_beta2, a_.eps, s_.decay};
+    MS* m = static_cast<MS*>(a_.exp_avg) + arena;
+    MS* v = static_cast<MS*>(a_.exp_avg_sq) + arena;
+    const Scalars scalars{a_.one_minus_beta1, a_.beta2, a_.one_minus_beta2, a_.eps, s.decay, a_.grad_factor};
     if (a_.births == nullptr) {
-      update(w, m, v, g.data, n, scalars, s_.step_size, s_.inv_sqrt_bc2);
+      update<M>(w, m, v, g, n, scalars, s.step_size, s.inv_sqrt_bc2);
     } else {
       Buffer<float> inv_bc1, inv_sqrt_bc2;
       for (int j = 0; j < n; ++j) {
-        const int64_t age = std::min<int64_t>(int64_t(s_.step) - a_.births[arena + j], a_.bias_ages);
+        const int64_t age = std::clamp<int64_t>(int64_t(s.step) - a_.births[arena + j], 0, a_.bias_ages);
         inv_bc1.data[j] = a_.bias_table[age];
         inv_sqrt_bc2.data[j] = a_.bias_table[a_.bias_ages + 1 + age];
       }
-      update_per_entry(w, m, v, g.data, n, scalars, s_.step_size, inv_bc1.data, inv_sqrt_bc2.data);
+      update_per_entry<M>(w, m, v, g, n, scalars, s.step_size, inv_bc1.data, inv_sqrt_bc2.data);
     }
 
-    if constexpr (sizeof(MS) == 2) {
-      round_all(m, m_arena, n, M{});
-      round_all(v, v_arena, n, M{});
-    }
-    if (a_.stochastic) {
-      for (int j = 0; j < n; ++j) {
-        const uint32_t noise = counter_hash(counter_hash(uint32_t(arena + j)) ^ s_.key);
-        w_raw.data[j] = Stochastic<W>::round(w[j], noise);
-      }
+    const WS* rounded = w_raw.data;
+    if constexpr (sizeof(WS) == 4) rounded = w;
+    else if (a_.stochastic) round_stochastic<W>(w, w_raw.data, n, uint32_t(arena), s.key);
+    else round_nearest<W>(w, w_raw.data, n);
+    interleave(n, [&](int j) { weight[index[j]] = rounded[j]; }, later.n, hint_w);
+  }
+
+  // fp32 entries are used where they are, others widened into `buffer`.
+  template <class T, class Stored>
+  static auto widened(Stored* stored, float* buffer, int n) {
+    if constexpr (sizeof(Stored) == 4) {
+      return stored;
     } else {
-      round_all(w, w_raw.data, n, W{});
+      widen<T>(stored, buffer, n);
+      return buffer;
     }
-    for (int j = 0; j < n; ++j) weight[index[j]] = w_raw.data[j];
   }
 
-  static float* in_place(float* arena, float*, int) { return arena; }
-  static float* in_place(const uint16_t* arena, float* buffer, int n) {
-    widen(arena, buffer, n, M{});
-    return buffer;
-  }
-
-  const Segment& s_;
   const AdamW& a_;
 };
 
 template <class W, class G, class M>
 void step_all(const Segment* segments, int64_t n, const AdamW& adamw, ParallelFor parallel_for) {
-  // Tasks of at most kChunk entries over all matrices, so that threads share the work whatever the matrices' sizes.
-  std::vector<std::pair<int64_t, int64_t>> tasks;
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t at = 0; at < segments[i].count; at += kChunk) tasks.emplace_back(i, at);
-  for_ranges(parallel_for, int64_t(tasks.size()), [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const Segment& segment = segments[tasks[t].first];
-      Step<W, G, M>(segment, adamw).run(tasks[t].second, std::min(tasks[t].second + kChunk, segment.count));
-    }
-  });
+  int64_t blocks = 0;
+  for (int64_t i = 0; i < n; ++i) blocks += blocks_of(segments[i]);
+  for_ranges(parallel_for, blocks, [&](int64_t begin, int64_t end) { Step<W, G, M>(adamw).run(segments, begin, end); });
 }
 
 template <class W, class G>

@@ -7,7 +7,11 @@
 
 // One binary for every x86 machine: the loader picks the widest instruction set. -ffp-contract=off keeps their bits equal.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(LIFT_NO_CLONES)
+#if __GNUC__ >= 12
+#define LIFT_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else  // no names of levels yet; 16-bit elements then go through 256-bit registers
 #define LIFT_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
+#endif
 #else
 #define LIFT_CLONES
 #endif

@@ -1,0 +1,82 @@
+"""Times packed_gather, packed_scatter_, packed_migrate and packed_l2_norm on the CPU against plain PyTorch (the reference).
+
+One 4096 x 11008 matrix with a random 5 % mask clustered by rows; the migration goes to a list that shares about 95 % with the old
+one. Each op is first checked against the reference and refused when wrong.
+
+Bytes of the floor: distinct 64-byte lines of the matrix (gather and norm: read; scatter: read and written), 4 an entry of each
+index list, and packed values read or written.
+
+    python bench/bench_packed_ops.py [--runs 20]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import bench_util
+import torch
+from bench_util import Arena, Contestant
+from torch import Tensor
+
+from lift_kernels import ops
+
+Op = Callable[[str | None], Tensor]  # backend -> result
+
+
+def neighbour(index: Tensor, numel: int, share: float = 0.95) -> Tensor:
+    """Another sorted list of about the same length that keeps ``share`` of the entries."""
+    generator = torch.Generator(index.device).manual_seed(1)
+    stays = torch.rand(len(index), generator=generator, device=index.device) < share
+    entering = torch.randint(numel, (round((1 - share) * len(index)),), generator=generator, device=index.device)
+    return torch.cat([index[stays], entering.int()]).unique()
+
+
+def cases(m: int, n: int, dtype: torch.dtype) -> list[tuple[str, Op, float]]:
+    """Name, call and bytes of each op."""
+    matrix = torch.randn(m, n, generator=torch.Generator().manual_seed(0)).to(dtype)
+    index = bench_util.clustered_indices(m, n, 0.05, seed=0)
+    arena, new = Arena.of([index]), neighbour(index, m * n)
+    k, width, lines = len(index), dtype.itemsize, Arena.of([index]).line_bytes(dtype.itemsize)
+    values = ops.packed_gather(matrix, index)
+    dest = matrix.clone()
+
+    def norm(backend: str | None) -> Tensor:
+        return ops.packed_l2_norm([matrix], arena.indices, arena.offsets, arena.counts, backend=backend)
+
+    result: list[tuple[str, Op, float]] = [
+        ("packed_gather", lambda b: ops.packed_gather(matrix, index, backend=b), lines + k * (4 + width)),
+        ("packed_scatter_", lambda b: ops.packed_scatter_(dest, index, values, backend=b), 2 * lines + k * (4 + width)),
+        ("packed_l2_norm", norm, lines + 4 * k),
+    ]
+    if dtype != torch.float16:
+        move: Op = lambda b: ops.packed_migrate(values, index, new, backend=b)  # noqa: E731
+        result.append(("packed_migrate", move, (k + len(new)) * (4 + width)))
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=20, help="rounds of alternating runs")
+    arguments = parser.parse_args()
+    table: list[dict] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, op, floor in cases(4096, 11008, dtype):
+            if problem := bench_util.difference([op("reference").clone()], [op(None).clone()]):
+                raise SystemExit(f"not timed, because it is wrong: {name}, {dtype}: {problem}")
+            entrants = [
+                Contestant(f"{name}, plain PyTorch", lambda op=op: op("reference")),
+                Contestant(name, lambda op=op: op(None), floor),
+            ]
+            times = bench_util.alternate(entrants, arguments.runs)
+            labels = {"op": name, "set": f"4096x11008, {str(dtype).removeprefix('torch.')}"}
+            new = bench_util.rows(entrants, times, entrants[0].name, bench_util.copy_bandwidth(), **labels)
+            bench_util.show(new, ["set", "variant", "median_ms", "q25_ms", "q75_ms", "ratio", "floor_ms", "share_of_floor"])
+            table += [row | bench_util.environment() for row in new]
+    folder = bench_util.results_folder()
+    bench_util.write_csv(folder / "packed_ops.csv", table)
+    bench_util.plot_ratios(folder / "packed_ops.png", table, "set", "packed ops on the CPU, 5 % of the entries")
+
+
+if __name__ == "__main__":
+    main()

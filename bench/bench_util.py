@@ -1,0 +1,275 @@
+"""What the benches share: alternating timing in one process, a small machine model, CSV and plots.
+
+Other work on a machine, its clock and its caches drift. So contestants are timed in turns, in a new random order each
+round, with the caches emptied before each run, and compared by the median of the ratios within a round.
+
+The machine model is one number, the measured copy bandwidth (bytes read + bytes written over time); ``floor`` of a row is the
+time at which an op would move its bytes at that bandwidth. Each bench says how it counts its bytes.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the package of this checkout is measured, whatever else is installed
+
+LINE = 64  # bytes of a CPU's cache line
+SECTOR = 32  # bytes of what a GPU reads and writes
+SEGMENT_ALIGN = 64  # entries; arena segments start at multiples of it
+
+
+@dataclass
+class Contestant:
+    """Something to time. ``floor_bytes``: what it must move at least, or None."""
+
+    name: str
+    run: Callable[[], object]
+    floor_bytes: float | None = None
+
+
+@dataclass
+class Arena:
+    """Index lists one behind the other, each padded to `SEGMENT_ALIGN` entries, as the ops take them."""
+
+    indices: Tensor
+    offsets: list[int]
+    counts: list[int]
+
+    @staticmethod
+    def of(lists: Sequence[Tensor]) -> Arena:
+        counts = [len(index) for index in lists]
+        padded = [-(-count // SEGMENT_ALIGN) * SEGMENT_ALIGN for count in counts]
+        offsets = [sum(padded[:i]) for i in range(len(lists))]
+        indices = torch.zeros(sum(padded), dtype=torch.int32, device=lists[0].device)
+        for offset, index in zip(offsets, lists):
+            indices[offset : offset + len(index)] = index
+        return Arena(indices, offsets, counts)
+
+    @property
+    def entries(self) -> int:
+        return sum(self.counts)
+
+    def zeros(self, dtype: torch.dtype) -> Tensor:
+        """A vector as long as the arena."""
+        return torch.zeros(len(self.indices), dtype=dtype, device=self.indices.device)
+
+    def lists(self) -> list[Tensor]:
+        return [self.indices[o : o + c] for o, c in zip(self.offsets, self.counts)]
+
+    def line_bytes(self, width: int) -> int:
+        """Bytes of the lines that the selected entries of all matrices lie on, ``width`` bytes an entry."""
+        line = LINE if self.indices.device.type == "cpu" else SECTOR
+        return line * sum(lines_touched(index, width, line) for index in self.lists())
+
+
+def lines_touched(index: Tensor, width: int, line: int = LINE) -> int:
+    """Distinct lines of ``line`` bytes that sorted flat positions lie on; the matrix starts on a line."""
+    number = index // (line // width)
+    return int((number[1:] != number[:-1]).sum()) + 1 if len(index) else 0
+
+
+def clustered_indices(m: int, n: int, density: float, seed: int, device: str = "cpu") -> Tensor:
+    """A random mask clustered by rows as principal masks are (FINDINGS 4): sorted flat int32 positions.
+
+    The largest entries of a Gaussian matrix with log-normal row scales of spread 0.45: the top 10 % of the rows hold about 42 %.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    scale = torch.randn(m, 1, generator=generator, device=device).mul_(0.45).exp_()
+    magnitude = torch.randn(m, n, generator=generator, device=device).abs_().mul_(scale).view(-1)
+    k = round(density * m * n)
+    if device == "cpu":
+        threshold = float(np.partition(magnitude.numpy(), m * n - k)[m * n - k])
+        return (magnitude >= threshold).nonzero().flatten()[:k].int()
+    return magnitude.topk(k).indices.sort().values.int()
+
+
+def alternate(contestants: Sequence[Contestant], runs: int, warmup: int = 2) -> dict[str, np.ndarray]:
+    """Seconds of every run of every contestant on the CPU, ``runs`` rounds in shuffled order with emptied caches."""
+    evict = torch.ones(24 * 2**20)  # 96 MiB; a pass over it leaves nothing else in the caches
+    rng = np.random.default_rng(0)
+    times: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+    for round_ in range(-warmup, runs):
+        for i in rng.permutation(len(contestants)):
+            evict.add_(1.0)
+            start = time.perf_counter()
+            contestants[i].run()
+            elapsed = time.perf_counter() - start
+            if round_ >= 0:
+                times[contestants[i].name].append(elapsed)
+    return {name: np.array(values) for name, values in times.items()}
+
+
+def copy_bandwidth(device: str = "cpu", mib: int = 256, runs: int = 15) -> float:
+    """Bytes per second of a large copy onto itself (read, scale, write back), reads and writes counted; the best of ``runs``.
+
+    In place, because a copy to another place also reads the lines that it overwrites, which nobody counts.
+    """
+    values = torch.ones(mib * 2**18, device=device)
+    seconds = min(float(t) for t in timed(lambda: values.mul_(1.0), device, runs))
+    return 2 * values.nbytes / seconds
+
+
+def timed(run: Callable[[], object], device: str, runs: int, warmup: int = 2) -> np.ndarray:
+    """Seconds of each of ``runs`` calls in a row, by CUDA events on a GPU."""
+    times = []
+    for _ in range(warmup + runs):
+        if device == "cpu":
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        else:
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            run()
+            after.record()
+            after.synchronize()
+            times.append(before.elapsed_time(after) / 1e3)
+    return np.array(times[warmup:])
+
+
+def difference(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> str:
+    """What is wrong with a result, or an empty string.
+
+    fp32 within 1e-6 of the largest entry; bf16 and fp16 equal but for one unit in the last place in one entry of a thousand.
+    """
+    for i, (right, got) in enumerate(zip(expected, actual)):
+        gap = (right.double() - got.double()).abs()
+        largest = float(right.abs().max())
+        if right.dtype.is_floating_point and right.dtype.itemsize == 2:
+            unit = right.double().abs() * torch.finfo(right.dtype).eps + 1e-30
+            same = bool((gap <= unit).all()) and float((gap > 0).double().mean()) <= 1e-3
+        else:
+            same = float(gap.max()) <= 1e-6 * largest
+        if not same or right.shape != got.shape:
+            return f"result {i} differs by up to {float(gap.max()):.3g} from the reference (largest entry {largest:.3g})"
+    return ""
+
+
+def rows(
+    contestants: Sequence[Contestant], times: dict[str, np.ndarray], baseline: str, bandwidth: float, **labels: object
+) -> list[dict]:
+    """One CSV row a contestant; ``ratio``: seconds of the baseline over its own."""
+    return [
+        labels | row(c.name, times[c.name], times[baseline], c.floor_bytes, bandwidth) | {"baseline": baseline}
+        for c in contestants
+    ]
+
+
+def row(name: str, taken: np.ndarray, baseline: np.ndarray, floor_bytes: float | None, bandwidth: float) -> dict:
+    """Milliseconds and their quartiles, median ratio to the baseline's run of the same round, floor and share of it."""
+    low, middle, high = (1e3 * float(np.quantile(taken, q)) for q in (0.25, 0.5, 0.75))
+    floor = None if floor_bytes is None else 1e3 * floor_bytes / bandwidth
+    return {
+        "variant": name, "median_ms": _digits(middle), "q25_ms": _digits(low), "q75_ms": _digits(high),
+        "runs": len(taken), "ratio": _digits(float(np.median(baseline / taken))),
+        "floor_ms": "" if floor is None else _digits(floor),
+        "share_of_floor": "" if floor is None else _digits(floor / middle), "copy_gb_s": _digits(bandwidth / 1e9),
+    }  # fmt: skip
+
+
+def _digits(x: float) -> float:
+    return float(f"{x:.4g}")
+
+
+def environment(device: str = "cpu") -> dict[str, object]:
+    """Where a number comes from: device, threads, versions, commit."""
+    from lift_kernels import __version__
+
+    return {
+        "device": device_name(device), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "python": platform.python_version(), "lift_kernels": __version__, "commit": commit(),
+    }  # fmt: skip
+
+
+def device_name(device: str = "cpu") -> str:
+    """The card's or the processor's name."""
+    if device != "cpu":
+        return torch.cuda.get_device_name()
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return f"{found.group(1).strip() if found else platform.machine()}, {os.cpu_count()} cores"
+
+
+def commit() -> str:
+    """Short hash of the checkout, with ``+`` when tracked files were changed since; ``unknown`` without git."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout
+
+    try:
+        return git("rev-parse", "--short", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def results_folder(device: str = "cpu", root: Path | None = None) -> Path:
+    """``bench/results/<device>``, made when missing."""
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    folder = (root or ROOT / "bench" / "results") / slug
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_csv(path: Path, table: Sequence[dict]) -> None:
+    """All rows under one header; a column that a row lacks stays empty."""
+    columns = list(dict.fromkeys(column for row in table for column in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(table)
+    print(f"wrote {path}")
+
+
+def show(table: Sequence[dict], columns: Sequence[str]) -> None:
+    """Print the columns of the rows, aligned."""
+    cells = [list(columns)] + [[str(row.get(column, "")) for column in columns] for row in table]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)), flush=True)
+
+
+def plot_ratios(path: Path, table: Sequence[dict], panel: str, title: str) -> None:
+    """Bars of ``ratio`` by variant, one panel a value of column ``panel``; a tick where the floor would put the bar."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(row[panel] for row in table))
+    height = sum(len([r for r in table if r[panel] == name]) for name in names) * 0.28 + len(names) * 0.9
+    counts = [len([r for r in table if r[panel] == name]) for name in names]
+    figure, axes = plt.subplots(len(names), 1, figsize=(9, height), height_ratios=counts, squeeze=False)
+    for name, axis in zip(names, axes[:, 0]):
+        chosen = [row for row in table if row[panel] == name][::-1]
+        axis.barh([row["variant"] for row in chosen], [row["ratio"] for row in chosen], color="#4477aa")
+        for place, row in enumerate(chosen):
+            axis.text(row["ratio"], place, f" {row['ratio']:.2f}x  {row['median_ms']:.3g} ms", va="center", fontsize=8)
+            if row["share_of_floor"] != "":
+                axis.plot([row["ratio"] / row["share_of_floor"]] * 2, [place - 0.4, place + 0.4], color="#cc3311")
+        axis.axvline(1.0, color="black", linewidth=0.6)
+        axis.set_title(name, fontsize=10)
+        axis.tick_params(labelsize=8)
+        axis.margins(x=0.2)
+    axes[-1, 0].set_xlabel("times as fast as the baseline (red: at the measured copy bandwidth)")
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    print(f"wrote {path}")

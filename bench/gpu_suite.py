@@ -1,0 +1,170 @@
+"""One command for a machine with a GPU: build, test, then time the ops on LLaMA-2-7B shapes. One CSV, under 8 minutes.
+
+Builds the extension in place for the card, runs the tests marked ``gpu``, and times with CUDA events `sparse_adamw_` on the
+224 linear matrices (bf16, random 5 % masks clustered by rows) against torch.optim.AdamW(fused=True) on the same tensors, then
+packed_l2_norm and packed_migrate. Every op is checked against the reference first; a wrong one is not timed. A part that fails
+leaves a row that says why, and the others go on. Needs torch, triton, numpy, pytest and ninja; no network.
+
+``bound_ms`` is a count of bytes over the measured copy bandwidth: distinct 32-byte sectors of the weights (read and written)
+and of dense gradients (read) that selected entries lie on, and the packed streams, as in bench_sparse_adamw.py.
+
+    python bench/gpu_suite.py --out FOLDER     (--dry-run: tiny shapes on the CPU, without build and tests)
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import bench_util
+import numpy as np
+import torch
+from bench_packed_ops import neighbour
+from bench_sparse_adamw import Sparse, dense
+from bench_util import Arena
+from torch import Tensor
+
+from lift_kernels import ops
+
+BF16, FP32 = torch.bfloat16, torch.float32
+DENSITY = 0.05
+
+
+@dataclass
+class Suite:
+    """Where it runs, on what shapes (the matrices of one layer), and the rows so far."""
+
+    device: str
+    shapes: list[tuple[int, int]]
+    layers: int
+    runs: int
+    rows: list[dict]
+    bandwidth: float = float("nan")
+    baseline: np.ndarray | None = None
+
+    def part(self, name: str, work: Callable[[], object]) -> None:
+        """Run one part; a failure becomes a row."""
+        print(f"--- {name}", flush=True)
+        try:
+            work()
+        except Exception as error:
+            traceback.print_exc()
+            self.rows.append({"part": name, "status": f"failed: {type(error).__name__}: {error}".splitlines()[0][:300]})
+        if self.device != "cpu":
+            torch.cuda.empty_cache()
+
+    def time(self, part: str, variant: str, problem: str, run: Callable[[], object], floor: float) -> np.ndarray | None:
+        """Time ``run`` (whose bytes are ``floor``) unless the check found a ``problem``."""
+        if problem:
+            print(f"{variant}: wrong, not timed: {problem}", flush=True)
+            self.rows.append({"part": part, "variant": variant, "status": f"wrong: {problem}", "correct": "no"})
+            return None
+        taken = bench_util.timed(run, self.device, self.runs)
+        row = bench_util.row(variant, taken, taken if self.baseline is None else self.baseline, floor, self.bandwidth)
+        row["bound_ms"], row["share_of_bound"] = row.pop("floor_ms"), row.pop("share_of_floor")
+        if part != "step":
+            del row["ratio"]
+        self.rows.append({"part": part, "status": "ok", "correct": "yes"} | row)
+        bench_util.show(self.rows[-1:], ["variant", "median_ms", "ratio", "bound_ms"])
+        return taken
+
+    def masks(self, layers: int) -> Arena:
+        seeds = range(layers * len(self.shapes))
+        shapes = self.shapes * layers
+        return Arena.of([bench_util.clustered_indices(*shapes[i], DENSITY, i, self.device) for i in seeds])
+
+    def matrices(self, layers: int, scale: float) -> list[Tensor]:
+        generator = torch.Generator(self.device).manual_seed(0)
+        options = {"generator": generator, "device": self.device, "dtype": BF16}
+        return [torch.randn(shape, **options).mul_(scale) for shape in self.shapes * layers]
+
+
+def command(suite: Suite, *arguments: str, **environment: str) -> None:
+    """A child process in the checkout, its last line a row; raises when it fails."""
+    done = subprocess.run([sys.executable, *arguments], cwd=bench_util.ROOT, env=os.environ | environment, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600)  # fmt: skip
+    print(done.stdout[-4000:], flush=True)
+    last = (done.stdout.strip().splitlines() or [""])[-1]
+    if done.returncode != 0:
+        raise RuntimeError(f"exit status {done.returncode}: {last}")
+    suite.rows.append({"part": "build" if "setup.py" in arguments else "tests", "status": "ok", "variant": last[:200]})
+
+
+def steps(suite: Suite) -> None:
+    """The dense step first; its state is freed before ours is made."""
+    weights, grads = suite.matrices(suite.layers, 0.02), suite.matrices(suite.layers, 1e-3)
+    adamw = dense(weights, grads, fused=True)
+    floor = 7.0 * sum(weight.nbytes for weight in weights)
+    suite.baseline = suite.time("step", "AdamW fused, bf16", "", adamw, floor)
+    del adamw
+    if suite.device != "cpu":
+        torch.cuda.empty_cache()
+    small, arena = suite.masks(1), suite.masks(suite.layers)
+    layer = len(suite.shapes)
+    for packed in (False, True):
+        for label, options in {"fp32 moments": {}, "fp32 moments, fp32 master": {"master": True}}.items():
+            name = f"{'packed' if packed else 'dense'} bf16 grads, {label}"
+            problem = Sparse(weights[:layer], grads[:layer], small, packed=packed, **options).check()
+            sparse = Sparse(weights, grads, arena, packed=packed, **options)
+            suite.time("step", name, problem, sparse, sparse.floor_bytes())
+            del sparse
+
+
+def norm(suite: Suite) -> None:
+    """The norm over packed gradients of all matrices."""
+    arena = suite.masks(suite.layers)
+    grads = [torch.randn(count, device=suite.device) for count in arena.counts]
+
+    def run(backend: str | None = None) -> Tensor:
+        return ops.packed_l2_norm(grads, arena.indices, arena.offsets, arena.counts, packed_grads=True, backend=backend)
+
+    problem = bench_util.difference([run("reference")], [run()])
+    suite.time("packed_l2_norm", "packed fp32 grads", problem, run, 4.0 * arena.entries)
+
+
+def migrate(suite: Suite) -> None:
+    """One fp32 moment of all matrices carried over to lists that share 95 %, matrix by matrix."""
+    old = suite.masks(suite.layers).lists()
+    sizes = [m * n for m, n in suite.shapes * suite.layers]
+    new = [neighbour(index, size) for index, size in zip(old, sizes)]
+    values = [torch.randn(len(index), device=suite.device) for index in old]
+
+    def run(backend: str | None = None) -> list[Tensor]:
+        return [ops.packed_migrate(*lists, backend=backend) for lists in zip(values, old, new)]
+
+    problem = bench_util.difference(run("reference"), run())
+    suite.time("packed_migrate", "fp32, 95 % stay", problem, run, 8.0 * sum(map(len, old + new)))
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    """Returns the CSV."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("gpu_suite"), help="folder of the CSV")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, without build and tests")
+    given = parser.parse_args(arguments)
+    if not given.dry_run and not torch.cuda.is_available():
+        raise SystemExit("torch sees no CUDA device; --dry-run tries the suite on the CPU")
+    tiny = [(64, 64)] * 4 + [(172, 64)] * 2 + [(64, 172)]
+    llama = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
+    suite = Suite("cpu", tiny, 2, 3, []) if given.dry_run else Suite("cuda", llama, 32, 20, [])
+    suite.bandwidth = bench_util.copy_bandwidth(suite.device, 8 if given.dry_run else 1024)
+    if not given.dry_run:
+        arch = "".join(map(str, torch.cuda.get_device_capability()))
+        suite.part("build", lambda: command(suite, "setup.py", "build_ext", "--inplace", LIFT_CUDA_ARCHS=arch))
+        suite.part("tests", lambda: command(suite, "-m", "pytest", "-q", "-m", "gpu", "python_tests"))
+    for name, work in {"step": steps, "packed_l2_norm": norm, "packed_migrate": migrate}.items():
+        suite.part(name, lambda work=work: work(suite))
+    given.out.mkdir(parents=True, exist_ok=True)
+    path = given.out / "gpu_suite.csv"
+    bench_util.write_csv(path, [row | bench_util.environment(suite.device) for row in suite.rows])
+    return path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Command line: ``python -m lift_kernels finetune``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands."""
+    parser = argparse.ArgumentParser(prog="lift_kernels", description="LIFT: fine-tuning of principal weights.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    job = commands.add_parser(
+        "finetune",
+        help="fine-tune a language model on question/answer problems and report the result",
+        description="Fine-tune a language model on question/answer problems, measure it before and after, and write "
+        "a report, a plot and the model. The defaults train SmolLM2-135M-Instruct on generated word problems.",
+    )
+    add = job.add_argument
+    add(
+        "--model",
+        metavar="DIR|GGUF|ID",
+        help="model directory, GGUF file or hub id (default: the bundled SmolLM2-135M)",
+    )
+    add("--data", metavar="JSONL", help='lines of {"question": ..., "answer": ...}; a fifth at most is held out')
+    add("--method", help="lift, full, lora or random: as many entries as lift, but chosen at random (default: lift)")
+    add("--density", type=float, help="share of each matrix that is trained (default: 0.05)")
+    add("--rank", type=int, help="rank of the approximation that selects the entries (default: 64)")
+    add("--budget-rank", type=int, help="train (rows + columns) x this many entries a matrix, instead of --density")
+    add("--refresh-interval", type=int, metavar="STEPS", help="steps between mask refreshes, 0 for none (default: 25)")
+    add("--steps", type=int, help="optimizer steps (default: 60)")
+    add("--lr", type=float, help="peak learning rate (default: 1e-3; full: 1e-4)")
+    add("--batch-size", type=int, help="problems a step (default: 8)")
+    add("--max-length", type=int, metavar="TOKENS", help="leave out longer problems (default: 512)")
+    add("--dtype", help="float32, bfloat16 or float16 (default: float32)")
+    add("--device", help="auto, cpu or cuda (default: auto)")
+    add("--seed", type=int, help="of problems, order and random masks (default: 0)")
+    add("--eval-problems", type=int, help="held-out problems to answer (default: 100)")
+    add("--name", help="directory of the run inside --output (default: method and time)")
+    add("--output", metavar="DIR", help="directory of all runs (default: runs)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code, 2 for a mistake of the user."""
+    options = vars(build_parser().parse_args(arguments))
+    options.pop("command")
+    try:
+        # Imported late: --help needs neither torch nor transformers.
+        from .finetune import Settings, UserError, run
+    except ModuleNotFoundError as error:
+        print(
+            f"error: the package {error.name} is missing; run `pip install 'lift_kernels[finetune]'`", file=sys.stderr
+        )
+        return 2
+    try:
+        run(Settings(**{f.name: options[f.name] for f in fields(Settings) if options[f.name] is not None}))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""Prompts, losses and exact match of a causal language model on question/answer problems."""
+
+import copy
+import inspect
+import math
+import re
+from collections.abc import Sequence
+
+import torch
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from .encoding import IGNORE, Example, collate, opening, prompt
+
+# Prose about everything but sums: a rise of the loss on it shows what fine-tuning made the model forget.
+NEUTRAL_TEXT = (
+    "The river rises in the hills north of the town and flows slowly through wide meadows before it reaches the sea. "
+    "In spring, when the snow melts, it often floods the fields along its banks. Farmers have learned to live with "
+    "the water: they build their houses on small mounds and keep boats in their barns. In summer the same fields are "
+    "dry, and cows graze where fish were swimming a few weeks earlier.",
+    "Bread is one of the oldest prepared foods. The dough is made from flour, water, salt and yeast, and it has to "
+    "rest in a warm place so that it can rise. While the yeast feeds on the sugars in the flour, it releases gas, "
+    "which is trapped in the dough and makes it soft. A hot oven then turns the outside into a brown crust while the "
+    "inside stays moist.",
+    "The museum opened its new wing last week with an exhibition about the history of photography. Visitors can see "
+    "early cameras made of wood and brass, portraits of people who had to sit still for minutes, and the first "
+    "pictures taken from the air. The curator said that she wanted to show how a difficult craft became something "
+    "that everybody does without thinking about it.",
+    "A computer program is a list of instructions that a machine can follow. Programmers write it in a language that "
+    "people can read, and a compiler translates it into the simple operations of the processor. Most of the work, "
+    "however, is not writing but reading: before changing a program one has to understand what it does, why it does "
+    "it that way, and who depends on it.",
+)
+
+
+def extract_number(text: str) -> float | None:
+    """The final answer in a text: what follows "####" or "answer is", else the last number; None without a number.
+
+    Accepts thousands separators, decimals, signs, currency signs and markup around the number.
+    """
+    number = r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
+    marked = re.findall(rf"(?:####|answer\s*(?:is|:|=))[^\w\n+-]*?({number})", text, flags=re.IGNORECASE)
+    found = marked or re.findall(number, text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def same_number(text: str, expected: str) -> bool:
+    """Whether both texts hold the same final number."""
+    found, wanted = extract_number(text), extract_number(expected)
+    return found is not None and wanted is not None and math.isclose(found, wanted, rel_tol=1e-6, abs_tol=1e-9)
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's confidence interval of a proportion, 95 % by default; (0, 1) without trials."""
+    if trials == 0:
+        return 0.0, 1.0
+    p, q = successes / trials, z * z / trials
+    center = (p + q / 2) / (1 + q)
+    half = math.sqrt(p * (1 - p) * q + q * q / 4) / (1 + q)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def answer_loss(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+    """Sum of the cross-entropy over the labelled tokens of a batch, and their number.
+
+    The head runs only on columns that some label needs: with a large vocabulary it is a good part of the work.
+    """
+    mask, labels = batch["attention_mask"], batch["labels"]
+    columns = (labels != IGNORE).any(0).nonzero()[:, 0]
+    logits = model(
+        input_ids=batch["input_ids"],
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        logits_to_keep=columns - 1,
+        use_cache=False,
+    ).logits
+    target = labels[:, columns].flatten()
+    loss = cross_entropy(logits.flatten(0, 1).float(), target, ignore_index=IGNORE, reduction="sum")
+    return loss, int((target != IGNORE).sum())
+
+
+@torch.no_grad()
+def mean_loss(model, tokenizer, examples: Sequence[Example], batch_size: int, title: str) -> float:
+    """Mean cross-entropy in nats per labelled token."""
+    model.eval()
+    ordered = sorted(examples, key=lambda e: len(e["input_ids"]))
+    total, count = 0.0, 0
+    for start in tqdm(range(0, len(ordered), batch_size), desc=title, unit="batch"):
+        batch = collate(ordered[start : start + batch_size], tokenizer.pad_token_id)
+        loss, n = answer_loss(model, {k: v.to(model.device) for k, v in batch.items()})
+        total, count = total + float(loss), count + n
+    return total / count
+
+
+def neutral_examples(tokenizer) -> list[Example]:
+    """NEUTRAL_TEXT as examples that are labelled after the first token."""
+    start = opening(tokenizer)
+    encoded = [start + tokenizer(text, add_special_tokens=False)["input_ids"] for text in NEUTRAL_TEXT]
+    return [{"input_ids": ids, "labels": [IGNORE, *ids[1:]]} for ids in encoded]
+
+
+@torch.no_grad()
+def greedy_answers(
+    model, tokenizer, questions: Sequence[str], prefix: list[int], max_new_tokens: int, batch_size: int, title: str
+) -> list[str]:
+    """Answer questions after a common prefix (token ids) by greedy decoding, up to a newline or ``max_new_tokens``.
+
+    The prefix runs through the model once; its key-value cache is then shared by every batch.
+    """
+    model.eval()
+    device, pad = model.device, tokenizer.pad_token_id
+    head = torch.tensor([prefix], device=device)
+    # transformers is renaming the argument; both names have to work.
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft hides the signature
+    key = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
+    shared = DynamicCache(config=model.config)
+    model(input_ids=head, use_cache=True, logits_to_keep=1, **{key: shared})
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    newlines = [i for i, text in enumerate(texts) if "\n" in text]
+    stops = torch.tensor([*newlines, tokenizer.eos_token_id], device=device)
+    prompts = [tokenizer(prompt(q), add_special_tokens=False)["input_ids"] for q in questions]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers = [""] * len(prompts)
+    bar = tqdm(total=len(prompts), desc=title, unit="problem")
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = collate([{"input_ids": prompts[i], "labels": prompts[i]} for i in chosen], pad)
+        ids = batch["input_ids"].to(device)
+        mask = torch.cat([torch.ones(len(chosen), head.shape[1], dtype=torch.long), batch["attention_mask"]], 1)
+        mask = mask.to(device)
+        cache = copy.deepcopy(shared)
+        cache.batch_repeat_interleave(len(chosen))
+        positions = (mask.cumsum(-1) - 1)[:, head.shape[1] :]
+        done = torch.zeros(len(chosen), dtype=torch.bool, device=device)
+        written = []
+        for _ in range(max_new_tokens):
+            out = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions.clamp(min=0),
+                use_cache=True,
+                logits_to_keep=1,
+                **{key: cache},
+            )
+            ids = out.logits[:, -1].argmax(-1, keepdim=True).masked_fill(done[:, None], pad)
+            done |= torch.isin(ids[:, 0], stops)
+            written.append(ids)
+            if done.all():
+                break
+            mask = torch.cat([mask, mask.new_ones(len(chosen), 1)], 1)
+            positions = positions[:, -1:] + 1
+        for i, text in zip(
+            chosen, tokenizer.batch_decode(torch.cat(written, 1), skip_special_tokens=True), strict=True
+        ):
+            answers[i] = text.split("\n")[0].strip()
+        bar.update(len(chosen))
+    bar.close()
+    return answers

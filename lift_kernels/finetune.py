@@ -1,0 +1,297 @@
+"""Fine-tune a causal language model on question/answer problems and report what changed and what it cost."""
+
+import math
+import time
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from . import LiftAdamW, encoding, evaluation, lift_param_groups, report
+from .modelio import find_model, load_model, save_model
+from .qa_data import SHOTS, choose_problems, fitting, training_sequences
+from .settings import DTYPES, Settings, UserError
+
+LEARNING_RATES = {"lift": 1e-3, "random": 1e-3, "lora": 1e-3, "full": 1e-4}
+BETAS = (0.9, 0.95)  # of the LIFT paper
+CLIP_NORM = 1.0  # of the gradient over the trained entries
+WARMUP = 0.03  # share of the steps
+EVAL_BATCH = 32
+GENERATION_BATCH = 100  # decoding is bound by reading the weights, so a large batch costs little more than a small one
+LORA_RANK = 16
+
+
+class AnswerTrainer(Trainer):
+    """Trainer on the mean loss over answer tokens; ``losses`` collects it step by step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.losses: list[float] = []
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        total, count = evaluation.answer_loss(model, inputs)
+        loss = total / count
+        self.losses.append(loss.item())
+        if not math.isfinite(self.losses[-1]):
+            raise UserError(f"the loss is {self.losses[-1]} at step {len(self.losses)}; choose a lower --lr")
+        return loss
+
+
+class Clock(TrainerCallback):
+    """Seconds of every forward + backward pass, optimizer step and mask refresh."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.forward_backward: list[float] = []
+        self.steps: list[float] = []
+        self.refreshes: dict[int, float] = {}  # by the number of steps before it
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def first_refresh(self, optimizer: LiftAdamW) -> None:
+        """Make the first mask."""
+        start = self.now()
+        optimizer.refresh()
+        self.refreshes[0] = self.now() - start
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.start = self.now()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        middle = self.now()
+        self.forward_backward.append(middle - self.start)
+        self.start = middle
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.steps.append(self.now() - self.start)
+        if kwargs["optimizer"].param_groups[0].get("steps_since_refresh") == 0:
+            self.refreshes[len(self.steps)] = self.steps[-1]
+
+    def separate_refreshes(self) -> None:
+        """Take the steps that ended in a refresh apart, with the median of the others as the step's own share."""
+        plain = [spent for number, spent in enumerate(self.steps, 1) if number not in self.refreshes]
+        own = median(plain) if plain else 0.0
+        self.refreshes = {at: spent - own if at else spent for at, spent in self.refreshes.items()}
+        self.steps = plain or self.steps
+
+
+def prepare(model, settings: Settings):
+    """Return the model to train, its optimizer and the weights that the method adapts (which it trains in part)."""
+    lr = settings.lr or LEARNING_RATES[settings.method]
+    groups = lift_param_groups(model, freeze_rest=settings.method != "full")
+    covered = [p for group in groups for _, p in group["params"]]
+    if settings.method in ("lift", "random"):
+        budget = {"budget_rank": settings.budget_rank} if settings.budget_rank else {"density": settings.density}
+        optimizer = LiftAdamW(
+            groups,
+            lr=lr,
+            betas=BETAS,
+            rank=settings.rank,
+            refresh_interval=settings.refresh_interval or None,
+            max_grad_norm=CLIP_NORM,
+            selection="random" if settings.method == "random" else "principal",
+            seed=settings.seed,
+            **budget,
+        )
+        return model, optimizer, covered
+    if settings.method == "lora":
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError as error:
+            raise UserError("method lora needs the package peft; run `pip install peft`") from error
+        config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear")
+        model = get_peft_model(model, config)
+        trained = [p for p in model.parameters() if p.requires_grad]
+    else:
+        trained = covered = list(model.parameters())
+    return model, torch.optim.AdamW(trained, lr=lr, betas=BETAS, weight_decay=0.0, fused=True), covered
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of every storage that the optimizer's state holds, each counted once."""
+    if isinstance(optimizer, LiftAdamW):
+        return optimizer.state_bytes()
+    tensors = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def trained_entries(optimizer: torch.optim.Optimizer) -> int:
+    """Number of weights that the optimizer changes."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if isinstance(optimizer, LiftAdamW):
+        return sum(optimizer.state[p]["indices"].numel() for p in parameters)
+    return sum(p.numel() for p in parameters)
+
+
+def measure(model, tokenizer, heldout, encoded, prefix: list[int], when: str) -> tuple[dict[str, Any], list[str]]:
+    """Losses and exact match under keys that end in ``when``, and the answers that the model gave."""
+    longest = max(sum(label != encoding.IGNORE for label in e["labels"]) for e in encoded)
+    alone = [encoding.join(tokenizer, [example]) for example in encoded]
+    loss = evaluation.mean_loss(model, tokenizer, alone, EVAL_BATCH, f"held-out loss {when}")
+    neutral = evaluation.mean_loss(
+        model, tokenizer, evaluation.neutral_examples(tokenizer), EVAL_BATCH, f"neutral loss {when}"
+    )
+    questions = [problem.question for problem in heldout]
+    answers = evaluation.greedy_answers(
+        model, tokenizer, questions, prefix, longest + 8, GENERATION_BATCH, f"answers {when}"
+    )
+    correct = sum(evaluation.same_number(a, p.answer) for a, p in zip(answers, heldout, strict=True))
+    low, high = evaluation.wilson_interval(correct, len(heldout))
+    results = {
+        "heldout_loss": loss,
+        "neutral_loss": neutral,
+        "exact_match": correct / len(heldout),
+    }
+    figures = {f"{key}.{when}": value for key, value in results.items()}
+    return figures | {f"exact_match.{when}_low": low, f"exact_match.{when}_high": high}, answers
+
+
+def train(model, tokenizer, optimizer, examples, settings: Settings, folder: Path, clock: Clock) -> list[float]:
+    """Run transformers' Trainer for ``settings.steps`` steps; returns the training losses."""
+    sequences, rows = training_sequences(tokenizer, examples, settings.batch_size)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=settings.steps,
+        per_device_train_batch_size=rows,
+        train_sampling_strategy="group_by_length",
+        learning_rate=optimizer.param_groups[0]["lr"],
+        lr_scheduler_type="linear",
+        warmup_steps=max(1, round(WARMUP * settings.steps)),
+        # LiftAdamW clips by the norm over its own entries; a norm over dense gradients would clip harder.
+        max_grad_norm=0.0 if isinstance(optimizer, LiftAdamW) else CLIP_NORM,
+        logging_steps=10,
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=model.device.type == "cuda",
+        use_cpu=model.device.type == "cpu",
+        seed=settings.seed,
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # one process drives one GPU: DataParallel would give every replica its own weights
+    trainer = AnswerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=sequences,
+        data_collator=lambda batch: encoding.collate(batch, tokenizer.pad_token_id),
+        optimizers=(optimizer, None),
+        callbacks=[clock],
+    )
+    try:
+        trainer.train()
+    except UserError:
+        trainer.callback_handler.on_train_end(arguments, trainer.state, trainer.control)  # closes the progress bar
+        raise
+    return trainer.losses
+
+
+def make_folder(settings: Settings) -> Path:
+    """Create the directory of the run; raises UserError when it holds files already or cannot be written."""
+    name = settings.name or f"{settings.method}-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = Path(settings.output).expanduser() / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create {folder}: {error.strerror}; choose another --output") from error
+    if any(folder.iterdir()):
+        raise UserError(f"{folder} holds files already; choose another --name or remove it")
+    return folder
+
+
+def run(settings: Settings) -> report.Report:
+    """Fine-tune, write ``<output>/<name>/`` and return the report; raises UserError for input that cannot be used."""
+    started = time.perf_counter()
+    seconds: dict[str, float] = {}
+
+    def phase(name: str, message: str) -> None:
+        now = seconds[name] = time.perf_counter() - started
+        print(f"[{now:5.0f} s] {message}", flush=True)
+
+    phase("load", "loading the model")
+    source = find_model(settings.model)
+    problems, heldout, shots, data = choose_problems(settings)
+    transformers.set_seed(settings.seed)
+    model, tokenizer = load_model(source, DTYPES[settings.dtype])
+    device = "cuda" if settings.device == "auto" and torch.cuda.is_available() else settings.device
+    model.to(torch.device("cpu" if device == "auto" else device))  # type: ignore[arg-type]
+    print(f"model: {source.description}, {settings.dtype}, on {model.device}\ndata: {data}")
+    _, examples = fitting(tokenizer, problems, settings.max_length, "training")
+    heldout, encoded = fitting(tokenizer, heldout, settings.max_length, "held-out")
+    _, shown = fitting(tokenizer, shots, settings.max_length, "few-shot")
+    longest = (SHOTS + 1) * max(len(e["input_ids"]) for e in [*examples, *encoded, *shown])
+    limit = getattr(model.config, "max_position_embeddings", None) or longest
+    if longest > limit:
+        raise UserError(f"a few-shot prompt may need {longest} tokens, the model takes {limit}; lower --max-length")
+    clock = Clock(model.device)
+    folder = make_folder(settings)
+
+    phase("mask", f"preparing method {settings.method}")
+    try:
+        model, optimizer, covered = prepare(model, settings)
+        if isinstance(optimizer, LiftAdamW):
+            print(f"choosing the entries to train in {len(covered)} matrices", flush=True)
+            clock.first_refresh(optimizer)
+    except ValueError as error:  # an option that does not fit this model's matrices, or weights that are not finite
+        raise UserError(str(error)) from error
+
+    phase("before", "measuring the model before training")
+    prefix = encoding.join(tokenizer, shown)["input_ids"]
+    before, answers_before = measure(model, tokenizer, heldout, encoded, prefix, "before")
+
+    phase("train", f"training {settings.steps} steps of {settings.batch_size} problems")
+    losses = train(model, tokenizer, optimizer, examples, settings, folder, clock)
+    clock.separate_refreshes()
+
+    phase("after", "measuring the model after training")
+    after, answers_after = measure(model, tokenizer, heldout, encoded, prefix, "after")
+
+    phase("save", f"saving to {folder}")
+    entries, weights = trained_entries(optimizer), sum(p.numel() for p in covered)
+    state = state_bytes(optimizer)
+    if settings.method == "lora":
+        model = model.merge_and_unload()
+    save_model(model, tokenizer, folder / "model")
+    phase("end", "done")
+
+    names = list(seconds)
+    spans = {a: seconds[b] - seconds[a] for a, b in zip(names, names[1:], strict=False)}
+    results: report.Report = {
+        "method": settings.method,
+        "model.name": source.gguf_file or source.location,
+        "model.description": source.description,
+        "data.description": data,
+        **dict(sorted((before | after).items())),
+        "exact_match.problems": len(heldout),
+        "entries": entries,
+        "covered_weights": weights,
+        "density": entries / weights,
+        "optimizer_state_bytes.measured": state,
+        "optimizer_state_bytes.dense": 8 * weights,  # two fp32 moments
+        "refreshes": len(clock.refreshes),
+        "seconds.forward_backward": median(clock.forward_backward),
+        "seconds.step": median(clock.steps),
+        "seconds.refresh": median(clock.refreshes.values()) if clock.refreshes else 0.0,
+        **{f"seconds.{name}": span for name, span in spans.items()},
+        "seconds.total": seconds["end"],
+        **{f"settings.{key}": value for key, value in asdict(settings).items()},
+        "settings.lr": optimizer.defaults["lr"],
+        "versions.torch": torch.__version__,
+        "versions.transformers": transformers.__version__,
+    }
+    report.write_json(results, folder / "report.json")
+    rows = zip(heldout, answers_before, answers_after, strict=True)
+    report.write_answers(
+        folder / "answers.jsonl",
+        [{"question": p.question, "expected": p.answer, "before": b, "after": a} for p, b, a in rows],
+    )
+    report.plot_losses(results, losses, list(clock.refreshes), folder / "loss.png")
+    print(f"\n{report.table(results)}\n\nwritten to {folder}: report.json, answers.jsonl, loss.png, model/")
+    return results

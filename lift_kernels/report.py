@@ -1,0 +1,94 @@
+"""What a fine-tuning run leaves behind: a table, ``report.json`` and ``loss.png``."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Report = dict[str, Any]  # flat, with dotted keys such as "heldout_loss.before"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
+
+
+def _accuracy(report: Report, when: str) -> str:
+    low, high = report[f"exact_match.{when}_low"], report[f"exact_match.{when}_high"]
+    return f"{report[f'exact_match.{when}']:.1%} ({100 * low:.0f}..{100 * high:.0f})"
+
+
+def table(report: Report) -> str:
+    """The report as aligned text: measures before and after, then what the run cost."""
+    get = report.__getitem__
+    measures = [
+        ("", "before", "after"),
+        (
+            "held-out loss (nats per answer token)",
+            f"{get('heldout_loss.before'):.4f}",
+            f"{get('heldout_loss.after'):.4f}",
+        ),
+        (
+            f"exact match, {get('exact_match.problems')} problems (95 % interval)",
+            _accuracy(report, "before"),
+            _accuracy(report, "after"),
+        ),
+        (
+            "loss on neutral text (nats per token)",
+            f"{get('neutral_loss.before'):.4f}",
+            f"{get('neutral_loss.after'):.4f}",
+        ),
+    ]
+    state, dense = get("optimizer_state_bytes.measured"), get("optimizer_state_bytes.dense")
+    refreshes = get("refreshes")
+    costs = [
+        ("trained entries", f"{get('entries'):,} of {get('covered_weights'):,} ({get('density'):.2%})"),
+        ("optimizer state", f"{_mib(state)}, dense fp32 AdamW {_mib(dense)} ({state / dense:.1%})"),
+        ("forward + backward", f"{get('seconds.forward_backward'):.3f} s a step (median of {get('settings.steps')})"),
+        ("optimizer step", f"{get('seconds.step'):.3f} s a step (median)"),
+        ("mask refresh", f"{get('seconds.refresh'):.3f} s each (median of {refreshes})" if refreshes else "none"),
+        ("whole run", f"{get('seconds.total'):.0f} s, of which training {get('seconds.train'):.0f} s"),
+        ("model", get("model.description")),
+        ("data", get("data.description")),
+    ]
+    width = max(len(row[0]) for row in measures)
+    column = max(len(row[1]) for row in measures)
+    lines = [f"{name:<{width}}  {before:<{column}}  {after}".rstrip() for name, before, after in measures]
+    rule = "-" * max(map(len, lines))
+    lines.insert(1, rule)
+    return "\n".join([*lines, rule, *(f"{name:<{width}}  {value}" for name, value in costs)])
+
+
+def write_json(report: Report, path: Path) -> None:
+    """Write the report as JSON."""
+    path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def write_answers(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write one JSON object a line, for reading what the model said before and after."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def plot_losses(report: Report, losses: Sequence[float], refresh_steps: Sequence[int], path: Path) -> None:
+    """Draw training loss over steps with the held-out loss before and after, and the mask refreshes."""
+    from matplotlib.figure import Figure  # no pyplot: draws without a display and without global state
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(
+        xlabel="step", ylabel="loss (nats per answer token)", title=f"{report['method']}: {report['model.name']}"
+    )
+    axes.plot(
+        range(1, len(losses) + 1),
+        losses,
+        label="training batch (several problems in a sequence)",
+        color="tab:blue",
+        linewidth=1,
+    )
+    ends = [report["heldout_loss.before"], report["heldout_loss.after"]]
+    axes.plot([0, len(losses)], ends, "o", label="held-out (single problems), before and after", color="tab:orange")
+    for i, step in enumerate(refresh_steps):
+        axes.axvline(step, color="0.8", linewidth=1, zorder=0, label="mask refresh" if i == 0 else None)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    figure.savefig(path, dpi=150)

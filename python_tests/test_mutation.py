@@ -1,0 +1,184 @@
+"""Tests of the tests: a copy of the project with one bit of logic broken on purpose must fail the tests of the ops.
+
+Each mutant is a textual change that matches exactly once, so that a change of the code it breaks is noticed here. It
+runs a core of the suite in a forked process, and so does an intact copy for every backend, which must pass.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).parents[1]
+CORE = (
+    "sparse_adamw_several_blocks or sparse_adamw_first_step or sparse_adamw_scaled_gradients or "
+    "found_inf_changes_nothing or noise_is_the_specified_one or decay_touches or packed_migrate or "
+    "packed_l2_norm or one_matrix_at_a_time"
+)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """``old`` becomes ``new`` in ``file``; the tests of ``backend`` must notice. Without a file: the intact copy."""
+
+    name: str
+    backend: str
+    file: str = ""
+    old: str = ""
+    new: str = ""
+
+
+REFERENCE, SCALARS = "lift_kernels/reference.py", "lift_kernels/scalars.py"
+TRITON, TABLES = "lift_kernels/triton_kernels/adamw.py", "lift_kernels/triton_kernels/tables.py"
+TRITON_PACKED = "lift_kernels/triton_kernels/packed.py"
+NATIVE, NATIVE_PACKED = "csrc/cpu/adamw.cpp", "csrc/cpu/packed.cpp"
+
+MUTANTS = [
+    Mutant("intact", "reference"),
+    Mutant("intact", "native-cpu"),
+    Mutant("intact", "triton"),
+    Mutant("no bias correction", "reference", REFERENCE, "v.sqrt() / (1 - beta2**step) ** 0.5", "v.sqrt()"),
+    Mutant("index shifted", "reference", REFERENCE, "index = indices[segment].long()",
+           "index = (indices[segment].long() + 1) % weight.numel()"),
+    Mutant("last entry skipped", "reference", REFERENCE, "segment = slice(offsets[i], offsets[i] + counts[i])",
+           "segment = slice(offsets[i], offsets[i] + max(counts[i] - 1, 0)); grad = grad.reshape(-1)[:counts[i] - 1] "
+           "if packed_grads else grad"),
+    Mutant("decay on unselected entries", "reference", REFERENCE, "        w.mul_(1 - lr * weight_decay)\n",
+           "        w.mul_(1 - lr * weight_decay); weight.mul_(1 - lr * weight_decay)\n"),
+    Mutant("gradient scale ignored", "reference", REFERENCE, "g = g * inv_scale.to(compute)", "pass"),
+    Mutant("no first bias correction", "native-cpu", SCALARS, "lr if per_entry else lr / (1 - beta1**step)", "lr"),
+    Mutant("ages off by one", "native-cpu", SCALARS, "age = torch.arange(", "age = 1 + torch.arange("),
+    Mutant("scalars of the first matrix for all", "native-cpu", SCALARS, "step, lr = steps.double()",
+           "step, lr = steps.double()[:1].expand(len(steps))"),
+    Mutant("no bias correction", "native-cpu", NATIVE, "* inv_sqrt_bc2 + s.eps", "+ s.eps"),
+    Mutant("no decay", "native-cpu", NATIVE, "w[j] * s.decay - step_size * now.m", "w[j] - step_size * now.m"),
+    Mutant("index shifted", "native-cpu", NATIVE, "weight[index[j]] = rounded[j]", "weight[index[j] + 1] = rounded[j]"),
+    Mutant("last block skipped", "native-cpu", NATIVE, "for_ranges(parallel_for, blocks,",
+           "for_ranges(parallel_for, std::max<int64_t>(blocks - 1, 0),"),
+    Mutant("noise of the segment", "native-cpu", NATIVE, "uint32_t(arena), s.key", "uint32_t(block.at), s.key"),
+    Mutant("merge advances once", "native-cpu", NATIVE_PACKED, "while (at < last && *at < new_indices[j]) ++at;",
+           "if (at < last && *at < new_indices[j]) ++at;"),
+    Mutant("no bias correction", "triton", TRITON, "tl.sqrt_rn(v) * correction + eps", "tl.sqrt_rn(v) + eps"),
+    Mutant("no decay", "triton", TRITON, "w = w * decay - ", "w = w - "),
+    Mutant("padding overwritten", "triton", TRITON, "tl.where(real, narrow(m, m_stored.dtype), m_stored)",
+           "narrow(m, m_stored.dtype)"),
+    Mutant("last block skipped", "triton", TABLES, "programs = (count + block - 1) // block",
+           "programs = torch.where(count > block, count // block, (count + block - 1) // block)"),
+    Mutant("index shifted", "triton", TRITON, "tl.pointer_type(WEIGHT), bitcast=True) + index",
+           "tl.pointer_type(WEIGHT), bitcast=True) + index + 1"),
+    Mutant("found_inf ignored", "triton", TRITON, "tl.load(found_inf) != 0.0", "tl.load(found_inf) > 1.0"),
+    Mutant("any old entry is found", "triton", TRITON_PACKED, "== entry)\n", "!= -1)\n"),
+]  # fmt: skip
+
+
+def compile_native(source: Path, build: Path, *names: str) -> None:
+    """Objects of the named C++ files: quick to compile, one instruction set; the results do not depend on either."""
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-fPIC",
+        "-DLIFT_NO_CLONES",
+        "-ffp-contract=off",
+        "-DTORCH_TARGET_VERSION=0x020B000000000000",
+    ]
+    includes = [f"-I{path}" for path in cpp_extension.include_paths()]
+    for name in names:
+        target = build / (Path(name).stem + ".o")
+        subprocess.run([os.environ.get("CXX", "g++"), *flags, *includes, "-c", source / name, "-o", target], check=True)
+
+
+@pytest.fixture(scope="module")
+def intact_objects(tmp_path_factory) -> Path:
+    """A folder with every object file of the native CPU ops."""
+    build = tmp_path_factory.mktemp("objects")
+    compile_native(
+        ROOT, build, "csrc/bindings.cpp", *(f"csrc/cpu/{path.name}" for path in (ROOT / "csrc/cpu").glob("*.cpp"))
+    )
+    return build
+
+
+def build_copy(mutant: Mutant, objects: Path, copy: Path) -> None:
+    """The project in folder ``copy``, changed, with its native extension."""
+    for folder in ("lift_kernels", "csrc", "python_tests"):
+        shutil.copytree(
+            ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.safetensors")
+        )
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    build = copy / "objects"
+    shutil.copytree(objects, build)
+    if mutant.file:
+        text = (copy / mutant.file).read_text()
+        assert text.count(mutant.old) == 1, (
+            f"{mutant.file}: {mutant.old!r} is there {text.count(mutant.old)} times; renew the mutant"
+        )
+        (copy / mutant.file).write_text(text.replace(mutant.old, mutant.new))
+        if mutant.file.endswith(".cpp"):
+            compile_native(copy, build, mutant.file)
+    libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
+    target = ["-o", copy / "lift_kernels" / "_C.abi3.so"]
+    subprocess.run([os.environ.get("CXX", "g++"), "-shared", *build.glob("*.o"), *libraries, *target], check=True)
+
+
+# A warm process that forks for each copy: importing torch and what it loads late takes longer than most runs.
+RUNNER = """
+import os, sys
+import hypothesis, pytest, torch
+torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).step()
+for copy, selection, *files in map(str.split, sys.argv[1].splitlines()):
+    if os.fork() == 0:
+        os.chdir(copy)
+        sys.path.insert(0, copy)
+        os.dup2(os.open("output", os.O_CREAT | os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        arguments = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-k", selection.replace("+", " "), *files]
+        code = pytest.main(arguments)
+        sys.stdout.flush()
+        os._exit(code)
+    os.wait()
+"""
+
+
+def run_core(copies: dict[Mutant, Path], interpret: str) -> None:
+    """The core tests of each mutant's backend, up to the first failure; what they print goes to ``copy/output``."""
+    lines = []
+    for mutant, copy in copies.items():
+        files = ["python_tests/test_sparse_adamw.py", "python_tests/test_packed_ops.py"]
+        if mutant.file:
+            files = files[1:] if "packed" in mutant.file else files[:1]
+        lines.append(" ".join([str(copy), f"{mutant.backend} and ({CORE})".replace(" ", "+"), *files]))
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": "", "TRITON_INTERPRET": interpret}
+    subprocess.run([sys.executable, "-c", RUNNER, "\n".join(lines)], env=os.environ | settings, cwd="/", check=True)
+
+
+@pytest.fixture(scope="module")
+def outputs(request, intact_objects, tmp_path_factory) -> dict[Mutant, str]:
+    """What pytest said about each selected mutant. Two processes run them, one with Triton's interpreter."""
+    items = [item for item in request.session.items if item.path == request.path]
+    selected = [item.callspec.params["mutant"] for item in items]
+    copies = {mutant: tmp_path_factory.mktemp("copy") for mutant in selected}
+    interpreted = {mutant: copy for mutant, copy in copies.items() if mutant.backend == "triton"}
+    compiled = {mutant: copy for mutant, copy in copies.items() if mutant.backend != "triton"}
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda mutant: build_copy(mutant, intact_objects, copies[mutant]), selected))
+        list(pool.map(run_core, (interpreted, compiled), ("1", "0")))
+    return {mutant: (copy / "output").read_text() for mutant, copy in copies.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.backend}: {mutant.name}")
+def test_mutation(outputs, mutant):
+    output = outputs[mutant]
+    verdict = output.strip().splitlines()[-1]
+    if mutant.file:
+        assert re.match(r"1 failed.* in ", verdict), f"the mutant survived, or failed for another reason:\n{output}"
+    else:
+        assert re.match(r"\d\d+ passed.* in ", verdict), f"the intact copy failed:\n{output}"
