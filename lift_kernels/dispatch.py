@@ -119,7 +119,8 @@ def _native_cuda() -> Backend:
         return Backend(False, "torch sees no CUDA device")
     driver = torch.ops.lift_kernels_native.cuda_driver_version()
     if driver // 1000 < runtime // 1000:
-        return Backend(False, f"the driver serves CUDA {driver // 1000}, the extension holds CUDA {runtime // 1000}; update the driver")
+        old = f"the driver serves CUDA {driver // 1000}, the extension holds CUDA {runtime // 1000}"
+        return Backend(False, f"{old}; update the driver, or let Triton serve")
     return Backend(True, f"compiled CUDA {runtime // 1000}.{runtime % 1000 // 10}: {', '.join(NATIVE_CUDA_OPS)}")
 
 

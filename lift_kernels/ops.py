@@ -26,7 +26,6 @@ from .checks import (
     check_norm,
     check_scatter,
     check_segments,
-    require,
 )
 
 logger = logging.getLogger("lift_kernels")

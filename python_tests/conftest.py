@@ -54,3 +54,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.interpreter)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """A skip without mark ``gpu`` is a failure: nothing may stay untested on a machine without a GPU."""
+    report = yield
+    if report.skipped and not item.get_closest_marker("gpu") and not hasattr(report, "wasxfail"):
+        report.outcome, report.longrepr = "failed", f"{item.nodeid} was skipped, but only gpu tests may be"
+    return report

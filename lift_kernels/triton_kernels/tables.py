@@ -103,7 +103,7 @@ class _Cache:
                 self._evict()
             self._entries.move_to_end((key, device))
             entry.captured |= capturing
-        if entry.stream is not None and not capturing and entry.stream != torch.cuda.current_stream():
+        if entry.ready is not None and not capturing and entry.stream != torch.cuda.current_stream():
             torch.cuda.current_stream().wait_event(entry.ready)
             entry.table.data.record_stream(torch.cuda.current_stream())
         return entry.table
