@@ -128,8 +128,8 @@ def check_arena(tensors: Sequence[Tensor], indices: Tensor, offsets: Sequence[in
     require(indices.dim() == 1 and indices.is_contiguous(), f"indices must be a contiguous vector, got {tuple(indices.shape)}")
     size = indices.numel()
     for i, (offset, count) in enumerate(zip(offsets, counts)):
-        require(0 <= offset and 0 <= count and offset + count <= size,
-                f"segment {i} ({offset} + {count}) does not fit in an arena of {size} entries", IndexError)  # fmt: skip
+        if not (0 <= offset and 0 <= count and offset + count <= size):
+            raise IndexError(f"segment {i} ({offset} + {count}) does not fit in an arena of {size} entries")
 
 
 def check_segments(matrices: Sequence[Tensor], indices: Tensor, offsets: Sequence[int], counts: Sequence[int]) -> None:
@@ -144,15 +144,18 @@ def check_segments(matrices: Sequence[Tensor], indices: Tensor, offsets: Sequenc
 
 def check_grads(grads: Sequence[Tensor], weights: Sequence[Tensor], counts: Sequence[int], packed_grads: bool) -> None:
     """Gradients of one dtype on one device: dense and shaped like the weights, or vectors as long as the index lists."""
+    # Hundreds of matrices at every step: conditions first, for a message takes longer to build than all of them.
     for i, (grad, weight, count) in enumerate(zip(grads, weights, counts)):
-        require(grad.layout == torch.strided, f"gradient {i} must be dense (strided), got layout {grad.layout}")
-        require(grad.dtype in WEIGHT_DTYPES and grad.dtype == grads[0].dtype,
-                f"gradient {i} must be float32, bfloat16 or float16 like the others, got {grad.dtype}", TypeError)  # fmt: skip
-        require(grad.device == grads[0].device, f"gradient {i} is on {grad.device}, gradient 0 on {grads[0].device}")
-        if packed_grads:
-            require(grad.numel() == count, f"packed gradient {i} has {grad.numel()} entries, its index list {count}")
-        else:
-            require(grad.shape == weight.shape, f"gradient {i} has shape {tuple(grad.shape)}, its weight {tuple(weight.shape)}")
+        if grad.layout != torch.strided:
+            raise ValueError(f"gradient {i} must be dense (strided), got layout {grad.layout}")
+        if grad.dtype not in WEIGHT_DTYPES or grad.dtype != grads[0].dtype:
+            raise TypeError(f"gradient {i} must be float32, bfloat16 or float16 like the others, got {grad.dtype}")
+        if grad.device != grads[0].device:
+            raise ValueError(f"gradient {i} is on {grad.device}, gradient 0 on {grads[0].device}")
+        if packed_grads and grad.numel() != count:
+            raise ValueError(f"packed gradient {i} has {grad.numel()} entries, its index list {count}")
+        if not packed_grads and grad.shape != weight.shape:
+            raise ValueError(f"gradient {i} has shape {tuple(grad.shape)}, its weight {tuple(weight.shape)}")
 
 
 def check_adamw(
@@ -176,12 +179,13 @@ def check_adamw(
     require(len(grads) == len(weights), f"got {len(weights)} weights and {len(grads)} gradients")
     check_arena(weights, indices, offsets, counts, "weights")
     check_grads(grads, weights, counts, packed_grads)
-    for i, weight in enumerate(weights):
-        require(weight.dtype in WEIGHT_DTYPES and weight.dtype == weights[0].dtype,
-                f"weight {i} must be float32, bfloat16 or float16 like the others, got {weight.dtype}", TypeError)  # fmt: skip
-        require(weight.is_contiguous(), f"weight {i} must be contiguous, got strides {weight.stride()}")
-        require(weight.device == indices.device and grads[i].device == indices.device,
-                f"weight {i} is on {weight.device}, its gradient on {grads[i].device}, indices on {indices.device}")  # fmt: skip
+    for i, (weight, grad) in enumerate(zip(weights, grads)):
+        if weight.dtype not in WEIGHT_DTYPES or weight.dtype != weights[0].dtype:
+            raise TypeError(f"weight {i} must be float32, bfloat16 or float16 like the others, got {weight.dtype}")
+        if not weight.is_contiguous():
+            raise ValueError(f"weight {i} must be contiguous, got strides {weight.stride()}")
+        if weight.device != indices.device or grad.device != indices.device:
+            raise ValueError(f"weight {i} is on {weight.device}, its gradient on {grad.device}, indices on {indices.device}")
     require(exp_avg.dtype == exp_avg_sq.dtype and exp_avg.dtype in MOMENT_DTYPES,
             f"moments must both be float32 or bfloat16, got {exp_avg.dtype} and {exp_avg_sq.dtype}", TypeError)  # fmt: skip
     arenas = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "master": master, "births": births}
