@@ -35,7 +35,8 @@ DENSITY, RANK = 0.05, 64
 
 def model_weights(name: str | None) -> list[Tensor]:
     """The fp32 weights of a model's linear layers, embeddings and head left out."""
-    from lift_kernels import lift_param_groups, modelio
+    from lift_kernels import lift_param_groups
+    from lift_kernels.finetune import modelio
 
     model, _ = modelio.load_model(modelio.find_model(name), FP32)
     return [weight.detach() for _, weight in lift_param_groups(model)[0]["params"]]

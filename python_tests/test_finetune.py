@@ -11,10 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lift_kernels import encoding, evaluation, modelio, qa_data, wordproblems
 from lift_kernels.__main__ import main
-from lift_kernels.finetune import run
-from lift_kernels.settings import Settings, UserError
+from lift_kernels.finetune import Settings, UserError, encoding, evaluation, modelio, qa_data, run, wordproblems
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 SPECIAL = ["<eos>", "<pad>"]

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from lift_kernels import wordproblems
-from lift_kernels.evaluation import extract_number
-from lift_kernels.wordproblems import ITEMS, KINDS, NAMES, TEMPLATES, fact, generate, split_of
+from lift_kernels.finetune import wordproblems
+from lift_kernels.finetune.evaluation import extract_number
+from lift_kernels.finetune.wordproblems import ITEMS, KINDS, NAMES, TEMPLATES, fact, generate, split_of
 
 COMPUTE = {"+": int.__add__, "-": int.__sub__, "x": int.__mul__, "/": int.__floordiv__}
 FORMULA = {

@@ -12,7 +12,8 @@ import torch
 import transformers
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from . import LiftAdamW, encoding, evaluation, lift_param_groups, report
+from .. import LiftAdamW, lift_param_groups
+from . import encoding, evaluation, report
 from .modelio import find_model, load_model, save_model
 from .qa_data import SHOTS, choose_problems, fitting, training_sequences
 from .settings import DTYPES, Settings, UserError
