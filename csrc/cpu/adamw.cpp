@@ -6,6 +6,7 @@
 //   many more of L2.
 // - The hints are dealt out over the gather loop (gradients) and the scatter loop (weights). In one burst they would fill
 //   the queue and stall the loop that gives them.
+// - Within a block both loops jump about, so that the hardware sees no stream and fetches no lines that nobody wants.
 #include <algorithm>
 
 #include "../launchers.h"
@@ -16,6 +17,7 @@ namespace lift {
 namespace {
 
 constexpr int kBlock = 128;
+constexpr int kStride = 37;    // odd: comes by every entry of a block
 constexpr int64_t kAhead = 8;  // blocks
 constexpr int kL2 = 2;         // "locality" of __builtin_prefetch
 
@@ -77,16 +79,19 @@ LIFT_CLONES void round_stochastic(const float* __restrict from, TS* __restrict t
   for (int j = 0; j < n; ++j) to[j] = Stochastic<T>::round(from[j], counter_hash(counter_hash(position + uint32_t(j)) ^ key));
 }
 
-// work(j) for j < n, and beside it hint(j) for j < hints.
+// work(j) for j < n, and beside it hint(j) for j < hints; full blocks in jumps of kStride.
 template <class Work, class Hint>
 inline void interleave(int n, const Work& work, int hints, const Hint& hint) {
-  const int both = std::min(n, hints);
-  for (int j = 0; j < both; ++j) {
-    hint(j);
-    work(j);
+  if (n == kBlock && hints == kBlock) {
+    for (int i = 0; i < kBlock; ++i) {
+      const int j = (i * kStride) % kBlock;
+      hint(j);
+      work(j);
+    }
+    return;
   }
-  for (int j = both; j < n; ++j) work(j);
-  for (int j = both; j < hints; ++j) hint(j);
+  for (int j = 0; j < n; ++j) work(j);
+  for (int j = 0; j < hints; ++j) hint(j);
 }
 
 // Entries at .. at + n of a segment's list.
@@ -180,7 +185,7 @@ class Step {
     };
     if (!a_.packed_grads && a_.master == nullptr) interleave(n, gather_both, later.n, hint_g);
     else if (!a_.packed_grads) interleave(n, gather_g, later.n, hint_g);
-    else if (a_.master == nullptr) interleave(n, gather_w, 0, hint_g);
+    else if (a_.master == nullptr) interleave(n, gather_w, n, [](int) {});
 
     float* w = a_.master == nullptr ? widened<W>(w_raw.data, w_wide.data, n) : a_.master + arena;
     const float* g = widened<G>(a_.packed_grads ? grad + block.at : g_raw.data, g_wide.data, n);
