@@ -14,6 +14,7 @@ and of dense gradients (read) that selected entries lie on, and the packed strea
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import subprocess
 import sys
@@ -88,7 +89,7 @@ class Suite:
 def command(suite: Suite, *arguments: str, **environment: str) -> None:
     """A child process in the checkout, its last line a row; raises when it fails."""
     done = subprocess.run([sys.executable, *arguments], cwd=bench_util.ROOT, env=os.environ | environment, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600)  # fmt: skip
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)  # fmt: skip
     print(done.stdout[-4000:], flush=True)
     last = (done.stdout.strip().splitlines() or [""])[-1]
     if done.returncode != 0:
@@ -103,6 +104,7 @@ def steps(suite: Suite) -> None:
     floor = 7.0 * sum(weight.nbytes for weight in weights)
     suite.baseline = suite.time("step", "AdamW fused, bf16", "", adamw, floor)
     del adamw
+    gc.collect()  # an optimizer holds itself in a cycle
     if suite.device != "cpu":
         torch.cuda.empty_cache()
     small, arena = suite.masks(1), suite.masks(suite.layers)
