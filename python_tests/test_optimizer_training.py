@@ -13,6 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from lift_kernels import LiftAdamW, lift_param_groups
 
 
+METHOD = {"lr": 0.01, "rank": 4, "density": 0.1, "refresh_interval": 4, "bias_correction": "per_entry"}
+
+
 class Tokens(Dataset):
     """Fixed random sequences."""
 
@@ -33,8 +36,7 @@ def make_model(dtype):
 
 def make_trainer(folder, dtype, **arguments):
     model = make_model(dtype)
-    options = {"lr": 0.01, "rank": 4, "density": 0.1, "refresh_interval": 4, "bias_correction": "per_entry"}
-    optimizer = LiftAdamW(lift_param_groups(model, freeze_rest=True), **options)
+    optimizer = LiftAdamW(lift_param_groups(model, freeze_rest=True), **METHOD)
     defaults = dict(
         output_dir=str(folder), max_steps=6, save_steps=3, per_device_train_batch_size=4, lr_scheduler_type="linear",
         warmup_steps=2, report_to="none", use_cpu=True, disable_tqdm=True, seed=3, logging_steps=1,
@@ -42,6 +44,20 @@ def make_trainer(folder, dtype, **arguments):
     trainer = Trainer(model=model, args=TrainingArguments(**defaults | arguments), train_dataset=Tokens(),
                       eval_dataset=Tokens(), optimizers=(optimizer, None))  # fmt: skip
     return trainer, model, optimizer
+
+
+def test_trainer_one_liner_gives_the_same_weights(tmp_path):
+    """The README's ``optimizer_cls_and_kwargs`` builds the optimizer that one could build by hand."""
+    by_hand, model, _ = make_trainer(tmp_path, FP32, save_strategy="no")
+    by_hand.train()
+    other = make_model(FP32)
+    groups = lift_param_groups(other, freeze_rest=True)
+    one_liner = Trainer(model=other, args=by_hand.args, train_dataset=Tokens(),
+                        optimizer_cls_and_kwargs=(LiftAdamW, {"params": groups} | METHOD))  # fmt: skip
+    one_liner.train()
+    own, others = dict(model.named_parameters()), dict(other.named_parameters())
+    assert all(torch.equal(own[name], others[name]) for name in own)
+    assert not torch.equal(others["model.layers.0.mlp.up_proj.weight"], make_model(FP32).model.layers[0].mlp.up_proj.weight)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
