@@ -12,7 +12,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from lift_kernels import LiftAdamW, lift_param_groups
 
-
 METHOD = {"lr": 0.01, "rank": 4, "density": 0.1, "refresh_interval": 4, "bias_correction": "per_entry"}
 
 
