@@ -53,24 +53,17 @@ std::vector<lift::Segment> segments_of(const std::vector<Tensor>& grads, const s
 }
 
 void sparse_adamw_(std::vector<Tensor> weights, std::vector<Tensor> grads, Tensor indices, std::vector<int64_t> offsets,
-                   std::vector<int64_t> counts, Tensor exp_avg, Tensor exp_avg_sq, Tensor table, double beta1, double beta2,
-                   double eps, std::optional<Tensor> master, std::optional<Tensor> births, Tensor steps,
-                   std::optional<Tensor> bias, std::optional<Tensor> keys, std::optional<Tensor> inv_scale, bool packed_grads,
-                   bool maximize) {
+                   std::vector<int64_t> counts, Tensor exp_avg, Tensor exp_avg_sq, Tensor steps, double lr, double beta1,
+                   double beta2, double eps, double weight_decay, std::optional<Tensor> master, std::optional<Tensor> births,
+                   std::optional<Tensor> bias, double grad_factor, bool packed_grads, bool stochastic, int64_t seed) {
   std::vector<lift::Segment> segments = segments_of(grads, offsets, counts);
-  STD_TORCH_CHECK(weights.size() == grads.size() && size_t(table.numel()) == 3 * weights.size(),
-                  "lift_kernels_native: one weight, gradient and row of scalars per matrix");
+  STD_TORCH_CHECK(weights.size() == grads.size() && size_t(steps.numel()) == weights.size(),
+                  "lift_kernels_native: one weight, gradient and step count per matrix");
   if (segments.empty()) return;
-  const float* scalars = static_cast<const float*>(table.data_ptr());
   const float* step = static_cast<const float*>(steps.data_ptr());
-  const uint32_t* key = pointer<const uint32_t>(keys);
   for (size_t i = 0; i < segments.size(); ++i) {
     segments[i].weight = weights[i].data_ptr();
-    segments[i].step_size = scalars[3 * i];
-    segments[i].inv_sqrt_bc2 = scalars[3 * i + 1];
-    segments[i].decay = scalars[3 * i + 2];
     segments[i].step = step[i];
-    segments[i].key = key == nullptr ? 0 : key[i];
   }
   lift::AdamW adamw{};
   adamw.indices = static_cast<const int32_t*>(indices.data_ptr());
@@ -80,14 +73,15 @@ void sparse_adamw_(std::vector<Tensor> weights, std::vector<Tensor> grads, Tenso
   adamw.births = pointer<const int32_t>(births);
   adamw.bias_table = pointer<const float>(bias);
   adamw.bias_ages = bias.has_value() ? bias->numel() / 2 - 1 : 0;
-  adamw.one_minus_beta1 = float(1 - beta1);
-  adamw.beta2 = float(beta2);
-  adamw.one_minus_beta2 = float(1 - beta2);
-  adamw.eps = float(eps);
-  const float* scale = pointer<const float>(inv_scale);
-  adamw.grad_factor = (scale == nullptr ? 1.0f : *scale) * (maximize ? -1.0f : 1.0f);
+  adamw.lr = lr;
+  adamw.beta1 = beta1;
+  adamw.beta2 = beta2;
+  adamw.eps = eps;
+  adamw.weight_decay = weight_decay;
+  adamw.grad_factor = float(grad_factor);
   adamw.packed_grads = packed_grads;
-  adamw.stochastic = key != nullptr;
+  adamw.stochastic = stochastic;
+  adamw.seed = uint32_t(seed);
   lift::sparse_adamw_cpu(segments.data(), int64_t(segments.size()), adamw, dtype_of(weights[0]), dtype_of(grads[0]),
                          dtype_of(exp_avg), parallel_for);
 }
@@ -162,8 +156,8 @@ int64_t cuda_driver_version() { return 0; }
 STABLE_TORCH_LIBRARY(lift_kernels_native, m) {
   m.def(
       "sparse_adamw_(Tensor(a!)[] weights, Tensor[] grads, Tensor indices, int[] offsets, int[] counts, Tensor(b!) exp_avg, "
-      "Tensor(c!) exp_avg_sq, Tensor table, float beta1, float beta2, float eps, Tensor(d!)? master, Tensor? births, "
-      "Tensor steps, Tensor? bias, Tensor? keys, Tensor? inv_scale, bool packed_grads, bool maximize) -> ()");
+      "Tensor(c!) exp_avg_sq, Tensor steps, float lr, float beta1, float beta2, float eps, float weight_decay, "
+      "Tensor(d!)? master, Tensor? births, Tensor? bias, float grad_factor, bool packed_grads, bool stochastic, int seed) -> ()");
   m.def("packed_gather(Tensor source, Tensor indices, Tensor(a!) out) -> ()");
   m.def("packed_scatter_(Tensor(a!) dest, Tensor indices, Tensor values) -> ()");
   m.def("packed_migrate(Tensor values, Tensor old_indices, Tensor new_indices, Tensor(a!) out) -> ()");

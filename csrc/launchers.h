@@ -11,20 +11,16 @@ enum class DType : int { f32, bf16, f16, i32 };
 using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t n, ParallelBody body, void* context);
 
-// One matrix of a step: where its weight and gradient lie, which arena segment is its own, and its derived scalars.
+// One matrix of a step: where its weight and gradient lie, which arena segment is its own, how often it was updated.
 struct Segment {
   void* weight;
   const void* grad;  // m*n dense entries, or `count` packed ones
   int64_t offset;    // first arena position
   int64_t count;
-  float step_size;      // lr / bc1; lr alone in per-entry mode
-  float inv_sqrt_bc2;   // 1 / sqrt(bc2); 1 in per-entry mode
-  float decay;          // 1 - lr * weight_decay
-  float step;           // updates of this matrix, this one counted
-  uint32_t key;         // stochastic rounding
+  float step;  // updates of this matrix, this one counted
 };
 
-// Arenas and group-wide settings of a step. Optional arenas are null.
+// Arenas and group-wide settings of a step. Optional arenas are null. Settings stay fp64 until scalars are formed from them.
 struct AdamW {
   const int32_t* indices;
   void* exp_avg;
@@ -33,13 +29,15 @@ struct AdamW {
   const int32_t* births;
   const float* bias_table;  // 2 rows of bias_ages + 1 entries: 1/bc1, 1/sqrt(bc2) by age
   int64_t bias_ages;
-  float one_minus_beta1;
-  float beta2;
-  float one_minus_beta2;
-  float eps;
+  double lr;
+  double beta1;
+  double beta2;
+  double eps;
+  double weight_decay;
   float grad_factor;  // inv_scale, negative to maximize
   bool packed_grads;
   bool stochastic;
+  uint32_t seed;  // of stochastic rounding
 };
 
 void sparse_adamw_cpu(const Segment* segments, int64_t n, const AdamW& adamw, DType weight, DType grad, DType moment,

@@ -8,6 +8,8 @@
 //   loop that gives them.
 // - Within a block both loops jump about, presumably so that the hardware sees no stream and fetches no unwanted lines.
 #include <algorithm>
+#include <cmath>
+#include <vector>
 
 #include "../launchers.h"
 #include "elements.h"
@@ -21,8 +23,23 @@ constexpr int kStride = 37;    // odd: comes by every entry of a block
 constexpr int64_t kAhead = 8;  // blocks
 constexpr int kL2 = 2;         // "locality" of __builtin_prefetch
 
+// What the update of a matrix needs, formed in fp64 and then rounded: 1 - beta2 formed in fp32 would triple the error.
 struct Scalars {
   float one_minus_beta1, beta2, one_minus_beta2, eps, decay, grad_factor;
+  float step_size;     // lr / bc1; lr alone when every entry has its own bias correction
+  float inv_sqrt_bc2;  // 1 / sqrt(bc2)
+  uint32_t key;        // of stochastic rounding, by seed and step
+
+  Scalars(const AdamW& a, float step)
+      : one_minus_beta1(float(1 - a.beta1)),
+        beta2(float(a.beta2)),
+        one_minus_beta2(float(1 - a.beta2)),
+        eps(float(a.eps)),
+        decay(float(1 - a.lr * a.weight_decay)),
+        grad_factor(a.grad_factor),
+        step_size(float(a.births != nullptr ? a.lr : a.lr / (1 - std::pow(a.beta1, double(step))))),
+        inv_sqrt_bc2(float(1 / std::sqrt(1 - std::pow(a.beta2, double(step))))),
+        key(counter_hash(counter_hash(a.seed) ^ uint32_t(int64_t(step)))) {}
 };
 
 struct Moments {
@@ -31,7 +48,7 @@ struct Moments {
 
 // Updates the stored moments of one entry; returns the new ones as they were before rounding.
 template <class M, class MS = typename M::Storage>
-[[gnu::always_inline]] inline Moments update_moments(MS& m_stored, MS& v_stored, float g, Scalars s) {
+[[gnu::always_inline]] inline Moments update_moments(MS& m_stored, MS& v_stored, float g, const Scalars& s) {
   // torch's lerp: exact at both ends, so that beta1 = 0 leaves the gradient itself.
   const float m_old = M::widen(m_stored);
   const bool near = s.one_minus_beta1 < 0.5f;
@@ -42,24 +59,24 @@ template <class M, class MS = typename M::Storage>
   return {m, v};
 }
 
-// One step of w and the moments; step_size and inv_sqrt_bc2 are constant over the block.
+// One step of w and the moments.
 template <class M, class MS = typename M::Storage>
 LIFT_CLONES void update(float* __restrict w, MS* __restrict m_stored, MS* __restrict v_stored, const float* __restrict g, int n,
-                        Scalars s, float step_size, float inv_sqrt_bc2) {
+                        Scalars s) {
   for (int j = 0; j < n; ++j) {
     const Moments now = update_moments<M>(m_stored[j], v_stored[j], g[j] * s.grad_factor, s);
-    w[j] = w[j] * s.decay - step_size * now.m / (__builtin_sqrtf(now.v) * inv_sqrt_bc2 + s.eps);
+    w[j] = w[j] * s.decay - s.step_size * now.m / (__builtin_sqrtf(now.v) * s.inv_sqrt_bc2 + s.eps);
   }
 }
 
 // The same with the bias corrections of each entry's own age.
 template <class M, class MS = typename M::Storage>
 LIFT_CLONES void update_per_entry(float* __restrict w, MS* __restrict m_stored, MS* __restrict v_stored,
-                                  const float* __restrict g, int n, Scalars s, float lr, const float* __restrict inv_bc1,
+                                  const float* __restrict g, int n, Scalars s, const float* __restrict inv_bc1,
                                   const float* __restrict inv_sqrt_bc2) {
   for (int j = 0; j < n; ++j) {
     const Moments now = update_moments<M>(m_stored[j], v_stored[j], g[j] * s.grad_factor, s);
-    w[j] = w[j] * s.decay - lr * inv_bc1[j] * now.m / (__builtin_sqrtf(now.v) * inv_sqrt_bc2[j] + s.eps);
+    w[j] = w[j] * s.decay - s.step_size * inv_bc1[j] * now.m / (__builtin_sqrtf(now.v) * inv_sqrt_bc2[j] + s.eps);
   }
 }
 
@@ -81,7 +98,7 @@ LIFT_CLONES void round_stochastic(const float* __restrict from, TS* __restrict t
 
 // work(j) for j < n, and beside it hint(j) for j < hints; full blocks in jumps of kStride.
 template <class Work, class Hint>
-inline void interleave(int n, const Work& work, int hints, const Hint& hint) {
+[[gnu::always_inline]] inline void interleave(int n, const Work& work, int hints, const Hint& hint) {
   if (n == kBlock && hints == kBlock) {
     for (int i = 0; i < kBlock; ++i) {
       const int j = (i * kStride) % kBlock;
@@ -137,11 +154,12 @@ class Step {
   using MS = typename M::Storage;
 
  public:
-  explicit Step(const AdamW& adamw) : a_(adamw) {}
+  Step(const AdamW& adamw, const Segment* segments, const Scalars* scalars)
+      : a_(adamw), segments_(segments), scalars_(scalars) {}
 
   // Blocks begin .. end.
-  void run(const Segment* segments, int64_t begin, int64_t end) const {
-    Cursor ahead(segments, begin), now(segments, begin);
+  void run(int64_t begin, int64_t end) const {
+    Cursor ahead(segments_, begin), now(segments_, begin);
     const int64_t lead = std::min(begin + kAhead, end);
     for (int64_t b = begin; b < lead; ++b) {
       const Block block = ahead.next();
@@ -149,17 +167,18 @@ class Step {
       for (int j = 0; j < block.n; ++j) hint_weight(block, index, j);
       for (int j = 0; j < block.n && !a_.packed_grads; ++j) hint_grad(block, index, j);
     }
-    for (int64_t b = begin; b < end; ++b) step(now.next(), b + kAhead < end ? ahead.next() : Block{segments, 0, 0});
+    for (int64_t b = begin; b < end; ++b) step(now.next(), b + kAhead < end ? ahead.next() : Block{segments_, 0, 0});
   }
 
  private:
   const int32_t* index_of(const Block& block) const { return a_.indices + block.segment->offset + block.at; }
 
   // Announce entry j of a block. A weight with a master is only written, but its line must be read all the same.
-  void hint_grad(const Block& block, const int32_t* index, int j) const {
+  // Inlined by force: GCC takes a function that only prefetches for one without effect and has dropped calls to such.
+  [[gnu::always_inline]] void hint_grad(const Block& block, const int32_t* index, int j) const {
     __builtin_prefetch(static_cast<const GS*>(block.segment->grad) + index[j], 0, kL2);
   }
-  void hint_weight(const Block& block, const int32_t* index, int j) const {
+  [[gnu::always_inline]] void hint_weight(const Block& block, const int32_t* index, int j) const {
     __builtin_prefetch(static_cast<const WS*>(block.segment->weight) + index[j], 1, kL2);
   }
 
@@ -175,8 +194,8 @@ class Step {
     Buffer<float> w_wide, g_wide;
 
     const int32_t* later_index = index_of(later);
-    const auto hint_g = [&](int j) { hint_grad(later, later_index, j); };
-    const auto hint_w = [&](int j) { hint_weight(later, later_index, j); };
+    const auto hint_g = [&](int j) __attribute__((always_inline)) { hint_grad(later, later_index, j); };
+    const auto hint_w = [&](int j) __attribute__((always_inline)) { hint_weight(later, later_index, j); };
     const auto gather_w = [&](int j) { w_raw.data[j] = weight[index[j]]; };
     const auto gather_g = [&](int j) { g_raw.data[j] = grad[index[j]]; };
     const auto gather_both = [&](int j) {
@@ -192,9 +211,9 @@ class Step {
 
     MS* m = static_cast<MS*>(a_.exp_avg) + arena;
     MS* v = static_cast<MS*>(a_.exp_avg_sq) + arena;
-    const Scalars scalars{a_.one_minus_beta1, a_.beta2, a_.one_minus_beta2, a_.eps, s.decay, a_.grad_factor};
+    const Scalars& scalars = scalars_[block.segment - segments_];
     if (a_.births == nullptr) {
-      update<M>(w, m, v, g, n, scalars, s.step_size, s.inv_sqrt_bc2);
+      update<M>(w, m, v, g, n, scalars);
     } else {
       Buffer<float> inv_bc1, inv_sqrt_bc2;
       for (int j = 0; j < n; ++j) {
@@ -202,12 +221,12 @@ class Step {
         inv_bc1.data[j] = a_.bias_table[age];
         inv_sqrt_bc2.data[j] = a_.bias_table[a_.bias_ages + 1 + age];
       }
-      update_per_entry<M>(w, m, v, g, n, scalars, s.step_size, inv_bc1.data, inv_sqrt_bc2.data);
+      update_per_entry<M>(w, m, v, g, n, scalars, inv_bc1.data, inv_sqrt_bc2.data);
     }
 
     const WS* rounded = w_raw.data;
     if constexpr (sizeof(WS) == 4) rounded = w;
-    else if (a_.stochastic) round_stochastic<W>(w, w_raw.data, n, uint32_t(arena), s.key);
+    else if (a_.stochastic) round_stochastic<W>(w, w_raw.data, n, uint32_t(arena), scalars.key);
     else round_nearest<W>(w, w_raw.data, n);
     interleave(n, [&](int j) { weight[index[j]] = rounded[j]; }, later.n, hint_w);
   }
@@ -224,13 +243,20 @@ class Step {
   }
 
   const AdamW& a_;
+  const Segment* segments_;
+  const Scalars* scalars_;  // one a segment
 };
 
 template <class W, class G, class M>
 void step_all(const Segment* segments, int64_t n, const AdamW& adamw, ParallelFor parallel_for) {
   int64_t blocks = 0;
-  for (int64_t i = 0; i < n; ++i) blocks += blocks_of(segments[i]);
-  for_ranges(parallel_for, blocks, [&](int64_t begin, int64_t end) { Step<W, G, M>(adamw).run(segments, begin, end); });
+  std::vector<Scalars> scalars;
+  for (int64_t i = 0; i < n; ++i) {
+    blocks += blocks_of(segments[i]);
+    scalars.emplace_back(adamw, segments[i].step);
+  }
+  const Step<W, G, M> step(adamw, segments, scalars.data());
+  for_ranges(parallel_for, blocks, [&](int64_t begin, int64_t end) { step.run(begin, end); });
 }
 
 template <class W, class G>
