@@ -114,6 +114,12 @@ Tensor packed_square_sums(std::vector<Tensor> grads, Tensor indices, std::vector
   return partials;
 }
 
+double lowrank_topk(Tensor left, Tensor right, double low, double high, Tensor indices) {
+  return lift::lowrank_topk_cpu(static_cast<const float*>(left.data_ptr()), static_cast<const float*>(right.data_ptr()),
+                                left.size(0), right.size(0), left.size(1), indices.numel(), float(low), float(high),
+                                static_cast<int32_t*>(indices.data_ptr()), parallel_for);
+}
+
 #ifdef LIFT_WITH_CUDA
 // torch's current stream, through a symbol that only a CUDA build of torch exports: the extension itself links to neither.
 lift::Stream current_stream(const Tensor& tensor) {
@@ -162,6 +168,7 @@ STABLE_TORCH_LIBRARY(lift_kernels_native, m) {
   m.def("packed_scatter_(Tensor(a!) dest, Tensor indices, Tensor values) -> ()");
   m.def("packed_migrate(Tensor values, Tensor old_indices, Tensor new_indices, Tensor(a!) out) -> ()");
   m.def("packed_square_sums(Tensor[] grads, Tensor indices, int[] offsets, int[] counts, bool packed_grads) -> Tensor");
+  m.def("lowrank_topk(Tensor left, Tensor right, float low, float high, Tensor(a!) indices) -> float");
   m.def("cuda_runtime_version() -> int");
   m.def("cuda_driver_version() -> int");
 }
@@ -172,6 +179,7 @@ STABLE_TORCH_LIBRARY_IMPL(lift_kernels_native, CPU, m) {
   m.impl("packed_scatter_", TORCH_BOX(&packed_scatter_));
   m.impl("packed_migrate", TORCH_BOX(&packed_migrate));
   m.impl("packed_square_sums", TORCH_BOX(&packed_square_sums));
+  m.impl("lowrank_topk", TORCH_BOX(&lowrank_topk));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lift_kernels_native, CompositeExplicitAutograd, m) {

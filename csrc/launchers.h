@@ -56,6 +56,11 @@ int64_t square_sum_blocks(const Segment* segments, int64_t n);
 void packed_square_sums_cpu(const Segment* segments, int64_t n, const int32_t* indices, DType grad, bool packed_grads,
                             double* partials, ParallelFor parallel_for);
 
+// Sorted positions of the k largest |left right^T| (left m x rank, right n x rank), ties to the lower one; returns the k-th
+// magnitude. [low, high) is expected to hold it; when it does not, the answer takes four sweeps instead of one.
+float lowrank_topk_cpu(const float* left, const float* right, int64_t m, int64_t n, int64_t rank, int64_t k, float low, float high,
+                       int32_t* indices, ParallelFor parallel_for);
+
 // The CUDA side, present when the build found nvcc. Launches return 0 or a cudaError_t.
 struct Stream {
   int device;

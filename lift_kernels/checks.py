@@ -120,6 +120,23 @@ def check_norm(
         require(grad.device == indices.device, f"gradient 0 is on {grad.device}, indices on {indices.device}")
 
 
+def check_topk(left: Tensor, right: Tensor, k: int, bracket: Tensor | None) -> None:
+    """What `lowrank_topk` can check without reading a tensor."""
+    for label, factor in (("left", left), ("right", right)):
+        require(factor.dim() == 2 and factor.dtype == torch.float32 and factor.is_contiguous(),
+                f"{label} must be a contiguous float32 matrix, got {factor.dtype} {tuple(factor.shape)}")  # fmt: skip
+    require(left.shape[1] == right.shape[1] and left.shape[1] >= 1,
+            f"left and right must share a rank of at least 1, got {tuple(left.shape)} and {tuple(right.shape)}")  # fmt: skip
+    require(left.device == right.device, f"left is on {left.device}, right on {right.device}")
+    numel = left.shape[0] * right.shape[0]
+    require(numel <= MAX_ENTRIES, f"the product may have up to 2^31-1 entries, got {left.shape[0]} x {right.shape[0]}")
+    require(1 <= k <= numel, f"k must be from 1 to {numel}, got {k}")
+    if bracket is not None:
+        require(bracket.shape == (2,) and bracket.dtype == torch.float32 and bracket.device == left.device,
+                f"bracket must be two float32 numbers on {left.device}, got {tuple(bracket.shape)} {bracket.dtype} "
+                f"on {bracket.device}")  # fmt: skip
+
+
 def check_arena(tensors: Sequence[Tensor], indices: Tensor, offsets: Sequence[int], counts: Sequence[int], label: str) -> None:
     """Segments, one per tensor, that lie within an int32 arena."""
     require(len(tensors) == len(offsets) == len(counts),

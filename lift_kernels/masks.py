@@ -1,13 +1,51 @@
-"""From low-rank factors to a sorted index list: the k entries of largest |W_r|."""
+"""From low-rank factors to sorted index lists: the k entries of largest |W_r|, without W_r."""
 
 from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from . import bracket, ops
 from .checks import MAX_ENTRIES, require
-from .lowrank import low_rank_factors
+from .lowrank import TOLERANCE, batched_factors
+
+MEMORY_BUDGET = 2**31
+"""Bytes of fp32 copies of weights that are factored together on a GPU. On the CPU one matrix at a time keeps all cores busy."""
+
+
+@dataclass(frozen=True)
+class MaskRequest:
+    """What a mask is made from: the matrix, its rank and k, and what its last mask left for a warm start."""
+
+    weight: Tensor
+    rank: int
+    k: int
+    name: str = "weight"
+    basis: Tensor | None = None
+    threshold: Tensor | None = None
+
+
+class Mask(NamedTuple):
+    """``indices``: sorted int32 (k,). ``threshold`` (0-dim fp32, the k-th magnitude) and ``basis`` serve the next warm start.
+
+    How it came about: ``method``, ``passes`` over the matrix, whether the iteration ``settled``, ``seconds`` (a share of its
+    batch's).
+    """
+
+    indices: Tensor
+    threshold: Tensor | None = None
+    basis: Tensor | None = None
+    method: str = ""
+    passes: int = 0
+    settled: bool = True
+    seconds: float = 0.0
 
 
 def principal_indices(
@@ -18,19 +56,74 @@ def principal_indices(
     budget_rank: int | None = None,
     *,
     method: str = "auto",
+    generator: torch.Generator | None = None,
+    warm_start: Tensor | None = None,
+    tolerance: float = TOLERANCE,
     name: str = "weight",
+    backend: str | None = None,
 ) -> Tensor:
     """The principal weights of a matrix (m x n): flat, sorted int32 positions of the k largest |W_r| (paper section 3).
 
     Exactly one of ``k``, ``density`` (k = round(density * m * n)) and ``budget_rank`` (k = (m + n) * budget_rank, at most m * n)
-    says how many; ties go to the lower position. The weight itself is not changed.
+    says how many; ties go to the lower position. The weight itself is not changed. ``method``, ``generator``, ``warm_start`` and
+    ``tolerance`` are those of `low_rank_factors`.
 
     Raises ValueError, naming ``name``, for a rank or a k out of range and for non-finite weights.
     """
     require(weight.dim() == 2, f"{name}: a matrix is needed, got shape {tuple(weight.shape)}")
     k = entry_count(weight.shape, k=k, density=density, budget_rank=budget_rank, name=name)
-    left, right = low_rank_factors(weight, rank, method=method, name=name)
-    return largest_indices((left @ right.T).abs_(), k)
+    request = MaskRequest(weight, rank, k, name, warm_start)
+    return principal_masks([request], method=method, generator=generator, tolerance=tolerance, backend=backend)[0].indices
+
+
+def principal_masks(
+    requests: Sequence[MaskRequest],
+    *,
+    method: str = "auto",
+    generator: torch.Generator | None = None,
+    tolerance: float = TOLERANCE,
+    memory_budget: int | None = None,
+    backend: str | None = None,
+    made: Callable[[int], object] = lambda count: None,
+) -> list[Mask]:
+    """Masks of many matrices; those of one shape, dtype, rank and device are factored together within ``memory_budget`` bytes.
+
+    ``made(count)`` is called after every batch, for a progress bar. Raises as `principal_indices` does, before or between
+    batches; nothing is changed in any case.
+    """
+    masks: dict[int, Mask] = {}
+    for batch in _batches(requests, memory_budget):
+        start = time.perf_counter()
+        members = [requests[i] for i in batch]
+        factors = batched_factors(
+            [r.weight for r in members], members[0].rank, method=method, generator=generator, tolerance=tolerance,
+            warm_starts=[r.basis for r in members], names=[r.name for r in members],
+        )  # fmt: skip
+        chosen = []
+        for request, f in zip(members, factors):
+            known = request.threshold is not None and request.basis is not None
+            expected = bracket.around(request.threshold) if known else None  # type: ignore[arg-type]
+            chosen.append(ops.lowrank_topk(f.left, f.right, request.k, bracket=expected, backend=backend))
+        seconds = (time.perf_counter() - start) / len(batch)
+        for i, f, (indices, threshold) in zip(batch, factors, chosen):
+            masks[i] = Mask(indices, threshold, f.basis, f.method, f.passes, f.settled, seconds)
+        made(len(batch))
+    return [masks[i] for i in range(len(requests))]
+
+
+def _batches(requests: Sequence[MaskRequest], memory_budget: int | None) -> list[list[int]]:
+    """Numbers of requests that go through together, in order of their first."""
+    kinds: dict[tuple, list[int]] = defaultdict(list)
+    for i, r in enumerate(requests):
+        basis = None if r.basis is None else tuple(r.basis.shape)
+        kinds[(r.weight.shape, r.weight.dtype, r.weight.device, r.rank, basis)].append(i)
+    batches = []
+    for members in kinds.values():
+        weight = requests[members[0]].weight
+        budget = memory_budget if memory_budget is not None else MEMORY_BUDGET if weight.is_cuda else 0
+        size = max(1, budget // (4 * max(1, weight.numel())))
+        batches += [members[at : at + size] for at in range(0, len(members), size)]
+    return batches
 
 
 def entry_count(
@@ -76,5 +169,5 @@ def random_indices(numel: int, k: int, seed: int, device: torch.device) -> Tenso
 def _kth_largest(flat: Tensor, k: int) -> Tensor:
     place = flat.numel() - k
     if flat.device.type == "cpu":  # numpy's introselect is ten times faster than torch.kthvalue
-        return torch.from_numpy(np.partition(flat.numpy(), place)[place : place + 1])[0]
+        return torch.from_numpy(np.partition(flat.float().numpy(), place)[place : place + 1])[0]
     return torch.kthvalue(flat, place + 1).values

@@ -129,6 +129,14 @@ def packed_l2_norm_ref(
     return total.sqrt().float()
 
 
+def lowrank_topk_ref(left: Tensor, right: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Positions (k, sorted int32) of the k largest |left @ right.T| and the k-th magnitude; ties to the lower position."""
+    # Bits without the sign: integers in the order of the magnitudes. A stable descending sort keeps ties in order.
+    keys = (left @ right.T).reshape(-1).view(torch.int32) & 0x7FFFFFFF
+    order = keys.sort(descending=True, stable=True).indices[:k]
+    return order.sort().values.int(), keys[order[-1]].view(torch.float32)
+
+
 def counter_hash(x: Tensor) -> Tensor:
     """A bijective 32-bit integer mix (constants of C. Wellons' lowbias32) on int64 tensors that hold uint32 values.
 

@@ -188,7 +188,7 @@ def test_a_bad_weight_is_refused(weight, rank, message):
 
 
 def test_an_unknown_method_is_refused():
-    with pytest.raises(ValueError, match="unknown method 'magic'; choose one of auto, gram, svd"):
+    with pytest.raises(ValueError, match="unknown method 'magic'; choose one of auto, gram, chebyshev, svd"):
         principal_indices(torch.ones(4, 6), 2, 3, method="magic")
 
 
