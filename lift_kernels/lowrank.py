@@ -27,6 +27,7 @@ OVERSAMPLING = 2
 MAX_DEGREES, MAX_WARM_DEGREES = 24, 3
 _CYCLE = 3  # degrees of one Chebyshev polynomial; then it is fitted anew to the smallest Ritz value
 _EIGH_COST = {"cpu": 12.0, "cuda": 2000.0}  # of an n x n eigenproblem, in flops of a product per n^3; cpu measured, cuda assumed
+_SMALL = 256  # shorter sides up to here go the exact way: overheads decide there, not flops
 _EXACT_BONUS = 1.5  # auto leaves the exact way only for a predicted cost this many times lower
 
 
@@ -124,6 +125,8 @@ def batched_factors(
 def cheapest_method(shape: Sequence[int], rank: int, *, warm: bool = False, device: str = "cpu") -> str:
     """``"gram"`` or ``"chebyshev"``: which is predicted to be faster for an m x n matrix, from its flops."""
     long, short = max(shape), min(shape)
+    if short <= _SMALL:
+        return "gram"
     width = block_width(shape, rank)
     eigh = _EIGH_COST.get(device, _EIGH_COST["cuda"])
     gram = 2.0 * long * short**2 + eigh * short**3 + 2.0 * long * short * rank

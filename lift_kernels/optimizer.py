@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import dispatch, ops, options
-from .checks import check_finite, check_gradient, check_index_list, require
+from . import dispatch, ops, options, refresh
+from .checks import check_gradient, require
 from .dense import dense_adamw_
-from .masks import principal_indices, random_indices
+from .lowrank import METHODS
+from .masks import Mask
 from .packed import PackedState
 from .state_dict import check_state_dict, compact
 
@@ -33,13 +34,17 @@ class LiftAdamW(Optimizer):
         rank: LRA rank r of the approximation whose largest entries are trained; None: 64 or the smaller side.
         density: share of a matrix that is trained, in (0, 1]; unused when ``budget_rank`` is given: k = (m + n) * budget_rank.
         refresh_interval: steps between masks; None keeps the first one.
+        refresh_schedule: ``"all"`` renews every mask after an interval, ``"spread"`` a few at each step, so that no step stalls.
         bias_correction: ``"global"`` counts a matrix's steps (the paper), ``"per_entry"`` those since an entry came in.
         master: ``"fp32"`` keeps packed fp32 masters for bf16/fp16 weights; None rounds the weight itself.
         rounding: ``"nearest"`` or, with ``master=None``, ``"stochastic"``.
         state_dtype: of the moments, torch.float32 or torch.bfloat16.
         max_grad_norm: clips the norm over all trained entries of all groups; no host synchronization.
         capturable: as in torch: the step may be captured in a CUDA graph. Refresh between replays.
-        selection: ``"principal"``, ``"random"`` (same k) or a callable ``(weight, k) -> sorted int32 indices``.
+        selection: ``"principal"``, for comparison ``"magnitude"``, ``"gradient"`` (largest at the time of the mask) or
+            ``"random"``, all of the same k, or a callable ``(weight, k) -> sorted int32 indices``.
+        mask_method: of `low_rank_factors`.
+        warm_start: where bases for warm starts are kept, ``"device"`` or ``"cpu"``; None: every refresh starts cold.
         seed: of random masks and of stochastic rounding.
         backend: one of `lift_kernels.backends`, None for the fastest usable one.
 
@@ -48,6 +53,7 @@ class LiftAdamW(Optimizer):
 
     _arenas: dict[tuple, PackedState]  # by device, dtypes and form of state
     _places: dict[Tensor, tuple[PackedState, int]]  # where each matrix lies
+    _kept: dict[Tensor, dict[str, Tensor]]  # of each matrix's last mask: basis and threshold, for a warm start
     _skipped: dict[int, Tensor | int]  # by id of the group: steps that found_inf skipped, not yet settled
     _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf, no host synchronization
 
@@ -63,6 +69,7 @@ class LiftAdamW(Optimizer):
         density: float = 0.05,
         budget_rank: int | None = None,
         refresh_interval: int | None = 200,
+        refresh_schedule: str = "all",
         bias_correction: str = "global",
         master: str | None = "fp32",
         rounding: str = "nearest",
@@ -71,6 +78,8 @@ class LiftAdamW(Optimizer):
         capturable: bool = False,
         maximize: bool = False,
         selection: str | Callable[[Tensor, int], Tensor] = "principal",
+        mask_method: str = "auto",
+        warm_start: str | None = "device",
         seed: int = 0,
         backend: str | None = None,
     ) -> None:
@@ -79,12 +88,16 @@ class LiftAdamW(Optimizer):
         require(max_grad_norm is None or max_grad_norm > 0, f"max_grad_norm must be positive or None, got {max_grad_norm}")
         require(backend is None or backend in dispatch.NAMES,
                 f"unknown backend {backend!r}; choose one of {', '.join(dispatch.NAMES)}")  # fmt: skip
+        require(mask_method in METHODS, f"unknown mask_method {mask_method!r}; choose one of {', '.join(METHODS)}")
+        require(warm_start in ("device", "cpu", None), f"warm_start must be 'device', 'cpu' or None, got {warm_start!r}")
         self.max_grad_norm, self.selection, self.seed, self.backend = max_grad_norm, selection, seed, backend
+        self.mask_method, self.warm_start = mask_method, warm_start
+        self.last_refresh: refresh.RefreshReport | None = None
         self.grad_norm: Tensor | None = None  # norm over trained entries at the last step, when it was needed for clipping
         self._reset_arenas()
         defaults = dict(
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, density=density, budget_rank=budget_rank,
-            refresh_interval=refresh_interval, bias_correction=bias_correction, master=master, rounding=rounding,
+            refresh_interval=refresh_interval, refresh_schedule=refresh_schedule, bias_correction=bias_correction, master=master, rounding=rounding,
             state_dtype=state_dtype, capturable=capturable, maximize=maximize, lift=None, steps_since_refresh=0,
         )  # fmt: skip
         super().__init__(params, defaults)
@@ -216,38 +229,52 @@ class LiftAdamW(Optimizer):
 
     def _refresh(self, groups: Sequence[dict[str, Any]]) -> None:
         chosen = {id(group) for group in groups}
-        rows: dict[int, tuple[PackedState, list[int], list[Tensor]]] = {}
-        for number, (p, group, name) in enumerate(self._sparse_parameters()):
-            if id(group) in chosen:
-                arena, row = self._places[p]
-                _, numbers, lists = rows.setdefault(id(arena), (arena, [], []))
-                numbers.append(row)
-                lists.append(self._mask(number, p, group, name))
-        for arena, numbers, lists in rows.values():
-            arena.regather_masters(numbers)
-            arena.migrate(numbers, lists, backend=self.backend)
+        self._renew([due for due in self._matrices() if id(due.group) in chosen])
         for group in groups:
             group["steps_since_refresh"] = 0
+
+    def _matrices(self) -> list[refresh.Due]:
+        return [refresh.Due(i, *entry) for i, entry in enumerate(self._sparse_parameters())]
+
+    def _renew(self, due: list[refresh.Due]) -> None:
+        """New masks for matrices that have one."""
+        masks = self._masks(due)
+        rows: dict[int, tuple[PackedState, list[int], list[Tensor]]] = {}
+        for (_, p, _, _), mask in zip(due, masks):
+            arena, row = self._places[p]
+            _, numbers, lists = rows.setdefault(id(arena), (arena, [], []))
+            numbers.append(row)
+            lists.append(mask.indices)
+        stayed = {}
+        for arena, numbers, lists in rows.values():
+            stayed.update({arena.weights[row]: arena.stayed(row, new, self.backend) for row, new in zip(numbers, lists)})
+            arena.regather_masters(numbers)
+            arena.migrate(numbers, lists, backend=self.backend)
+        self._keep(due, masks)
+        self.last_refresh = refresh.report(due, masks, [stayed[d.parameter] for d in due])
         self._publish()
 
-    def _mask(self, number: int, p: Tensor, group: dict[str, Any], name: str) -> Tensor:
-        k = options.trained_entries(p, group, name)
-        if self.selection == "principal":
-            return principal_indices(p, options.rank_of(p, group), k, name=name)
-        check_finite(p, name)
-        if self.selection == "random":
-            return random_indices(p.numel(), k, self.seed + number, p.device)
-        assert callable(self.selection)
-        indices = self.selection(p.detach(), k)
-        check_index_list(indices, p.numel(), name, p.device)
-        return indices
+    def _masks(self, due: list[refresh.Due]) -> list[Mask]:
+        return refresh.make_masks(due, self._kept, selection=self.selection, seed=self.seed, method=self.mask_method,
+                                  backend=self.backend)  # fmt: skip
+
+    def _keep(self, due: list[refresh.Due], masks: list[Mask]) -> None:
+        if self.warm_start is None:
+            return
+        for (_, p, _, _), mask in zip(due, masks):
+            kept = {"basis": mask.basis, "threshold": mask.threshold}
+            where = p.device if self.warm_start == "device" else "cpu"
+            self._kept[p] = {key: value.to(where) for key, value in kept.items() if value is not None}
 
     def _make_first_masks(self) -> bool:
         """Masks for matrices that have none; whether every matrix was one of them."""
-        missing = [(i, *entry) for i, entry in enumerate(self._sparse_parameters()) if entry[0] not in self._places]
+        missing = [due for due in self._matrices() if due.parameter not in self._places]
         everything = not self._places
         if missing:
-            self._adopt([(p, group, name, {"indices": self._mask(i, p, group, name)}) for i, p, group, name in missing])
+            masks = self._masks(missing)
+            self._keep(missing, masks)
+            self._adopt([(p, group, name, {"indices": mask.indices}) for (_, p, group, name), mask in zip(missing, masks)])
+            self.last_refresh = refresh.report(missing, masks, None)
         return everything
 
     def _adopt(self, entries: list[tuple[Tensor, dict[str, Any], str, dict[str, Tensor]]]) -> None:
@@ -264,31 +291,49 @@ class LiftAdamW(Optimizer):
             first = len(arena.weights)
             parameters, lists, names = zip(*members)
             arena.append(parameters, lists, names)
+            for p, entry in zip(parameters, lists):
+                kept = {key: entry[key] for key in ("basis", "threshold") if key in entry}
+                if kept:
+                    self._kept[p] = {key: value.to(p.device if self.warm_start == "device" else "cpu") for key, value in kept.items()}
             self._places.update({p: (arena, first + i) for i, p in enumerate(parameters)})
         self._publish()
 
     def _publish(self) -> None:
         """Show the arenas' present slices as ``optimizer.state[p]``."""
         for p, (arena, row) in self._places.items():
-            self.state[p] = arena.views(row)
+            self.state[p] = arena.views(row) | self._kept.get(p, {})
 
     def _count_step(self, groups: list[dict[str, Any]], found_inf: Tensor | None) -> None:
         """Advance the refresh schedule; a step that found_inf skipped does not count."""
         groups = list({id(g): g for g in groups}.values())
         for group in groups:
             group["steps_since_refresh"] += 1
-            if found_inf is not None:  # GradScaler adds up the flags of all devices
+            if found_inf is not None and group["refresh_schedule"] == "all":  # GradScaler adds up the flags of all devices
                 self._skipped[id(group)] = self._skipped.get(id(group), 0) + (found_inf != 0).int()
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return  # a graph replays kernels, not this schedule: refresh by hand between replays
+        turn = [due for group in groups if group["refresh_schedule"] == "spread" for due in self._turn(group)]
+        if turn:
+            self._renew(turn)
         if any(self._due(group) for group in groups):
             self._settle_skipped()
             due = [group for group in groups if self._due(group)]
             if due:
                 self._refresh(due)
 
+    def _turn(self, group: dict[str, Any]) -> list[refresh.Due]:
+        """The matrices of a spread group whose turn it is; the count starts anew after an interval."""
+        interval, step = group["refresh_interval"], group["steps_since_refresh"]
+        if interval is None:
+            return []
+        group["steps_since_refresh"] = step % interval
+        own = [due for due in self._matrices() if due.group is group and due.parameter in self._places]
+        return refresh.spread_share(own, min(step, interval), interval)
+
     @staticmethod
     def _due(group: dict[str, Any]) -> bool:
+        if group["refresh_schedule"] == "spread":
+            return False
         return group["refresh_interval"] is not None and group["steps_since_refresh"] >= group["refresh_interval"]
 
     def _settle_skipped(self) -> None:
@@ -335,11 +380,11 @@ class LiftAdamW(Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _reset_arenas(self) -> None:
-        self._arenas, self._places, self._skipped = {}, {}, {}
+        self._arenas, self._places, self._kept, self._skipped = {}, {}, {}, {}
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle_skipped()
-        config = {key: getattr(self, key) for key in ("max_grad_norm", "selection", "seed", "backend")}
+        config = {key: getattr(self, key) for key in ("max_grad_norm", "selection", "seed", "backend", "mask_method", "warm_start", "last_refresh")}
         state = defaultdict(dict, {p: compact(entry) for p, entry in self.state.items()})
         return {**super().__getstate__(), **config, "state": state, "grad_norm": None}
 

@@ -16,11 +16,11 @@ from .scalars import last_age
 
 DEFAULT_RANK = 64
 OPTIONS = frozenset({
-    "lr", "betas", "eps", "weight_decay", "rank", "density", "budget_rank", "refresh_interval", "bias_correction", "master",
-    "rounding", "state_dtype", "capturable", "maximize", "lift", "steps_since_refresh",
+    "lr", "betas", "eps", "weight_decay", "rank", "density", "budget_rank", "refresh_interval", "refresh_schedule",
+    "bias_correction", "master", "rounding", "state_dtype", "capturable", "maximize", "lift", "steps_since_refresh",
 })  # fmt: skip
 """What every group holds beside its parameters."""
-SELECTIONS = ("principal", "random")
+SELECTIONS = ("principal", "magnitude", "gradient", "random")
 _EMBEDDING = re.compile(r"(^|\.)(embed\w*|wte|wpe|lm_head|word_embeddings|shared)(\.|$)")
 
 
@@ -37,6 +37,8 @@ def check_group(group: dict[str, Any]) -> None:
     interval = group["refresh_interval"]
     require(interval is None or (isinstance(interval, int) and interval >= 1),
             f"refresh_interval must be a number of steps or None, got {interval!r}")  # fmt: skip
+    schedule = group["refresh_schedule"]
+    require(schedule in ("all", "spread"), f"refresh_schedule must be 'all' or 'spread', got {schedule!r}")
     bias, master, rounding = group["bias_correction"], group["master"], group["rounding"]
     require(bias in ("global", "per_entry"), f"bias_correction must be 'global' or 'per_entry', got {bias!r}")
     if bias == "per_entry":

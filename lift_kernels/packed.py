@@ -107,6 +107,11 @@ class PackedState:
                 raise TypeError(f"{name}: the weight became {weight.dtype} on {weight.device} after the optimizer had taken it as "
                                 f"{dtype} on {self.indices.device}; make the optimizer after converting the model")  # fmt: skip
 
+    def stayed(self, row: int, new: Tensor, backend: str | None = None) -> Tensor:
+        """How many entries of matrix ``row`` are also in the sorted list ``new``; a 0-dim tensor on the device."""
+        old = self.indices[self.segment(row)]
+        return (ops.packed_migrate(old, old, new, fill=-1, backend=backend) >= 0).sum()
+
     def migrate(self, rows: Sequence[int], lists: Sequence[Tensor], *, backend: str | None = None) -> None:
         """Give the matrices ``rows`` new index lists (paper section 3.2): entries that stay keep moments, master and age.
 

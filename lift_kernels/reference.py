@@ -134,7 +134,7 @@ def lowrank_topk_ref(left: Tensor, right: Tensor, k: int) -> tuple[Tensor, Tenso
     # Bits without the sign: integers in the order of the magnitudes. A stable descending sort keeps ties in order.
     keys = (left @ right.T).reshape(-1).view(torch.int32) & 0x7FFFFFFF
     order = keys.sort(descending=True, stable=True).indices[:k]
-    return order.sort().values.int(), keys[order[-1]].view(torch.float32)
+    return order.sort().values.int(), keys[order[-1]].clone().view(torch.float32)
 
 
 def counter_hash(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .checks import MOMENT_DTYPES, check_index_list, require
+from .lowrank import check_basis
 from .options import OPTIONS, check_group
 
 VERSION = 1
@@ -47,6 +48,11 @@ def check_state_dict(state_dict: dict[str, Any], parameters: list[Tensor], spars
         shape = tuple(entry.get("shape", p.shape))
         require(shape == tuple(p.shape), f"{name}: the state dict is of a matrix of shape {shape}, this one is {tuple(p.shape)}")
         check_index_list(entry["indices"], p.numel(), name)
+        basis, threshold = entry.get("basis"), entry.get("threshold")
+        if basis is not None:
+            check_basis(basis, p.shape, 1, name)
+        require(threshold is None or threshold.numel() == 1,
+                f"{name}: threshold must be one number, got {getattr(threshold, 'shape', threshold)}")  # fmt: skip
         require("step" in entry, f"{name}: the state dict holds no step")
         step = torch.as_tensor(entry["step"])
         require(step.numel() == 1, f"{name}: step must be one number, got shape {tuple(step.shape)}")

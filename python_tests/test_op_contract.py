@@ -57,6 +57,11 @@ SAMPLES = {
         "fill_values": lambda where: ((torch.randn(2, device=where.device), int32([1, 7], where), int32([0, 7], where),
                                        torch.randn(2, device=where.device)), {}),
     },
+    "lowrank_topk": {
+        "sampled bracket": lambda where: ((torch.randn(9, 3, device=where.device), torch.randn(7, 3, device=where.device), 12), {}),
+        "bracket": lambda where: ((torch.randn(9, 3, device=where.device), torch.randn(7, 3, device=where.device), 12,
+                                   torch.tensor([0.5, 2.5], device=where.device)), {}),
+    },
     "packed_l2_norm": {
         "dense": lambda where: norm_arguments(where, packed=False),
         "packed": lambda where: norm_arguments(where, packed=True),
@@ -71,6 +76,7 @@ MUTATED = {
     "packed_gather": set(),
     "packed_migrate": set(),
     "packed_l2_norm": set(),
+    "lowrank_topk": set(),
 }
 
 

@@ -124,7 +124,7 @@ class Selection {
   // Returns the k-th key when it lies in [low, high), else nothing that can be used: false.
   bool by_bracket(uint32_t low, uint32_t high, uint32_t& threshold) {
     if (low >= high) return false;
-    const size_t limit = size_t(std::max<int64_t>(k_ / 2, 4096));
+    const size_t limit = size_t(std::max<int64_t>(k_, 4096));
     std::vector<Candidate> candidates;
     std::mutex mutex;
     struct Found {
