@@ -1,0 +1,200 @@
+"""Chebyshev-filtered subspace iteration: faithful masks from cold and warm starts, alone and in batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lift_kernels import lowrank, principal_indices
+from lift_kernels.lowrank import batched_factors, low_rank_factors, orthonormalized
+from lift_kernels.masks import MaskRequest, largest_indices, principal_masks
+
+
+def slow_spectrum(m, n, seed=0, decay=0.15):
+    """Singular values i^-decay, as flat around the rank as those of trained weights."""
+    generator = torch.Generator().manual_seed(seed)
+    u, v = (torch.linalg.qr(torch.randn(size, min(m, n), generator=generator)).Q for size in (m, n))
+    return (u * torch.arange(1, min(m, n) + 1).float() ** -decay) @ v.T
+
+
+def exact_mask(weight, rank, k):
+    u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    magnitude = (u[:, :rank] * s[:rank] @ vh[:rank]).abs()
+    return largest_indices(magnitude, k), magnitude
+
+
+def quality(indices, weight, rank):
+    """Overlap with the exact mask, and the share of the best possible sum of |W_r| that is captured."""
+    k = len(indices)
+    best, magnitude = exact_mask(weight, rank, k)
+    flat = magnitude.flatten()
+    captured = float(flat[indices.long()].sum() / flat[best.long()].sum())
+    return float(torch.isin(indices, best).double().mean()), captured
+
+
+@pytest.mark.parametrize("shape", [(200, 120), (120, 200), (160, 160)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_cold_start_is_faithful_where_spectra_are_slow(shape, dtype):
+    weight = slow_spectrum(*shape).to(dtype)
+    indices = principal_indices(weight, 8, density=0.05, method="chebyshev")
+    overlap, captured = quality(indices, weight.float(), 8)
+    assert overlap >= 0.95 and captured >= 0.998
+
+
+def test_the_usual_randomized_svd_would_not_be():
+    """The bound of the test above tells the published variant, q = 2r and two iterations, from a faithful one."""
+    weight = slow_spectrum(200, 120)
+    torch.manual_seed(0)
+    u, s, v = torch.svd_lowrank(weight, q=16, niter=2)
+    indices = largest_indices((u[:, :8] * s[:8] @ v[:, :8].T).abs(), 1200)
+    assert quality(indices, weight, 8)[0] < 0.8
+
+
+def test_a_smaller_tolerance_is_more_faithful():
+    weight = slow_spectrum(300, 200)
+    factors = [low_rank_factors(weight, 8, method="chebyshev", tolerance=t) for t in (1e-2, 1e-5)]
+    assert factors[0].passes < factors[1].passes and all(f.settled for f in factors)
+    masks = [largest_indices((f.left @ f.right.T).abs(), 3000) for f in factors]
+    assert quality(masks[0], weight, 8)[0] < quality(masks[1], weight, 8)[0] > 0.99
+
+
+def test_a_warm_start_takes_three_passes_after_a_small_change():
+    weight = slow_spectrum(200, 120)
+    cold = low_rank_factors(weight, 8, method="chebyshev", tolerance=1e-5)
+    mask = largest_indices((cold.left @ cold.right.T).abs(), 1200)
+    moved = weight.clone()
+    moved.view(-1)[mask.long()] += 1e-3 * weight.std() * torch.randn(1200, generator=torch.Generator().manual_seed(1))
+    warm = low_rank_factors(moved, 8, method="chebyshev", warm_start=cold.basis)
+    assert (warm.method, warm.passes, warm.settled) == ("warm", 3, True)
+    assert cold.basis.dtype == torch.bfloat16 and cold.basis.shape == (120, 16)
+    overlap, captured = quality(largest_indices((warm.left @ warm.right.T).abs(), 1200), moved, 8)
+    assert overlap >= 0.99 and captured >= 0.9999
+
+
+def test_a_useless_warm_start_is_followed_by_a_cold_one():
+    weight = slow_spectrum(300, 200)
+    stale = torch.linalg.qr(torch.randn(200, 16, generator=torch.Generator().manual_seed(1))).Q.bfloat16()
+    factors = low_rank_factors(weight, 8, method="chebyshev", warm_start=stale)
+    cold = low_rank_factors(weight, 8, method="chebyshev")
+    assert factors.method == "cold after warm" and factors.settled
+    assert torch.equal(factors.left, cold.left) and torch.equal(factors.right, cold.right)
+
+
+def test_an_iteration_that_cannot_settle_says_so(monkeypatch):
+    monkeypatch.setattr(lowrank, "MAX_DEGREES", 1)
+    factors = low_rank_factors(slow_spectrum(200, 120), 8, method="chebyshev", tolerance=1e-9)
+    assert not factors.settled and factors.left.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(60, 90), (90, 60)])
+def test_a_batch_gives_what_each_matrix_gives_alone(shape):
+    weights = [slow_spectrum(*shape, seed=seed) for seed in range(4)] + [torch.zeros(shape), torch.ones(shape)]
+    bases = [low_rank_factors(weights[0], 5, method="chebyshev").basis, None] * 3
+    together = batched_factors(weights, 5, method="chebyshev", warm_starts=bases, tolerance=1e-6)
+    for weight, basis, factors in zip(weights, bases, together):
+        alone = low_rank_factors(weight, 5, method="chebyshev", warm_start=basis, tolerance=1e-6)
+        exact = low_rank_factors(weight, 5, method="svd")
+        assert factors.settled and alone.settled
+        for found in (factors, alone):  # a batch goes on until its last matrix has settled, so they are not equal
+            gap = found.left @ found.right.T - exact.left @ exact.right.T
+            assert float(gap.norm()) <= 0.02 * float((exact.left @ exact.right.T).norm())
+
+
+def test_masks_of_many_shapes_keep_their_order():
+    shapes = [(40, 60), (60, 40), (40, 60), (30, 30), (40, 60)]
+    requests = [MaskRequest(slow_spectrum(*s, seed=i), 4, 50 + i, f"w{i}") for i, s in enumerate(shapes)]
+    counted = []
+    masks = principal_masks(requests, memory_budget=2 * 4 * 2400, made=counted.append)
+    assert sorted(counted) == [1, 1, 1, 2] and sum(counted) == len(requests)
+    for request, mask in zip(requests, masks):
+        assert torch.equal(mask.indices, principal_indices(request.weight, 4, request.k)) and mask.seconds > 0
+
+
+def test_the_generator_decides_and_the_default_repeats():
+    weight = slow_spectrum(200, 120)
+
+    def left(seed=None):
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        return low_rank_factors(weight, 8, method="chebyshev", generator=generator, tolerance=1e-2).left
+
+    assert torch.equal(left(), left()) and torch.equal(left(7), left(7)) and not torch.equal(left(7), left(8))
+
+
+HARD = {
+    "zero": torch.zeros(40, 60),
+    "constant": torch.full((40, 60), 0.5),
+    "rank one": torch.outer(torch.arange(1.0, 41), torch.arange(1.0, 61)),
+    "one entry": torch.zeros(40, 60).index_put_((torch.tensor(3), torch.tensor(7)), torch.tensor(2.0)),
+    "identity": torch.eye(60)[:40],
+    "huge and tiny": torch.diag(torch.logspace(-30, 30, 60))[:40],
+    "a row": torch.arange(1.0, 61)[None],
+    "a column": torch.arange(1.0, 61)[:, None],
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("method", lowrank.METHODS)
+@pytest.mark.parametrize("rank", [1, 5, None])
+def test_hard_matrices_give_full_lists(name, method, rank):
+    """Deficient, tied, of extreme range: a list of exactly k, never a hang."""
+    weight = HARD[name]
+    rank = min(weight.shape) if rank is None else min(rank, *weight.shape)
+    for k in {1, 17, weight.numel()}:
+        indices = principal_indices(weight, rank, k, method=method)
+        assert indices.dtype == torch.int32 and len(indices) == k
+        assert bool((indices[1:] > indices[:-1]).all()) and 0 <= indices[0] and indices[-1] < weight.numel()
+
+
+@pytest.mark.parametrize("method", lowrank.METHODS)
+def test_hard_matrices_with_a_known_answer(method):
+    assert principal_indices(HARD["zero"], 3, 70, method=method).tolist() == list(range(70))
+    assert principal_indices(HARD["one entry"], 3, 1, method=method).tolist() == [187]
+    product = HARD["rank one"]
+    assert set(principal_indices(product, 1, 3, method=method).tolist()) == set(largest_indices(product, 3).tolist())
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_property_exactly_k_sorted_unique(data):
+    m, n = (data.draw(st.integers(1, 60)) for _ in range(2))
+    rank, k = data.draw(st.integers(1, min(m, n))), data.draw(st.integers(1, m * n))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+    weight = torch.randn(m, n, generator=generator) * 10.0 ** data.draw(st.integers(-20, 20))
+    if data.draw(st.booleans()):
+        weight = (weight / weight.abs().max() * data.draw(st.integers(1, 3))).round()  # ties, zeros, deficient ranks
+    method = data.draw(st.sampled_from(lowrank.METHODS))
+    indices = principal_indices(weight, rank, k, method=method)
+    assert len(indices) == k and indices[0] >= 0 and indices[-1] < m * n and bool((indices[1:] > indices[:-1]).all())
+
+
+def test_auto_takes_what_is_predicted_to_be_faster():
+    assert lowrank.cheapest_method((192, 576), 64) == "gram"
+    assert lowrank.cheapest_method((4096, 11008), 64) == "chebyshev"
+    assert lowrank.cheapest_method((576, 576), 64) == "gram"
+    assert lowrank.cheapest_method((576, 576), 64, warm=True) == "chebyshev"
+    assert low_rank_factors(slow_spectrum(60, 50), 4).method == "gram"
+
+
+@pytest.mark.parametrize("shape", [(50, 3), (40, 8, 5), (7, 40)])
+def test_a_basis_of_another_shape_is_refused(shape):
+    with pytest.raises(ValueError, match=r"up_proj: a warm start for shape \(60, 40\) and rank 5 is a floating \(40, l >= 5\)"):
+        low_rank_factors(torch.ones(60, 40), 5, warm_start=torch.ones(shape), name="up_proj")
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1.0, -1e-3, float("nan")])
+def test_a_tolerance_out_of_range_is_refused(tolerance):
+    with pytest.raises(ValueError, match="tolerance must be between 0 and 1"):
+        low_rank_factors(torch.ones(6, 4), 2, tolerance=tolerance)
+
+
+def test_orthonormalized_blocks_and_the_fallback():
+    generator = torch.Generator().manual_seed(0)
+    graded = torch.randn(3, 50, 8, generator=generator) * torch.logspace(-12, 12, 8)
+    q, other = orthonormalized(graded, graded)
+    assert (q.mT @ q - torch.eye(8)).abs().max() <= 1e-5 and torch.allclose(q, other, atol=1e-6)
+    deficient = torch.ones(1, 50, 8)
+    q, other = orthonormalized(deficient, deficient)
+    assert other is None and (q.mT @ q - torch.eye(8)).abs().max() <= 1e-5
+    assert torch.allclose(q @ (q.mT @ deficient), deficient, atol=1e-5)
