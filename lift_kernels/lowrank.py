@@ -88,16 +88,15 @@ def batched_factors(
     warm_starts = warm_starts or [None] * len(weights)
     require(method in METHODS, f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
     require(0.0 < tolerance < 1.0, f"tolerance must be between 0 and 1, got {tolerance}")
-    for weight, warm, name in zip(weights, warm_starts, names):
-        _check(weight, rank, warm, name)
+    for weight, start, name in zip(weights, warm_starts, names):
+        _check(weight, rank, start, name)
     shape = weights[0].shape
-    device = weights[0].device.type
     units = [_unit(weight, name) for weight, name in zip(weights, names)]
     if method == "svd":
         return [_svd(weight, rank) for weight in weights]
     if method == "auto":
-        warm = all(start is not None for start in warm_starts)
-        method = cheapest_method(shape, rank, warm=warm, device=device)
+        all_warm = all(start is not None for start in warm_starts)
+        method = cheapest_method(shape, rank, warm=all_warm, device=weights[0].device.type)
     if method == "gram" or block_width(shape, rank) == min(shape):  # a block of all directions has nothing to iterate
         return [_gram(_tall(w, unit), shape, rank, unit) for w, unit in zip(weights, units)]
 

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import dispatch, ops, options, refresh
+from . import dispatch, ops, options
 from .checks import check_gradient, require
 from .dense import dense_adamw_
 from .lowrank import METHODS
 from .masks import Mask
 from .packed import PackedState
+from .refresh import Due, RefreshReport, make_masks, report_on, spread_share, warm_part
 from .state_dict import check_state_dict, compact
 
 logger = logging.getLogger("lift_kernels")
+_SETTINGS = ("max_grad_norm", "selection", "seed", "backend", "mask_method", "warm_start", "last_refresh")  # of no group
 
 
 class LiftAdamW(Optimizer):
@@ -92,12 +94,13 @@ class LiftAdamW(Optimizer):
         require(warm_start in ("device", "cpu", None), f"warm_start must be 'device', 'cpu' or None, got {warm_start!r}")
         self.max_grad_norm, self.selection, self.seed, self.backend = max_grad_norm, selection, seed, backend
         self.mask_method, self.warm_start = mask_method, warm_start
-        self.last_refresh: refresh.RefreshReport | None = None
+        self.last_refresh: RefreshReport | None = None
         self.grad_norm: Tensor | None = None  # norm over trained entries at the last step, when it was needed for clipping
         self._reset_arenas()
         defaults = dict(
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, density=density, budget_rank=budget_rank,
-            refresh_interval=refresh_interval, refresh_schedule=refresh_schedule, bias_correction=bias_correction, master=master, rounding=rounding,
+            refresh_interval=refresh_interval, refresh_schedule=refresh_schedule, bias_correction=bias_correction,
+            master=master, rounding=rounding,
             state_dtype=state_dtype, capturable=capturable, maximize=maximize, lift=None, steps_since_refresh=0,
         )  # fmt: skip
         super().__init__(params, defaults)
@@ -233,10 +236,10 @@ class LiftAdamW(Optimizer):
         for group in groups:
             group["steps_since_refresh"] = 0
 
-    def _matrices(self) -> list[refresh.Due]:
-        return [refresh.Due(i, *entry) for i, entry in enumerate(self._sparse_parameters())]
+    def _matrices(self) -> list[Due]:
+        return [Due(i, *entry) for i, entry in enumerate(self._sparse_parameters())]
 
-    def _renew(self, due: list[refresh.Due]) -> None:
+    def _renew(self, due: list[Due]) -> None:
         """New masks for matrices that have one."""
         masks = self._masks(due)
         rows: dict[int, tuple[PackedState, list[int], list[Tensor]]] = {}
@@ -250,21 +253,13 @@ class LiftAdamW(Optimizer):
             stayed.update({arena.weights[row]: arena.stayed(row, new, self.backend) for row, new in zip(numbers, lists)})
             arena.regather_masters(numbers)
             arena.migrate(numbers, lists, backend=self.backend)
-        self._keep(due, masks)
-        self.last_refresh = refresh.report(due, masks, [stayed[d.parameter] for d in due])
+        self._kept.update({d.parameter: warm_part(mask._asdict(), d.parameter, self.warm_start) for d, mask in zip(due, masks)})
+        self.last_refresh = report_on(due, masks, [stayed[d.parameter] for d in due])
         self._publish()
 
-    def _masks(self, due: list[refresh.Due]) -> list[Mask]:
-        return refresh.make_masks(due, self._kept, selection=self.selection, seed=self.seed, method=self.mask_method,
+    def _masks(self, due: list[Due]) -> list[Mask]:
+        return make_masks(due, self._kept, selection=self.selection, seed=self.seed, method=self.mask_method,
                                   backend=self.backend)  # fmt: skip
-
-    def _keep(self, due: list[refresh.Due], masks: list[Mask]) -> None:
-        if self.warm_start is None:
-            return
-        for (_, p, _, _), mask in zip(due, masks):
-            kept = {"basis": mask.basis, "threshold": mask.threshold}
-            where = p.device if self.warm_start == "device" else "cpu"
-            self._kept[p] = {key: value.to(where) for key, value in kept.items() if value is not None}
 
     def _make_first_masks(self) -> bool:
         """Masks for matrices that have none; whether every matrix was one of them."""
@@ -272,9 +267,11 @@ class LiftAdamW(Optimizer):
         everything = not self._places
         if missing:
             masks = self._masks(missing)
-            self._keep(missing, masks)
-            self._adopt([(p, group, name, {"indices": mask.indices}) for (_, p, group, name), mask in zip(missing, masks)])
-            self.last_refresh = refresh.report(missing, masks, None)
+            self._adopt([
+                (d.parameter, d.group, d.name, {"indices": mask.indices, **warm_part(mask._asdict(), d.parameter, self.warm_start)})
+                for d, mask in zip(missing, masks)
+            ])  # fmt: skip
+            self.last_refresh = report_on(missing, masks, None)
         return everything
 
     def _adopt(self, entries: list[tuple[Tensor, dict[str, Any], str, dict[str, Tensor]]]) -> None:
@@ -291,10 +288,7 @@ class LiftAdamW(Optimizer):
             first = len(arena.weights)
             parameters, lists, names = zip(*members)
             arena.append(parameters, lists, names)
-            for p, entry in zip(parameters, lists):
-                kept = {key: entry[key] for key in ("basis", "threshold") if key in entry}
-                if kept:
-                    self._kept[p] = {key: value.to(p.device if self.warm_start == "device" else "cpu") for key, value in kept.items()}
+            self._kept.update({p: warm_part(entry, p, self.warm_start) for p, entry in zip(parameters, lists)})
             self._places.update({p: (arena, first + i) for i, p in enumerate(parameters)})
         self._publish()
 
@@ -321,14 +315,14 @@ class LiftAdamW(Optimizer):
             if due:
                 self._refresh(due)
 
-    def _turn(self, group: dict[str, Any]) -> list[refresh.Due]:
+    def _turn(self, group: dict[str, Any]) -> list[Due]:
         """The matrices of a spread group whose turn it is; the count starts anew after an interval."""
         interval, step = group["refresh_interval"], group["steps_since_refresh"]
         if interval is None:
             return []
         group["steps_since_refresh"] = step % interval
         own = [due for due in self._matrices() if due.group is group and due.parameter in self._places]
-        return refresh.spread_share(own, min(step, interval), interval)
+        return spread_share(own, min(step, interval), interval)
 
     @staticmethod
     def _due(group: dict[str, Any]) -> bool:
@@ -384,7 +378,7 @@ class LiftAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle_skipped()
-        config = {key: getattr(self, key) for key in ("max_grad_norm", "selection", "seed", "backend", "mask_method", "warm_start", "last_refresh")}
+        config = {key: getattr(self, key) for key in _SETTINGS}
         state = defaultdict(dict, {p: compact(entry) for p, entry in self.state.items()})
         return {**super().__getstate__(), **config, "state": state, "grad_norm": None}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -96,6 +96,14 @@ def make_masks(
     return masks
 
 
+def warm_part(entry: dict[str, Any], p: Tensor, where: str | None) -> dict[str, Tensor]:
+    """``basis`` and ``threshold`` of a mask or of a saved state, moved to where they are kept; nothing for ``where=None``."""
+    if where is None:
+        return {}
+    target = p.device if where == "device" else torch.device("cpu")
+    return {key: entry[key].to(target) for key in ("basis", "threshold") if entry.get(key) is not None}
+
+
 def _usable(kept: dict[str, Tensor], p: Tensor, rank: int) -> dict[str, Tensor]:
     """What is kept of the last mask, moved to the weight's device; a basis narrower than a raised rank is of no use."""
     return {
@@ -123,9 +131,9 @@ def _selected(selection: str | Callable[[Tensor, int], Tensor], p: Tensor, k: in
     return indices
 
 
-def report(due: Iterable[Due], masks: Iterable[Mask], stayed: Sequence[Tensor] | None) -> RefreshReport:
+def report_on(due: Sequence[Due], masks: Sequence[Mask], stayed: Sequence[Tensor] | None) -> RefreshReport:
     """``stayed``: how many entries each mask shares with the one before, on the device; None for first masks."""
-    shared: Sequence[int | None] = [None] * len(list(masks := list(masks)))
+    shared: Sequence[int | None] = [None] * len(masks)
     if stayed:
         shared = torch.stack([count.to(stayed[0].device) for count in stayed]).tolist()  # one wait for the device
     return RefreshReport(tuple(
