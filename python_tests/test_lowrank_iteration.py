@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lift_kernels import lowrank, principal_indices
 from lift_kernels.lowrank import batched_factors, low_rank_factors, orthonormalized
@@ -153,20 +151,6 @@ def test_hard_matrices_with_a_known_answer(method):
     assert principal_indices(HARD["one entry"], 3, 1, method=method).tolist() == [187]
     product = HARD["rank one"]
     assert set(principal_indices(product, 1, 3, method=method).tolist()) == set(largest_indices(product, 3).tolist())
-
-
-@settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_property_exactly_k_sorted_unique(data):
-    m, n = (data.draw(st.integers(1, 60)) for _ in range(2))
-    rank, k = data.draw(st.integers(1, min(m, n))), data.draw(st.integers(1, m * n))
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
-    weight = torch.randn(m, n, generator=generator) * 10.0 ** data.draw(st.integers(-20, 20))
-    if data.draw(st.booleans()):
-        weight = (weight / weight.abs().max() * data.draw(st.integers(1, 3))).round()  # ties, zeros, deficient ranks
-    method = data.draw(st.sampled_from(lowrank.METHODS))
-    indices = principal_indices(weight, rank, k, method=method)
-    assert len(indices) == k and indices[0] >= 0 and indices[-1] < m * n and bool((indices[1:] > indices[:-1]).all())
 
 
 def test_auto_takes_what_is_predicted_to_be_faster():

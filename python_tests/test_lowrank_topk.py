@@ -7,8 +7,6 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lift_kernels import bracket as brackets
 from lift_kernels import dispatch, ops
@@ -102,20 +100,6 @@ def test_lowrank_topk_is_deterministic(where):
     for bracket in (None, brackets.around(threshold), torch.zeros(2, device=where.device)):
         again = ops.lowrank_topk(left, right, 1000, bracket=bracket, backend=where.backend)
         assert torch.equal(again[0], first[0]) and torch.equal(again[1], first[1])
-
-
-@settings(max_examples=120, deadline=None)
-@given(data=st.data())
-def test_topk_property_on_the_cpu(data):
-    """Shapes, ranks, k, ties and brackets by chance: native code and reference agree to the position."""
-    m, n, rank = (data.draw(st.integers(1, high)) for high in (70, 150, 12))
-    left, right = whole_factors(m, n, rank, seed=data.draw(st.integers(0, 10**6)), top=data.draw(st.integers(0, 4)))
-    k = data.draw(st.integers(1, m * n))
-    bracket = data.draw(st.none() | st.lists(st.floats(0, 60, width=32), min_size=2, max_size=2))
-    expected, threshold = lowrank_topk_ref(left, right, k)
-    bracket = None if bracket is None else torch.tensor(bracket)
-    indices, found = ops.lowrank_topk(left, right, k, bracket=bracket, backend="native-cpu")
-    assert torch.equal(indices, expected) and torch.equal(found, threshold)
 
 
 def test_sampled_bracket_holds_the_threshold():

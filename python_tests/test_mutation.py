@@ -134,7 +134,7 @@ def build_copy(mutant: Mutant, objects: Path, copy: Path) -> None:
 # A warm process that forks for each copy: importing torch and what it loads late takes longer than most runs.
 RUNNER = """
 import os, sys
-import hypothesis, pytest, torch
+import pytest, torch
 torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).step()
 for copy, selection, *files in map(str.split, sys.argv[1].splitlines()):
     if os.fork() == 0:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from helpers import BF16, FP16, FP32, assert_near, bits
 from optimizer_helpers import INTERRUPTIONS, OPTIONS, index_sets, make_weights, set_gradients, train
-from safetensors import safe_open
 from torch.optim import AdamW
 
 from lift_kernels import LiftAdamW
@@ -80,6 +79,7 @@ def test_density_one_with_a_master(where):
 
 
 def load_trace(name):
+    safe_open = pytest.importorskip("safetensors").safe_open
     with safe_open(DATA / f"{name}.safetensors", "pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, {
             k: json.loads(v) for k, v in file.metadata().items()

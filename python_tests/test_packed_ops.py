@@ -7,8 +7,6 @@ import itertools
 import pytest
 import torch
 from helpers import BF16, FP16, FP32, GAP_INDEX, assert_same_bits, bits, make_problem, random_indices
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lift_kernels import ops
 
@@ -16,7 +14,6 @@ DTYPES = (FP32, BF16, FP16)
 PAIRS = list(itertools.product(DTYPES, DTYPES))
 PAIR_IDS = [f"{str(a)[6:]}-to-{str(b)[6:]}" for a, b in PAIRS]
 LAST = 2**31 - 1
-SHARP = settings(max_examples=25, derandomize=True, deadline=None, database=None)
 
 # Values at which a rounding goes wrong first: ties, the ends of each format, subnormals, infinities, NaN.
 CORNERS = [
@@ -180,41 +177,6 @@ def test_packed_migrate_several_blocks(where, old_count, new_count):
     dense[old.long()] = values
     out = ops.packed_migrate(values, old, new, fill=7.0, backend=where.backend)
     assert torch.equal(out, dense[new.long()])
-
-
-index_lists = st.sets(st.integers(0, 60) | st.integers(LAST - 60, LAST), max_size=40).map(sorted)
-
-
-def test_packed_migrate_is_a_dictionary_lookup(where):
-    @SHARP
-    @given(index_lists, index_lists)
-    def check(old, new):
-        values = torch.arange(len(old), dtype=torch.int32, device=where.device) * 3 + 1
-        known = dict(zip(old, values.tolist()))
-        out = ops.packed_migrate(values, int32(old, where), int32(new, where), fill=-1, backend=where.backend)
-        assert out.tolist() == [known.get(index, -1) for index in new]
-
-    check()
-
-
-def test_packed_scatter_then_gather_is_the_identity(where):
-    @SHARP
-    @given(st.data(), st.integers(1, 6), st.integers(1, 6), st.sampled_from(DTYPES))
-    def check(data, rows, columns, dtype):
-        places = data.draw(st.sets(st.integers(0, rows * columns - 1)).map(sorted))
-        number = st.floats(width=16, allow_nan=False)
-        values = torch.tensor(
-            data.draw(st.lists(number, min_size=len(places), max_size=len(places))), device=where.device
-        )
-        dense = torch.full((rows, columns), 77.0, dtype=dtype, device=where.device)
-        ops.packed_scatter_(dense, int32(places, where), values, backend=where.backend)
-        gathered = ops.packed_gather(dense, int32(places, where), dtype=FP32, backend=where.backend)
-        assert torch.equal(gathered, values.to(dtype).float())
-        assert dense.view(-1).tolist() == [
-            values.to(dtype)[places.index(at)].item() if at in places else 77.0 for at in range(rows * columns)
-        ]
-
-    check()
 
 
 def norm(where, problem):
