@@ -21,7 +21,7 @@ from setuptools import Extension, setup
 from setuptools.errors import CCompilerError, CompileError, ExecError, PlatformError
 
 ROOT = Path(__file__).parent
-CPU_SOURCES = ["csrc/bindings.cpp", "csrc/cpu/adamw.cpp", "csrc/cpu/packed.cpp"]
+CPU_SOURCES = ["csrc/bindings.cpp", "csrc/cpu/adamw.cpp", "csrc/cpu/packed.cpp", "csrc/cpu/weight_grad.cpp"]
 CUDA_SOURCES = ["csrc/cuda/packed.cu"]
 # No errno and no traps, or the loops around sqrt do not vectorize; no contraction, so that all instruction sets agree.
 CXX_FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fvisibility=hidden", "-g0"]
