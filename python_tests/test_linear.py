@@ -165,6 +165,7 @@ def test_gradient_checkpointing(reentrant):
 def test_compile_without_graph_break(autocast):
     packed, plain = packed_and_plain()
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
     for step in range(2):  # a new index list of the same length does not compile again
         packed.zero_grad()

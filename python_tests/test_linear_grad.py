@@ -95,10 +95,11 @@ def test_packed_weight_grad_of_any_layout(where, dtype):
 
 def test_packed_weight_grad_in_several_panels(where):
     """A weight of more than the scratch of the CPU: rows at the seams, and panels without any entry."""
-    m, n = 500, 4500
+    m, n = (500, 4500) if where.backend != "triton" else (140, 300)  # the interpreter takes its time, and has no panels
     grad_output, input = factors(where, 3, m, n)
     everywhere = index_list(where, m, n, 3000)
-    seams = torch.tensor([0, 232 * n + n - 1, 233 * n, 233 * n + 1, 465 * n + 4499, 466 * n, m * n - 1], dtype=torch.int32)
+    height = min(4 * 2**20 // (4 * n), m // 2)
+    seams = torch.tensor([0, height * n - 1, height * n, 2 * height * n - 1, m * n - 1], dtype=torch.int32).unique()
     last_row = (torch.arange(n) + (m - 1) * n).int()
     for index in (everywhere, seams.to(where.device), last_row.to(where.device)):
         for way in ways(where):

@@ -11,7 +11,7 @@ from .. import dispatch
 from .numerics import bits, narrow
 from .packed import packed_gather_triton
 
-ROWS, COLUMNS, TOKENS, ENTRIES = 128, 128, 32, 16
+ROWS, COLUMNS, TOKENS, ENTRIES = 128, 128, 32, 8
 """Sides of a tile of the gradient, tokens of one step of the product, and entries of a row that the epilogue writes at once."""
 WARPS, STAGES = 8, 3
 
