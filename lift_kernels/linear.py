@@ -8,6 +8,8 @@ its gradient. Whoever changes ``values`` writes the weight too: LiftAdamW in its
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -129,8 +131,9 @@ class PackedLinear(nn.Module):
         require("forward" not in vars(module),
                 f"{label}: its forward was replaced on the instance, which a packed layer would not call; pack the model before "
                 "another library wraps it", RuntimeError)  # fmt: skip
-        check_matrix(module.weight, label)
-        require(module.weight.dim() == 2, f"{label}: a layer's weight must be a matrix, got shape {tuple(module.weight.shape)}")
+        weight = module.get_parameter("weight")
+        check_matrix(weight, label)
+        require(weight.dim() == 2, f"{label}: a layer's weight must be a matrix, got shape {tuple(weight.shape)}")
 
     @classmethod
     def pack(cls, module: nn.Module, indices: Tensor, name: str = "", values: nn.Parameter | None = None) -> PackedLinear:
@@ -139,7 +142,7 @@ class PackedLinear(nn.Module):
         Raises, naming the layer, for a weight or an index list that cannot be used; nothing is changed then.
         """
         cls.check(module, name)
-        label, weight = name or type(module).__name__, module.weight
+        label, weight = name or type(module).__name__, module.get_parameter("weight")
         check_index_list(indices, weight.numel(), label, weight.device)
         if values is None:
             values = nn.Parameter(ops.packed_gather(weight.detach(), indices, dtype=torch.float32))
@@ -201,12 +204,19 @@ class PackedLinear(nn.Module):
     def _mark(self) -> None:
         self._seen = (self.weight.data_ptr(), self.weight._version)
 
-    def _apply(self, fn, recurse=True):
+    @contextmanager
+    def _without_values(self) -> Iterator[None]:
+        """For a while ``values`` is no parameter of the layer."""
         values = self._parameters.pop("values")
         try:
-            super()._apply(fn, recurse)
+            yield
         finally:
             self._parameters["values"] = values
+
+    def _apply(self, fn, recurse=True):
+        values = self.values
+        with self._without_values():
+            super()._apply(fn, recurse)
         with torch.no_grad():
             moved = _moved(values.data, fn)
             if torch._has_compatible_shallow_copy_type(values, moved):
@@ -224,11 +234,8 @@ class PackedLinear(nn.Module):
         destination.pop(f"{prefix}values", None)
 
     def _load_from_state_dict(self, state_dict, prefix, *arguments):
-        values = self._parameters.pop("values")
-        try:
+        with self._without_values():
             super()._load_from_state_dict(state_dict, prefix, *arguments)
-        finally:
-            self._parameters["values"] = values
         self.weight.requires_grad_(False)  # assign=True brings a new parameter
         self.regather()
 
@@ -255,7 +262,7 @@ def _moved(tensor: Tensor, fn) -> Tensor:
     return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
 
-class LiftLinear(PackedLinear, nn.Linear):
+class LiftLinear(PackedLinear, nn.Linear):  # type: ignore[misc]
     """nn.Linear with a packed weight gradient."""
 
 

@@ -97,7 +97,7 @@ def _hooked(model: nn.Module) -> list[Tensor]:
 def _extra_parameters(model: nn.Module, extra: str | None, chosen: dict[str, Tensor]) -> dict[str, Tensor]:
     """Parameters whose names match ``extra`` and that are not among the chosen ones."""
     taken = {id(p) for p in chosen.values()}
-    found = {
+    found: dict[str, Tensor] = {
         name: p for name, p in model.named_parameters() if extra and re.search(extra, name) and id(p) not in taken
     }
     require(bool(found) or not extra, f"extra={extra!r} matches no further parameter of {type(model).__name__}")
@@ -138,11 +138,12 @@ def _check_layers(layers: dict[str, list[tuple[str, nn.Module]]]) -> None:
 def _pack_layers(members: list[tuple[str, nn.Module]], indices: Tensor) -> nn.Parameter:
     """Convert the layers that share one weight; returns the values that they share."""
     values: nn.Parameter | None = None
-    required = members[0][1].weight.requires_grad
+    weight = members[0][1].get_parameter("weight")
+    required = weight.requires_grad
     for name, module in members:
         cls = _class_of(module)
         assert cls is not None
-        module.weight.requires_grad_(required)  # what each layer remembers for `unpack`
+        weight.requires_grad_(required)  # what each layer remembers for `unpack`
         values = cls.pack(module, indices, name, values).values
     assert values is not None
     return values

@@ -426,12 +426,14 @@ def test_copies_are_compact_and_independent():
     assert packed.up.values.any()
 
 
-def test_fully_shard_is_refused_with_a_remedy():
-    """FSDP puts its shard in the place of ``values``; a stand-in of the same class name is enough to see it refused."""
-
-    class DTensor(nn.Parameter):
-        pass
+def test_fully_shard_is_refused_with_a_remedy(tmp_path):
+    from torch import distributed
+    from torch.distributed.fsdp import fully_shard
 
     packed, _ = packed_and_plain()
-    with pytest.raises(RuntimeError, match="up: fully_shard cuts values.*matrix mode"):
-        packed.up.values = DTensor(torch.zeros(3))
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        with pytest.raises(RuntimeError, match="up: fully_shard cuts values.*matrix mode"):
+            fully_shard(packed, mesh=distributed.device_mesh.init_device_mesh("cpu", (1,)))
+    finally:
+        distributed.destroy_process_group()
