@@ -31,6 +31,7 @@ test: setup
 bench: setup
 	$(BIN)/python bench/bench_sparse_adamw.py $(ARGS)
 	$(BIN)/python bench/bench_packed_ops.py $(ARGS)
+	$(BIN)/python bench/bench_packed_grad.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -2,8 +2,9 @@
 
 Builds the extension in place for the card, runs the tests marked ``gpu``, and times with CUDA events `sparse_adamw_` on the
 224 linear matrices (bf16, random 5 % masks clustered by rows) against torch.optim.AdamW(fused=True) on the same tensors, then
-packed_l2_norm and packed_migrate. Every op is checked against the reference first; a wrong one is not timed. A part that fails
-leaves a row that says why, and the others go on. Needs torch, triton, numpy, pytest and ninja; no network.
+packed_l2_norm, packed_migrate and both ways of packed_weight_grad (their bound: factors read, results written; the arithmetic is
+not in it). Every op is checked against the reference first; a wrong one is not timed. A part that fails leaves a row that says
+why, and the others go on. Needs torch, triton, numpy, pytest and ninja; no network.
 
 ``bound_ms`` is a count of bytes over the measured copy bandwidth: distinct 32-byte sectors of the weights (read and written)
 and of dense gradients (read) that selected entries lie on, and the packed streams, as in bench_sparse_adamw.py.
@@ -144,6 +145,37 @@ def migrate(suite: Suite) -> None:
     suite.time("packed_migrate", "fp32, 95 % stay", problem, run, 8.0 * sum(map(len, old + new)))
 
 
+def weight_grad(suite: Suite) -> None:
+    """The weight gradients of one layer's matrices, bf16: torch's dense products, then packed ones. Bytes: factors and results."""
+    arena = suite.masks(1)
+    options = {"generator": torch.Generator(suite.device).manual_seed(0), "device": suite.device, "dtype": BF16}
+    for tokens in (64,) if suite.device == "cpu" else (2048, 16384):
+        factors = [[torch.randn(tokens, side, **options) for side in shape] for shape in suite.shapes]
+        lists = arena.lists()
+
+        def run(backend: str | None = None, factors=factors, lists=lists, **way) -> list[Tensor]:
+            return [ops.packed_weight_grad(*pair, index, backend=backend, **way) for pair, index in zip(factors, lists)]
+
+        def products(factors=factors) -> None:
+            for grad_output, input in factors:
+                grad_output.t() @ input
+
+        truth = [(g.float().t() @ x.float()).view(-1)[index.long()] for (g, x), index in zip(factors, lists)]
+        torchs = [(g.t() @ x).view(-1)[index.long()].float() for (g, x), index in zip(factors, lists)]
+        admitted = [2.0 * float((a - b).abs().max()) for a, b in zip(torchs, truth)]
+        moved = float(sum(t.nbytes for pair in factors for t in pair))
+        sides = sum(2.0 * m * n for m, n in suite.shapes)
+        suite.time("packed_weight_grad", f"{tokens} tokens: dense products alone", "", products, moved + sides)
+        for name, way in {"product and gather": {}, "fused": {"fused": True}}.items():
+            if way and suite.device == "cpu":
+                continue  # a Triton kernel
+            errors = [float((a - b).abs().max()) for a, b in zip(run(**way), truth)]
+            wrong = [i for i, (error, most) in enumerate(zip(errors, admitted)) if not error <= most]
+            problem = "".join(f"matrix {i} is off by {errors[i]:.3g}, admitted {admitted[i]:.3g}; " for i in wrong)
+            floor = moved + 4.0 * arena.entries
+            suite.time("packed_weight_grad", f"{tokens} tokens: {name}", problem, lambda way=way, run=run: run(**way), floor)
+
+
 def main(arguments: list[str] | None = None) -> Path:
     """Returns the CSV."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -160,7 +192,8 @@ def main(arguments: list[str] | None = None) -> Path:
         arch = "".join(map(str, torch.cuda.get_device_capability()))
         suite.part("build", lambda: command(suite, "setup.py", "build_ext", "--inplace", LIFT_CUDA_ARCHS=arch))
         suite.part("tests", lambda: command(suite, "-m", "pytest", "-q", "-m", "gpu", "python_tests"))
-    for name, work in {"step": steps, "packed_l2_norm": norm, "packed_migrate": migrate}.items():
+    parts = {"step": steps, "packed_l2_norm": norm, "packed_migrate": migrate, "packed_weight_grad": weight_grad}
+    for name, work in parts.items():
         suite.part(name, lambda work=work: work(suite))
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / "gpu_suite.csv"

@@ -11,6 +11,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #endif
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -120,6 +121,33 @@ double lowrank_topk(Tensor left, Tensor right, double low, double high, Tensor i
                                 static_cast<int32_t*>(indices.data_ptr()), parallel_for);
 }
 
+// out = a @ b through torch's dispatcher, which knows the fastest product of this build.
+void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
+  StableIValue stack[] = {torch::stable::detail::from(a), torch::stable::detail::from(b), torch::stable::detail::from(out)};
+  STD_TORCH_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION) == 0,
+                  "lift_kernels_native: the product of a gradient panel failed");
+  torch::stable::detail::to<Tensor>(stack[0]);  // a second handle of `out`, dropped
+}
+
+void packed_weight_grad(Tensor grad_output, Tensor input, Tensor indices, Tensor out) {
+  const int64_t m = grad_output.size(1), n = input.size(1), width = int64_t(grad_output.element_size());
+  const int64_t k = indices.numel(), height = lift::panel_rows(m, n, width), out_width = int64_t(out.element_size());
+  const auto* index = static_cast<const int32_t*>(indices.data_ptr());
+  Tensor rows = torch::stable::transpose(grad_output, 0, 1);
+  const std::vector<int64_t> shape{height, n};
+  Tensor scratch = torch::stable::empty({shape.data(), shape.size()}, grad_output.scalar_type());
+  for (int64_t row = 0; row < m; row += height) {
+    const int64_t count = std::min(height, m - row);
+    const lift::PanelEntries entries = lift::panel_entries(index, k, row, count, n);
+    if (entries.count == 0) continue;
+    const Tensor left = torch::stable::narrow(rows, 0, row, count);
+    const Tensor panel = torch::stable::narrow(scratch, 0, 0, count);
+    mm_out(left, input, panel);
+    lift::panel_gather_cpu(panel.data_ptr(), dtype_of(panel), index + entries.first, entries.count, row * n,
+                           static_cast<char*>(out.data_ptr()) + entries.first * out_width, dtype_of(out), parallel_for);
+  }
+}
+
 #ifdef LIFT_WITH_CUDA
 // torch's current stream, through a symbol that only a CUDA build of torch exports: the extension itself links to neither.
 lift::Stream current_stream(const Tensor& tensor) {
@@ -169,6 +197,7 @@ STABLE_TORCH_LIBRARY(lift_kernels_native, m) {
   m.def("packed_migrate(Tensor values, Tensor old_indices, Tensor new_indices, Tensor(a!) out) -> ()");
   m.def("packed_square_sums(Tensor[] grads, Tensor indices, int[] offsets, int[] counts, bool packed_grads) -> Tensor");
   m.def("lowrank_topk(Tensor left, Tensor right, float low, float high, Tensor(a!) indices) -> float");
+  m.def("packed_weight_grad(Tensor grad_output, Tensor input, Tensor indices, Tensor(a!) out) -> ()");
   m.def("cuda_runtime_version() -> int");
   m.def("cuda_driver_version() -> int");
 }
@@ -180,6 +209,7 @@ STABLE_TORCH_LIBRARY_IMPL(lift_kernels_native, CPU, m) {
   m.impl("packed_migrate", TORCH_BOX(&packed_migrate));
   m.impl("packed_square_sums", TORCH_BOX(&packed_square_sums));
   m.impl("lowrank_topk", TORCH_BOX(&lowrank_topk));
+  m.impl("packed_weight_grad", TORCH_BOX(&packed_weight_grad));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lift_kernels_native, CompositeExplicitAutograd, m) {

@@ -60,6 +60,16 @@ void packed_square_sums_cpu(const Segment* segments, int64_t n, const int32_t* i
 // magnitude. [low, high) is expected to hold it; when it does not, the answer takes four sweeps instead of one.
 float lowrank_topk_cpu(const float* left, const float* right, int64_t m, int64_t n, int64_t rank, int64_t k, float low, float high,
                        int32_t* indices, ParallelFor parallel_for);
+// Row panels of the weight gradient of a linear layer: rows of a panel for an m x n matrix with elements of `width` bytes, the
+// range of the index list that lies in rows row .. row + rows, and the gather of that range from a panel that starts at
+// flat position `base`.
+struct PanelEntries {
+  int64_t first, count;
+};
+int64_t panel_rows(int64_t m, int64_t n, int64_t width);
+PanelEntries panel_entries(const int32_t* indices, int64_t k, int64_t row, int64_t rows, int64_t n);
+void panel_gather_cpu(const void* panel, DType from, const int32_t* indices, int64_t k, int64_t base, void* out, DType to,
+                      ParallelFor parallel_for);
 
 // The CUDA side, present when the build found nvcc. Launches return 0 or a cudaError_t.
 struct Stream {

@@ -24,6 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--data", metavar="JSONL", help='lines of {"question": ..., "answer": ...}; a fifth at most is held out')
     add("--method", help="lift, full, lora or random: as many entries as lift, but chosen at random (default: lift)")
+    add("--gradients", help="packed or dense, of methods lift and random: the same training, other memory (default: packed)")
     add("--density", type=float, help="share of each matrix that is trained (default: 0.05)")
     add("--rank", type=int, help="rank of the approximation that selects the entries (default: 64)")
     add("--budget-rank", type=int, help="train (rows + columns) x this many entries a matrix, instead of --density")

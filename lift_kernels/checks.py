@@ -19,11 +19,13 @@ def require(condition: bool, message: str, error: type[Exception] = ValueError) 
 
 
 def check_matrix(weight: Tensor, name: str) -> None:
-    """A weight that LIFT can train: a contiguous strided matrix of a supported dtype with fewer than 2^31 entries."""
+    """A weight that LIFT can train: a contiguous strided matrix, or a 3-D batch, of a supported dtype with under 2^31 entries."""
     require(weight.layout == torch.strided, f"{name}: a dense (strided) weight is needed, got layout {weight.layout}")
     require(weight.dtype in WEIGHT_DTYPES,
             f"{name}: weights must be float32, bfloat16 or float16, got {weight.dtype}", TypeError)  # fmt: skip
-    require(weight.dim() == 2, f"{name}: LIFT trains matrices, got shape {tuple(weight.shape)}; pass lift=False for dense AdamW")
+    require(weight.dim() in (2, 3),
+            f"{name}: LIFT trains matrices and 3-D batches, got shape {tuple(weight.shape)}; "
+            "pass lift=False for dense AdamW")  # fmt: skip
     require(0 < weight.numel() <= MAX_ENTRIES, f"{name}: needs 1 to 2^31-1 entries, got {weight.numel()} (int32 index lists)")
     require(weight.is_contiguous(), f"{name}: the weight must be contiguous, got strides {weight.stride()}; call .contiguous()")
 
@@ -108,6 +110,20 @@ def check_migrate(values: Tensor, old_indices: Tensor, new_indices: Tensor, fill
         check_pair(fill_values, new_indices, "fill_values", "new_indices", (values.dtype,))
         require(fill_values.shape == new_indices.shape,
                 f"fill_values has shape {tuple(fill_values.shape)}, new_indices {tuple(new_indices.shape)}")  # fmt: skip
+
+
+def check_weight_grad(grad_output: Tensor, input: Tensor, indices: Tensor, dtype: torch.dtype, backend: str | None) -> None:
+    """What `packed_weight_grad` can check without reading a tensor. float64 is for the reference alone."""
+    dtypes = (*WEIGHT_DTYPES, torch.float64) if backend == "reference" else WEIGHT_DTYPES
+    check_pair(grad_output, indices, "grad_output", dtypes=dtypes)
+    check_pair(input, indices, "input", dtypes=(grad_output.dtype,))
+    require(grad_output.dim() == 2 and input.dim() == 2 and grad_output.shape[0] == input.shape[0],
+            f"grad_output and input must be matrices of as many rows, got {tuple(grad_output.shape)} and "
+            f"{tuple(input.shape)}")  # fmt: skip
+    entries = grad_output.shape[1] * input.shape[1]
+    require(entries <= MAX_ENTRIES, f"a weight may have up to 2^31-1 entries, got {entries} (int32 index lists)")
+    require(indices.numel() <= entries, f"indices has {indices.numel()} entries, the weight only {entries}")
+    require(dtype in dtypes, f"dtype must be one of {', '.join(map(str, dtypes))}, got {dtype}", TypeError)
 
 
 def check_norm(

@@ -28,6 +28,7 @@ from .checks import (
     check_scatter,
     check_segments,
     check_topk,
+    check_weight_grad,
 )
 
 logger = logging.getLogger("lift_kernels")
@@ -339,6 +340,67 @@ def _lowrank_topk_op(left, right, k, bracket=None, *, backend=None):
 def _(left, right, k, bracket=None, *, backend=None):
     check_topk(left, right, k, bracket)
     return left.new_empty(k, dtype=torch.int32), left.new_empty(())
+
+
+def packed_weight_grad(
+    grad_output: Tensor,
+    input: Tensor,
+    indices: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    fused: bool = False,
+    validate: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """The k entries at ``indices`` of a linear layer's weight gradient ``grad_output^T @ input``: a vector of ``dtype``.
+
+    Args:
+        grad_output: (t, m), input: (t, n), of one dtype (fp32, bf16, fp16); any strides. t may be 0.
+        indices: sorted flat positions in the m x n weight, int32; undefined out of range unless ``validate=True``.
+        dtype: of the result, fp32 unless given.
+        fused: Triton only: a product whose epilogue keeps the selected entries of each tile, in place of torch's product into
+            a scratch buffer and a gather. Nothing is rounded to the dtype of the input in between.
+
+    Scratch: at most 4 MiB (or one row) on the CPU; on a GPU one dense gradient, in a buffer that all layers share on a stream.
+    Raises ValueError, TypeError or IndexError with the argument's name and value.
+    """
+    return torch.ops.lift_kernels.packed_weight_grad(
+        grad_output, input, indices, dtype=dtype, fused=fused, validate=validate, backend=backend
+    )
+
+
+@torch.library.custom_op(
+    "lift_kernels::packed_weight_grad",
+    mutates_args=(),
+    schema="(Tensor grad_output, Tensor input, Tensor indices, *, ScalarType? dtype=None, bool fused=False, "
+    "bool validate=False, str? backend=None) -> Tensor",
+)
+def _packed_weight_grad_op(grad_output, input, indices, *, dtype=None, fused=False, validate=False, backend=None):
+    dtype = dtype or torch.promote_types(grad_output.dtype, torch.float32)
+    check_weight_grad(grad_output, input, indices, dtype, backend)
+    if validate:
+        check_index_list(indices, grad_output.shape[1] * input.shape[1], "indices")
+    name = dispatch.choose(backend, indices.device, "packed_weight_grad")
+    if fused and name != "triton":
+        raise ValueError(f"fused=True is a Triton kernel, and the {name} backend serves these {indices.device.type} tensors")
+    if name == "reference":
+        return reference.packed_weight_grad_ref(grad_output, input, indices, dtype)
+    out = torch.empty(indices.shape, dtype=dtype, device=indices.device)
+    if name == "triton":
+        from .triton_kernels import linear_grad
+
+        way = linear_grad.packed_weight_grad_triton if fused else linear_grad.product_and_gather
+        way(grad_output, input, indices, out)
+    else:
+        torch.ops.lift_kernels_native.packed_weight_grad(grad_output, input, indices, out)
+    return out
+
+
+@_packed_weight_grad_op.register_fake
+def _(grad_output, input, indices, *, dtype=None, fused=False, validate=False, backend=None):
+    dtype = dtype or torch.promote_types(grad_output.dtype, torch.float32)
+    check_weight_grad(grad_output, input, indices, dtype, backend)
+    return torch.empty(indices.shape, dtype=dtype, device=indices.device)
 
 
 def _kernel(backend: str, stem: str):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import dispatch, ops, options
+from . import dispatch, ops, options, owners
 from .checks import check_gradient, require
 from .dense import dense_adamw_
 from .lowrank import METHODS
@@ -24,11 +24,27 @@ logger = logging.getLogger("lift_kernels")
 _SETTINGS = ("max_grad_norm", "selection", "seed", "backend", "mask_method", "warm_start", "last_refresh")  # of no group
 
 
+class _Job(NamedTuple):
+    """One launch: matrices that share an arena, a group, and the form and dtype of their gradients."""
+
+    arena: PackedState
+    group: dict[str, Any]
+    packed: bool
+    rows: list[int]
+    parameters: list[Tensor]
+    grads: list[Tensor]
+
+    def segments(self) -> tuple[list[int], list[int]]:
+        """Offsets and counts of the matrices in the arena."""
+        return [self.arena.offsets[row] for row in self.rows], [self.arena.counts[row] for row in self.rows]
+
+
 class LiftAdamW(Optimizer):
     """AdamW whose update and moments live on the k principal weights of each matrix (LIFT, arXiv 2506.00772).
 
     Matrices are trained sparsely; other parameters, and groups with ``lift=False``, get ordinary dense AdamW. The first mask is
-    made at the first ``step`` or `refresh`, later ones after every ``refresh_interval`` steps.
+    made at the first ``step`` or `refresh`, later ones after every ``refresh_interval`` steps. Parameters with packed gradients
+    (`lift_kernels.pack_gradients`) bring their first mask along.
 
     Args:
         params: parameters, (name, parameter) pairs or groups, as for every torch optimizer; see `lift_param_groups`.
@@ -56,7 +72,9 @@ class LiftAdamW(Optimizer):
     _arenas: dict[tuple, PackedState]  # by device, dtypes and form of state
     _places: dict[Tensor, tuple[PackedState, int]]  # where each matrix lies
     _kept: dict[Tensor, dict[str, Tensor]]  # of each matrix's last mask: basis and threshold, for a warm start
+    _layers: dict[Tensor, Any]  # a packed layer of each ``values`` that has its place
     _skipped: dict[int, Tensor | int]  # by id of the group: steps that found_inf skipped, not yet settled
+    writes_weights = True  # beside the values of packed layers
     _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf, no host synchronization
 
     def __init__(
@@ -117,10 +135,17 @@ class LiftAdamW(Optimizer):
                 if options.is_sparse(parameter, group):
                     if self.backend is not None:
                         dispatch.choose(self.backend, parameter.device, "sparse_adamw_")
-                    options.check_lift_parameter(parameter, group, name)
+                    matrix = owners.matrix_of(parameter)
+                    options.check_lift_parameter(matrix, group, name)
+                    require(matrix is parameter or group["master"] is not None,
+                            f"{name}: values of a packed layer are kept in fp32, so master=None cannot work; "
+                            "use matrix mode")  # fmt: skip
                     if group["lift"] is None and options.looks_like_embedding(name):
                         logger.warning("%s looks like an embedding or a head, which LIFT leaves out; use lift_param_groups(model), "
                                        "or say lift=True or lift=False in its group", name)  # fmt: skip
+                else:
+                    require(owners.matrix_of(parameter) is parameter and not owners.is_hooked(parameter),
+                            f"{name} has packed gradients, which lift=False cannot train; unpack(model) first")  # fmt: skip
         except (ValueError, TypeError, RuntimeError):
             self.param_groups.pop()
             raise
@@ -128,7 +153,9 @@ class LiftAdamW(Optimizer):
     def _named(self, group: dict[str, Any]) -> list[tuple[Tensor, str]]:
         """The group's parameters with names for messages."""
         at = next(i for i, g in enumerate(self.param_groups) if g is group)
-        names = group.get("param_names") or [f"parameter {i} of group {at}" for i in range(len(group["params"]))]
+        names = group.get("param_names") or [
+            owners.name_of(p) or f"parameter {i} of group {at}" for i, p in enumerate(group["params"])
+        ]
         return list(zip(group["params"], names))
 
     def _sparse_parameters(self) -> list[tuple[Tensor, dict[str, Any], str]]:
@@ -149,53 +176,88 @@ class LiftAdamW(Optimizer):
         self._check_gradients()
         self._make_first_masks()
         jobs = self._sparse_jobs()
-        for arena, _, rows in jobs:
-            arena.check_weights(rows)
+        for job in jobs:
+            job.arena.check_weights(job.rows)
         dense = [
             (g, [p for p in g["params"] if p.grad is not None and not options.is_sparse(p, g)]) for g in self.param_groups
         ]
-        found_inf = getattr(self, "found_inf", None)
+        found_inf = self._found_inf(jobs)
         inv_scale = self._gradient_factor(jobs, dense)
-        for arena, group, rows in jobs:
-            self._step_sparse(arena, group, rows, inv_scale, found_inf)
+        for job in jobs:
+            self._step_sparse(job, inv_scale, found_inf)
         for group, parameters in dense:
             if parameters:
                 dense_adamw_(parameters, self.state, group, inv_scale, found_inf)
-        self._count_step([group for _, group, _ in jobs], found_inf)
+        self._count_step([job.group for job in jobs], found_inf)
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As every torch optimizer's; packed gradients ``p.lift_grad`` are cleared too. (A step has cleared them already.)"""
+        super().zero_grad(set_to_none)
+        for p in self._all_parameters():
+            if owners.hooked_gradient(p) is not None:
+                owners.drop_gradient(p)
 
     def _check_gradients(self) -> None:
         for group in self.param_groups:
             for p, name in self._named(group):
+                owners.check_hooked_gradient(p, name)
                 if p.grad is not None:
                     check_gradient(p.grad, p, name, sparse=options.is_sparse(p, group))
 
-    @staticmethod
-    def _arguments(arena: PackedState, rows: list[int]) -> tuple[list[Tensor], list[int], list[int]]:
-        """Gradients, offsets and counts of the matrices ``rows``."""
-        grads: list[Any] = [arena.weights[row].grad for row in rows]
-        return grads, [arena.offsets[row] for row in rows], [arena.counts[row] for row in rows]
+    def _follow_layers(self) -> None:
+        """Take the weights that packed layers have now: load_state_dict(assign=True) brings new ones."""
+        for p, layer in self._layers.items():
+            arena, row = self._places[p]
+            arena.weights[row] = layer.weight
 
-    def _sparse_jobs(self) -> list[tuple[PackedState, dict[str, Any], list[int]]]:
-        """The launches of a step: matrices that share an arena, a group and the dtype of their gradients."""
-        jobs: dict[tuple, tuple[PackedState, dict[str, Any], list[int]]] = {}
+    def _sparse_jobs(self) -> list[_Job]:
+        """The launches of a step."""
+        self._follow_layers()
+        jobs: dict[tuple, _Job] = {}
         for group_number, group in enumerate(self.param_groups):
             for p in group["params"]:
-                if p in self._places and p.grad is not None:
-                    arena, row = self._places[p]
-                    jobs.setdefault((id(arena), group_number, p.grad.dtype), (arena, group, []))[2].append(row)
+                if p not in self._places:
+                    continue
+                layer = self._layers.get(p)
+                grad, packed = owners.gradient_of(p, layer)
+                if grad is None:
+                    continue
+                arena, row = self._places[p]
+                key = id(arena), group_number, grad.dtype, packed
+                job = jobs.setdefault(key, _Job(arena, group, packed, [], [], []))
+                job.rows.append(row)
+                job.parameters.append(p)
+                job.grads.append(grad)
         return list(jobs.values())
 
-    def _gradient_factor(self, jobs, dense) -> Tensor | None:
+    def _found_inf(self, jobs: Sequence[_Job]) -> Tensor | None:
+        """GradScaler's flag, raised also by packed gradients that it cannot see; None without a scaler."""
+        found_inf = getattr(self, "found_inf", None)
+        hooked = [job for job in jobs if any(owners.hooked_gradient(p) is not None for p in job.parameters)]
+        if found_inf is None or not hooked:
+            return found_inf
+        require(getattr(self, "grad_scale", None) is not None,
+                "scaler.unscale_ does not reach packed gradients p.lift_grad; leave it out and clip by max_grad_norm=",
+                RuntimeError)  # fmt: skip
+        for job in hooked:
+            offsets, counts = job.segments()
+            norm = ops.packed_l2_norm(job.grads, job.arena.indices, offsets, counts, packed_grads=True, backend=self.backend)
+            found_inf = found_inf + (~norm.isfinite()).float()
+        return found_inf
+
+    def _gradient_factor(self, jobs: Sequence[_Job], dense) -> Tensor | None:
         """What gradients are multiplied by: GradScaler's inverse scale times the clipping factor, or None for one."""
         scale = getattr(self, "grad_scale", None)
         inv_scale = None if scale is None else scale.reshape(()).reciprocal().float()
         if self.max_grad_norm is None:
             return inv_scale
         norms = []
-        for arena, _, rows in jobs:
-            grads, offsets, counts = self._arguments(arena, rows)
-            norms.append(ops.packed_l2_norm(grads, arena.indices, offsets, counts, backend=self.backend))
+        for job in jobs:
+            offsets, counts = job.segments()
+            norms.append(ops.packed_l2_norm(
+                job.grads, job.arena.indices, offsets, counts, packed_grads=job.packed, backend=self.backend
+            ))  # fmt: skip
         norms += [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for _, ps in dense for p in ps]
         if not norms:
             return inv_scale
@@ -204,31 +266,56 @@ class LiftAdamW(Optimizer):
         factor = (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
         return factor if inv_scale is None else factor * inv_scale.to(norm.device, non_blocking=True)
 
-    def _step_sparse(self, arena: PackedState, group, rows: list[int], inv_scale, found_inf) -> None:
+    def _step_sparse(self, job: _Job, inv_scale, found_inf) -> None:
+        arena, group, rows = job.arena, job.group, job.rows
         device = arena.indices.device
         inv_scale, found_inf = (None if t is None else t.to(device, non_blocking=True).reshape(()) for t in (inv_scale, found_inf))
         arena.regather_masters(rows)
         steps = arena.next_steps(rows, found_inf)
-        grads, offsets, counts = self._arguments(arena, rows)
+        offsets, counts = job.segments()
         ops.sparse_adamw_(
-            [arena.weights[row] for row in rows], grads, arena.indices, offsets, counts, arena.exp_avg, arena.exp_avg_sq, steps,
+            [arena.weights[row] for row in rows], job.grads, arena.indices, offsets, counts, arena.exp_avg, arena.exp_avg_sq, steps,
             group["lr"], betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"], master=arena.master,
-            births=arena.births, inv_scale=inv_scale, found_inf=found_inf, maximize=group["maximize"],
+            births=arena.births, inv_scale=inv_scale, found_inf=found_inf, packed_grads=job.packed, maximize=group["maximize"],
             stochastic=group["rounding"] == "stochastic", seed=self.seed, backend=self.backend,
         )  # fmt: skip
         arena.written(rows, steps)
+        for p in job.parameters:
+            if p in self._layers:
+                torch.autograd.graph.increment_version(p)  # a view of the master with a counter of its own
+            elif job.packed:
+                owners.drop_gradient(p)  # model.zero_grad() would not clear it
 
     # ---- masks ------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def refresh(self) -> None:
+    def refresh(self, *, drop_gradients: bool = False) -> None:
         """Compute every mask anew from the present weights and carry the state over.
 
-        Raises ValueError, naming the parameter, for non-finite weights; no mask is changed then.
+        Packed gradients belong to the entries of the old masks: with ``drop_gradients`` they are forgotten.
+
+        Raises ValueError, naming the parameter, for non-finite weights, and RuntimeError for packed gradients that wait for a step
+        or values that another optimizer trains; no mask is changed then.
         """
+        self._check_packed(drop_gradients)
         self._settle_skipped()
         if not self._make_first_masks():
             self._refresh(self.param_groups)
+
+    def _check_packed(self, drop_gradients: bool) -> None:
+        """Nothing packed stands in the way of new masks."""
+        for p, _, name in self._sparse_parameters():
+            foreign = next((layer.lift_foreign for layer in owners.layers_of(p) if layer.lift_foreign), None)
+            require(foreign is None,
+                    f"{name} is trained by {foreign} too, whose state would belong to other entries after a refresh; train it by "
+                    "LiftAdamW alone", RuntimeError)  # fmt: skip
+            require(drop_gradients or not owners.holds_packed_gradient(p),
+                    f"{name} has a packed gradient, whose entries a refresh would exchange; call step() or zero_grad() first, or "
+                    "refresh(drop_gradients=True)", RuntimeError)  # fmt: skip
+        self._follow_layers()
+        if drop_gradients:
+            for p, _, _ in self._sparse_parameters():
+                owners.drop_gradient(p)
 
     def _refresh(self, groups: Sequence[dict[str, Any]]) -> None:
         chosen = {id(group) for group in groups}
@@ -248,54 +335,61 @@ class LiftAdamW(Optimizer):
             _, numbers, lists = rows.setdefault(id(arena), (arena, [], []))
             numbers.append(row)
             lists.append(mask.indices)
-        stayed = {}
+        stayed = [self._places[d.parameter][0].stayed(self._places[d.parameter][1], m.indices, self.backend)
+                  for d, m in zip(due, masks)]  # fmt: skip
         for arena, numbers, lists in rows.values():
-            stayed.update({arena.weights[row]: arena.stayed(row, new, self.backend) for row, new in zip(numbers, lists)})
             arena.regather_masters(numbers)
             arena.migrate(numbers, lists, backend=self.backend)
         self._kept.update({d.parameter: warm_part(mask._asdict(), d.parameter, self.warm_start) for d, mask in zip(due, masks)})
-        self.last_refresh = report_on(due, masks, [stayed[d.parameter] for d in due])
+        self.last_refresh = report_on(due, masks, stayed)
         self._publish()
 
     def _masks(self, due: list[Due]) -> list[Mask]:
-        return make_masks(due, self._kept, selection=self.selection, seed=self.seed, method=self.mask_method,
-                                  backend=self.backend)  # fmt: skip
+        return make_masks(due, self._kept, selection=self.selection, seed=self.seed, method=self.mask_method, backend=self.backend)
 
     def _make_first_masks(self) -> bool:
         """Masks for matrices that have none; whether every matrix was one of them."""
         missing = [due for due in self._matrices() if due.parameter not in self._places]
         everything = not self._places
         if missing:
-            masks = self._masks(missing)
+            self._adopt([
+                (d.parameter, d.group, d.name, entry) for d in missing if (entry := owners.first_entry(d.parameter)) is not None
+            ])  # fmt: skip
+            due = [d for d in missing if d.parameter not in self._places]
+            masks = self._masks(due)
             self._adopt([
                 (d.parameter, d.group, d.name, {"indices": mask.indices, **warm_part(mask._asdict(), d.parameter, self.warm_start)})
-                for d, mask in zip(missing, masks)
+                for d, mask in zip(due, masks)
             ])  # fmt: skip
-            self.last_refresh = report_on(missing, masks, None)
+            self.last_refresh = report_on(due, masks, None)
         return everything
 
     def _adopt(self, entries: list[tuple[Tensor, dict[str, Any], str, dict[str, Tensor]]]) -> None:
         """Put matrices with their index lists, and perhaps moments, into the arenas of their kind."""
         kinds = defaultdict(list)
         for p, group, name, entry in entries:
-            master = group["master"] is not None and p.dtype != torch.float32
-            kind = (p.device, p.dtype, group["state_dtype"], master, group["bias_correction"] == "per_entry")
-            kinds[kind].append((p, entry, name))
+            matrix = owners.matrix_of(p)
+            # The values of a packed layer are the master, in fp32 as well.
+            master = matrix is not p or (group["master"] is not None and p.dtype != torch.float32)
+            kind = (p.device, matrix.dtype, group["state_dtype"], master, group["bias_correction"] == "per_entry")
+            kinds[kind].append((p, matrix, entry, name))
         for kind, members in kinds.items():
             if kind not in self._arenas:
                 self._arenas[kind] = PackedState(kind[0], kind[2], master=kind[3], births=kind[4])
             arena = self._arenas[kind]
             first = len(arena.weights)
-            parameters, lists, names = zip(*members)
-            arena.append(parameters, lists, names)
+            parameters, matrices, lists, names = zip(*members)
+            arena.append(matrices, lists, names)
             self._kept.update({p: warm_part(entry, p, self.warm_start) for p, entry in zip(parameters, lists)})
             self._places.update({p: (arena, first + i) for i, p in enumerate(parameters)})
+            self._layers.update({p: layer for p in parameters for layer in owners.layers_of(p)[:1]})
         self._publish()
 
     def _publish(self) -> None:
         """Show the arenas' present slices as ``optimizer.state[p]``."""
         for p, (arena, row) in self._places.items():
             self.state[p] = arena.views(row) | self._kept.get(p, {})
+            owners.show(p, self.state[p])
 
     def _count_step(self, groups: list[dict[str, Any]], found_inf: Tensor | None) -> None:
         """Advance the refresh schedule; a step that found_inf skipped does not count."""
@@ -309,11 +403,15 @@ class LiftAdamW(Optimizer):
         turn = [due for group in groups if group["refresh_schedule"] == "spread" for due in self._turn(group)]
         if turn:
             self._renew(turn)
+            for d in turn:
+                owners.drop_gradient(d.parameter)  # consumed, and of the old entries
         if any(self._due(group) for group in groups):
             self._settle_skipped()
             due = [group for group in groups if self._due(group)]
             if due:
                 self._refresh(due)
+                for p in (p for group in due for p in group["params"]):
+                    owners.drop_gradient(p)
 
     def _turn(self, group: dict[str, Any]) -> list[Due]:
         """The matrices of a spread group whose turn it is; the count starts anew after an interval."""
@@ -348,7 +446,7 @@ class LiftAdamW(Optimizer):
         """As every torch optimizer's, with compact copies that share no storage and keep their dtypes."""
         self._settle_skipped()
         packed = super().state_dict()
-        shapes = {number: p.shape for number, p in enumerate(self._all_parameters()) if p in self._places}
+        shapes = {i: owners.matrix_of(p).shape for i, p in enumerate(self._all_parameters()) if p in self._places}
         packed["state"] = {i: compact(entry, shapes.get(i)) for i, entry in packed["state"].items()}
         return packed
 
@@ -360,12 +458,14 @@ class LiftAdamW(Optimizer):
         parameters = self._all_parameters()
         sparse = [options.is_sparse(p, g) for g in self.param_groups for p in g["params"]]
         names = [name for g in self.param_groups for _, name in self._named(g)]
-        check_state_dict(state_dict, parameters, sparse, names)
+        check_state_dict(state_dict, [owners.matrix_of(p) for p in parameters], sparse, names)
         # torch would cast floating state to the parameter's dtype, so only dense entries go its way.
         dense = {i: entry for i, entry in state_dict["state"].items() if not sparse[i]}
         super().load_state_dict({**state_dict, "state": dense})
         groups = [g for g in self.param_groups for _ in g["params"]]
         self._reset_arenas()
+        for p in parameters:
+            owners.drop_gradient(p)  # of other entries
         self._adopt([
             (parameters[i], groups[i], names[i], entry) for i, entry in state_dict["state"].items() if sparse[i]
         ])  # fmt: skip
@@ -374,16 +474,20 @@ class LiftAdamW(Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _reset_arenas(self) -> None:
-        self._arenas, self._places, self._kept, self._skipped = {}, {}, {}, {}
+        self._arenas, self._places, self._kept, self._layers, self._skipped = {}, {}, {}, {}, {}
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle_skipped()
         config = {key: getattr(self, key) for key in _SETTINGS}
         state = defaultdict(dict, {p: compact(entry) for p, entry in self.state.items()})
-        return {**super().__getstate__(), **config, "state": state, "grad_norm": None}
+        layers = {p: layers for p in self._all_parameters() if (layers := owners.layers_of(p))}
+        return {**super().__getstate__(), **config, "state": state, "grad_norm": None, "_packed_layers": layers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "defaults" in state:  # pickle and deepcopy; load_state_dict passes only state and groups, and adopts by itself
             self._reset_arenas()
+            for p, layers in self.__dict__.pop("_packed_layers", {}).items():
+                for layer in layers:
+                    owners.register(p, layer)  # a copied parameter does not know
             self._adopt([(p, g, name, self.state[p]) for p, g, name in self._sparse_parameters() if self.state.get(p)])

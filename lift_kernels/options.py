@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import owners
 from .checks import MOMENT_DTYPES, check_matrix, require
 from .lowrank import check_rank
 from .masks import entry_count
@@ -54,26 +55,28 @@ def check_group(group: dict[str, Any]) -> None:
 def check_lift_parameter(parameter: Tensor, group: dict[str, Any], name: str) -> None:
     """Raise, naming the parameter, unless LIFT can train it with the group's rank and density."""
     check_matrix(parameter, name)
-    check_rank(rank_of(parameter, group), parameter.shape, name)
+    check_rank(rank_of(parameter, group), parameter.shape[-2:], name)
     trained_entries(parameter, group, name)
     require(group["rounding"] == "nearest" or parameter.dtype != torch.float32,
             f"{name}: rounding='stochastic' is for bfloat16 and float16 weights, got {parameter.dtype}")  # fmt: skip
 
 
 def is_sparse(parameter: Tensor, group: dict[str, Any]) -> bool:
-    """Whether LIFT trains this parameter: the group says so, or says nothing and the parameter is a matrix."""
-    return group["lift"] if group["lift"] is not None else parameter.dim() == 2
+    """Whether LIFT trains this parameter: the group says so, or says nothing and it is a matrix or has packed gradients."""
+    if group["lift"] is not None:
+        return group["lift"]
+    return parameter.dim() == 2 or owners.is_values(parameter) or owners.is_hooked(parameter)
 
 
 def rank_of(parameter: Tensor, group: dict[str, Any]) -> int:
     """LRA rank for a matrix; by default 64, or the smaller side where that is less."""
-    return group["rank"] if group["rank"] is not None else min(DEFAULT_RANK, *parameter.shape)
+    return group["rank"] if group["rank"] is not None else min(DEFAULT_RANK, *parameter.shape[-2:])
 
 
 def trained_entries(parameter: Tensor, group: dict[str, Any], name: str) -> int:
-    """k of a matrix: by budget_rank where that is set, else by density."""
-    budget = group["budget_rank"]
-    return entry_count(parameter.shape, density=group["density"] if budget is None else None, budget_rank=budget, name=name)
+    """k of a matrix, or of each matrix of a 3-D batch: by budget_rank where that is set, else by density."""
+    budget, shape = group["budget_rank"], parameter.shape[-2:]
+    return entry_count(shape, density=group["density"] if budget is None else None, budget_rank=budget, name=name)
 
 
 def looks_like_embedding(name: str) -> bool:

@@ -7,6 +7,7 @@ import re
 from torch import Tensor, nn
 
 from .checks import require
+from .linear import PackedLinear
 
 
 def lift_param_groups(
@@ -14,21 +15,22 @@ def lift_param_groups(
 ) -> list[dict]:
     """One group ``{"params": [(name, weight), ...], "lift": True}`` with the weights of the model's linear layers.
 
-    Linear layers are nn.Linear and transformers' Conv1D (whose weight is transposed, which changes no mask). Embeddings, the
-    output head and weights tied to them are left out; a weight shared by several layers is taken once. ``include`` and
-    ``exclude`` are regular expressions searched in parameter names. ``freeze_rest`` turns ``requires_grad`` off for every other
-    parameter, as in the paper's recipe.
+    Linear layers are nn.Linear and transformers' Conv1D (whose weight is transposed, which changes no mask); packed ones
+    (`pack_gradients`) give their ``values`` in place of the weight. Embeddings, the output head and weights tied to them are left
+    out; a weight shared by several layers is taken once. ``include`` and ``exclude`` are regular expressions searched in parameter
+    names. ``freeze_rest`` turns ``requires_grad`` off for every other parameter, as in the paper's recipe.
 
     Raises ValueError when a name matches both expressions or when no weight is left.
     """
     heads = _embeddings_and_head(model)
     chosen: dict[int, tuple[str, Tensor]] = {}
     for module_name, module in model.named_modules():
-        if not (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"):
+        packed = isinstance(module, PackedLinear)
+        if not (packed or isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"):
             continue
-        weight = module.weight
-        name = f"{module_name}.weight" if module_name else "weight"
-        if id(weight) in heads or id(weight) in chosen:
+        weight = module.values if packed else module.weight
+        name = f"{module_name}{'.' if module_name else ''}{'values' if packed else 'weight'}"
+        if id(module.weight) in heads or id(weight) in chosen:
             continue
         included = include is not None and re.search(include, name) is not None
         excluded = exclude is not None and re.search(exclude, name) is not None

@@ -137,6 +137,14 @@ def lowrank_topk_ref(left: Tensor, right: Tensor, k: int) -> tuple[Tensor, Tenso
     return order.sort().values.int(), keys[order[-1]].clone().view(torch.float32)
 
 
+def packed_weight_grad_ref(grad_output: Tensor, input: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Entries ``indices`` (k) of the weight gradient of a linear layer, ``grad_output^T @ input``, as a vector of ``dtype``.
+
+    ``grad_output`` (t, m) and ``input`` (t, n) belong to t tokens. The whole product is formed in their dtype.
+    """
+    return packed_gather_ref(grad_output.t() @ input, indices, dtype)
+
+
 def counter_hash(x: Tensor) -> Tensor:
     """A bijective 32-bit integer mix (constants of C. Wellons' lowbias32) on int64 tensors that hold uint32 values.
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import options
-from .checks import check_finite, check_index_list, require
+from . import options, owners
+from .checks import check_finite, check_index_list
 from .masks import Mask, MaskRequest, largest_indices, principal_masks, random_indices
 
 BAR_DELAY = 5.0
@@ -80,20 +80,66 @@ def make_masks(
 
     Raises ValueError, naming the parameter, for non-finite weights, a missing gradient, a wrong list of a callable.
     """
+    parts = [_parts(d, kept.get(d.parameter, {})) for d in due]
+    flat = [part for of_one in parts for part in of_one]
     if selection == "principal":
-        requests = []
-        for _, p, group, name in due:
-            rank, k = options.rank_of(p, group), options.trained_entries(p, group, name)
-            requests.append(MaskRequest(p.detach(), rank, k, name, **_usable(kept.get(p, {}), p, rank)))
-        with _bar(len(due)) as bar:
-            return principal_masks(requests, method=method, backend=backend, made=bar.update)
-    masks = []
-    for number, p, group, name in due:
+        with _bar(len(flat)) as bar:
+            found = principal_masks([part.request() for part in flat], method=method, backend=backend, made=bar.update)
+    else:
+        found = [part.mask(selection, seed + d.number + 1_000_003 * i) for d, ps in zip(due, parts) for i, part in enumerate(ps)]
+    rest = iter(found)
+    return [_joined([next(rest) for _ in of_one], of_one[0].matrix.numel()) for of_one in parts]
+
+
+class _Part(NamedTuple):
+    """A matrix that needs a mask: a parameter's, or one of its 3-D batch."""
+
+    matrix: Tensor
+    grad: Tensor | None
+    group: dict[str, Any]
+    name: str
+    kept: dict[str, Tensor]
+
+    def request(self) -> MaskRequest:
+        rank = options.rank_of(self.matrix, self.group)
+        # A basis narrower than a raised rank is of no use.
+        kept = {key: t.to(self.matrix.device) for key, t in self.kept.items() if key != "basis" or t.shape[1] >= rank}
+        return MaskRequest(self.matrix, rank, options.trained_entries(self.matrix, self.group, self.name), self.name, **kept)
+
+    def mask(self, selection: str | Callable[[Tensor, int], Tensor], seed: int) -> Mask:
+        """By one of the selections that are no principal weights."""
         start = time.perf_counter()
-        indices = _selected(selection, p, options.trained_entries(p, group, name), name, seed + number)
+        k = options.trained_entries(self.matrix, self.group, self.name)
+        indices = _selected(selection, self.matrix, self.grad, k, self.name, seed)
         label = selection if isinstance(selection, str) else getattr(selection, "__name__", "callable")
-        masks.append(Mask(indices, method=label, seconds=time.perf_counter() - start))
-    return masks
+        return Mask(indices, method=label, seconds=time.perf_counter() - start)
+
+
+def _parts(due: Due, kept: dict[str, Tensor]) -> list[_Part]:
+    matrix = owners.matrix_of(due.parameter).detach()
+    grad = due.parameter.grad if due.parameter.shape == matrix.shape else None
+    if matrix.dim() == 2:
+        return [_Part(matrix, grad, due.group, due.name, kept)]
+    return [
+        _Part(matrix[i], None if grad is None else grad[i], due.group, f"{due.name}[{i}]", {key: t[i] for key, t in kept.items()})
+        for i in range(len(matrix))
+    ]
+
+
+def _joined(masks: list[Mask], numel: int) -> Mask:
+    """One mask of the masks of a batch of matrices with ``numel`` entries each."""
+    if len(masks) == 1:
+        return masks[0]
+    return masks[0]._replace(
+        indices=torch.cat([m.indices + i * numel for i, m in enumerate(masks)]), basis=_stacked([m.basis for m in masks]),
+        threshold=_stacked([m.threshold for m in masks]), passes=max(m.passes for m in masks),
+        settled=all(m.settled for m in masks), seconds=sum(m.seconds for m in masks),
+    )  # fmt: skip
+
+
+def _stacked(tensors: list[Tensor | None]) -> Tensor | None:
+    known = [t for t in tensors if t is not None]
+    return torch.stack(known) if len(known) == len(tensors) else None
 
 
 def warm_part(entry: dict[str, Any], p: Tensor, where: str | None) -> dict[str, Tensor]:
@@ -104,30 +150,22 @@ def warm_part(entry: dict[str, Any], p: Tensor, where: str | None) -> dict[str, 
     return {key: entry[key].to(target) for key in ("basis", "threshold") if entry.get(key) is not None}
 
 
-def _usable(kept: dict[str, Tensor], p: Tensor, rank: int) -> dict[str, Tensor]:
-    """What is kept of the last mask, moved to the weight's device; a basis narrower than a raised rank is of no use."""
-    return {
-        key: value.to(p.device, non_blocking=True)
-        for key, value in kept.items()
-        if key != "basis" or value.shape[1] >= rank
-    }
-
-
-def _selected(selection: str | Callable[[Tensor, int], Tensor], p: Tensor, k: int, name: str, seed: int) -> Tensor:
-    check_finite(p.detach(), name)
+def _selected(
+    selection: str | Callable[[Tensor, int], Tensor], matrix: Tensor, grad: Tensor | None, k: int, name: str, seed: int
+) -> Tensor:
+    check_finite(matrix, name)
     if selection == "random":
-        return random_indices(p.numel(), k, seed, p.device)
+        return random_indices(matrix.numel(), k, seed, matrix.device)
     if selection == "magnitude":
-        return largest_indices(p.detach().abs(), k)
+        return largest_indices(matrix.abs(), k)
     if selection == "gradient":
-        require(p.grad is not None and p.grad.shape == p.shape,
-                f"{name}: selection='gradient' needs a dense gradient when a mask is made; refresh after backward()")  # fmt: skip
-        assert p.grad is not None
-        check_finite(p.grad, f"gradient of {name}")
-        return largest_indices(p.grad.abs(), k)
+        if grad is None:
+            raise ValueError(f"{name}: selection='gradient' needs a dense gradient when a mask is made; refresh after backward()")
+        check_finite(grad, f"gradient of {name}")
+        return largest_indices(grad.abs(), k)
     assert callable(selection)
-    indices = selection(p.detach(), k)
-    check_index_list(indices, p.numel(), name, p.device)
+    indices = selection(matrix, k)
+    check_index_list(indices, matrix.numel(), name, matrix.device)
     return indices
 
 

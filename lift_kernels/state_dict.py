@@ -49,10 +49,11 @@ def check_state_dict(state_dict: dict[str, Any], parameters: list[Tensor], spars
         require(shape == tuple(p.shape), f"{name}: the state dict is of a matrix of shape {shape}, this one is {tuple(p.shape)}")
         check_index_list(entry["indices"], p.numel(), name)
         basis, threshold = entry.get("basis"), entry.get("threshold")
-        if basis is not None:
-            check_basis(basis, p.shape, 1, name)
-        require(threshold is None or threshold.numel() == 1,
-                f"{name}: threshold must be one number, got {getattr(threshold, 'shape', threshold)}")  # fmt: skip
+        for part in [] if basis is None else [basis] if p.dim() == 2 else basis:
+            check_basis(part, p.shape[-2:], 1, name)
+        numbers = 1 if p.dim() == 2 else len(p)
+        require(threshold is None or threshold.numel() == numbers,
+                f"{name}: threshold must hold {numbers} numbers, got {getattr(threshold, 'shape', threshold)}")  # fmt: skip
         require("step" in entry, f"{name}: the state dict holds no step")
         step = torch.as_tensor(entry["step"])
         require(step.numel() == 1, f"{name}: step must be one number, got shape {tuple(step.shape)}")

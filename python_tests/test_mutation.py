@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 CORE = (
     "sparse_adamw_several_blocks or sparse_adamw_first_step or sparse_adamw_scaled_gradients or "
     "found_inf_changes_nothing or noise_is_the_specified_one or decay_touches or packed_migrate or "
-    "packed_l2_norm or one_matrix_at_a_time"
+    "packed_l2_norm or one_matrix_at_a_time or weight_grad_by_hand or weight_grad_in_several_panels"
 )
 
 
@@ -41,6 +41,7 @@ REFERENCE, SCALARS = "lift_kernels/reference.py", "lift_kernels/scalars.py"
 TRITON, TABLES = "lift_kernels/triton_kernels/adamw.py", "lift_kernels/triton_kernels/tables.py"
 TRITON_PACKED = "lift_kernels/triton_kernels/packed.py"
 NATIVE, NATIVE_PACKED = "csrc/cpu/adamw.cpp", "csrc/cpu/packed.cpp"
+NATIVE_GRAD, TRITON_GRAD = "csrc/cpu/weight_grad.cpp", "lift_kernels/triton_kernels/linear_grad.py"
 
 MUTANTS = [
     Mutant("intact", "reference"),
@@ -79,6 +80,10 @@ MUTANTS = [
     Mutant("index shifted", "triton", TRITON, "tl.pointer_type(WEIGHT), bitcast=True) + index",
            "tl.pointer_type(WEIGHT), bitcast=True) + index + 1"),
     Mutant("found_inf ignored", "triton", TRITON, "tl.load(found_inf) != 0.0", "tl.load(found_inf) > 1.0"),
+    Mutant("sides exchanged", "reference", REFERENCE, "grad_output.t() @ input", "input.t() @ grad_output"),
+    Mutant("first entry of a panel lost", "native-cpu", NATIVE_GRAD, "indices + k, row * n, below",
+           "indices + k, row * n + 1, below"),
+    Mutant("bound included", "triton", TRITON_GRAD, "other=0).to(tl.int64) < bound)", "other=0).to(tl.int64) <= bound)"),
     Mutant("any old entry is found", "triton", TRITON_PACKED, "== entry)\n", "!= -1)\n"),
 ]  # fmt: skip
 
@@ -154,9 +159,11 @@ def run_core(copies: dict[Mutant, Path], interpret: str) -> None:
     """The core tests of each mutant's backend, up to the first failure; what they print goes to ``copy/output``."""
     lines = []
     for mutant, copy in copies.items():
-        files = ["python_tests/test_sparse_adamw.py", "python_tests/test_packed_ops.py"]
-        if mutant.file:
-            files = files[1:] if "packed" in mutant.file else files[:1]
+        files = ["python_tests/test_sparse_adamw.py", "python_tests/test_packed_ops.py", "python_tests/test_linear_grad.py"]
+        if mutant.file in (NATIVE_GRAD, TRITON_GRAD) or mutant.name == "sides exchanged":
+            files = files[2:]
+        elif mutant.file:
+            files = files[1:2] if "packed" in mutant.file else files[:1]
         lines.append(" ".join([str(copy), f"{mutant.backend} and ({CORE})".replace(" ", "+"), *files]))
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": "", "TRITON_INTERPRET": interpret}
     subprocess.run([sys.executable, "-c", RUNNER, "\n".join(lines)], env=os.environ | settings, cwd="/", check=True)

@@ -134,7 +134,7 @@ def test_op_bad_step_betas_too_near_one(where):
 
 
 # name: (op, arguments in order, how some of them are spoiled and further options, the error, words of the message)
-GATHER, SCATTER, MIGRATE = "packed_gather", "packed_scatter_", "packed_migrate"
+GATHER, SCATTER, MIGRATE, GRADIENT = "packed_gather", "packed_scatter_", "packed_migrate", "packed_weight_grad"
 ONES, ONE = [1.0, 1.0], [1.0]
 BAD_CALLS = {
     "gather fp64": (GATHER, (ONES, [0]), {"source": "float64"}, TypeError, "source must be .*float64"),
@@ -161,6 +161,19 @@ BAD_CALLS = {
     "migrate far list": (MIGRATE, (ONE, [0], [0]), {"new_indices": "meta"}, ValueError, "new_indices on meta"),
     "migrate int64": (MIGRATE, (ONE, [0], [0]), {"old_indices": "int64"}, TypeError, "old_indices must be int32"),
     "migrate unsorted old": (MIGRATE, (ONES, [3, 1], [0]), CHECKED, ValueError, "old_indices: .*3 before 1"),
+    "weight gradient fp64": (GRADIENT, ([ONES], [ONES], [0]), {"grad_output": "float64", "backend": None}, TypeError,
+                             "grad_output must be one of .*float64"),
+    "weight gradient of two dtypes": (GRADIENT, ([ONES], [ONES], [0]), {"input": "float16"}, TypeError,
+                                      "input must be one of torch.float32, got torch.float16"),
+    "weight gradient index int64": (GRADIENT, ([ONES], [ONES], [0]), {"indices": "int64"}, TypeError, "indices must be int32"),
+    "weight gradient of vectors": (GRADIENT, (ONES, ONES, [0]), {}, ValueError, r"matrices of as many rows, got \(2,\) and"),
+    "weight gradient of other tokens": (GRADIENT, ([ONES], [ONES, ONES], [0]), {}, ValueError, r"\(1, 2\) and \(2, 2\)"),
+    "weight gradient elsewhere": (GRADIENT, ([ONES], [ONES], [0]), {"input": "meta"}, ValueError, "input is on meta"),
+    "weight gradient sparse": (GRADIENT, ([ONES], [ONES], [0]), {"grad_output": "sparse"}, ValueError, "must be dense"),
+    "weight gradient to int": (GRADIENT, ([ONES], [ONES], [0]), {"dtype": torch.int32}, TypeError, "dtype must be .*int32"),
+    "weight gradient of too many": (GRADIENT, ([ONES], [ONE], [0, 1, 2]), {}, ValueError, "indices has 3 .* weight only 2"),
+    "weight gradient past the end": (GRADIENT, ([ONES], [ONES], [0, 4]), CHECKED, IndexError, "index 4 is out of range for 4"),
+    "weight gradient unsorted": (GRADIENT, ([ONES], [ONES], [3, 1]), CHECKED, ValueError, "got 3 before 1 at position 0"),
     "migrate unsorted new": (MIGRATE, (ONE, [3], [9, 9]), CHECKED, ValueError, "new_indices: .*9 before 9"),
 }
 

@@ -35,6 +35,11 @@ def norm_arguments(where, packed):
     return (problem.grads, problem.indices, problem.offsets, problem.counts), {"packed_grads": packed}
 
 
+def weight_grad_arguments(where, dtype):
+    factors = [torch.randn(4, side, device=where.device).to(dtype) for side in (6, 7)]
+    return *factors, int32([0, 8, 41], where)
+
+
 # Every op with the ways of calling it that differ in what is read or written: functions of `where`.
 SAMPLES = {
     "sparse_adamw_": {
@@ -66,6 +71,11 @@ SAMPLES = {
         "dense": lambda where: norm_arguments(where, packed=False),
         "packed": lambda where: norm_arguments(where, packed=True),
     },
+    "packed_weight_grad": {
+        "fp32": lambda where: (weight_grad_arguments(where, FP32), {}),
+        "bf16, to bf16": lambda where: (weight_grad_arguments(where, BF16), {"dtype": BF16}),
+        "another way": lambda where: (weight_grad_arguments(where, FP16), {"fused": where.backend == "triton"}),
+    },
 }  # fmt: skip
 CALLS = [
     pytest.param(op, sample, id=f"{op}: {name}") for op, calls in SAMPLES.items() for name, sample in calls.items()
@@ -77,6 +87,7 @@ MUTATED = {
     "packed_migrate": set(),
     "packed_l2_norm": set(),
     "lowrank_topk": set(),
+    "packed_weight_grad": set(),
 }
 
 

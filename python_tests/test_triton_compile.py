@@ -1,4 +1,5 @@
-"""The Triton kernels compiled for sm_80, sm_90 and sm_100: no spills, 128-bit accesses on every contiguous stream."""
+"""The Triton kernels compiled for sm_80, sm_90 and sm_100: no spills, 128-bit accesses on every contiguous stream, and tensor
+cores in the products."""
 
 from __future__ import annotations
 
@@ -17,6 +18,9 @@ def compiled():
 def test_triton_compile(compiled, case, target):
     record = compiled[case.name, target]
     assert record.stack_bytes == record.local_bytes == record.local_accesses == 0, "registers were spilled"
+    if case.loads is None:
+        assert (record.tensor_core_instructions > 0) == case.tensor_cores, "a product by other units than it should be"
+        return
     assert record.registers <= 128, "fewer than four programs would fit on a multiprocessor"
     assert record.wide_loads == record.needed_loads, "a contiguous stream is not read 128 bits at a time"
     assert record.wide_stores == record.needed_stores, "a contiguous stream is not written 128 bits at a time"

@@ -35,8 +35,10 @@ class Case:
     kernel: str  # module.function in lift_kernels.triton_kernels
     types: dict[str, str]
     constants: dict[str, object] = field(default_factory=dict)
-    loads: tuple[str, ...] = ()
-    stores: tuple[str, ...] = ()
+    loads: tuple[str, ...] | None = ()  # None: not counted, for the compiler may copy to shared memory past the registers
+    stores: tuple[str, ...] | None = ()
+    options: dict[str, int] = field(default_factory=dict)  # of the compiler, in place of those of the streaming kernels
+    tensor_cores: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Compiled:
     needed_loads: int
     wide_stores: int
     needed_stores: int
+    tensor_core_instructions: int
 
 
 def adamw_case(
@@ -109,6 +112,21 @@ def packed_cases():
         yield Case(name, "packed._packed_square_sums_kernel", types, constants, (dtype if packed else "int32",))
 
 
+def weight_grad_case(dtype, out, precision="tf32"):
+    """The fused product of a weight gradient with the launcher's tile; an fp32 one by TF32 or exact."""
+    from lift_kernels.triton_kernels import linear_grad
+
+    types = {name: f"*{dtype}" for name in ("grad_output", "input")} | {"indices": "*i32", "out": f"*{FORMATS[out]}"}
+    types |= dict.fromkeys(("tokens", "count", "stride"), "i32") | dict.fromkeys(("m", "n"), "i32 % 16")
+    constants = {name: getattr(linear_grad, name) for name in ("ROWS", "COLUMNS", "TOKENS", "ENTRIES")}
+    return Case(
+        f"packed_weight_grad: {dtype}{f' by {precision}' if dtype == 'fp32' else ''} to {out}",
+        "linear_grad._packed_weight_grad_kernel", types, constants | {"PRECISION": precision}, None, None,
+        {"num_warps": linear_grad.WARPS, "num_stages": linear_grad.STAGES, "enable_fp_fusion": True},
+        tensor_cores=precision != "ieee",
+    )  # fmt: skip
+
+
 CASES = (
     adamw_case("fp32", "fp32", "fp32"),
     adamw_case("fp32", "fp32", "fp32", packed=True, births=True),
@@ -122,6 +140,11 @@ CASES = (
     adamw_case("fp16", "fp16", "bf16", packed=True, stochastic=True),
     adamw_case("bf16", "bf16", "fp32", master=True, packed=True, births=True, aligned=False),
     *packed_cases(),
+    weight_grad_case("bf16", "fp32"),
+    weight_grad_case("fp16", "fp32"),
+    weight_grad_case("bf16", "bf16"),
+    weight_grad_case("fp32", "fp32"),
+    weight_grad_case("fp32", "fp32", precision="ieee"),
 )
 
 
@@ -136,22 +159,23 @@ def compile_case(case: Case, target: int) -> Compiled:
     module, function = case.kernel.split(".")
     kernel = getattr(importlib.import_module(f"lift_kernels.triton_kernels.{module}"), function)
     formats = {"fp32": tl.float32, "fp16": tl.float16, "i16": tl.int16}
-    signature = {name: case.types.get(name, "constexpr") for name in kernel.arg_names}
+    signature = {name: case.types.get(name, "constexpr").removesuffix(" % 16") for name in kernel.arg_names}
     constants, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name not in case.types:
             value = case.constants.get(name)
-            constants[(position,)] = formats[value] if isinstance(value, str) else value
-        elif case.types[name].startswith("*"):
+            constants[(position,)] = value if not isinstance(value, str) else formats.get(value, value)
+        elif case.types[name].startswith("*") or case.types[name].endswith(" % 16"):
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": THREADS // 32, "enable_fp_fusion": False}
+    options = {"num_warps": THREADS // 32, "enable_fp_fusion": False} | case.options
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     usage, sass = _inspect(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
     return Compiled(
         case.name, target, usage["REG"], usage["STACK"], usage["LOCAL"], len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         compiled.metadata.shared, _wide(ptx, "ld"), _needed(case.loads), _wide(ptx, "st"), _needed(case.stores),
+        len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA)\b", sass)),
     )  # fmt: skip
 
 
@@ -194,9 +218,9 @@ def _wide(ptx: str, access: str) -> int:
     return sum(size // 128 for size in sizes)
 
 
-def _needed(streams: tuple[str, ...]) -> int:
+def _needed(streams: tuple[str, ...] | None) -> int:
     """128-bit accesses a thread makes when all of these streams move that wide."""
-    return sum(BLOCK // THREADS * BYTES[dtype] // 16 for dtype in streams)
+    return sum(BLOCK // THREADS * BYTES[dtype] // 16 for dtype in streams or ())
 
 
 def _main() -> None:
@@ -205,7 +229,7 @@ def _main() -> None:
     parser.add_argument("--share", nargs=2, type=int, default=(0, 1), metavar=("I", "N"), help="cases I, I + N, ...")
     arguments = parser.parse_args()
     if not arguments.json:
-        print("target registers shared  loads wide/needed  stores wide/needed  case")
+        print("target registers shared  loads wide/needed  stores wide/needed  tensor cores  case")
     for case in CASES[arguments.share[0] :: arguments.share[1]]:
         for target in TARGETS:
             c = compile_case(case, target)
@@ -213,7 +237,7 @@ def _main() -> None:
                 print(json.dumps(asdict(c)))
             else:
                 print(f"sm_{target:<4d}{c.registers:8d} {c.shared_bytes:6d} {c.wide_loads:8d}/{c.needed_loads:<8d} "
-                      f"{c.wide_stores:10d}/{c.needed_stores:<8d}  {c.case}")  # fmt: skip
+                      f"{c.wide_stores:10d}/{c.needed_stores:<8d} {c.tensor_core_instructions:13d}  {c.case}")  # fmt: skip
 
 
 if __name__ == "__main__":

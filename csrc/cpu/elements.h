@@ -4,6 +4,9 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+
+#include "../launchers.h"
 
 // One binary for every x86 machine: the loader picks the widest instruction set. -ffp-contract=off keeps their bits equal.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(LIFT_NO_CLONES)
@@ -71,6 +74,21 @@ struct F16 {
     return uint16_t(sign | half);
   }
 };
+
+// Storage of one format in another, rounded to nearest even.
+template <class From, class To>
+typename To::Storage convert(typename From::Storage x) {
+  if constexpr (std::is_same_v<From, To>) return x;  // the same bits, NaN payloads too
+  else return To::round(From::widen(x));
+}
+
+// Calls f with the element type of a dtype.
+template <class F>
+void with_type(DType dtype, const F& f) {
+  if (dtype == DType::f32) f(F32{});
+  else if (dtype == DType::bf16) f(BF16{});
+  else f(F16{});
+}
 
 // The bijective 32-bit mix of the reference's counter_hash.
 inline uint32_t counter_hash(uint32_t x) {

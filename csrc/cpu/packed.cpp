@@ -13,19 +13,6 @@ constexpr int64_t kChunk = 16384;
 
 int64_t chunks(int64_t n) { return (n + kChunk - 1) / kChunk; }
 
-template <class From, class To>
-typename To::Storage convert(typename From::Storage x) {
-  if constexpr (std::is_same_v<From, To>) return x;  // the same bits, NaN payloads too
-  else return To::round(From::widen(x));
-}
-
-template <class F>
-void with_type(DType dtype, const F& f) {
-  if (dtype == DType::f32) f(F32{});
-  else if (dtype == DType::bf16) f(BF16{});
-  else f(F16{});
-}
-
 // Old entries that are also new carry their value over; begin .. end are positions of the new list.
 template <class T>
 void merge(const T* values, const int32_t* old_indices, int64_t k_old, const int32_t* new_indices, int64_t begin, int64_t end,

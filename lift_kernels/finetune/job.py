@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 import transformers
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from .. import LiftAdamW, lift_param_groups
+from .. import LiftAdamW, lift_param_groups, pack_gradients
 from . import encoding, evaluation, report
 from .modelio import find_model, load_model, save_model
 from .qa_data import SHOTS, choose_problems, fitting, training_sequences
@@ -51,17 +52,19 @@ class Clock(TrainerCallback):
         self.forward_backward: list[float] = []
         self.steps: list[float] = []
         self.refreshes: dict[int, float] = {}  # by the number of steps before it
+        self.gradient_bytes = 0  # of the last backward pass
 
     def now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def first_refresh(self, optimizer: LiftAdamW) -> None:
-        """Make the first mask."""
+    def first_mask(self, make: Callable[[], Any]) -> Any:
+        """The result of ``make``, which makes the first mask."""
         start = self.now()
-        optimizer.refresh()
+        result = make()
         self.refreshes[0] = self.now() - start
+        return result
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.start = self.now()
@@ -69,6 +72,8 @@ class Clock(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         middle = self.now()
         self.forward_backward.append(middle - self.start)
+        grads = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        self.gradient_bytes = sum({g.untyped_storage().data_ptr(): g.untyped_storage().nbytes() for g in grads}.values())
         self.start = middle
 
     def on_optimizer_step(self, args, state, control, **kwargs):
@@ -84,13 +89,20 @@ class Clock(TrainerCallback):
         self.steps = plain or self.steps
 
 
-def prepare(model, settings: Settings):
+def prepare(model, settings: Settings, clock: Clock):
     """Return the model to train, its optimizer and the weights that the method adapts (which it trains in part)."""
     lr = settings.lr or LEARNING_RATES[settings.method]
     groups = lift_param_groups(model, freeze_rest=settings.method != "full")
     covered = [p for group in groups for _, p in group["params"]]
     if settings.method in ("lift", "random"):
-        budget = {"budget_rank": settings.budget_rank} if settings.budget_rank else {"density": settings.density}
+        print(f"choosing the entries to train in {len(covered)} matrices", flush=True)
+        selection = "random" if settings.method == "random" else "principal"
+        budget: dict[str, Any] = (
+            {"budget_rank": settings.budget_rank} if settings.budget_rank else {"density": settings.density}
+        )
+        if settings.gradients == "packed":
+            options = {"rank": settings.rank, "selection": selection, "seed": settings.seed, **budget}
+            groups = clock.first_mask(lambda: pack_gradients(model, **options))
         optimizer = LiftAdamW(
             groups,
             lr=lr,
@@ -98,10 +110,14 @@ def prepare(model, settings: Settings):
             rank=settings.rank,
             refresh_interval=settings.refresh_interval or None,
             max_grad_norm=CLIP_NORM,
-            selection="random" if settings.method == "random" else "principal",
+            selection=selection,
             seed=settings.seed,
             **budget,
         )
+        if settings.gradients == "dense":
+            clock.first_mask(optimizer.refresh)
+        else:
+            optimizer.refresh()  # takes the masks that are there
         return model, optimizer, covered
     if settings.method == "lora":
         try:
@@ -236,10 +252,7 @@ def run(settings: Settings) -> report.Report:
 
     phase("mask", f"preparing method {settings.method}")
     try:
-        model, optimizer, covered = prepare(model, settings)
-        if isinstance(optimizer, LiftAdamW):
-            print(f"choosing the entries to train in {len(covered)} matrices", flush=True)
-            clock.first_refresh(optimizer)
+        model, optimizer, covered = prepare(model, settings, clock)
     except ValueError as error:  # an option that does not fit this model's matrices, or weights that are not finite
         raise UserError(str(error)) from error
 
@@ -256,7 +269,7 @@ def run(settings: Settings) -> report.Report:
 
     phase("save", f"saving to {folder}")
     entries, weights = trained_entries(optimizer), sum(p.numel() for p in covered)
-    state = state_bytes(optimizer)
+    state, lift = state_bytes(optimizer), isinstance(optimizer, LiftAdamW)
     if settings.method == "lora":
         model = model.merge_and_unload()
     save_model(model, tokenizer, folder / "model")
@@ -276,6 +289,11 @@ def run(settings: Settings) -> report.Report:
         "density": entries / weights,
         "optimizer_state_bytes.measured": state,
         "optimizer_state_bytes.dense": 8 * weights,  # two fp32 moments
+        "gradient_bytes.measured": clock.gradient_bytes,
+        "gradient_bytes.dense": sum(p.nbytes for p in covered),
+        # Index lists, values or masters, moments and gradients: all that comes on top of the frozen model.
+        "extra_bytes.measured": state + clock.gradient_bytes,
+        "extra_bytes.an_entry": (state + clock.gradient_bytes) / entries if lift else None,
         "refreshes": len(clock.refreshes),
         "seconds.forward_backward": median(clock.forward_backward),
         "seconds.step": median(clock.steps),

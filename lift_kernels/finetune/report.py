@@ -39,10 +39,14 @@ def table(report: Report) -> str:
         ),
     ]
     state, dense = get("optimizer_state_bytes.measured"), get("optimizer_state_bytes.dense")
+    gradients, dense_gradients = get("gradient_bytes.measured"), get("gradient_bytes.dense")
+    an_entry = f", {get('extra_bytes.an_entry'):.2f} bytes an entry" if get("extra_bytes.an_entry") else ""
     refreshes = get("refreshes")
     costs = [
         ("trained entries", f"{get('entries'):,} of {get('covered_weights'):,} ({get('density'):.2%})"),
         ("optimizer state", f"{_mib(state)}, dense fp32 AdamW {_mib(dense)} ({state / dense:.1%})"),
+        ("gradients", f"{_mib(gradients)}, dense {_mib(dense_gradients)} ({gradients / dense_gradients:.1%})"),
+        ("on top of the frozen model", f"{_mib(get('extra_bytes.measured'))}{an_entry}"),
         ("forward + backward", f"{get('seconds.forward_backward'):.3f} s a step (median of {get('settings.steps')})"),
         ("optimizer step", f"{get('seconds.step'):.3f} s a step (median)"),
         ("mask refresh", f"{get('seconds.refresh'):.3f} s each (median of {refreshes})" if refreshes else "none"),

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 METHODS = ("lift", "full", "lora", "random")
+GRADIENTS = ("packed", "dense")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -20,6 +21,7 @@ class Settings:
     model: str | None = None
     data: str | None = None
     method: str = "lift"
+    gradients: str = "packed"
     density: float = 0.05
     rank: int = 64
     budget_rank: int | None = None
@@ -36,7 +38,8 @@ class Settings:
     output: str = "runs"
 
     def __post_init__(self) -> None:
-        for field, choices in (("method", METHODS), ("dtype", tuple(DTYPES)), ("device", ("auto", "cpu", "cuda"))):
+        known = {"method": METHODS, "gradients": GRADIENTS, "dtype": tuple(DTYPES), "device": ("auto", "cpu", "cuda")}
+        for field, choices in known.items():
             if getattr(self, field) not in choices:
                 raise UserError(f"unknown {field} {getattr(self, field)!r}; use one of {', '.join(choices)}")
         for field in ("rank", "steps", "batch_size", "max_length", "eval_problems", "budget_rank"):

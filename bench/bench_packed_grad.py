@@ -1,0 +1,205 @@
+"""Packed against dense weight gradients on SmolLM2-135M (or ``--model``): memory, backward pass, and the step that follows.
+
+Two models share their weights. In one the matrices of the linear layers have dense gradients, in the other packed ones
+(`pack_gradients`, 5 %, top of |W_r| with r = 64, or ``--random`` masks); all else is frozen in both. Packed gradients are first
+compared with the dense ones and refused when wrong.
+
+- memory: bytes allocated within one backward pass and still there at its end, which are the gradients, and the peak of all that
+  was allocated within it; scratch: what the largest layer allocates beside its result. Counted by the profiler's record of every
+  allocation, those in C++ too.
+- backward: timed in turns with the dense model, in a new random order each round, each after an untimed forward pass. Shown is the
+  median of the ratios within a round, and the interval that holds the true median with 95 % (order statistics).
+- step: LiftAdamW from packed gradients, the same + a hundredth of a refresh, against torch.optim.AdamW(fused=True) on the dense
+  ones, likewise; the learning rate is 0, so that nothing drifts.
+
+    python bench/bench_packed_grad.py [--model DIR] [--batch 4] [--length 128] [--runs 20] [--random] [--no-files]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable, Iterator
+
+import bench_util
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lift_kernels import LiftAdamW, lift_param_groups, ops, pack_gradients
+from lift_kernels.linear import PackedLinear
+
+DENSITY, RANK = 0.05, 64
+BETAS = (0.9, 0.95)
+LIMIT_MEMORY, LIMIT_BACKWARD = 0.06, 1.03
+
+
+def allocations(run: Callable[[], object]) -> tuple[int, int]:
+    """Bytes that ``run`` allocated and left behind, and the most that was there at once of what it allocated."""
+    from torch._C._profiler import _EventType
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+
+    def events(nodes) -> Iterator:
+        for node in nodes:
+            if node.tag == _EventType.Allocation:
+                yield node
+            yield from events(node.children)
+
+    tree = profile.profiler.kineto_results.experimental_event_tree()
+    live: dict[int, int] = {}
+    total = peak = 0
+    for event in sorted(events(tree), key=lambda node: node.start_time_ns):
+        pointer, size = event.extra_fields.ptr, event.extra_fields.alloc_size
+        total -= live.pop(pointer, 0)  # of a block from before the run nothing was counted
+        if size > 0:
+            live[pointer] = size
+            total += size
+        peak = max(peak, total)
+    return total, peak
+
+
+class Models:
+    """The dense and the packed model on the same weights, and their loss on one batch of random tokens."""
+
+    def __init__(self, name: str | None, batch: int, length: int, random: bool):
+        from lift_kernels.finetune import modelio
+
+        self.dense, _ = modelio.load_model(modelio.find_model(name), torch.float32)
+        self.packed = copy.deepcopy(self.dense)
+        for mine, theirs in zip(self.packed.parameters(), self.dense.parameters()):
+            mine.data = theirs.data
+        self.dense_groups = lift_param_groups(self.dense, freeze_rest=True)
+        start = time.perf_counter()
+        selection = "random" if random else "principal"
+        self.groups = pack_gradients(self.packed, density=DENSITY, rank=RANK, freeze_rest=True, selection=selection)
+        self.packing = time.perf_counter() - start
+        vocabulary = self.dense.config.vocab_size
+        self.tokens = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
+        self.weights = [p for _, p in self.dense_groups[0]["params"]]
+        self.layers = [module for module in self.packed.modules() if isinstance(module, PackedLinear)]
+
+    def loss(self, model: nn.Module) -> Tensor:
+        return model(input_ids=self.tokens, labels=self.tokens).loss
+
+    def backward(self, model: nn.Module) -> Callable[[], None]:
+        """The backward pass of a fresh forward pass, gradients cleared."""
+        model.zero_grad()
+        return self.loss(model).backward
+
+    def check(self) -> str:
+        """What is wrong with the packed gradients, or an empty string."""
+        for model in (self.dense, self.packed):
+            self.backward(model)()
+        expected = [w.grad.view(-1)[layer.indices.long()] for w, layer in zip(self.weights, self.layers)]
+        return bench_util.difference(expected, [layer.values.grad for layer in self.layers])
+
+
+def alternate(contestants: dict[str, Callable[[], Callable[[], object]]], runs: int) -> dict[str, np.ndarray]:
+    """Seconds of each run; every contestant is first made ready, untimed. Rounds in shuffled order, one to warm up."""
+    rng = np.random.default_rng(0)
+    names = list(contestants)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for round_ in range(-1, runs):
+        for i in rng.permutation(len(names)):
+            run = contestants[names[i]]()
+            start = time.perf_counter()
+            run()
+            if round_ >= 0:
+                times[names[i]].append(time.perf_counter() - start)
+    return {name: np.array(values) for name, values in times.items()}
+
+
+def median_interval(values: np.ndarray) -> tuple[float, float]:
+    """The order statistics that hold the true median with a probability of at least 95 % (all values when there are few)."""
+    from math import comb
+
+    ordered, n, tail, rank = np.sort(values), len(values), 0.0, 0
+    while rank < (n - 1) // 2 and tail + comb(n, rank) / 2**n <= 0.025:
+        tail += comb(n, rank) / 2**n
+        rank += 1
+    rank = max(rank - 1, 0)
+    return float(ordered[rank]), float(ordered[n - 1 - rank])
+
+
+def timing_rows(part: str, times: dict[str, np.ndarray], bandwidth: float) -> list[dict]:
+    """One row a contestant; ``cost``: seconds over those of the first one in the same round, with its interval."""
+    baseline = next(iter(times.values()))
+    table = []
+    for name, taken in times.items():
+        low, high = median_interval(taken / baseline)
+        cost = {"cost": float(np.median(taken / baseline)), "cost_low": low, "cost_high": high}
+        row = bench_util.row(name, taken, baseline, None, bandwidth) | {k: round(v, 4) for k, v in cost.items()}
+        table.append({"part": part} | row)
+    return table
+
+
+def memory_rows(models: Models) -> list[dict]:
+    """Gradient bytes of both ways, against the limit."""
+    table, dense_bytes = [], sum(w.nbytes for w in models.weights)
+    for name, model in (("dense gradients", models.dense), ("packed gradients", models.packed)):
+        kept, peak = allocations(models.backward(model))
+        table.append({"part": "memory", "variant": name, "kept_bytes": kept, "peak_bytes": peak,
+                      "share_of_dense": round(kept / dense_bytes, 5)})  # fmt: skip
+        model.zero_grad()
+    layer = max(models.layers, key=lambda layer: layer.weight.numel())
+    m, n = layer.weight.shape
+    tokens = models.tokens.numel()
+    grad_output, input = torch.randn(tokens, m), torch.randn(tokens, n)
+    result: list[Tensor] = []
+    kept, peak = allocations(lambda: result.append(ops.packed_weight_grad(grad_output, input, layer.indices)))
+    table.append({"part": "memory", "variant": f"scratch of one layer, {m} x {n}", "peak_bytes": peak - kept})
+    return table
+
+
+def step_rows(models: Models, runs: int, bandwidth: float) -> list[dict]:
+    """The optimizers' steps on the gradients that are there."""
+    for model in (models.dense, models.packed):
+        models.backward(model)()
+    fused = torch.optim.AdamW(models.weights, lr=0.0, betas=BETAS, weight_decay=0.0, fused=True)
+    lift = LiftAdamW(models.groups, lr=0.0, betas=BETAS, refresh_interval=None)
+    contestants = {"AdamW fused, dense gradients": lambda: fused.step, "LiftAdamW, packed gradients": lambda: lift.step}
+    times = alternate(contestants, runs)
+    start = time.perf_counter()
+    lift.refresh(drop_gradients=True)
+    refresh = time.perf_counter() - start
+    times["LiftAdamW, packed gradients + refresh/100"] = times["LiftAdamW, packed gradients"] + refresh / 100
+    return [row | {"refresh_s": round(refresh, 3)} for row in timing_rows("step", times, bandwidth)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="directory, GGUF file or hub id in place of the bundled SmolLM2-135M")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--runs", type=int, default=20, help="rounds of alternating runs")
+    parser.add_argument("--random", action="store_true", help="random masks, which take no time to make")
+    parser.add_argument("--no-files", action="store_true", help="print only")
+    arguments = parser.parse_args()
+    models = Models(arguments.model, arguments.batch, arguments.length, arguments.random)
+    if problem := models.check():
+        raise SystemExit(f"not timed, because it is wrong: {problem}")
+    bandwidth = bench_util.copy_bandwidth()
+    table = memory_rows(models)
+    bench_util.show(table, ["part", "variant", "kept_bytes", "peak_bytes", "share_of_dense"])
+    contestants = {
+        "dense gradients": lambda: models.backward(models.dense),
+        "packed gradients": lambda: models.backward(models.packed),
+    }
+    backward = timing_rows("backward", alternate(contestants, arguments.runs), bandwidth)
+    backward += step_rows(models, arguments.runs, bandwidth)
+    bench_util.show(backward, ["part", "variant", "median_ms", "q25_ms", "q75_ms", "cost", "cost_low", "cost_high"])
+    share, cost = table[1]["share_of_dense"], backward[1]["cost"]
+    print(f"gradients: {share:.2%} of dense (limit {LIMIT_MEMORY:.0%} and one layer's scratch); "
+          f"backward: {cost:.3f} x dense (limit {LIMIT_BACKWARD})")  # fmt: skip
+    labels = {"op": "packed_weight_grad", "set": f"{arguments.batch}x{arguments.length} tokens, fp32"}
+    labels["masks"] = "random 5 %" if arguments.random else f"top 5 % of |W_r|, r = {RANK}"
+    if not arguments.no_files:
+        folder = bench_util.results_folder()
+        bench_util.write_csv(folder / "packed_grad.csv", [labels | r | bench_util.environment() for r in table + backward])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""DistributedDataParallel over packed layers: it averages k values a matrix, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+WORKER = """
+import os, sys, torch, torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from lift_kernels import LiftAdamW, pack_gradients
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 6))
+groups = pack_gradients(model, rank=3, density=0.2, freeze_rest=True)
+entries = sum(p.numel() for _, p in groups[0]["params"])
+sizes = []
+
+def count(state, bucket):
+    sizes.append(bucket.buffer().numel())
+    return dist.all_reduce(bucket.buffer().div_(2), async_op=True).get_future().then(lambda f: f.value()[0])
+
+parallel = DistributedDataParallel(model)
+parallel.register_comm_hook(None, count)
+optimizer = LiftAdamW(groups, lr=0.1, refresh_interval=2)
+for step in range(4):
+    x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(step))
+    parallel(x[rank]).square().mean().backward()
+    optimizer.step()
+    parallel.zero_grad()
+assert sum(sizes) == 4 * entries, sizes
+torch.save([p.detach() for p in (model[0].weight, model[2].weight)], f"{folder}/{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_ddp_averages_packed_gradients(tmp_path):
+    """Two processes end with the weights that one gets from both halves of each batch; the buckets hold k values."""
+    import torch
+    from torch import nn
+
+    from lift_kernels import LiftAdamW, lift_param_groups
+
+    root = str(Path(__file__).resolve().parents[1])
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"PYTHONPATH": root}
+    workers = [
+        subprocess.Popen([sys.executable, "-c", WORKER, str(rank), str(tmp_path)], env=environment, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in range(2)
+    ]  # fmt: skip
+    for worker in workers:
+        output, _ = worker.communicate(timeout=120)
+        assert worker.returncode == 0, output
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 6))
+    groups = lift_param_groups(model, freeze_rest=True)
+    optimizer = LiftAdamW(groups, rank=3, density=0.2, lr=0.1, refresh_interval=2)
+    for step in range(4):
+        x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(step))
+        model(x.flatten(0, 1)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    mine, theirs = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for a, b, expected in zip(mine, theirs, (model[0].weight, model[2].weight)):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, expected.detach(), rtol=0, atol=1e-5)
