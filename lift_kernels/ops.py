@@ -11,6 +11,7 @@ nothing and say nothing.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 
@@ -355,8 +356,14 @@ def _weight_grad(grad_output, input, indices, dtype, fused, validate, backend):
         way = linear_grad.packed_weight_grad_triton if fused else linear_grad.product_and_gather
         way(grad_output, input, indices, out)
     else:
-        torch.ops.lift_kernels_native.packed_weight_grad(grad_output, input, indices, out)
+        _native_weight_grad()(grad_output, input, indices, out)
     return out
+
+
+@functools.cache
+def _native_weight_grad():
+    """The private op itself: looking it up by name takes as long as all else that happens here."""
+    return torch.ops.lift_kernels_native.packed_weight_grad.default
 
 
 def _kernel(backend: str, stem: str):
