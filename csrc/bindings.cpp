@@ -12,6 +12,7 @@
 #endif
 
 #include <algorithm>
+#include <cstdint>
 #include <optional>
 #include <vector>
 
@@ -129,13 +130,24 @@ void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
   torch::stable::detail::to<Tensor>(stack[0]);  // a second handle of `out`, dropped
 }
 
+// A panel in memory that each thread keeps, so that no layer of a backward pass waits for fresh pages.
+Tensor panel_memory(const std::vector<int64_t>& shape, const Tensor& like) {
+  thread_local std::vector<char> memory;
+  const size_t needed = size_t(shape[0] * shape[1]) * size_t(like.element_size()) + 64;
+  if (memory.size() < needed) std::vector<char>(needed).swap(memory);
+  const std::vector<int64_t> strides{shape[1], 1};
+  void* const aligned = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+  return torch::stable::from_blob(aligned, {shape.data(), shape.size()}, {strides.data(), strides.size()}, like.device(),
+                                  like.scalar_type());
+}
+
 void packed_weight_grad(Tensor grad_output, Tensor input, Tensor indices, Tensor out) {
   const int64_t m = grad_output.size(1), n = input.size(1), width = int64_t(grad_output.element_size());
   const int64_t k = indices.numel(), height = lift::panel_rows(m, n, width), out_width = int64_t(out.element_size());
   const auto* index = static_cast<const int32_t*>(indices.data_ptr());
   Tensor rows = torch::stable::transpose(grad_output, 0, 1);
   const std::vector<int64_t> shape{height, n};
-  Tensor scratch = torch::stable::empty({shape.data(), shape.size()}, grad_output.scalar_type());
+  Tensor scratch = panel_memory(shape, grad_output);
   for (int64_t row = 0; row < m; row += height) {
     const int64_t count = std::min(height, m - row);
     const lift::PanelEntries entries = lift::panel_entries(index, k, row, count, n);

@@ -56,9 +56,9 @@ class LiftLinearFunction(torch.autograd.Function):
         grad = grad_output.reshape(-1, grad_output.shape[-1])
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
-            weight = weight.to(ctx.compute)
+            weight = weight if weight.dtype == ctx.compute else weight.to(ctx.compute)
             weight = weight.t() if ctx.transposed else weight
-            grad_x = (grad @ weight).view(*grad_output.shape[:-1], weight.shape[1])
+            grad_x = torch.mm(grad, weight).view(*grad_output.shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[1]:
             flat = x.reshape(-1, x.shape[-1])
             rows, columns = (flat, grad) if ctx.transposed else (grad, flat)
@@ -90,7 +90,8 @@ def lift_linear(
 
     Raises ValueError when ``values`` and ``indices`` are not equally long.
     """
-    require(values.shape == indices.shape, f"values has shape {tuple(values.shape)}, its index list {tuple(indices.shape)}")
+    if values.shape != indices.shape:
+        raise ValueError(f"values has shape {tuple(values.shape)}, its index list {tuple(indices.shape)}")
     if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None:
         raise RuntimeError(_NO_SECOND)  # a custom jvp that raises would break torch.compile
     device = x.device.type

@@ -11,6 +11,7 @@ nothing and say nothing.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 
@@ -361,9 +362,14 @@ def packed_weight_grad(
         fused: Triton only: a product whose epilogue keeps the selected entries of each tile, in place of torch's product into
             a scratch buffer and a gather. Nothing is rounded to the dtype of the input in between.
 
-    Scratch: at most 4 MiB (or one row) on the CPU; on a GPU one dense gradient, in a buffer that all layers share on a stream.
+    Scratch: at most 4 MiB (or one row) on the CPU, kept by each thread; on a GPU one dense gradient, in a buffer that all layers
+    share on a stream.
     Raises ValueError, TypeError or IndexError with the argument's name and value.
     """
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and type(grad_output) is type(indices) is Tensor:
+        # A backward pass of plain tensors: nothing is recorded or traced, and the dispatcher's Python layers, cold after each
+        # product, would cost about 0.2 ms a layer.
+        return _weight_grad(grad_output, input, indices, dtype, fused, validate, backend)
     return torch.ops.lift_kernels.packed_weight_grad(
         grad_output, input, indices, dtype=dtype, fused=fused, validate=validate, backend=backend
     )
@@ -376,6 +382,17 @@ def packed_weight_grad(
     "bool validate=False, str? backend=None) -> Tensor",
 )
 def _packed_weight_grad_op(grad_output, input, indices, *, dtype=None, fused=False, validate=False, backend=None):
+    return _weight_grad(grad_output, input, indices, dtype, fused, validate, backend)
+
+
+@_packed_weight_grad_op.register_fake
+def _(grad_output, input, indices, *, dtype=None, fused=False, validate=False, backend=None):
+    dtype = dtype or torch.promote_types(grad_output.dtype, torch.float32)
+    check_weight_grad(grad_output, input, indices, dtype, backend)
+    return torch.empty(indices.shape, dtype=dtype, device=indices.device)
+
+
+def _weight_grad(grad_output, input, indices, dtype, fused, validate, backend):
     dtype = dtype or torch.promote_types(grad_output.dtype, torch.float32)
     check_weight_grad(grad_output, input, indices, dtype, backend)
     if validate:
@@ -392,15 +409,14 @@ def _packed_weight_grad_op(grad_output, input, indices, *, dtype=None, fused=Fal
         way = linear_grad.packed_weight_grad_triton if fused else linear_grad.product_and_gather
         way(grad_output, input, indices, out)
     else:
-        torch.ops.lift_kernels_native.packed_weight_grad(grad_output, input, indices, out)
+        _native_weight_grad()(grad_output, input, indices, out)
     return out
 
 
-@_packed_weight_grad_op.register_fake
-def _(grad_output, input, indices, *, dtype=None, fused=False, validate=False, backend=None):
-    dtype = dtype or torch.promote_types(grad_output.dtype, torch.float32)
-    check_weight_grad(grad_output, input, indices, dtype, backend)
-    return torch.empty(indices.shape, dtype=dtype, device=indices.device)
+@functools.cache
+def _native_weight_grad():
+    """The private op itself: looking it up by name takes as long as all else that happens here."""
+    return torch.ops.lift_kernels_native.packed_weight_grad.default
 
 
 def _kernel(backend: str, stem: str):

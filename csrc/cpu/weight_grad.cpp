@@ -10,7 +10,7 @@ namespace lift {
 namespace {
 
 constexpr int64_t kPanelBytes = 4 << 20;  // small enough for a share of the last cache, large enough for the product's blocking
-constexpr int64_t kChunk = 16384;
+constexpr int64_t kChunk = 1 << 18;  // the panel is warm: fewer entries take less time than waking a thread
 
 }  // namespace
 
