@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -28,7 +29,8 @@ class Case:
     """One variant of a kernel.
 
     ``types`` holds Triton's types of the runtime arguments; every argument that is not there is a constant, and None
-    unless ``constants`` says otherwise. ``loads`` and ``stores`` are the dtypes of the contiguous streams.
+    unless ``constants`` says otherwise. ``loads`` and ``stores`` are the dtypes of the contiguous streams. ``tile``: the
+    kernel multiplies tiles of matrices, with the constants and options of its module.
     """
 
     name: str
@@ -37,12 +39,13 @@ class Case:
     constants: dict[str, object] = field(default_factory=dict)
     loads: tuple[str, ...] = ()
     stores: tuple[str, ...] = ()
+    tile: bool = False
 
 
 @dataclass(frozen=True)
 class Compiled:
     """What became of a case on a target. Accesses are 128-bit units of a thread: found in the PTX, and needed if all
-    streams move that wide."""
+    streams move that wide. Copies bypass the registers on their way to shared memory."""
 
     case: str
     target: int
@@ -55,6 +58,9 @@ class Compiled:
     needed_loads: int
     wide_stores: int
     needed_stores: int
+    wide_copies: int
+    narrow_copies: int
+    products: str  # how many instructions of the tensor cores, and which
 
 
 def adamw_case(
@@ -109,6 +115,24 @@ def packed_cases():
         yield Case(name, "packed._packed_square_sums_kernel", types, constants, (dtype if packed else "int32",))
 
 
+def select_cases():
+    """The passes over the tiles of a low-rank product, and the kernels that fill and list a bitmap."""
+    factors = {"left": "*fp32", "right": "*fp32", "m": "i32", "n": "i32", "r": "i32", "bracket": "*i32"}
+    scan = factors | {"bitmap": "*i32", "counts": "*i32", "capacity": "i32"}
+    kernel = "select._lowrank_topk_kernel"
+    yield Case("lowrank_topk: candidates", kernel, scan | {"candidates": "*i64"}, tile=True)
+    yield Case("lowrank_topk: ties", kernel, scan | {"ties": "*i32"}, tile=True)
+    types = factors | {"histogram": "*i32", "shift": "i32"}
+    yield Case("lowrank_histogram", "select._lowrank_histogram_kernel", types, tile=True)
+    block = {"BLOCK": BLOCK}
+    types = {"bitmap": "*i32", "positions": "*i32", "count": "i32", "n": "i32"}
+    yield Case("set_bits", "select._set_bits_kernel", types, block, ("int32",))
+    types = {"bitmap": "*i32", "totals": "*i32", "length": "i32"}
+    yield Case("count_bits", "select._count_bits_kernel", types, block, ("int32",))
+    types = dict.fromkeys(("bitmap", "ends", "out"), "*i32") | dict.fromkeys(("length", "count", "n"), "i32")
+    yield Case("list_bits", "select._list_bits_kernel", types, block, ("int32",))
+
+
 CASES = (
     adamw_case("fp32", "fp32", "fp32"),
     adamw_case("fp32", "fp32", "fp32", packed=True, births=True),
@@ -122,6 +146,7 @@ CASES = (
     adamw_case("fp16", "fp16", "bf16", packed=True, stochastic=True),
     adamw_case("bf16", "bf16", "fp32", master=True, packed=True, births=True, aligned=False),
     *packed_cases(),
+    *select_cases(),
 )
 
 
@@ -133,25 +158,27 @@ def compile_case(case: Case, target: int) -> Compiled:
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
 
-    module, function = case.kernel.split(".")
-    kernel = getattr(importlib.import_module(f"lift_kernels.triton_kernels.{module}"), function)
+    module_name, function = case.kernel.split(".")
+    module = importlib.import_module(f"lift_kernels.triton_kernels.{module_name}")
+    kernel = getattr(module, function)
     formats = {"fp32": tl.float32, "fp16": tl.float16, "i16": tl.int16}
+    given = case.constants | (module.TILE if case.tile else {})
     signature = {name: case.types.get(name, "constexpr") for name in kernel.arg_names}
     constants, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name not in case.types:
-            value = case.constants.get(name)
-            constants[(position,)] = formats[value] if isinstance(value, str) else value
-        elif case.types[name].startswith("*"):
+            constants[(position,)] = formats.get(given.get(name), given.get(name))
+        elif case.types[name].startswith("*") or name == "r":  # a rank is a multiple of 16 as a rule
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": THREADS // 32, "enable_fp_fusion": False}
+    options = module.TILE_OPTIONS if case.tile else {"num_warps": THREADS // 32, "enable_fp_fusion": False}
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     usage, sass = _inspect(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
     return Compiled(
         case.name, target, usage["REG"], usage["STACK"], usage["LOCAL"], len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         compiled.metadata.shared, _wide(ptx, "ld"), _needed(case.loads), _wide(ptx, "st"), _needed(case.stores),
+        *_copies(ptx), _products(ptx),
     )  # fmt: skip
 
 
@@ -192,6 +219,19 @@ def _wide(ptx: str, access: str) -> int:
     """128-bit units moved by vector accesses to global memory; a 256-bit access counts twice."""
     sizes = (int(n) * int(bits) for n, bits in re.findall(rf"\b{access}\.global[\w.:]*\.v(\d)\.[bfu](\d+)", ptx))
     return sum(size // 128 for size in sizes)
+
+
+def _copies(ptx: str) -> tuple[int, int]:
+    """Asynchronous copies into shared memory: how many of 128 bits, and how many narrower ones."""
+    sizes = re.findall(r"\bcp\.async\.c[ag]\.shared\.global[\w.:]* \[[^]]+\], \[[^]]+\], (\w+)", ptx)
+    wide = sum(int(size, 0) == 16 for size in sizes)
+    return wide, len(sizes) - wide
+
+
+def _products(ptx: str) -> str:
+    """Instructions of the tensor cores, as "6 wgmma.mma_async..."; several kinds are separated by commas."""
+    kinds = Counter(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*", ptx))
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
 
 
 def _needed(streams: tuple[str, ...]) -> int:
