@@ -29,8 +29,9 @@ class Case:
     """One variant of a kernel.
 
     ``types`` holds Triton's types of the runtime arguments; every argument that is not there is a constant, and None
-    unless ``constants`` says otherwise. ``loads`` and ``stores`` are the dtypes of the contiguous streams. ``tile``: the
-    kernel multiplies tiles of matrices, with the constants and options of its module.
+    unless ``constants`` says otherwise. ``loads`` and ``stores`` are the dtypes of the contiguous streams.
+    ``multiples`` are integers that 16 divides. ``tile``: the kernel multiplies tiles of matrices, with the constants and
+    options of its module.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Case:
     constants: dict[str, object] = field(default_factory=dict)
     loads: tuple[str, ...] = ()
     stores: tuple[str, ...] = ()
+    multiples: tuple[str, ...] = ()
     tile: bool = False
 
 
@@ -119,11 +121,14 @@ def select_cases():
     """The passes over the tiles of a low-rank product, and the kernels that fill and list a bitmap."""
     factors = {"left": "*fp32", "right": "*fp32", "m": "i32", "n": "i32", "r": "i32", "bracket": "*i32"}
     scan = factors | {"bitmap": "*i32", "counts": "*i32", "capacity": "i32"}
-    kernel = "select._lowrank_topk_kernel"
-    yield Case("lowrank_topk: candidates", kernel, scan | {"candidates": "*i64"}, tile=True)
-    yield Case("lowrank_topk: ties", kernel, scan | {"ties": "*i32"}, tile=True)
-    types = factors | {"histogram": "*i32", "shift": "i32"}
-    yield Case("lowrank_histogram", "select._lowrank_histogram_kernel", types, tile=True)
+    passes = {
+        "candidates": ("select._lowrank_topk_kernel", scan | {"candidates": "*i64"}),
+        "ties": ("select._lowrank_topk_kernel", scan | {"ties": "*i32"}),
+        "histogram": ("select._lowrank_histogram_kernel", factors | {"histogram": "*i32", "shift": "i32"}),
+    }
+    for name, (kernel, types) in passes.items():
+        yield Case(f"lowrank_topk: {name}", kernel, types, multiples=("r",), tile=True)
+        yield Case(f"lowrank_topk: {name}, odd rank", kernel, types, tile=True)
     block = {"BLOCK": BLOCK}
     types = {"bitmap": "*i32", "positions": "*i32", "count": "i32", "n": "i32"}
     yield Case("set_bits", "select._set_bits_kernel", types, block, ("int32",))
@@ -168,7 +173,7 @@ def compile_case(case: Case, target: int) -> Compiled:
     for position, name in enumerate(kernel.arg_names):
         if name not in case.types:
             constants[(position,)] = formats.get(given.get(name), given.get(name))
-        elif case.types[name].startswith("*") or name == "r":  # a rank is a multiple of 16 as a rule
+        elif case.types[name].startswith("*") or name in case.multiples:
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
     options = module.TILE_OPTIONS if case.tile else {"num_warps": THREADS // 32, "enable_fp_fusion": False}

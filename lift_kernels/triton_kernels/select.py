@@ -40,13 +40,15 @@ def _tile_keys(left, right, m, n, r, row, column, ROWS: tl.constexpr, COLUMNS: t
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     depth = tl.arange(0, DEPTH)
-    x = left + row.to(tl.int64) * r + (rows[:, None] * r + depth[None, :])
-    y = right + column.to(tl.int64) * r + (columns[:, None] * r + depth[None, :])
+    left += row.to(tl.int64) * r
+    right += column.to(tl.int64) * r
+    x = tl.minimum(rows, m - row - 1)[:, None] * r + depth[None, :]  # behind the last row it stands in for them
+    y = tl.minimum(columns, n - column - 1)[:, None] * r + depth[None, :]
     product = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for start in range(0, r, DEPTH):
         inside = (start + depth < r)[None, :]
-        a = tl.load(x + start, mask=(rows < m - row)[:, None] & inside, other=0.0)
-        b = tl.load(y + start, mask=(columns < n - column)[:, None] & inside, other=0.0)
+        a = tl.load(left + (x + start), mask=inside, other=0.0)
+        b = tl.load(right + (y + start), mask=inside, other=0.0)
         product = tl.dot(a, tl.trans(b), product, input_precision=PRECISION)
     keys = product.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     return tl.where((rows < m - row)[:, None] & (columns < n - column)[None, :], keys, -1)
@@ -149,7 +151,8 @@ def _lowrank_histogram_kernel(
     row, column = _tile_corner(n, ROWS, COLUMNS)
     keys = _tile_keys(left, right, m, n, r, row, column, ROWS, COLUMNS, DEPTH, PRECISION)
     low, high = _load_limits(bracket)
-    tl.atomic_add(histogram + ((keys - low) >> shift), 1, mask=(keys >= low) & (keys <= high), sem="relaxed")
+    distance = (keys - low).to(tl.uint32, bitcast=True)  # what is below wraps round to far above
+    tl.atomic_add(histogram + (distance >> shift), 1, mask=distance <= high - low, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["count", "n"])
