@@ -195,7 +195,7 @@ def lowrank_topk_triton(left: Tensor, right: Tensor, k: int, bracket: Tensor) ->
 
     ``left`` (m, r) and ``right`` (n, r) fp32, contiguous. ``bracket`` (2,) fp32: limits, included, of where the k-th
     magnitude is expected; when it is not there, or too many are, the keys are counted in two more passes. Ties go to
-    the lower position. Scratch: one bitmap and max(4096, k / 2) candidates, or two bitmaps and a histogram.
+    the lower position. Scratch: a bitmap and max(4096, k / 2) candidates, or two bitmaps, a histogram and up to k ties.
     """
     if right.shape[0] == 1:
         left, right = right, left  # a column lies flat as a row does, but a row fills its words
@@ -213,7 +213,8 @@ def lowrank_topk_triton(left: Tensor, right: Tensor, k: int, bracket: Tensor) ->
             del candidates
             threshold = _kth_key(left, right, k)
             ties = torch.empty_like(bitmap)
-            definite, _ = _scan(left, right, torch.stack([threshold, threshold]), bitmap, ties=ties).tolist()
+            definite, near = _scan(left, right, torch.stack([threshold, threshold]), bitmap, ties=ties).tolist()
+            assert definite < k <= definite + near, "two passes over the same product disagree"
             positions = _list_bits(ties, k - definite, n)
         _set_bits(bitmap, positions, n)
         return _list_bits(bitmap, k, n), threshold.view(torch.float32)
