@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -29,6 +30,8 @@ class Case:
 
     ``types`` holds Triton's types of the runtime arguments; every argument that is not there is a constant, and None
     unless ``constants`` says otherwise. ``loads`` and ``stores`` are the dtypes of the contiguous streams.
+    ``multiples`` are integers that 16 divides. ``tile``: the kernel multiplies tiles of matrices, with the constants and
+    options of its module.
     """
 
     name: str
@@ -37,14 +40,15 @@ class Case:
     constants: dict[str, object] = field(default_factory=dict)
     loads: tuple[str, ...] | None = ()  # None: not counted, for the compiler may copy to shared memory past the registers
     stores: tuple[str, ...] | None = ()
-    options: dict[str, int] = field(default_factory=dict)  # of the compiler, in place of those of the streaming kernels
+    multiples: tuple[str, ...] = ()  # of 16
+    options: dict[str, object] = field(default_factory=dict)  # of the compiler, in place of those of the streaming kernels
     tensor_cores: bool = False
 
 
 @dataclass(frozen=True)
 class Compiled:
     """What became of a case on a target. Accesses are 128-bit units of a thread: found in the PTX, and needed if all
-    streams move that wide."""
+    streams move that wide. Copies bypass the registers on their way to shared memory."""
 
     case: str
     target: int
@@ -57,7 +61,9 @@ class Compiled:
     needed_loads: int
     wide_stores: int
     needed_stores: int
-    tensor_core_instructions: int
+    wide_copies: int
+    narrow_copies: int
+    products: str  # how many instructions of the tensor cores, and which
 
 
 def adamw_case(
@@ -117,14 +123,36 @@ def weight_grad_case(dtype, out, precision="tf32"):
     from lift_kernels.triton_kernels import linear_grad
 
     types = {name: f"*{dtype}" for name in ("grad_output", "input")} | {"indices": "*i32", "out": f"*{FORMATS[out]}"}
-    types |= dict.fromkeys(("tokens", "count", "stride"), "i32") | dict.fromkeys(("m", "n"), "i32 % 16")
+    types |= dict.fromkeys(("tokens", "count", "stride"), "i32") | dict.fromkeys(("m", "n"), "i32")
     constants = {name: getattr(linear_grad, name) for name in ("ROWS", "COLUMNS", "TOKENS", "ENTRIES")}
-    return Case(
-        f"packed_weight_grad: {dtype}{f' by {precision}' if dtype == 'fp32' else ''} to {out}",
-        "linear_grad._packed_weight_grad_kernel", types, constants | {"PRECISION": precision}, None, None,
-        {"num_warps": linear_grad.WARPS, "num_stages": linear_grad.STAGES, "enable_fp_fusion": True},
-        tensor_cores=precision != "ieee",
-    )  # fmt: skip
+    name = f"packed_weight_grad: {dtype}{f' by {precision}' if dtype == 'fp32' else ''} to {out}"
+    options = {"num_warps": linear_grad.WARPS, "num_stages": linear_grad.STAGES, "enable_fp_fusion": True}
+    return Case(name, "linear_grad._packed_weight_grad_kernel", types, constants | {"PRECISION": precision}, None, None,
+                multiples=("m", "n"), options=options, tensor_cores=precision != "ieee")  # fmt: skip
+
+
+def select_cases():
+    """The passes over the tiles of a low-rank product, and the kernels that fill and list a bitmap."""
+    from lift_kernels.triton_kernels import select
+
+    factors = {"left": "*fp32", "right": "*fp32", "m": "i32", "n": "i32", "r": "i32", "bracket": "*i32"}
+    scan = factors | {"bitmap": "*i32", "counts": "*i32", "capacity": "i32"}
+    passes = {
+        "candidates": ("select._lowrank_topk_kernel", scan | {"candidates": "*i64"}),
+        "ties": ("select._lowrank_topk_kernel", scan | {"ties": "*i32"}),
+        "histogram": ("select._lowrank_histogram_kernel", factors | {"histogram": "*i32", "shift": "i32"}),
+    }
+    tile = {"constants": select.TILE, "options": select.TILE_OPTIONS, "tensor_cores": True}
+    for name, (kernel, types) in passes.items():
+        yield Case(f"lowrank_topk: {name}", kernel, types, multiples=("r",), **tile)
+        yield Case(f"lowrank_topk: {name}, odd rank", kernel, types, **tile)
+    block = {"BLOCK": BLOCK}
+    types = {"bitmap": "*i32", "positions": "*i32", "count": "i32", "n": "i32"}
+    yield Case("set_bits", "select._set_bits_kernel", types, block, ("int32",))
+    types = {"bitmap": "*i32", "totals": "*i32", "length": "i32"}
+    yield Case("count_bits", "select._count_bits_kernel", types, block, ("int32",))
+    types = dict.fromkeys(("bitmap", "ends", "out"), "*i32") | dict.fromkeys(("length", "count", "n"), "i32")
+    yield Case("list_bits", "select._list_bits_kernel", types, block, ("int32",))
 
 
 CASES = (
@@ -145,6 +173,7 @@ CASES = (
     weight_grad_case("bf16", "bf16"),
     weight_grad_case("fp32", "fp32"),
     weight_grad_case("fp32", "fp32", precision="ieee"),
+    *select_cases(),
 )
 
 
@@ -159,13 +188,13 @@ def compile_case(case: Case, target: int) -> Compiled:
     module, function = case.kernel.split(".")
     kernel = getattr(importlib.import_module(f"lift_kernels.triton_kernels.{module}"), function)
     formats = {"fp32": tl.float32, "fp16": tl.float16, "i16": tl.int16}
-    signature = {name: case.types.get(name, "constexpr").removesuffix(" % 16") for name in kernel.arg_names}
+    signature = {name: case.types.get(name, "constexpr") for name in kernel.arg_names}
     constants, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name not in case.types:
             value = case.constants.get(name)
-            constants[(position,)] = value if not isinstance(value, str) else formats.get(value, value)
-        elif case.types[name].startswith("*") or case.types[name].endswith(" % 16"):
+            constants[(position,)] = formats.get(value, value) if isinstance(value, str) else value
+        elif case.types[name].startswith("*") or name in case.multiples:
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
     options = {"num_warps": THREADS // 32, "enable_fp_fusion": False} | case.options
@@ -175,7 +204,7 @@ def compile_case(case: Case, target: int) -> Compiled:
     return Compiled(
         case.name, target, usage["REG"], usage["STACK"], usage["LOCAL"], len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         compiled.metadata.shared, _wide(ptx, "ld"), _needed(case.loads), _wide(ptx, "st"), _needed(case.stores),
-        len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA)\b", sass)),
+        *_copies(ptx), _products(ptx),
     )  # fmt: skip
 
 
@@ -218,6 +247,19 @@ def _wide(ptx: str, access: str) -> int:
     return sum(size // 128 for size in sizes)
 
 
+def _copies(ptx: str) -> tuple[int, int]:
+    """Asynchronous copies into shared memory: how many of 128 bits, and how many narrower ones."""
+    sizes = re.findall(r"\bcp\.async\.c[ag]\.shared\.global[\w.:]* \[[^]]+\], \[[^]]+\], (\w+)", ptx)
+    wide = sum(int(size, 0) == 16 for size in sizes)
+    return wide, len(sizes) - wide
+
+
+def _products(ptx: str) -> str:
+    """Instructions of the tensor cores, as "6 wgmma.mma_async..."; several kinds are separated by commas."""
+    kinds = Counter(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*", ptx))
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+
+
 def _needed(streams: tuple[str, ...] | None) -> int:
     """128-bit accesses a thread makes when all of these streams move that wide."""
     return sum(BLOCK // THREADS * BYTES[dtype] // 16 for dtype in streams or ())
@@ -229,7 +271,7 @@ def _main() -> None:
     parser.add_argument("--share", nargs=2, type=int, default=(0, 1), metavar=("I", "N"), help="cases I, I + N, ...")
     arguments = parser.parse_args()
     if not arguments.json:
-        print("target registers shared  loads wide/needed  stores wide/needed  tensor cores  case")
+        print("target registers shared  loads wide/needed  stores wide/needed  case  products")
     for case in CASES[arguments.share[0] :: arguments.share[1]]:
         for target in TARGETS:
             c = compile_case(case, target)
@@ -237,7 +279,7 @@ def _main() -> None:
                 print(json.dumps(asdict(c)))
             else:
                 print(f"sm_{target:<4d}{c.registers:8d} {c.shared_bytes:6d} {c.wide_loads:8d}/{c.needed_loads:<8d} "
-                      f"{c.wide_stores:10d}/{c.needed_stores:<8d} {c.tensor_core_instructions:13d}  {c.case}")  # fmt: skip
+                      f"{c.wide_stores:10d}/{c.needed_stores:<8d}  {c.case}  {c.products}")  # fmt: skip
 
 
 if __name__ == "__main__":
