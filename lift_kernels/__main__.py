@@ -1,9 +1,11 @@
-"""Command line: ``python -m lift_kernels finetune``."""
+"""Command line: ``python -m lift_kernels finetune|delta|mask|doctor``."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+
+from .commands import add_commands, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,13 +40,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--eval-problems", type=int, help="held-out problems to answer (default: 100)")
     add("--name", help="directory of the run inside --output (default: method and time)")
     add("--output", metavar="DIR", help="directory of all runs (default: runs)")
+    add_commands(commands)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code, 2 for a mistake of the user."""
-    options = vars(build_parser().parse_args(arguments))
-    options.pop("command")
+    parsed = build_parser().parse_args(arguments)
+    if parsed.command != "finetune":
+        return run_command(parsed)
+    options = vars(parsed)
     try:
         # Imported late: --help needs neither torch nor transformers.
         from .finetune import Settings, UserError, run
