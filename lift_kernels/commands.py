@@ -69,7 +69,7 @@ def _make(options: argparse.Namespace) -> int:
     with CheckpointWeights(options.model) as weights:
         dtypes = {dtype for dtype, _ in weights.forms.values()}
         floating = [dtype for dtype in dtypes if dtype.is_floating_point]
-    base = _checkpoint(options.base, floating)
+    base, _ = _find_base(options.base, floating)
     info = save_delta(options.model, base, options.output, _settings(Path(options.model)), progress=True)
     print(_describe(options.output, info))
     return 0
@@ -80,7 +80,7 @@ def _apply(options: argparse.Namespace) -> int:
     from .files import FileError
 
     info = delta_info(options.delta)
-    base = _checkpoint(options.base, list(set(info.dtypes.values())))
+    base, tokenizer = _find_base(options.base, list(set(info.dtypes.values())))
     if isinstance(base, Path):
         apply_delta(base, options.delta, options.output)
     else:
@@ -91,7 +91,7 @@ def _apply(options: argparse.Namespace) -> int:
         from .finetune.modelio import save_model
 
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as work:
-            save_model(base, base.tokenizer, Path(work) / output.name)
+            save_model(base, tokenizer, Path(work) / output.name)
             (Path(work) / output.name).rename(output)
     print(f"{options.output}: the base with {options.delta} ({info.entries:,} entries)")
     return 0
@@ -112,11 +112,11 @@ def _info(options: argparse.Namespace) -> int:
     return 0
 
 
-def _checkpoint(name: str | None, dtypes: list) -> Any:
-    """The base: a path where its tensors can be read from safetensors, else the model that transformers loads."""
+def _find_base(name: str | None, dtypes: list) -> tuple[Any, Any]:
+    """The base: a path where its tensors can be read from safetensors, else the model and tokenizer that transformers loads."""
     path = None if name is None else Path(name).expanduser()
     if path is not None and (path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors")))):
-        return path
+        return path, None
     from .files import FileError
     from .finetune.modelio import find_model, load_model
     from .finetune.settings import UserError
@@ -124,11 +124,9 @@ def _checkpoint(name: str | None, dtypes: list) -> Any:
     if len(dtypes) != 1:
         raise FileError(f"a model in {len(dtypes)} dtypes needs a base in safetensors; save the base with save_pretrained first")
     try:
-        model, tokenizer = load_model(find_model(name), dtypes[0])
+        return load_model(find_model(name), dtypes[0])
     except UserError as error:
         raise FileError(str(error)) from error
-    model.tokenizer = tokenizer
-    return model
 
 
 def _settings(model: Path) -> dict[str, Any]:

@@ -82,7 +82,7 @@ class TensorFile:
         buffer = torch.empty(entry.end - entry.start, dtype=torch.uint8)
         try:
             self._file.seek(self._data + entry.start)
-            got = self._file.readinto(memoryview(buffer.numpy()))
+            got = self._file.readinto(buffer.numpy().data)
         except OSError as error:
             raise FileError(f"cannot read {self.path}: {error.strerror}") from error
         self._require(got == buffer.numel(), f"was cut off inside {name} while it was read")
@@ -150,7 +150,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in row-major order."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 class AtomicFile:
