@@ -40,6 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--eval-problems", type=int, help="held-out problems to answer (default: 100)")
     add("--name", help="directory of the run inside --output (default: method and time)")
     add("--output", metavar="DIR", help="directory of all runs (default: runs)")
+    add("--save-steps", type=int, metavar="STEPS", help="steps between checkpoints, 0 for none (default: 20)")
+    add("--resume", metavar="DIR", help="go on with the interrupted run in this directory, to the same bits; no other option")
     add_commands(commands)
     return parser
 
@@ -52,14 +54,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parsed)
     try:
         # Imported late: --help needs neither torch nor transformers.
-        from .finetune import Settings, UserError, run
+        from .finetune import Settings, UserError, run, settings_of
     except ModuleNotFoundError as error:
         print(
             f"error: the package {error.name} is missing; run `pip install 'lift_kernels[finetune]'`", file=sys.stderr
         )
         return 2
     try:
-        run(Settings(**{f.name: options[f.name] for f in fields(Settings) if options[f.name] is not None}))
+        given = {f.name: options[f.name] for f in fields(Settings) if options[f.name] is not None}
+        if options["resume"] is None:
+            run(Settings(**given))
+        elif given:
+            raise UserError(f"--resume takes all options from the interrupted run; leave out {', '.join(given)}")
+        else:
+            run(settings_of(options["resume"]), resumed=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
