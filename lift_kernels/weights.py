@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .checks import require
 from .files import FileError, TensorFile, tensor_bytes
 
-Model: TypeAlias = "nn.Module | Mapping[str, Tensor] | str | Path"
+Model: TypeAlias = "nn.Module | Mapping[str, Tensor] | str | Path | Weights"
 """A module, a state dict, a directory with safetensors or one such file."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 INDEX = "model.safetensors.index.json"
