@@ -89,7 +89,7 @@ def test_an_adapter_loads_where_lift_kernels_is_not_installed(trained, tmp_path)
 
 
 def test_export_and_import_give_the_delta_back(trained, tmp_path):
-    """Bit for bit in bf16. A difference of fp32 values may need more than 24 bits; the sum then lies an ulp beside the new value."""
+    """Bit for bit in bf16. A difference of fp32 values may need more than 24 bits; the sum then lies an ulp off."""
     folder, model, dtype = trained
     export_shira(folder / "delta", tmp_path / "adapter")
     again = import_shira(tmp_path / "adapter", folder / "base", tmp_path / "delta")

@@ -62,8 +62,9 @@ def export_shira(delta: str | Path, folder: str | Path, base_model: str | None =
             tensors[f"{_PREFIX}{module}.shira_weight"] = values
         config = {
             "peft_type": "SHIRA", "r": r, "mask_type": "lift", "inference_mode": True, "fan_in_fan_out": False,
-            "init_weights": True, "target_modules": [name.removesuffix(".weight") for name in opened.info.shapes], "modules_to_save": None,
-            "random_seed": None, "task_type": None, "base_model_name_or_path": base_model, "revision": None,
+            "target_modules": [name.removesuffix(".weight") for name in opened.info.shapes], "init_weights": True,
+            "modules_to_save": None, "random_seed": None, "task_type": None, "revision": None,
+            "base_model_name_or_path": base_model,
         }  # fmt: skip
     try:
         target.mkdir(parents=True, exist_ok=True)
