@@ -64,12 +64,8 @@ def run_command(options: argparse.Namespace) -> int:
 
 def _make(options: argparse.Namespace) -> int:
     from .delta import save_delta
-    from .weights import CheckpointWeights
 
-    with CheckpointWeights(options.model) as weights:
-        dtypes = {dtype for dtype, _ in weights.forms.values()}
-        floating = [dtype for dtype in dtypes if dtype.is_floating_point]
-    base, _ = _find_base(options.base, floating)
+    base, _ = _find_base(options.base, list(_floating_dtypes(options.model)))
     info = save_delta(options.model, base, options.output, _settings(Path(options.model)), progress=True)
     print(_describe(options.output, info))
     return 0
@@ -114,10 +110,13 @@ def _info(options: argparse.Namespace) -> int:
 
 def _find_base(name: str | None, dtypes: list) -> tuple[Any, Any]:
     """The base: a path where its tensors can be read from safetensors, else the model and tokenizer that transformers loads."""
+    from .files import FileError
+
     path = None if name is None else Path(name).expanduser()
     if path is not None and (path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors")))):
-        return path, None
-    from .files import FileError
+        # A bfloat16 base of a model that was trained in float32 has to be widened as the training did.
+        if path.is_file() or _floating_dtypes(path) == set(dtypes):
+            return path, None
     from .finetune.modelio import find_model, load_model
     from .finetune.settings import UserError
 
@@ -127,6 +126,13 @@ def _find_base(name: str | None, dtypes: list) -> tuple[Any, Any]:
         return load_model(find_model(name), dtypes[0])
     except UserError as error:
         raise FileError(str(error)) from error
+
+
+def _floating_dtypes(path: str | Path) -> set:
+    from .weights import CheckpointWeights
+
+    with CheckpointWeights(path) as weights:
+        return {dtype for dtype, _ in weights.forms.values() if dtype.is_floating_point}
 
 
 def _settings(model: Path) -> dict[str, Any]:
