@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parsed)
     try:
         # Imported late: --help needs neither torch nor transformers.
+        from .files import FileError
         from .finetune import Settings, UserError, run, settings_of
     except ModuleNotFoundError as error:
         print(
@@ -68,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"--resume takes all options from the interrupted run; leave out {', '.join(given)}")
         else:
             run(settings_of(options["resume"]), resumed=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, FileError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -44,7 +44,9 @@ def load_checkpoint(path: str | Path) -> Any:
 def rng_state() -> dict[str, Any]:
     """The state of the random generators of Python, NumPy and torch on every device, for `save_checkpoint`."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    name, keys, position, has_gauss, gauss = np.random.get_state()
+    state = np.random.get_state()
+    assert isinstance(state, tuple)
+    name, keys, position, has_gauss, gauss = state
     numpy_state = (name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss))
     return {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state(), "cuda": cuda}
 
@@ -89,14 +91,15 @@ def _decode(value: Any, file: SealedFile) -> Any:
         return [_decode(v, file) for v in value]
     if not isinstance(value, dict):
         return value
-    ((kind, content),) = value.items() if len(value) == 1 else ((None, None),)
+    content: Any
+    kind, content = next(iter(value.items())) if len(value) == 1 else ("", None)
     if kind == "tensor" and isinstance(content, str):
         return file.read(content)
     if kind == "dict":
         return {_key(k, "a key"): _decode(v, file) for k, v in content}
     if kind == "tuple":
         return tuple(_decode(v, file) for v in content)
-    dtype = getattr(torch, content, None) if kind == "dtype" else None
+    dtype = getattr(torch, str(content), None) if kind == "dtype" else None
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"unknown form {value!r}")
     return dtype

@@ -1,5 +1,6 @@
 """An interrupted main job goes on to the same bits, wherever it was interrupted; damaged leftovers are refused."""
 
+import contextlib
 import json
 import os
 import resource
@@ -198,6 +199,36 @@ def test_resume_refuses_another_base_and_a_finished_run(tiny, tmp_path, monkeypa
     assert "is finished" in refused(capsys, "--resume", tmp_path / "run")
 
 
+@contextlib.contextmanager
+def files_up_to(size: int):
+    """The kernel refuses to let any file grow beyond this size, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_while_the_model_is_saved(tiny, tmp_path, capsys, monkeypatch, undisturbed):
+    """No model appears, the last checkpoint stays, and the run ends once there is room."""
+    settings = make_settings(tiny, tmp_path)
+    original = resume.save_model
+
+    def full(*arguments):
+        with files_up_to(10000):
+            original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "save_model", full)
+        with pytest.raises(UserError, match="cannot write .*model: .* free some space, then --resume"):
+            run(settings)
+    names = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert names == ["before.json", "checkpoint.safetensors", "settings.json"]
+    assert main(["finetune", "--resume", str(tmp_path / "run")]) == 0
+    assert_same_end(tmp_path / "run", undisturbed("lift"))
+
+
 def test_a_full_disk_while_saving_is_one_line_and_the_run_can_go_on(tiny, tmp_path, capsys, undisturbed):
     """The third checkpoint finds no room; the second stays, and with room again the run ends as if nothing had been."""
     settings = make_settings(tiny, tmp_path)
@@ -205,13 +236,10 @@ def test_a_full_disk_while_saving_is_one_line_and_the_run_can_go_on(tiny, tmp_pa
 
     def full(path, state):
         calls.append(path)
-        limit = 10000 if len(calls) == 3 else resource.RLIM_INFINITY
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
-        try:
-            original(path, state)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        if len(calls) == 3:
+            with files_up_to(10000):
+                original(path, state)
+        original(path, state)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resume, "save_checkpoint", full)

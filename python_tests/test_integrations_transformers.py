@@ -146,6 +146,30 @@ def test_trainer_resumes_just_before_at_and_after_a_refresh(tmp_path, form, at):
     assert_same(snapshot(other_optimizer), snapshot(optimizer))
 
 
+def test_accelerate_saves_and_loads_its_state_exactly(tmp_path):
+    """`save_state` after the third step, `load_state` into a new start, the rest of the steps: the same bits."""
+
+    def steps(model, optimizer, batches):
+        for batch in batches:
+            accelerator.backward(model(**batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    batches, results = list(DataLoader(Tokens(), batch_size=BATCH)), []
+    for resumed in (False, True):
+        accelerator = Accelerator(cpu=True)
+        model, optimizer = accelerator.prepare(*parts(BF16, selection="random", seed=0 if resumed else 6))
+        if resumed:
+            accelerator.load_state(str(tmp_path / "state"))
+        else:
+            steps(model, optimizer, batches[:3])
+            accelerator.save_state(str(tmp_path / "state"))
+        steps(model, optimizer, batches[3:])
+        results.append((accelerator.unwrap_model(model), snapshot(optimizer.optimizer)))
+    assert_same_weights(results[1][0], results[0][0])
+    assert_same(results[1][1], results[0][1])
+
+
 class Ema(TrainerCallback):
     """Averages the weights and swaps the average in for evaluation, as EMA callbacks do."""
 

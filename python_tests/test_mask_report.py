@@ -58,12 +58,14 @@ def test_command_line_writes_a_report_and_a_picture(tmp_path, capsys):
     assert "holds a report already" in capsys.readouterr().err
 
 
-def test_command_line_refuses_in_one_line(tmp_path, capsys):
+def test_command_line_refuses_in_one_line(tmp_path, capsys, monkeypatch):
     tiny = save_tiny(tmp_path / "tiny")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for arguments, message in [
         ([str(tiny), "--density", "0"], "density is 0.0"),
         ([str(tiny), "--rank", "0"], "rank is 0"),
         ([str(tmp_path / "none.gguf")], "neither an existing directory"),
+        (["nobody/no-such-model"], "check the name and the network"),
     ]:
         assert main(["mask", *arguments, "--output", str(tmp_path / "out")]) == 2
         errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

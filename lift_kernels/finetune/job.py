@@ -222,7 +222,7 @@ def run(settings: Settings, resumed: bool = False) -> report.Report:
     if longest > limit:
         raise UserError(f"a few-shot prompt may need {longest} tokens, the model takes {limit}; lower --max-length")
     clock = Clock(model.device)
-    sequences, rows = training_sequences(tokenizer, examples, settings.batch_size)
+    sequences, batch_rows = training_sequences(tokenizer, examples, settings.batch_size)
     folder = Path(settings.output) / str(settings.name) if resumed else make_folder(settings)
     if resumed:
         resume.clean(folder)
@@ -252,7 +252,7 @@ def run(settings: Settings, resumed: bool = False) -> report.Report:
         write_atomic(noted, json.dumps([before, answers_before]))
 
     phase("train", f"training {settings.steps} steps of {settings.batch_size} problems")
-    losses = train(model, tokenizer, optimizer, sequences, rows, settings, folder, clock, identity, checkpoint)
+    losses = train(model, tokenizer, optimizer, sequences, batch_rows, settings, folder, clock, identity, checkpoint)
     clock.separate_refreshes()
 
     phase("after", "measuring the model after training")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -161,11 +162,15 @@ def save_once(model, tokenizer, folder: Path) -> None:
     """Write ``folder/model`` whole or not at all; one that a killed run left there is replaced."""
     target = folder / "model"
     work = Path(tempfile.mkdtemp(prefix=".model.", dir=folder))
-    save_model(model, tokenizer, work / "model")
-    if target.exists():
-        shutil.rmtree(target)
-    (work / "model").rename(target)
-    work.rmdir()
+    try:
+        save_model(model, tokenizer, work / "model")
+        if target.exists():
+            shutil.rmtree(target)
+        (work / "model").rename(target)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {target}: {error}; free some space, then --resume {folder}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def clean(folder: Path) -> None:
