@@ -218,6 +218,52 @@ def test_forged_files_with_a_right_checksum_are_refused(tmp_path, forgery):
     assert_equal_models(copy, Small())
 
 
+def leaves(tree, place=()):
+    """Places of all values in a nest of dicts and lists."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return [place, *(leaf for key, value in items for leaf in leaves(value, (*place, key)))][(0 if place else 1) :]
+
+
+def test_three_hundred_forged_headers_are_refused_or_change_only_what_they_list(tmp_path):
+    """A random value of header or metadata is replaced, a random number of the data too, under a right checksum."""
+    save_delta(tuned(1), Small(), tmp_path / "a")
+    raw, rng, outcomes = (tmp_path / "a").read_bytes(), random.Random(3), []
+    junk = [None, True, -1, 0, 1, 2**31, 2**63, 10**30, 1.5, "", "F64", "U8", [], {}, [[]], "30", [30], [0, 0]]
+
+    def forge(header, data):
+        metadata = header["__metadata__"]
+        shapes = json.loads(metadata["shapes"])
+        tree = {"header": header, "shapes": shapes}
+        *way, last = rng.choice(leaves(tree))
+        for key in way:
+            tree = tree[key]
+        if way or last != "header":
+            tree[last] = rng.choice(junk)
+        if isinstance(header.get("__metadata__"), dict) and "shapes" in metadata:
+            metadata["shapes"] = json.dumps(shapes)
+        start = 4 * rng.randrange(len(data) // 4)
+        data[start : start + 4] = rng.choice([0, 1, 1199, 1200, 2**31 - 1, 2**32 - 1]).to_bytes(4, "little")
+        if not isinstance(header.get("__metadata__"), dict):
+            header["__metadata__"] = metadata
+
+    for _ in range(300):
+        (tmp_path / "b").write_bytes(raw)
+        reseal(tmp_path / "b", forge)
+        copy = Small()
+        try:
+            apply_delta(copy, tmp_path / "b")
+        except FileError:
+            outcomes.append("refused")
+            assert_equal_models(copy, Small())
+        else:
+            outcomes.append("applied")
+            listed = load_file(tmp_path / "b")
+            for (name, p), q in zip(copy.named_parameters(), Small().parameters(), strict=True):
+                changed = (bits(p.detach()) != bits(q.detach())).flatten().nonzero().flatten().int()
+                assert torch.isin(changed, listed[f"{name}:indices"]).all()
+    assert outcomes.count("refused") > 250
+
+
 def test_eight_hundred_altered_deltas_are_refused_or_load_exactly(tmp_path):
     save_delta(tuned(1), Small(), tmp_path / "a")
     raw, rng = (tmp_path / "a").read_bytes(), random.Random(0)

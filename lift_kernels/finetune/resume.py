@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -38,8 +38,8 @@ class EpochStart(TrainerCallback):
         self.random = rng_state()
 
 
-class Resumable(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
-    """Goes in front of Trainer: its checkpoint is one file of ours, and resuming from it changes no bit.
+class Resumable(Trainer):
+    """A Trainer whose checkpoint is one file of ours, and resuming from it changes no bit.
 
     Trainer's own checkpoints are several files, some of them pickles, that a crash can leave half-written.
     """
@@ -174,12 +174,13 @@ def save_once(model, tokenizer, folder: Path) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Remove what a killed run left half-written: everything of ours that has no name yet begins with a dot."""
-    for path in folder.glob(".*"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    """Remove what a killed run left half-written: files that have not got their name yet."""
+    for name in (CHECKPOINT, SETTINGS, BEFORE, REPORT, "model"):
+        for path in folder.glob(f".{name}.*"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def finish(folder: Path) -> None:

@@ -3,13 +3,11 @@
 import math
 from typing import Any
 
-from transformers import Trainer
-
 from . import evaluation, resume
 from .settings import UserError
 
 
-class AnswerTrainer(resume.Resumable, Trainer):
+class AnswerTrainer(resume.Resumable):
     """Trainer on the mean loss over answer tokens; ``losses`` collects it step by step."""
 
     def __init__(self, *args: Any, clock: Any, **kwargs: Any) -> None:
