@@ -36,6 +36,7 @@ def add_commands(commands: Any) -> None:
     mask.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
     mask.add_argument("--density", type=float, default=0.05, help="share of each matrix that is chosen (default: 0.05)")
     mask.add_argument("--rank", type=int, default=64, help="rank of the approximation that chooses (default: 64)")
+    mask.add_argument("--budget-rank", type=int, help="choose (rows + columns) x this many entries, instead of --density")
     mask.add_argument("--output", metavar="DIR", default="mask_report", help="where to write (default: mask_report)")
 
 
@@ -49,7 +50,7 @@ def run_command(options: argparse.Namespace) -> int:
         if options.command == "mask":
             from .mask_report import write_report
 
-            write_report(options.model, options.density, options.rank, Path(options.output))
+            write_report(options.model, options.density, options.rank, options.budget_rank, Path(options.output))
             return 0
         return {"make": _make, "apply": _apply, "revert": _revert, "info": _info}[options.action](options)
     except ModuleNotFoundError as error:

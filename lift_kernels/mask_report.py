@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .checks import require
 from .files import AtomicFile, FileError, write_atomic
 from .lowrank import low_rank_factors
-from .masks import entry_count, largest_indices
+from .masks import entry_count, largest_indices, principal_indices
 from .param_groups import lift_param_groups
 
 TOP = 0.1
@@ -67,18 +67,37 @@ def matrix_report(name: str, weight: Tensor, rank: int, k: int) -> MatrixReport:
     )
 
 
-def report_of(model: nn.Module, density: float, rank: int) -> list[MatrixReport]:
-    """Figures of every matrix that `lift_param_groups` chooses."""
+def density_map(weight: Tensor, rank: int, k: int, size: int = 96) -> Tensor:
+    """Share of chosen entries in each cell of a grid of at most ``size`` x ``size`` over a matrix."""
+    mask = torch.zeros(weight.numel())
+    mask[principal_indices(weight, min(rank, *weight.shape), k).long()] = 1
+    m, n = weight.shape
+    return nn.functional.adaptive_avg_pool2d(mask.view(1, m, n), (min(size, m), min(size, n)))[0]
+
+
+def report_of(model: nn.Module, density: float, rank: int, budget_rank: int | None = None) -> tuple[list[MatrixReport], Tensor]:
+    """Figures of every matrix that `lift_param_groups` chooses, and the `density_map` of the one with the most uneven mask."""
     from tqdm import tqdm
 
     require(0 < density <= 1, f"density is {density}; it must be above 0 and at most 1")
     require(rank >= 1, f"rank is {rank}; it must be at least 1")
     (group,) = lift_param_groups(model)
-    matrices = tqdm(group["params"], desc="matrices", unit="")
-    return [matrix_report(name, w, rank, entry_count(w.shape, density=density, name=name)) for name, w in matrices]
+    rows = []
+    for name, weight in tqdm(group["params"], desc="matrices", unit=""):
+        share = density if budget_rank is None else None
+        k = entry_count(weight.shape, density=share, budget_rank=budget_rank, name=name)
+        rows.append(matrix_report(name, weight, rank, k))
+    uneven = most_uneven(rows)
+    weight = dict(group["params"])[uneven.name]
+    return rows, density_map(weight.detach(), rank, uneven.entries)
 
 
-def write_report(model_name: str | None, density: float, rank: int, folder: Path) -> None:
+def most_uneven(rows: list[MatrixReport]) -> MatrixReport:
+    """The matrix whose mask is gathered most in few rows or columns."""
+    return max(rows, key=lambda row: max(row.rows, row.columns))
+
+
+def write_report(model_name: str | None, density: float, rank: int, budget_rank: int | None, folder: Path) -> None:
     """Load a model (directory, GGUF file or hub id; None: the bundled one), print the table, write JSON and PNG to ``folder``."""
     from .finetune.modelio import find_model, load_model
     from .finetune.settings import UserError
@@ -89,13 +108,15 @@ def write_report(model_name: str | None, density: float, rank: int, folder: Path
         model, _ = load_model(source, torch.float32)
     except UserError as error:
         raise FileError(str(error)) from error
-    rows = report_of(model, density, rank)
+    rows, picture = report_of(model, density, rank, budget_rank)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileError(f"cannot create {folder}: {error.strerror}; choose another --output") from error
-    settings = {"model": source.description, "density": density, "rank": rank}
-    draw(rows, f"principal weights of {model_name or source.gguf_file}: density {density:g}, rank {rank}", folder / "report.png")
+    settings = {"model": source.description, "density": density, "rank": rank, "budget_rank": budget_rank}
+    budget = f"density {density:g}" if budget_rank is None else f"budget_rank {budget_rank}"
+    title = f"principal weights of {model_name or source.gguf_file}: {budget}, rank {rank}"
+    draw(rows, picture, title, folder / "report.png")
     write_atomic(folder / "report.json", json.dumps({**settings, "matrices": [asdict(row) for row in rows]}, indent=2) + "\n")
     print(f"{table(rows)}\n\nwritten to {folder}: report.json, report.png")
 
@@ -113,8 +134,8 @@ def table(rows: list[MatrixReport]) -> str:
     return "\n".join([*lines, "", *legend])
 
 
-def draw(rows: list[MatrixReport], title: str, path: Path) -> None:
-    """One map a figure: layers from left to right, projections from top to bottom."""
+def draw(rows: list[MatrixReport], picture: Tensor, title: str, path: Path) -> None:
+    """One map a figure, layers from left to right and projections from top to bottom; and one matrix's mask itself."""
     from matplotlib.figure import Figure
 
     kinds = list(dict.fromkeys(row.projection for row in rows))
@@ -132,7 +153,9 @@ def draw(rows: list[MatrixReport], title: str, path: Path) -> None:
         axes.set_xticks(range(0, len(layers), every), [str(layer) if layer >= 0 else "-" for layer in layers[::every]])
         axes.set_xlabel("layer")
         figure.colorbar(image, ax=axes).set_label(label, fontsize=8)
-    panels[-1].axis("off")
+    image = panels[-1].imshow(picture.numpy(), aspect="auto", cmap="viridis", vmin=0)
+    panels[-1].set(title=most_uneven(rows).name, xlabel="columns", ylabel="rows", xticks=[], yticks=[])
+    figure.colorbar(image, ax=panels[-1]).set_label("share of the entries chosen\nin each part of the matrix", fontsize=8)
     with AtomicFile(path) as file:
         figure.savefig(file, format="png", dpi=120)
 

@@ -9,7 +9,7 @@ import torch
 from tiny_llama import save_tiny
 
 from lift_kernels.__main__ import main
-from lift_kernels.mask_report import matrix_report, table
+from lift_kernels.mask_report import density_map, matrix_report, table
 
 
 def test_figures_of_a_matrix_of_rank_one():
@@ -38,6 +38,15 @@ def test_an_even_mask_is_not_concentrated():
     assert "all" in table([row]) and "2000" not in table([row])
 
 
+def test_the_map_shows_where_the_entries_lie():
+    u, v = torch.ones(40), torch.ones(200)
+    u[10:12], v[100:104] = 10.0, 10.0
+    found = density_map(torch.outer(u, v), rank=1, k=8, size=20)
+    expected = torch.zeros(20, 20)
+    expected[5, 10] = 8 / 20  # a cell is 2 x 10 entries
+    torch.testing.assert_close(found, expected)
+
+
 def test_command_line_writes_a_report_and_a_picture(tmp_path, capsys):
     tiny = save_tiny(tmp_path / "tiny")
     out = tmp_path / "out"
@@ -54,6 +63,9 @@ def test_command_line_writes_a_report_and_a_picture(tmp_path, capsys):
     assert f"{mean:8.3f}" in next(line for line in printed.splitlines() if line.startswith("all"))
     png = (out / "report.png").read_bytes()
     assert png.startswith(b"\x89PNG") and len(png) > 10000
+    assert main(["mask", str(tiny), "--budget-rank", "2", "--rank", "4", "--output", str(tmp_path / "budget")]) == 0
+    matrices = json.loads((tmp_path / "budget" / "report.json").read_text())["matrices"]
+    assert {row["entries"] for row in matrices if row["projection"] == "mlp.up_proj"} == {2 * (32 + 64)}
     assert main(["mask", str(tiny), "--output", str(out)]) == 2
     assert "holds a report already" in capsys.readouterr().err
 
