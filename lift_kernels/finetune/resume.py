@@ -44,6 +44,10 @@ class Resumable(Trainer):
     Trainer's own checkpoints are several files, some of them pickles, that a crash can leave half-written.
     """
 
+    model: Any  # Trainer declares these as optional; they are there once training or loading begins
+    optimizer: Any
+    lr_scheduler: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.identity: dict[str, str] = {}
@@ -94,7 +98,7 @@ class Resumable(Trainer):
             "progress": self.progress(),
         }
         try:
-            save_checkpoint(Path(self.args.output_dir) / CHECKPOINT, state)
+            save_checkpoint(Path(str(self.args.output_dir)) / CHECKPOINT, state)
         except FileError as error:
             raise UserError(str(error)) from error
 
