@@ -1,5 +1,6 @@
 """lift_kernels: fused kernels for LIFT fine-tuning, which trains only the principal weights of a model."""
 
+from .delta import apply_delta, delta_info, revert_delta, save_delta, switch_delta
 from .dispatch import Backend, backends
 from .linear import LiftLinear, lift_linear
 from .masks import principal_indices
@@ -16,8 +17,10 @@ __all__ = [
     "LiftAdamW",
     "LiftLinear",
     "PackedState",
+    "apply_delta",
     "backends",
     "lift_linear",
+    "delta_info",
     "lift_param_groups",
     "pack_gradients",
     "packed_gather",
@@ -26,6 +29,9 @@ __all__ = [
     "packed_scatter_",
     "packed_weight_grad",
     "principal_indices",
+    "revert_delta",
+    "save_delta",
     "sparse_adamw_",
     "unpack",
+    "switch_delta",
 ]

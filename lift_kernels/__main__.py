@@ -1,9 +1,11 @@
-"""Command line: ``python -m lift_kernels finetune``."""
+"""Command line: ``python -m lift_kernels finetune|delta|mask|doctor``."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+
+from .commands import add_commands, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,25 +41,37 @@ def build_parser() -> argparse.ArgumentParser:
     add("--eval-problems", type=int, help="held-out problems to answer (default: 100)")
     add("--name", help="directory of the run inside --output (default: method and time)")
     add("--output", metavar="DIR", help="directory of all runs (default: runs)")
+    add("--save-steps", type=int, metavar="STEPS", help="steps between checkpoints, 0 for none (default: 20)")
+    add("--resume", metavar="DIR", help="go on with the interrupted run in this directory, to the same bits; no other option")
+    add_commands(commands)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code, 2 for a mistake of the user."""
-    options = vars(build_parser().parse_args(arguments))
-    options.pop("command")
+    parsed = build_parser().parse_args(arguments)
+    if parsed.command != "finetune":
+        return run_command(parsed)
+    options = vars(parsed)
     try:
         # Imported late: --help needs neither torch nor transformers.
-        from .finetune import Settings, UserError, run
+        from .files import FileError
+        from .finetune import Settings, UserError, run, settings_of
     except ModuleNotFoundError as error:
         print(
             f"error: the package {error.name} is missing; run `pip install 'lift_kernels[finetune]'`", file=sys.stderr
         )
         return 2
     try:
-        run(Settings(**{f.name: options[f.name] for f in fields(Settings) if options[f.name] is not None}))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        given = {f.name: options[f.name] for f in fields(Settings) if options[f.name] is not None}
+        if options["resume"] is None:
+            run(Settings(**given))
+        elif given:
+            raise UserError(f"--resume takes all options from the interrupted run; leave out {', '.join(given)}")
+        else:
+            run(settings_of(options["resume"]), resumed=True)
+    except (UserError, FileError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

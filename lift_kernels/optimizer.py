@@ -448,6 +448,8 @@ class LiftAdamW(Optimizer):
         packed = super().state_dict()
         shapes = {i: owners.matrix_of(p).shape for i, p in enumerate(self._all_parameters()) if p in self._places}
         packed["state"] = {i: compact(entry, shapes.get(i)) for i, entry in packed["state"].items()}
+        for group in packed["param_groups"]:
+            group["seed"] = self.seed  # in the groups, which is what every tool that moves optimizer state about keeps
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -462,6 +464,8 @@ class LiftAdamW(Optimizer):
         # torch would cast floating state to the parameter's dtype, so only dense entries go its way.
         dense = {i: entry for i, entry in state_dict["state"].items() if not sparse[i]}
         super().load_state_dict({**state_dict, "state": dense})
+        for group in self.param_groups:
+            self.seed = group.pop("seed", self.seed)
         groups = [g for g in self.param_groups for _ in g["params"]]
         self._reset_arenas()
         for p in parameters:

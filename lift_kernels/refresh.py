@@ -23,12 +23,13 @@ class MatrixRefresh:
     """What a refresh did to one matrix.
 
     ``method``: ``"gram"``, ``"chebyshev"`` (cold), ``"warm"``, ``"cold after warm"`` (the warm start did not settle) or the
-    selection. ``passes`` over the matrix; whether the iteration ``settled``; ``overlap`` with the old mask as a share of k, None
-    for a first mask; ``seconds``.
+    selection. ``entries``: k. ``passes`` over the matrix; whether the iteration ``settled``; ``overlap`` with the old mask as a
+    share of k, None for a first mask; ``seconds``.
     """
 
     name: str
     method: str
+    entries: int
     passes: int
     settled: bool
     overlap: float | None
@@ -48,9 +49,9 @@ class RefreshReport:
 
     @property
     def overlap(self) -> float | None:
-        """Mean share of entries that stayed, or None for first masks."""
-        known = [matrix.overlap for matrix in self.matrices if matrix.overlap is not None]
-        return sum(known) / len(known) if known else None
+        """Share of all entries that stayed, or None for first masks."""
+        known = [(matrix.overlap * matrix.entries, matrix.entries) for matrix in self.matrices if matrix.overlap is not None]
+        return sum(stayed for stayed, _ in known) / max(1, sum(k for _, k in known)) if known else None
 
     @property
     def unsettled(self) -> tuple[str, ...]:
@@ -175,7 +176,7 @@ def report_on(due: Sequence[Due], masks: Sequence[Mask], stayed: Sequence[Tensor
     if stayed:
         shared = torch.stack([count.to(stayed[0].device) for count in stayed]).tolist()  # one wait for the device
     return RefreshReport(tuple(
-        MatrixRefresh(d.name, m.method, m.passes, m.settled, None if s is None else s / max(1, m.indices.numel()), m.seconds)
+        MatrixRefresh(d.name, m.method, k := m.indices.numel(), m.passes, m.settled, None if s is None else s / k, m.seconds)
         for d, m, s in zip(due, masks, shared)
     ))  # fmt: skip
 

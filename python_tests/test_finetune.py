@@ -8,52 +8,22 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_llama import ALPHABET, LAYERS, SPECIAL, make_tokenizer, save_tiny, tiny_config
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lift_kernels.__main__ import main
 from lift_kernels.finetune import Settings, UserError, encoding, evaluation, modelio, qa_data, run, wordproblems
 
-ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
-SPECIAL = ["<eos>", "<pad>"]
-LAYERS = 2
 
-
-def tiny_config(**changes) -> LlamaConfig:
-    return LlamaConfig(
-        **{
-            "vocab_size": len(SPECIAL) + len(ALPHABET),
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 2048,
-            "initializer_range": 0.2,
-            "bos_token_id": None,
-            "eos_token_id": 0,
-            "pad_token_id": 1,
-        }
-        | changes
-    )
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(SPECIAL + ALPHABET)}, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory, tokenizer):
+def tiny(tmp_path_factory):
     """Directory of a tiny random Llama."""
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    LlamaForCausalLM(tiny_config()).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -456,7 +426,7 @@ def test_finetune_refuses_data_that_is_missing_or_too_little(tmp_path, capsys, t
         (["--steps", "0"], "steps is 0"),
         (["--rank", "0"], "rank is 0"),
         (["--budget-rank", "0"], "budget_rank is 0"),
-        (["--refresh-interval", "-1"], "refresh_interval -1"),
+        (["--refresh-interval", "-1"], "refresh_interval is -1"),
         (["--name", "a/b"], "name 'a/b'"),
         (["--max-length", "5"], "at most 5 tokens"),
         (["--rank", "4096"], "4096"),

@@ -206,3 +206,19 @@ def test_a_master_loaded_onto_other_weights_follows_them():
     set_gradients(newer, 3)
     other.step()
     assert all(torch.equal(w, s) for w, s in zip(newer, start))
+
+
+@pytest.mark.parametrize("options", [{"selection": "random"}, {"master": None, "rounding": "stochastic"}])
+def test_the_seed_travels_with_the_state(options):
+    """Random masks and stochastic rounding go on as without the interruption, whatever seed the new optimizer was given."""
+    weights = make_weights(dtype=BF16)
+    options = OPTIONS | options
+    optimizer = LiftAdamW(weights, **options, refresh_interval=3, seed=5)
+    train(optimizer, range(2))
+    copies = [torch.nn.Parameter(w.detach().clone()) for w in weights]
+    other = LiftAdamW(copies, **options, refresh_interval=3)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.seed == 5 and "seed" not in other.param_groups[0]
+    train(optimizer, range(2, 5))
+    train(other, range(2, 5))
+    assert_same(snapshot(other), snapshot(optimizer))

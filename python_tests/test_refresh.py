@@ -37,7 +37,7 @@ def test_the_report_of_first_masks_and_of_a_refresh():
     train(optimizer, range(1, 2))
     shared = [float(torch.isin(new, was).double().mean()) for new, was in zip(masks(optimizer), old)]
     assert [m.overlap for m in optimizer.last_refresh.matrices] == pytest.approx(shared)
-    assert optimizer.last_refresh.overlap == pytest.approx(sum(shared) / 2)
+    assert optimizer.last_refresh.overlap == pytest.approx((120 * shared[0] + 30 * shared[1]) / 150)
     assert optimizer.last_refresh.matrices[1].name == "parameter 1 of group 0"
 
 

@@ -27,7 +27,7 @@ def test_triton_compile(compiled, case, target):
 
 
 @pytest.mark.parametrize("target", triton_compile.TARGETS)
-@pytest.mark.parametrize("case", [case for case in triton_compile.CASES if case.name.startswith("lowrank_topk")], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [c for c in triton_compile.CASES if c.name.startswith("lowrank_topk")], ids=lambda c: c.name)
 def test_triton_compile_tiles(compiled, case, target):
     """Products run on the tensor cores, and factors whose rows are aligned reach shared memory 128 bits at a time."""
     record = compiled[case.name, target]

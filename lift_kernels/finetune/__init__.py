@@ -4,6 +4,7 @@ Needs the extra ``finetune`` (transformers and its friends); nothing else in lif
 """
 
 from .job import run
+from .resume import settings_of
 from .settings import Settings, UserError
 
-__all__ = ["Settings", "UserError", "run"]
+__all__ = ["Settings", "UserError", "run", "settings_of"]

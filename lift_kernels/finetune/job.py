@@ -1,6 +1,6 @@
 """Fine-tune a causal language model on question/answer problems and report what changed and what it cost."""
 
-import math
+import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from .. import LiftAdamW, lift_param_groups, pack_gradients
-from . import encoding, evaluation, report
-from .modelio import find_model, load_model, save_model
+from ..files import write_atomic
+from . import encoding, evaluation, report, resume
+from .modelio import find_model, load_model
 from .qa_data import SHOTS, choose_problems, fitting, training_sequences
 from .settings import DTYPES, Settings, UserError
+from .trainer import AnswerTrainer
 
 LEARNING_RATES = {"lift": 1e-3, "random": 1e-3, "lora": 1e-3, "full": 1e-4}
 BETAS = (0.9, 0.95)  # of the LIFT paper
@@ -28,24 +30,10 @@ GENERATION_BATCH = 100  # decoding is bound by reading the weights, so a large b
 LORA_RANK = 16
 
 
-class AnswerTrainer(Trainer):
-    """Trainer on the mean loss over answer tokens; ``losses`` collects it step by step."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.losses: list[float] = []
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        total, count = evaluation.answer_loss(model, inputs)
-        loss = total / count
-        self.losses.append(loss.item())
-        if not math.isfinite(self.losses[-1]):
-            raise UserError(f"the loss is {self.losses[-1]} at step {len(self.losses)}; choose a lower --lr")
-        return loss
-
-
 class Clock(TrainerCallback):
     """Seconds of every forward + backward pass, optimizer step and mask refresh."""
+
+    KEPT = ("forward_backward", "steps", "refreshes", "gradient_bytes")  # in checkpoints
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -171,9 +159,8 @@ def measure(model, tokenizer, heldout, encoded, prefix: list[int], when: str) ->
     return figures | {f"exact_match.{when}_low": low, f"exact_match.{when}_high": high}, answers
 
 
-def train(model, tokenizer, optimizer, examples, settings: Settings, folder: Path, clock: Clock) -> list[float]:
-    """Run transformers' Trainer for ``settings.steps`` steps; returns the training losses."""
-    sequences, rows = training_sequences(tokenizer, examples, settings.batch_size)
+def train(model, tokenizer, optimizer, sequences, rows, settings: Settings, folder: Path, clock: Clock, identity, checkpoint):
+    """Run transformers' Trainer up to ``settings.steps`` steps, from the start or a checkpoint; returns the training losses."""
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
@@ -185,7 +172,8 @@ def train(model, tokenizer, optimizer, examples, settings: Settings, folder: Pat
         # LiftAdamW clips by the norm over its own entries; a norm over dense gradients would clip harder.
         max_grad_norm=0.0 if isinstance(optimizer, LiftAdamW) else CLIP_NORM,
         logging_steps=10,
-        save_strategy="no",
+        save_strategy="steps" if settings.save_steps else "no",
+        save_steps=settings.save_steps or 500,
         report_to="none",
         remove_unused_columns=False,
         dataloader_pin_memory=model.device.type == "cuda",
@@ -200,10 +188,11 @@ def train(model, tokenizer, optimizer, examples, settings: Settings, folder: Pat
         train_dataset=sequences,
         data_collator=lambda batch: encoding.collate(batch, tokenizer.pad_token_id),
         optimizers=(optimizer, None),
-        callbacks=[clock],
+        clock=clock,
     )
+    trainer.identity = identity
     try:
-        trainer.train()
+        trainer.train_from(checkpoint)
     except UserError:
         trainer.callback_handler.on_train_end(arguments, trainer.state, trainer.control)  # closes the progress bar
         raise
@@ -223,8 +212,11 @@ def make_folder(settings: Settings) -> Path:
     return folder
 
 
-def run(settings: Settings) -> report.Report:
-    """Fine-tune, write ``<output>/<name>/`` and return the report; raises UserError for input that cannot be used."""
+def run(settings: Settings, resumed: bool = False) -> report.Report:
+    """Fine-tune, write ``<output>/<name>/`` and return the report; raises UserError for input that cannot be used.
+
+    ``resumed`` goes on with the interrupted run in that directory; see `resume.settings_of`.
+    """
     started = time.perf_counter()
     seconds: dict[str, float] = {}
 
@@ -248,20 +240,34 @@ def run(settings: Settings) -> report.Report:
     if longest > limit:
         raise UserError(f"a few-shot prompt may need {longest} tokens, the model takes {limit}; lower --max-length")
     clock = Clock(model.device)
-    folder = make_folder(settings)
+    sequences, batch_rows = training_sequences(tokenizer, examples, settings.batch_size)
+    folder = Path(settings.output) / str(settings.name) if resumed else make_folder(settings)
+    if resumed:
+        resume.clean(folder)
+    else:
+        resume.begin(folder, settings)
 
     phase("mask", f"preparing method {settings.method}")
     try:
         model, optimizer, covered = prepare(model, settings, clock)
+        identity = resume.identity(model, sequences)
+        checkpoint = resume.find_checkpoint(folder, identity) if resumed else None
+        if checkpoint is not None:
+            print(f"resuming after step {checkpoint['step']}", flush=True)
     except ValueError as error:  # an option that does not fit this model's matrices, or weights that are not finite
         raise UserError(str(error)) from error
 
     phase("before", "measuring the model before training")
     prefix = encoding.join(tokenizer, shown)["input_ids"]
-    before, answers_before = measure(model, tokenizer, heldout, encoded, prefix, "before")
+    noted = folder / resume.BEFORE
+    if noted.exists():
+        before, answers_before = json.loads(noted.read_text())
+    else:
+        before, answers_before = measure(model, tokenizer, heldout, encoded, prefix, "before")
+        write_atomic(noted, json.dumps([before, answers_before]))
 
     phase("train", f"training {settings.steps} steps of {settings.batch_size} problems")
-    losses = train(model, tokenizer, optimizer, examples, settings, folder, clock)
+    losses = train(model, tokenizer, optimizer, sequences, batch_rows, settings, folder, clock, identity, checkpoint)
     clock.separate_refreshes()
 
     phase("after", "measuring the model after training")
@@ -272,7 +278,7 @@ def run(settings: Settings) -> report.Report:
     state, lift = state_bytes(optimizer), isinstance(optimizer, LiftAdamW)
     if settings.method == "lora":
         model = model.merge_and_unload()
-    save_model(model, tokenizer, folder / "model")
+    resume.save_once(model, tokenizer, folder)
     phase("end", "done")
 
     names = list(seconds)
@@ -305,12 +311,13 @@ def run(settings: Settings) -> report.Report:
         "versions.torch": torch.__version__,
         "versions.transformers": transformers.__version__,
     }
-    report.write_json(results, folder / "report.json")
     rows = zip(heldout, answers_before, answers_after, strict=True)
     report.write_answers(
         folder / "answers.jsonl",
         [{"question": p.question, "expected": p.answer, "before": b, "after": a} for p, b, a in rows],
     )
     report.plot_losses(results, losses, list(clock.refreshes), folder / "loss.png")
+    report.write_json(results, folder / resume.REPORT)  # last: it says that the run is finished
+    resume.finish(folder)
     print(f"\n{report.table(results)}\n\nwritten to {folder}: report.json, answers.jsonl, loss.png, model/")
     return results

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import write_atomic
+
 Report = dict[str, Any]  # flat, with dotted keys such as "heldout_loss.before"
 
 
@@ -63,8 +65,8 @@ def table(report: Report) -> str:
 
 
 def write_json(report: Report, path: Path) -> None:
-    """Write the report as JSON."""
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    """Write the report as JSON, whole or not at all."""
+    write_atomic(path, json.dumps(report, indent=2) + "\n")
 
 
 def write_answers(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -34,6 +34,7 @@ class Settings:
     device: str = "auto"
     seed: int = 0
     eval_problems: int = 100
+    save_steps: int = 20
     name: str | None = None
     output: str = "runs"
 
@@ -46,8 +47,9 @@ class Settings:
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise UserError(f"{field} is {value}; it must be at least 1")
-        if self.refresh_interval < 0 or self.seed < 0:
-            raise UserError(f"refresh_interval {self.refresh_interval} and seed {self.seed} must not be negative")
+        for field in ("refresh_interval", "seed", "save_steps"):
+            if getattr(self, field) < 0:
+                raise UserError(f"{field} is {getattr(self, field)}; it must not be negative")
         if not 0 < self.density <= 1:
             raise UserError(f"density is {self.density}; it must be above 0 and at most 1")
         if self.lr is not None and not 0 < self.lr < float("inf"):

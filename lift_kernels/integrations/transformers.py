@@ -1,0 +1,104 @@
+"""LiftAdamW in transformers' Trainer and what builds on it (TRL): a callback that logs what LIFT does."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from .. import owners
+from ..checks import require
+from ..ops import packed_gather
+from ..optimizer import LiftAdamW
+
+logger = logging.getLogger("lift_kernels")
+
+
+class LiftCallback(TrainerCallback):
+    """Adds figures about LIFT to what the Trainer logs with the training loss.
+
+    ``LiftCallback.attach(trainer)`` puts it in front of the callbacks that report (TensorBoard, W&B, ...), so that each of them
+    gets the figures; given as ``callbacks=[LiftCallback()]`` it comes behind those, and only the progress bar and
+    ``state.log_history`` do.
+
+    Logged: ``lift_density``, share of the matrices that is trained; ``lift_mask_overlap``, shared entries of the last two masks
+    over their number; ``lift_refresh_seconds``, of all masks of the last refresh (`LiftAdamW.last_refresh`); ``lift_grad_norm``,
+    norm of the gradient over trained entries, before clipping; ``lift_update_norm``, norm of the weights' change at this step.
+    An optimizer without ``max_grad_norm`` is given an infinite one, which measures the norm and clips nothing.
+
+    Raises ValueError at the start of training when the optimizer is not a LiftAdamW.
+    """
+
+    def __init__(self) -> None:
+        self.figures: dict[str, float] = {}
+        self._before: list[tuple[Tensor, Tensor, Tensor]] = []  # weight, indices and values before the step
+
+    @classmethod
+    def attach(cls, trainer: Any) -> LiftCallback:
+        """Make one and add it to a Trainer, in front of all other callbacks."""
+        callback = cls()
+        trainer.add_callback(callback)
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.insert(0, callbacks.pop())
+        return callback
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        lift = _unwrap(optimizer)
+        if lift.max_grad_norm is None:
+            lift.max_grad_norm = math.inf
+        if args.max_grad_norm:
+            logger.warning("TrainingArguments(max_grad_norm=%s) clips by the norm of dense gradients, several times larger than "
+                           "over trained entries; set it to 0 and give max_grad_norm to LiftAdamW", args.max_grad_norm)  # fmt: skip
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        lift = _unwrap(optimizer)
+        self._before = []
+        if _will_log(args, state):
+            for p, entry in lift.state.items():
+                if "indices" in entry:
+                    indices = entry["indices"].clone()  # a refresh at the end of this step overwrites the list
+                    matrix = owners.matrix_of(p).detach()
+                    self._before.append((matrix, indices, packed_gather(matrix, indices)))
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        lift = _unwrap(optimizer)
+        masks = {p: entry["indices"].numel() for p, entry in lift.state.items() if "indices" in entry}
+        self.figures["lift_density"] = sum(masks.values()) / max(1, sum(owners.matrix_of(p).numel() for p in masks))
+        report = lift.last_refresh
+        if report is not None and report.overlap is not None:
+            self.figures["lift_mask_overlap"], self.figures["lift_refresh_seconds"] = report.overlap, report.seconds
+        if self._before:
+            changes = [torch.linalg.vector_norm(packed_gather(matrix, indices).float() - old.float())
+                       for matrix, indices, old in self._before]  # fmt: skip
+            self.figures["lift_update_norm"] = float(torch.linalg.vector_norm(torch.stack([c.cpu() for c in changes])))
+            self._before = []
+
+    def on_log(self, args, state, control, logs=None, optimizer=None, **kwargs):
+        if logs is None or "loss" not in logs:
+            return
+        lift = _unwrap(optimizer)
+        if lift.grad_norm is not None:
+            self.figures["lift_grad_norm"] = float(lift.grad_norm)
+        logs.update(self.figures)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(self.figures)
+
+
+def _unwrap(optimizer: Any) -> LiftAdamW:
+    """The LiftAdamW inside what accelerate made of it."""
+    while not isinstance(optimizer, LiftAdamW) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    require(isinstance(optimizer, LiftAdamW), f"LiftCallback needs LiftAdamW as optimizer, got {type(optimizer).__name__}")
+    return optimizer
+
+
+def _will_log(args: Any, state: Any) -> bool:
+    """Whether the coming step is one that the Trainer logs, as far as one can know."""
+    step = state.global_step + 1
+    if args.logging_strategy != "steps":
+        return True
+    return step % max(1, int(state.logging_steps or 1)) == 0 or (step == 1 and args.logging_first_step)

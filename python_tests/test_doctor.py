@@ -1,0 +1,81 @@
+"""The doctor says what works, what does not and what to do, and fails when the default backend is broken."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+import pytest
+import torch
+
+from lift_kernels import dispatch, doctor, ops
+from lift_kernels.__main__ import main
+
+
+def report(capsys) -> tuple[int, dict[str, tuple[str, str]]]:
+    """The exit code, and state and text by subject."""
+    code = main(["doctor"])
+    lines = capsys.readouterr().out.splitlines()
+    parsed = [(line[:6].strip(), *line[7:].split(": ", 1)) for line in lines]
+    return code, {subject: (state, text) for state, subject, text in parsed}
+
+
+@pytest.fixture
+def no_subprocess(monkeypatch):
+    monkeypatch.setattr(doctor, "_triton_interpreter", lambda reason: doctor.Line(doctor.OK, "triton", "not run here"))
+
+
+@pytest.mark.native
+def test_a_sound_machine(capsys):
+    code, lines = report(capsys)
+    assert code == 0
+    assert lines["native-cpu"] == ("OK", "5 ops agree with the reference on cpu tensors")
+    assert lines["reference"][0] == "OK" and torch.__version__ in lines["machine"][1]
+    assert lines["triton"][0] == "OK" and lines["triton"][1].startswith("5 ops agree with the reference")
+    assert lines["default on cpu"] == ("OK", "native-cpu serves; three steps of LiftAdamW agree with the reference")
+    assert lines["package transformers"] == ("OK", importlib.metadata.version("transformers"))
+    if not torch.cuda.is_available():
+        assert lines["GPU"][0] == "--" and "no CUDA device" in lines["GPU"][1]
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("op", doctor.OPS)
+def test_a_wrong_default_backend_is_found(monkeypatch, capsys, no_subprocess, op):
+    """One op of the native backend errs in one entry, or raises."""
+    original = getattr(ops, op)
+    for wrong in ("value", "error"):
+
+        def broken(first, *args, backend=None, wrong=wrong, **options):
+            result = original(first, *args, backend=backend, **options)
+            if backend == "native-cpu":
+                if wrong == "error":
+                    raise RuntimeError("illegal\ninstruction")
+                target = first[0] if isinstance(first, list) and op == "sparse_adamw_" else first if result is None else result
+                target.view(-1)[-1] += 1
+            return result
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, op, broken)
+            code, lines = report(capsys)
+        assert code == 1
+        assert lines["native-cpu"][0] == lines["default on cpu"][0] == "BROKEN"
+        found = f"{op} is off by" if wrong == "value" else f"{op} raised RuntimeError: illegal instruction"
+        assert found in lines["native-cpu"][1]
+        assert "pip install --no-build-isolation ." in lines["default on cpu"][1]
+        assert lines["reference"][0] == "OK"
+
+
+def test_a_missing_extension_is_said_with_its_remedy(monkeypatch, capsys, no_subprocess):
+    monkeypatch.setattr(dispatch, "_load_native", lambda: "the compiled extension is missing; install with a C++ compiler")
+    dispatch._default.cache_clear()
+    try:
+        code, lines = report(capsys)
+    finally:
+        dispatch._default.cache_clear()
+    assert code == 0 and lines["native-cpu"] == ("--", "the compiled extension is missing; install with a C++ compiler")
+    assert lines["default on cpu"][0] == "OK" and "reference serves, which is slow" in lines["default on cpu"][1]
+
+
+def test_a_missing_package_is_said_with_its_remedy(monkeypatch, capsys, no_subprocess):
+    monkeypatch.setitem(doctor.EXTRAS, "no-such-package", "nothing")
+    code, lines = report(capsys)
+    assert code == 0 and lines["package no-such-package"] == ("--", "not installed (for nothing); pip install no-such-package")
