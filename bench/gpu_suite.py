@@ -2,9 +2,10 @@
 
 Builds the extension in place for the card, runs the tests marked ``gpu``, and times with CUDA events `sparse_adamw_` on the
 224 linear matrices (bf16, random 5 % masks clustered by rows) against torch.optim.AdamW(fused=True) on the same tensors, then
-packed_l2_norm, packed_migrate and both ways of packed_weight_grad (their bound: factors read, results written; the arithmetic is
-not in it). Every op is checked against the reference first; a wrong one is not timed. A part that fails leaves a row that says
-why, and the others go on. Needs torch, triton, numpy, pytest and ninja; no network.
+packed_l2_norm, packed_migrate, both ways of packed_weight_grad, lowrank_topk (their bounds: factors read, results written; the
+arithmetic is not in them) and the masks of all matrices, cold and warm (bound: one read of the weights a pass). Every op is
+checked against the reference first; a wrong one is not timed. A part that fails leaves a row that says why, and the others go
+on. Needs torch, triton, numpy, pytest and ninja; no network.
 
 ``bound_ms`` is a count of bytes over the measured copy bandwidth: distinct 32-byte sectors of the weights (read and written)
 and of dense gradients (read) that selected entries lie on, and the packed streams, as in bench_sparse_adamw.py.
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import bench_util
@@ -33,6 +34,7 @@ from bench_util import Arena
 from torch import Tensor
 
 from lift_kernels import ops
+from lift_kernels.masks import MaskRequest, principal_masks
 
 BF16, FP32 = torch.bfloat16, torch.float32
 DENSITY = 0.05
@@ -176,6 +178,47 @@ def weight_grad(suite: Suite) -> None:
             suite.time("packed_weight_grad", f"{tokens} tokens: {name}", problem, lambda way=way, run=run: run(**way), floor)
 
 
+def topk(suite: Suite) -> None:
+    """The selection from the factors of the last shape: the bracket drawn from entries, and known from the last refresh."""
+    (m, n), rank = suite.shapes[-1], min(128, *suite.shapes[-1])
+    generator = torch.Generator(suite.device).manual_seed(0)
+    left, right = (torch.randn(size, rank, generator=generator, device=suite.device) for size in (m, n))
+    k = round(DENSITY * m * n)
+    indices, threshold = ops.lowrank_topk(left, right, k)
+    chosen = (left.double() @ right.double().T).abs().view(-1)[indices.long()]
+    low = float(chosen.min()) if len(indices.unique()) == k else 0.0
+    problem = "" if low >= float(threshold) * (1 - 1e-4) else f"an entry of {low:.4g} was chosen above {float(threshold):.4g}"
+    floor = 4.0 * (m + n) * rank + m * n / 4 + 4.0 * k  # factors, bitmap written and read, list; the product is not in it
+    suite.time("lowrank_topk", "sampled bracket", problem, lambda: ops.lowrank_topk(left, right, k), floor)
+    known = torch.stack([threshold * 0.98, threshold * 1.02])
+    suite.time("lowrank_topk", "known bracket", problem, lambda: ops.lowrank_topk(left, right, k, bracket=known), floor)
+
+
+def refresh(suite: Suite) -> None:
+    """Masks of all matrices, cold and then warm from the bases of the cold ones; weights with a slowly decaying spectrum."""
+    rank = min(128, min(map(min, suite.shapes)) // 4)
+    generator = torch.Generator(suite.device).manual_seed(0)
+
+    def weight(m: int, n: int) -> Tensor:
+        u, v = (torch.randn(size, 2 * rank, generator=generator, device=suite.device) for size in (m, n))
+        decay = torch.arange(1, 2 * rank + 1, device=suite.device).float() ** -0.15
+        noise = torch.randn(m, n, generator=generator, device=suite.device).mul_(0.02)
+        return noise.add_((u * decay) @ v.T, alpha=0.1 / min(m, n) ** 0.5).to(BF16)
+
+    requests = [MaskRequest(weight(m, n), rank, round(DENSITY * m * n)) for m, n in suite.shapes * suite.layers]
+    masks = principal_masks(requests, method="chebyshev")
+    exact = principal_masks(requests[:1], method="gram")[0].indices
+    overlap = float(torch.isin(masks[0].indices, exact).double().mean())
+    problem = "" if overlap > 0.9 else f"only {overlap:.3f} of a mask is in the exact one"
+    warm = [replace(r, basis=mask.basis, threshold=mask.threshold) for r, mask in zip(requests, masks)]
+    runs, suite.runs = suite.runs, 3
+    for variant, given in {"cold": requests, "warm": warm}.items():
+        passes = principal_masks(given, method="chebyshev")
+        floor = sum(mask.passes * r.weight.nbytes for mask, r in zip(passes, given))
+        suite.time("refresh", variant, problem, lambda given=given: principal_masks(given, method="chebyshev"), floor)
+    suite.runs = runs
+
+
 def main(arguments: list[str] | None = None) -> Path:
     """Returns the CSV."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -192,7 +235,8 @@ def main(arguments: list[str] | None = None) -> Path:
         arch = "".join(map(str, torch.cuda.get_device_capability()))
         suite.part("build", lambda: command(suite, "setup.py", "build_ext", "--inplace", LIFT_CUDA_ARCHS=arch))
         suite.part("tests", lambda: command(suite, "-m", "pytest", "-q", "-m", "gpu", "python_tests"))
-    parts = {"step": steps, "packed_l2_norm": norm, "packed_migrate": migrate, "packed_weight_grad": weight_grad}
+    parts = {"step": steps, "packed_l2_norm": norm, "packed_migrate": migrate, "packed_weight_grad": weight_grad,
+             "lowrank_topk": topk, "refresh": refresh}  # fmt: skip
     for name, work in parts.items():
         suite.part(name, lambda work=work: work(suite))
     given.out.mkdir(parents=True, exist_ok=True)

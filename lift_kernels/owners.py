@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .checks import require
 
 _layers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # values -> WeakSet of the layers that share them
+_first: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> what its first mask left for a warm start
 
 
 def register(values: Tensor, layer: Any) -> None:
@@ -83,12 +84,19 @@ def check_hooked_gradient(parameter: Tensor, name: str) -> None:
             f"{grad.dtype} on {grad.device}")  # fmt: skip
 
 
+def note_first_mask(parameter: Tensor, warm: dict[str, Tensor]) -> None:
+    """Keep ``basis`` and ``threshold`` of a mask that was made before there is an optimizer."""
+    _first[parameter] = warm
+
+
 def first_entry(parameter: Tensor) -> dict[str, Tensor] | None:
     """What an optimizer starts from: the index list that `pack_gradients` chose and the present values; None without one."""
     layers = layers_of(parameter)
     if layers:
-        return {"indices": layers[0].indices, "master": parameter.detach()}
-    return {"indices": parameter.lift_indices} if is_hooked(parameter) else None  # type: ignore[attr-defined]
+        return {"indices": layers[0].indices, "master": parameter.detach(), **_first.pop(parameter, {})}
+    if is_hooked(parameter):
+        return {"indices": parameter.lift_indices, **_first.pop(parameter, {})}  # type: ignore[attr-defined]
+    return None
 
 
 def show(parameter: Tensor, entry: dict[str, Tensor]) -> None:

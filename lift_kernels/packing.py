@@ -15,6 +15,7 @@ from .checks import require
 from .linear import LiftConv1D, LiftLinear, PackedLinear
 from .optimizer import LiftAdamW
 from .param_groups import lift_param_groups
+from .refresh import warm_part
 
 _hooks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # hooked parameter -> handle of its hook
 
@@ -56,6 +57,7 @@ def pack_gradients(
         masks = LiftAdamW([{"params": list(chosen.items()), "lift": True, **options}], selection=selection, seed=seed)
         masks.refresh()
         lists = {name: masks.state[p]["indices"].clone() for name, p in chosen.items()}
+        warm = {name: warm_part(masks.state[p], p, "device") for name, p in chosen.items()}
         holders = _holders(model)
         layers = {name: _plain_layers(holders[id(p)], p) for name, p in chosen.items()}
         _check_layers(layers)
@@ -73,6 +75,7 @@ def pack_gradients(
         else:
             _hook(p.requires_grad_(True), lists[name])
             trained.append((name, p))
+        owners.note_first_mask(trained[-1][1], warm[name])
     return [{"params": trained, "lift": True, **options}]
 
 

@@ -7,23 +7,38 @@ takes the Triton kernels on CPU tensors.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
 from lift_kernels import dispatch
 
-# What the tests of a file import beside torch, triton, numpy, pytest and ninja, with which those marked gpu must run.
-EXTRAS = {
-    "test_properties.py": ("hypothesis",),
-    "test_optimizer_training.py": ("accelerate", "transformers"),
-    "test_param_groups.py": ("transformers",),
-    "test_wordproblems.py": ("transformers",),
-    "test_finetune.py": ("transformers", "peft"),
+# torch, triton, numpy, pytest and ninja are enough for the tests marked gpu. A file that imports more is left out where that is
+# not installed, with a line that says so.
+EXTRAS = {"accelerate", "hypothesis", "peft", "safetensors", "transformers", "trl"}
+FOLDER = Path(__file__).parent
+
+
+@functools.cache
+def extras_of(module: str) -> frozenset[str]:
+    """What a module of this folder imports of `EXTRAS` at its top, by way of its neighbours too."""
+    file = FOLDER / f"{module}.py"
+    if not file.exists():
+        return frozenset({module} & EXTRAS)
+    names = re.findall(r"^(?:from|import) (\w+)", file.read_text(), re.MULTILINE)
+    package = {"transformers"} if "lift_kernels.finetune import" in file.read_text() else set()
+    return frozenset(package).union(*(extras_of(name) for name in names if name != module))
+
+
+MISSING = {
+    file.name: sorted(name for name in extras_of(file.stem) if importlib.util.find_spec(name) is None)
+    for file in FOLDER.glob("test_*.py")
 }
-MISSING = {file: [n for n in names if importlib.util.find_spec(n) is None] for file, names in EXTRAS.items()}
 collect_ignore = [file for file, names in MISSING.items() if names]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from optimizer_helpers import set_gradients, train
 
-from lift_kernels import LiftAdamW, lowrank, principal_indices
+from lift_kernels import LiftAdamW, lowrank, pack_gradients, principal_indices
 from lift_kernels.masks import largest_indices
 from lift_kernels.refresh import spread_share
 
@@ -87,6 +87,37 @@ def test_a_basis_that_does_not_fit_is_refused_at_loading():
     with pytest.raises(ValueError, match=r"parameter 0 of group 0: a warm start for shape \(300, 280\)"):
         optimizer.load_state_dict(state)
     assert torch.equal(masks(optimizer)[0], before)
+
+
+def test_packed_gradients_refresh_from_the_basis_of_their_first_mask():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(520, 600, bias=False))
+    groups = pack_gradients(model, rank=40, freeze_rest=True)
+    assert lowrank.cheapest_method((600, 520), 40, warm=True) == "chebyshev"
+    optimizer = LiftAdamW(groups, lr=1e-4, refresh_interval=None)
+    model(torch.randn(4, 520)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.refresh()
+    assert optimizer.last_refresh.matrices[0].method == "warm"
+    assert torch.equal(model[0].indices, masks(optimizer)[0])
+
+
+def test_stacked_matrices_get_a_mask_each():
+    """3-D parameters are batches of matrices; each part has the mask that it would have alone."""
+    (stack,) = parameters((3, 300, 280))
+    optimizer = LiftAdamW([{"params": [stack], "lift": True}], lr=1e-4, rank=16, mask_method="chebyshev", refresh_interval=None)
+    train(optimizer, [0])
+    assert optimizer.state[stack]["basis"].shape == (3, 280, 32)
+    optimizer.refresh()
+    assert optimizer.last_refresh.matrices[0].method == "warm"
+    state = optimizer.state_dict()
+    optimizer.load_state_dict(state)
+    assert torch.equal(optimizer.state[stack]["basis"], state["state"][0]["basis"])
+    indices, k = masks(optimizer)[0], round(0.05 * 300 * 280)
+    for i in range(3):
+        exact = principal_indices(stack.detach()[i], 16, k, method="gram") + i * 300 * 280
+        assert torch.isin(indices[i * k : (i + 1) * k], exact).double().mean() > 0.9
 
 
 def test_a_raised_rank_makes_a_cold_start():
