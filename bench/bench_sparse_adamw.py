@@ -3,7 +3,8 @@
 Shape sets: the 210 linear matrices of SmolLM2-135M (or of ``--model``) with their real masks (exact top 5 % of |W_r|, r = 64),
 and one 4096 x 4096 and one 4096 x 11008 matrix with a random mask clustered by rows. All contestants of a shape set and
 dtype share weights and dense gradients and are timed in turns. Peers: torch's fused, foreach and for-loop AdamW, whose moments
-have the weight's dtype, and a plain rewrite of the published LIFT step. ``refresh`` rows give (step + refresh / 100).
+have the weight's dtype, and a plain rewrite of the published LIFT step. Rows with ``+ refresh/100`` add a hundredth of a
+refresh of all masks, as LiftAdamW makes it from the bases of the last one, ``+ cold refresh/100`` one without them.
 
 Every variant is first checked against `lift_kernels.reference`; a wrong one is refused.
 
@@ -20,13 +21,16 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import bench_util
+import numpy as np
 import torch
 from bench_util import Arena, Contestant
 from torch import Tensor
 
-from lift_kernels import dispatch, ops, principal_indices
+from lift_kernels import dispatch, ops
+from lift_kernels.masks import MaskRequest, principal_masks
 
 HYPER = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -155,17 +159,29 @@ def contestants(weights: list[Tensor], arena: Arena, dtype: torch.dtype, context
     return result
 
 
-def shape_set(name: str, model: str | None) -> tuple[list[Tensor], list[Tensor], float | None, str]:
-    """Weights, index lists, seconds that a refresh took (None: no real masks), description of the masks."""
+def refresh_seconds(weights: list[Tensor]) -> tuple[list[Tensor], dict[str, float]]:
+    """Index lists, and the seconds of a cold refresh of all masks and of one from the bases of the last; medians of three."""
+    cold = [MaskRequest(w, min(RANK, *w.shape), round(DENSITY * w.numel())) for w in weights]
+    masks = principal_masks(cold)  # the first touch of new memory is not timed
+    warm = [replace(r, basis=m.basis, threshold=m.threshold) for r, m in zip(cold, masks)]
+    taken: dict[str, list[float]] = {"cold refresh": [], "refresh": []}
+    for _ in range(3):
+        for name, requests in (("cold refresh", cold), ("refresh", warm)):
+            start = time.perf_counter()
+            principal_masks(requests)
+            taken[name].append(time.perf_counter() - start)
+    return [m.indices for m in masks], {name: float(np.median(values)) for name, values in taken.items()}
+
+
+def shape_set(name: str, model: str | None) -> tuple[list[Tensor], list[Tensor], dict[str, float], str]:
+    """Weights, index lists, seconds of refreshes (none without real masks), description of the masks."""
     if name == "smollm2":
         weights = model_weights(model)
-        ranks = [min(RANK, *weight.shape) for weight in weights]
-        start = time.perf_counter()
-        lists = [principal_indices(weight, rank, density=DENSITY) for weight, rank in zip(weights, ranks)]
-        return weights, lists, time.perf_counter() - start, f"top 5 % of |W_r|, r = {RANK}"
+        lists, refreshes = refresh_seconds(weights)
+        return weights, lists, refreshes, f"top 5 % of |W_r|, r = {RANK}"
     m, n = map(int, name.split("x"))
     weights = [torch.randn(m, n, generator=torch.Generator().manual_seed(0)).mul_(0.02)]
-    return weights, [bench_util.clustered_indices(m, n, DENSITY, seed=0)], None, "random 5 % clustered by rows"
+    return weights, [bench_util.clustered_indices(m, n, DENSITY, seed=0)], {}, "random 5 % clustered by rows"
 
 
 def main() -> None:
@@ -181,7 +197,7 @@ def main() -> None:
 
     table: list[dict] = []
     for name in arguments.sets:
-        weights, lists, refresh, masks = shape_set(name, arguments.model)
+        weights, lists, refreshes, masks = shape_set(name, arguments.model)
         arena = Arena.of(lists)
         for dtype in arguments.dtypes:
             entrants = contestants(weights, arena, {"fp32": FP32, "bf16": BF16}[dtype], not arguments.no_context)
@@ -189,8 +205,8 @@ def main() -> None:
             times = bench_util.alternate(entrants, arguments.runs)
             labels = {"op": "sparse_adamw_", "set": f"{name}, {dtype}", "masks": masks, "matrices": len(lists)}
             new = bench_util.rows(entrants, times, entrants[0].name, bandwidth, **labels)
-            if refresh is not None:
-                new += [with_refresh(row, new[0], refresh) for row in new if "grads" in row["variant"]]
+            sparse = [row for row in new if "grads" in row["variant"]]
+            new += [with_refresh(row, new[0], *refresh) for refresh in refreshes.items() for row in sparse]
             bench_util.show(new, ["set", "variant", "median_ms", "q25_ms", "q75_ms", "ratio", "floor_ms", "share_of_floor"])
             table += [row | bench_util.environment() for row in new]
             del entrants
@@ -200,11 +216,11 @@ def main() -> None:
         bench_util.plot_ratios(folder / "sparse_adamw.png", table, "set", "sparse_adamw_ on the CPU, 5 % of the entries")
 
 
-def with_refresh(row: dict, baseline: dict, refresh: float) -> dict:
-    """The row of a sparse step with a hundredth of a refresh (seconds) added."""
-    median = float(f"{row['median_ms'] + 1e3 * refresh / 100:.4g}")
+def with_refresh(row: dict, baseline: dict, name: str, seconds: float) -> dict:
+    """The row of a sparse step with a hundredth of a refresh added."""
+    median = float(f"{row['median_ms'] + 1e3 * seconds / 100:.4g}")
     return row | {
-        "variant": f"{row['variant']} + refresh/100", "median_ms": median, "q25_ms": "", "q75_ms": "",
+        "variant": f"{row['variant']} + {name}/100", "median_ms": median, "q25_ms": "", "q75_ms": "",
         "ratio": float(f"{baseline['median_ms'] / median:.4g}"), "floor_ms": "", "share_of_floor": "",
     }  # fmt: skip
 
