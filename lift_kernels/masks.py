@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +19,8 @@ from .checks import MAX_ENTRIES, require
 from .lowrank import TOLERANCE, batched_factors
 
 MEMORY_BUDGET = 2**31
-"""Bytes of fp32 copies of weights that are factored together on a GPU. On the CPU one matrix at a time keeps all cores busy."""
+"""Bytes of fp32 copies of weights that are factored together on a GPU. On the CPU one matrix at a time is enough for a core."""
+_SMALL = 2**22  # entries
 
 
 @dataclass(frozen=True)
@@ -88,27 +91,67 @@ def principal_masks(
 ) -> list[Mask]:
     """Masks of many matrices; those of one shape, dtype, rank and device are factored together within ``memory_budget`` bytes.
 
+    Small matrices on the CPU are spread over the cores instead, one thread each. A given ``generator`` keeps them in order.
+
     ``made(count)`` is called after every batch, for a progress bar. Raises as `principal_indices` does, before or between
     batches; nothing is changed in any case.
     """
+    batches = _batches(requests, memory_budget)
     masks: dict[int, Mask] = {}
-    for batch in _batches(requests, memory_budget):
-        start = time.perf_counter()
-        members = [requests[i] for i in batch]
-        factors = batched_factors(
-            [r.weight for r in members], members[0].rank, method=method, generator=generator, tolerance=tolerance,
-            warm_starts=[r.basis for r in members], names=[r.name for r in members],
-        )  # fmt: skip
-        chosen = []
-        for request, f in zip(members, factors):
-            known = request.threshold is not None and request.basis is not None
-            expected = bracket.around(request.threshold) if known else None  # type: ignore[arg-type]
-            chosen.append(ops.lowrank_topk(f.left, f.right, request.k, bracket=expected, backend=backend))
-        seconds = (time.perf_counter() - start) / len(batch)
-        for i, f, (indices, threshold) in zip(batch, factors, chosen):
-            masks[i] = Mask(indices, threshold, f.basis, f.method, f.passes, f.settled, seconds)
+
+    def make(batch: list[int]) -> list[Mask]:
+        return _batch_masks([requests[i] for i in batch], method, generator, tolerance, backend)
+
+    def keep(batch: list[int], found: list[Mask]) -> None:
+        masks.update(zip(batch, found))
         made(len(batch))
+
+    small = [batch for batch in batches if _is_small(requests[batch[0]].weight) and generator is None]
+    for batch in batches:
+        if batch not in small:
+            keep(batch, make(batch))
+    with _single_threaded(len(small)) as pool:
+        for batch, found in zip(small, pool.map(make, small)):
+            keep(batch, found)
     return [masks[i] for i in range(len(requests))]
+
+
+def _batch_masks(
+    requests: list[MaskRequest], method: str, generator: torch.Generator | None, tolerance: float, backend: str | None
+) -> list[Mask]:
+    """Masks of matrices of one shape, dtype, rank and device."""
+    start = time.perf_counter()
+    factors = batched_factors(
+        [r.weight for r in requests], requests[0].rank, method=method, generator=generator, tolerance=tolerance,
+        warm_starts=[r.basis for r in requests], names=[r.name for r in requests],
+    )  # fmt: skip
+    chosen = []
+    for request, f in zip(requests, factors):
+        expected = None if request.threshold is None else bracket.around(request.threshold)
+        chosen.append(ops.lowrank_topk(f.left, f.right, request.k, bracket=expected, backend=backend))
+    seconds = (time.perf_counter() - start) / len(requests)
+    return [
+        Mask(indices, threshold, f.basis, f.method, f.passes, f.settled, seconds)
+        for f, (indices, threshold) in zip(factors, chosen)
+    ]
+
+
+def _is_small(weight: Tensor) -> bool:
+    """Whether one core does a matrix best by itself: the small factorizations of several cores wait for each other."""
+    return weight.device.type == "cpu" and weight.numel() <= _SMALL
+
+
+@contextmanager
+def _single_threaded(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Up to ``count`` workers that compute with one thread each, as many as torch has threads."""
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(max(1, min(count, threads)), initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if count:
+            torch.set_num_threads(threads)  # of threads to come: the workers have set it for them too
 
 
 def _batches(requests: Sequence[MaskRequest], memory_budget: int | None) -> list[list[int]]:

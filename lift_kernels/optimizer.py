@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import dispatch, ops, options, owners
+from . import dispatch, options, owners
 from .checks import check_gradient, require
 from .dense import dense_adamw_
+from .jobs import Job, any_infinite, clipping
 from .lowrank import METHODS
 from .masks import Mask
 from .packed import PackedState
@@ -22,21 +23,6 @@ from .state_dict import check_state_dict, compact
 
 logger = logging.getLogger("lift_kernels")
 _SETTINGS = ("max_grad_norm", "selection", "seed", "backend", "mask_method", "warm_start", "last_refresh")  # of no group
-
-
-class _Job(NamedTuple):
-    """One launch: matrices that share an arena, a group, and the form and dtype of their gradients."""
-
-    arena: PackedState
-    group: dict[str, Any]
-    packed: bool
-    rows: list[int]
-    parameters: list[Tensor]
-    grads: list[Tensor]
-
-    def segments(self) -> tuple[list[int], list[int]]:
-        """Offsets and counts of the matrices in the arena."""
-        return [self.arena.offsets[row] for row in self.rows], [self.arena.counts[row] for row in self.rows]
 
 
 class LiftAdamW(Optimizer):
@@ -181,8 +167,8 @@ class LiftAdamW(Optimizer):
         dense = [
             (g, [p for p in g["params"] if p.grad is not None and not options.is_sparse(p, g)]) for g in self.param_groups
         ]
-        found_inf = self._found_inf(jobs)
-        inv_scale = self._gradient_factor(jobs, dense)
+        found_inf = any_infinite(jobs, getattr(self, "found_inf", None), getattr(self, "grad_scale", None), self.backend)
+        inv_scale = self._gradient_factor(jobs, [p for _, parameters in dense for p in parameters])
         for job in jobs:
             self._step_sparse(job, inv_scale, found_inf)
         for group, parameters in dense:
@@ -211,10 +197,10 @@ class LiftAdamW(Optimizer):
             arena, row = self._places[p]
             arena.weights[row] = layer.weight
 
-    def _sparse_jobs(self) -> list[_Job]:
+    def _sparse_jobs(self) -> list[Job]:
         """The launches of a step."""
         self._follow_layers()
-        jobs: dict[tuple, _Job] = {}
+        jobs: dict[tuple, Job] = {}
         for group_number, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if p not in self._places:
@@ -225,60 +211,29 @@ class LiftAdamW(Optimizer):
                     continue
                 arena, row = self._places[p]
                 key = id(arena), group_number, grad.dtype, packed
-                job = jobs.setdefault(key, _Job(arena, group, packed, [], [], []))
+                job = jobs.setdefault(key, Job(arena, group, packed, [], [], []))
                 job.rows.append(row)
                 job.parameters.append(p)
                 job.grads.append(grad)
         return list(jobs.values())
 
-    def _found_inf(self, jobs: Sequence[_Job]) -> Tensor | None:
-        """GradScaler's flag, raised also by packed gradients that it cannot see; None without a scaler."""
-        found_inf = getattr(self, "found_inf", None)
-        hooked = [job for job in jobs if any(owners.hooked_gradient(p) is not None for p in job.parameters)]
-        if found_inf is None or not hooked:
-            return found_inf
-        require(getattr(self, "grad_scale", None) is not None,
-                "scaler.unscale_ does not reach packed gradients p.lift_grad; leave it out and clip by max_grad_norm=",
-                RuntimeError)  # fmt: skip
-        for job in hooked:
-            offsets, counts = job.segments()
-            norm = ops.packed_l2_norm(job.grads, job.arena.indices, offsets, counts, packed_grads=True, backend=self.backend)
-            found_inf = found_inf + (~norm.isfinite()).float()
-        return found_inf
-
-    def _gradient_factor(self, jobs: Sequence[_Job], dense) -> Tensor | None:
+    def _gradient_factor(self, jobs: Sequence[Job], dense: list[Tensor]) -> Tensor | None:
         """What gradients are multiplied by: GradScaler's inverse scale times the clipping factor, or None for one."""
         scale = getattr(self, "grad_scale", None)
         inv_scale = None if scale is None else scale.reshape(()).reciprocal().float()
         if self.max_grad_norm is None:
             return inv_scale
-        norms = []
-        for job in jobs:
-            offsets, counts = job.segments()
-            norms.append(ops.packed_l2_norm(
-                job.grads, job.arena.indices, offsets, counts, packed_grads=job.packed, backend=self.backend
-            ))  # fmt: skip
-        norms += [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for _, ps in dense for p in ps]
-        if not norms:
-            return inv_scale
-        norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device, non_blocking=True) for n in norms]))
-        self.grad_norm = norm if inv_scale is None else norm * inv_scale.to(norm.device, non_blocking=True)
-        factor = (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
-        return factor if inv_scale is None else factor * inv_scale.to(norm.device, non_blocking=True)
+        factor, norm = clipping(jobs, dense, inv_scale, self.max_grad_norm, self.backend)
+        self.grad_norm = self.grad_norm if norm is None else norm
+        return factor
 
-    def _step_sparse(self, job: _Job, inv_scale, found_inf) -> None:
-        arena, group, rows = job.arena, job.group, job.rows
+    def _step_sparse(self, job: Job, inv_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        arena, rows = job.arena, job.rows
         device = arena.indices.device
         inv_scale, found_inf = (None if t is None else t.to(device, non_blocking=True).reshape(()) for t in (inv_scale, found_inf))
         arena.regather_masters(rows)
         steps = arena.next_steps(rows, found_inf)
-        offsets, counts = job.segments()
-        ops.sparse_adamw_(
-            [arena.weights[row] for row in rows], job.grads, arena.indices, offsets, counts, arena.exp_avg, arena.exp_avg_sq, steps,
-            group["lr"], betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"], master=arena.master,
-            births=arena.births, inv_scale=inv_scale, found_inf=found_inf, packed_grads=job.packed, maximize=group["maximize"],
-            stochastic=group["rounding"] == "stochastic", seed=self.seed, backend=self.backend,
-        )  # fmt: skip
+        job.step(steps, inv_scale, found_inf, self.seed, self.backend)
         arena.written(rows, steps)
         for p in job.parameters:
             if p in self._layers:
