@@ -232,7 +232,8 @@ def trained(steps: int, lr: float) -> tuple[list[Tensor], list[Tensor]]:
 
     model, tokenizer = modelio.load_model(modelio.find_model(None), torch.float32)
     groups = lift_param_groups(model, freeze_rest=True)
-    before = [p.detach().clone() for _, p in groups[0]["params"]]
+    parameters = [p for _, p in groups[0]["params"]]
+    before = [p.detach().clone() for p in parameters]
     optimizer = LiftAdamW(groups, lr=lr, betas=(0.9, 0.95), refresh_interval=None)
     problems = wordproblems.generate(2 * steps, "train", seed=0)
     for step in range(steps):
@@ -241,7 +242,7 @@ def trained(steps: int, lr: float) -> tuple[list[Tensor], list[Tensor]]:
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return before, [p.detach() for _, p in groups[0]["params"]]
+    return before, [p.detach() for p in parameters]
 
 
 def convergence(weights: Sequence[Tensor], rank: int) -> dict[str, list[tuple[float, float]]]:
@@ -340,7 +341,6 @@ def main() -> None:
                     bases = {m: ours(before, rank, m) for m in ("chebyshev", "auto")}
                     table += compare(f"smollm2 after {arguments.steps} steps at lr {lr:g}", rank, after, {
                         "Gram + eigh + numpy.partition": each(gram_and_partition),
-                        "default, cold": cold["default, cold"],
                         "warm": lambda w, r, b=bases["auto"]: ours(w, r, "auto", b),
                         "chebyshev, warm": lambda w, r, b=bases["chebyshev"]: ours(w, r, "chebyshev", b),
                     }, machine, arguments.rounds)  # fmt: skip
