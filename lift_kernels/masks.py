@@ -106,7 +106,9 @@ def principal_masks(
         masks.update(zip(batch, found))
         made(len(batch))
 
-    small = [batch for batch in batches if _is_small(requests[batch[0]].weight) and generator is None]
+    # Triton on CPU tensors is its interpreter, which is not made for several threads.
+    spread = generator is None and backend != "triton"
+    small = [batch for batch in batches if spread and _is_small(requests[batch[0]].weight)]
     for batch in batches:
         if batch not in small:
             keep(batch, make(batch))
