@@ -155,8 +155,9 @@ void packed_weight_grad(Tensor grad_output, Tensor input, Tensor indices, Tensor
     const Tensor left = torch::stable::narrow(rows, 0, row, count);
     const Tensor panel = torch::stable::narrow(scratch, 0, 0, count);
     mm_out(left, input, panel);
-    lift::panel_gather_cpu(panel.data_ptr(), dtype_of(panel), index + entries.first, entries.count, row * n,
-                           static_cast<char*>(out.data_ptr()) + entries.first * out_width, dtype_of(out), parallel_for);
+    lift::packed_gather_cpu(panel.data_ptr(), dtype_of(panel), index + entries.first, entries.count,
+                            static_cast<char*>(out.data_ptr()) + entries.first * out_width, dtype_of(out), parallel_for, row * n,
+                            lift::kWarmChunk);
   }
 }
 

@@ -43,8 +43,13 @@ struct AdamW {
 void sparse_adamw_cpu(const Segment* segments, int64_t n, const AdamW& adamw, DType weight, DType grad, DType moment,
                       ParallelFor parallel_for);
 
+// Entries in a piece of work: of streams through memory, and of a source that is in the caches, where fewer take less time than
+// waking a thread.
+constexpr int64_t kChunk = 16384;
+constexpr int64_t kWarmChunk = 1 << 18;
+// `base` is the flat position of the first element of `source`.
 void packed_gather_cpu(const void* source, DType from, const int32_t* indices, int64_t k, void* out, DType to,
-                       ParallelFor parallel_for);
+                       ParallelFor parallel_for, int64_t base = 0, int64_t chunk = kChunk);
 void packed_scatter_cpu(void* dest, DType to, const int32_t* indices, int64_t k, const void* values, DType from,
                         ParallelFor parallel_for);
 // `out` comes filled for the entering entries; `width` is the size of a value in bytes, 2 or 4.
@@ -60,16 +65,14 @@ void packed_square_sums_cpu(const Segment* segments, int64_t n, const int32_t* i
 // magnitude. [low, high) is expected to hold it; when it does not, the answer takes four sweeps instead of one.
 float lowrank_topk_cpu(const float* left, const float* right, int64_t m, int64_t n, int64_t rank, int64_t k, float low, float high,
                        int32_t* indices, ParallelFor parallel_for);
-// Row panels of the weight gradient of a linear layer: rows of a panel for an m x n matrix with elements of `width` bytes, the
-// range of the index list that lies in rows row .. row + rows, and the gather of that range from a panel that starts at
-// flat position `base`.
+
+// Row panels of the weight gradient of a linear layer: rows of a panel for an m x n matrix with elements of `width` bytes, and
+// the range of the index list that lies in rows row .. row + rows.
 struct PanelEntries {
   int64_t first, count;
 };
 int64_t panel_rows(int64_t m, int64_t n, int64_t width);
 PanelEntries panel_entries(const int32_t* indices, int64_t k, int64_t row, int64_t rows, int64_t n);
-void panel_gather_cpu(const void* panel, DType from, const int32_t* indices, int64_t k, int64_t base, void* out, DType to,
-                      ParallelFor parallel_for);
 
 // The CUDA side, present when the build found nvcc. Launches return 0 or a cudaError_t.
 struct Stream {

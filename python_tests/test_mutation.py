@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[1]
 CORE = (
     "sparse_adamw_several_blocks or sparse_adamw_first_step or sparse_adamw_scaled_gradients or "
     "found_inf_changes_nothing or noise_is_the_specified_one or decay_touches or packed_migrate or "
-    "packed_l2_norm or one_matrix_at_a_time or weight_grad_by_hand or weight_grad_in_several_panels"
+    "packed_l2_norm or one_matrix_at_a_time or weight_grad_by_hand or weight_grad_in_several_panels or "
+    "lowrank_topk_of_whole or lowrank_topk_with_any or lowrank_topk_where_all"
 )
 
 
@@ -41,6 +42,7 @@ REFERENCE, SCALARS = "lift_kernels/reference.py", "lift_kernels/scalars.py"
 TRITON, TABLES = "lift_kernels/triton_kernels/adamw.py", "lift_kernels/triton_kernels/tables.py"
 TRITON_PACKED = "lift_kernels/triton_kernels/packed.py"
 NATIVE, NATIVE_PACKED = "csrc/cpu/adamw.cpp", "csrc/cpu/packed.cpp"
+NATIVE_SELECT, TRITON_SELECT = "csrc/cpu/select.cpp", "lift_kernels/triton_kernels/select.py"
 NATIVE_GRAD, TRITON_GRAD = "csrc/cpu/weight_grad.cpp", "lift_kernels/triton_kernels/linear_grad.py"
 
 MUTANTS = [
@@ -83,6 +85,12 @@ MUTANTS = [
     Mutant("sides exchanged", "reference", REFERENCE, "grad_output.t() @ input", "input.t() @ grad_output"),
     Mutant("first entry of a panel lost", "native-cpu", NATIVE_GRAD, "indices + k, row * n, below",
            "indices + k, row * n + 1, below"),
+    Mutant("ties to the higher position", "native-cpu", NATIVE_SELECT, "index < other.index", "index > other.index"),
+    Mutant("candidates in no order", "native-cpu", NATIVE_SELECT,
+           "std::nth_element(candidates.begin(), candidates.begin() + (missing - 1), candidates.end());", ""),
+    Mutant("ties by the last bit", "native-cpu", NATIVE_SELECT, "bitmap_[at] |= rest & -rest",
+           "bitmap_[at] |= uint64_t{1} << (63 - std::countl_zero(rest))"),
+    Mutant("threshold left out", "triton", TRITON_SELECT, "(keys >= low) & (keys <= high)", "(keys >= low) & (keys < high)"),
     Mutant("bound included", "triton", TRITON_GRAD, "other=0).to(tl.int64) < bound)", "other=0).to(tl.int64) <= bound)"),
     Mutant("any old entry is found", "triton", TRITON_PACKED, "== entry)\n", "!= -1)\n"),
 ]  # fmt: skip
@@ -160,7 +168,11 @@ def run_core(copies: dict[Mutant, Path], interpret: str) -> None:
     lines = []
     for mutant, copy in copies.items():
         files = ["python_tests/test_sparse_adamw.py", "python_tests/test_packed_ops.py", "python_tests/test_linear_grad.py"]
-        if mutant.file in (NATIVE_GRAD, TRITON_GRAD) or mutant.name == "sides exchanged":
+        if not mutant.file:
+            files.append("python_tests/test_lowrank_topk.py")
+        if mutant.file in (NATIVE_SELECT, TRITON_SELECT):
+            files = ["python_tests/test_lowrank_topk.py"]
+        elif mutant.file in (NATIVE_GRAD, TRITON_GRAD) or mutant.name == "sides exchanged":
             files = files[2:]
         elif mutant.file:
             files = files[1:2] if "packed" in mutant.file else files[:1]

@@ -10,7 +10,7 @@ import torch
 from optimizer_helpers import set_gradients, train
 
 from lift_kernels import LiftAdamW, lowrank, pack_gradients, principal_indices
-from lift_kernels.masks import largest_indices
+from lift_kernels.masks import MaskRequest, largest_indices, principal_masks
 from lift_kernels.refresh import spread_share
 
 WIDE = (300, 280)  # wide enough for the iteration
@@ -216,6 +216,21 @@ def test_a_model_of_many_matrices_is_quiet_and_works_without_tqdm(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         LiftAdamW(weights, lr=1e-3, rank=2).refresh()
+
+
+def test_spread_over_the_cores_changes_no_mask_and_no_setting():
+    """Each small matrix has a thread of its own; the number of torch's threads is as before, also after a failure."""
+    weights = [w.detach() for w in parameters(*[(300, 280), (60, 90)] * 3)]
+    requests = [MaskRequest(w, 16, 400, f"w{i}") for i, w in enumerate(weights)]
+    threads = torch.get_num_threads()
+    together = principal_masks(requests, method="chebyshev")
+    assert torch.get_num_threads() == threads
+    for request, mask in zip(requests, together):
+        assert torch.equal(mask.indices, principal_masks([request], method="chebyshev")[0].indices)
+    weights[3][0, 0] = float("nan")
+    with pytest.raises(ValueError, match="w3: 1 non-finite weights"):
+        principal_masks(requests)
+    assert torch.get_num_threads() == threads
 
 
 def test_basis_bytes_are_counted():

@@ -9,8 +9,6 @@
 namespace lift {
 namespace {
 
-constexpr int64_t kChunk = 16384;
-
 int64_t chunks(int64_t n) { return (n + kChunk - 1) / kChunk; }
 
 // Old entries that are also new carry their value over; begin .. end are positions of the new list.
@@ -29,16 +27,16 @@ void merge(const T* values, const int32_t* old_indices, int64_t k_old, const int
 }  // namespace
 
 void packed_gather_cpu(const void* source, DType from, const int32_t* indices, int64_t k, void* out, DType to,
-                       ParallelFor parallel_for) {
+                       ParallelFor parallel_for, int64_t base, int64_t chunk) {
   with_type(from, [&](auto a) {
     with_type(to, [&](auto b) {
       using A = decltype(a);
       using B = decltype(b);
       const auto* src = static_cast<const typename A::Storage*>(source);
       auto* dst = static_cast<typename B::Storage*>(out);
-      for_ranges(parallel_for, chunks(k), [&](int64_t begin, int64_t end) {
-        const int64_t last = std::min(end * kChunk, k);
-        for (int64_t j = begin * kChunk; j < last; ++j) dst[j] = convert<A, B>(src[indices[j]]);
+      for_ranges(parallel_for, (k + chunk - 1) / chunk, [&](int64_t begin, int64_t end) {
+        const int64_t last = std::min(end * chunk, k);
+        for (int64_t j = begin * chunk; j < last; ++j) dst[j] = convert<A, B>(src[indices[j] - base]);
       });
     });
   });
