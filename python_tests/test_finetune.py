@@ -11,6 +11,7 @@ import torch
 from tiny_llama import ALPHABET, LAYERS, SPECIAL, make_tokenizer, save_tiny, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from lift_kernels import lowrank
 from lift_kernels.__main__ import main
 from lift_kernels.finetune import Settings, UserError, encoding, evaluation, modelio, qa_data, run, wordproblems
 
@@ -46,6 +47,15 @@ def lift_run(settings):
 
 def matrices(model) -> dict[str, torch.Tensor]:
     return {n: p.detach() for n, p in model.named_parameters() if re.search(r"(proj)\.weight$", n)}
+
+
+def test_finetune_keeps_no_bases(settings, monkeypatch):
+    """On matrices so wide that a refresh could start warm: the state is what the tiny model's is, without bases."""
+    monkeypatch.setattr(lowrank, "_SMALL", 0)
+    monkeypatch.setitem(lowrank._EIGH_COST, "cpu", 1e6)
+    monkeypatch.setattr(lowrank, "block_width", lambda shape, rank: rank + 1)
+    report = run(settings(name="bases", steps=6, eval_problems=2))
+    assert report["optimizer_state_bytes.measured"] < 16 * (report["entries"] + 65 * 14)
 
 
 def test_finetune_learns_and_reports_what_it_did(lift_run, tiny):

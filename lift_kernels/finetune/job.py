@@ -99,6 +99,7 @@ def prepare(model, settings: Settings, clock: Clock):
             refresh_interval=settings.refresh_interval or None,
             max_grad_norm=CLIP_NORM,
             selection=selection,
+            warm_start=None,  # a run has few refreshes: bases would take a quarter of the state again to save seconds
             seed=settings.seed,
             **budget,
         )
