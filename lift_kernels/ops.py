@@ -80,7 +80,10 @@ def sparse_adamw_(
     Raises ValueError, TypeError or IndexError, before anything is written, with the position in ``weights`` and the value.
     """
     lr = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
-    torch.ops.lift_kernels.sparse_adamw_.default(
+    plain = type(indices) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    # Nothing is recorded or traced in an optimizer's step on plain tensors: the dispatcher's Python layers are passed by.
+    op = _sparse_adamw_op if plain else torch.ops.lift_kernels.sparse_adamw_.default
+    op(
         weights, grads, indices, offsets, counts, exp_avg, exp_avg_sq, steps, lr, master, births, inv_scale, found_inf,
         beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay, packed_grads=packed_grads, maximize=maximize,
         stochastic=stochastic, seed=seed, validate=validate, backend=backend,
