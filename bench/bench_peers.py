@@ -6,12 +6,13 @@ a row without a time too, and the exit status is 1.
 
 - ``state_bytes``: bytes of all distinct tensor storages behind an optimizer's state after its first step, per parameter of the
   matrices; ``computed_bytes`` is what its documented form should take, where we can say. Ours counts indices, moments and master.
-- ``first_step_s``: the first step, untimed otherwise: GaLore makes its projections there (again every 200 steps) and torchao
-  compiles there. The published step's and our masks are made before.
+- ``first_step_s``: the first step, untimed otherwise: GaLore makes its projections there (again every 200 steps; its projection
+  is a view into a whole factor of the SVD, which therefore stays) and torchao compiles there.
+  The published step's and our masks are made before.
 - SHiRA: the packed fp32 values that peft trains, under torch's fused AdamW. Its forward pass builds the weight anew; not counted.
 - Floor: as in `bench_sparse_adamw` for ours and for dense AdamW; empty for others.
 
-    python bench/bench_peers.py [--sets smollm2 4096x4096] [--dtypes fp32 bf16] [--runs 8] [--only NAME ...] [--out DIR]
+    python bench/bench_peers.py [--sets smollm2 4096x4096] [--dtypes fp32 bf16] [--runs 6] [--only NAME ...] [--out DIR]
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from pathlib import Path
 
 import bench_util
 import torch
-from bench_sparse_adamw import BF16, FP32, HYPER, RANK, Published, Sparse, shape_set
+from bench_sparse_adamw import BF16, DENSITY, FP32, HYPER, RANK, Published, Sparse, model_weights
 from bench_util import Arena, Contestant
 from torch import Tensor, nn
+
+from lift_kernels.masks import MaskRequest, principal_masks
 
 COLUMNS = ["set", "variant", "median_ms", "ratio", "state_bytes", "computed_bytes", "first_step_s", "share_of_floor", "status"]
 BLOCK = 256  # entries that share a scale in bitsandbytes and torchao
@@ -201,18 +204,29 @@ def compare(
     return [labels | {"variant": label} | timed.get(label, {}) | said for label, _, said in found]
 
 
+def shapes(name: str, model: str | None) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and index lists: SmolLM2's (or ``model``'s) with their real masks, or one random matrix with a clustered mask."""
+    if name == "smollm2":
+        weights = model_weights(model)
+        requests = [MaskRequest(w, min(RANK, *w.shape), round(DENSITY * w.numel())) for w in weights]
+        return weights, [mask.indices for mask in principal_masks(requests)]
+    m, n = map(int, name.split("x"))
+    weights = [torch.randn(m, n, generator=torch.Generator().manual_seed(0)).mul_(0.02)]
+    return weights, [bench_util.clustered_indices(m, n, DENSITY, seed=0)]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="directory, GGUF file or hub id in place of the bundled SmolLM2-135M")
-    parser.add_argument("--sets", nargs="+", default=["smollm2", "4096x4096"])
+    parser.add_argument("--sets", nargs="+", default=["smollm2"], help="smollm2 or MxN")
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
-    parser.add_argument("--runs", type=int, default=8)
+    parser.add_argument("--runs", type=int, default=6)
     parser.add_argument("--only", nargs="*", help="peers to run; the others' rows say that they were switched off")
     parser.add_argument("--out", type=Path, help="folder for the files in place of bench/results/<device>")
     arguments = parser.parse_args(argv)
     table: list[dict] = []
     for name in arguments.sets:
-        weights, lists, _, _ = shape_set(name, arguments.model)
+        weights, lists = shapes(name, arguments.model)
         for dtype in arguments.dtypes:
             new = compare(name, weights, lists, {"fp32": FP32, "bf16": BF16}[dtype], arguments.runs, arguments.only)
             bench_util.show(new, COLUMNS)
