@@ -12,7 +12,7 @@ a row without a time too, and the exit status is 1.
 - SHiRA: the packed fp32 values that peft trains, under torch's fused AdamW. Its forward pass builds the weight anew; not counted.
 - Floor: as in `bench_sparse_adamw` for ours and for dense AdamW; empty for others.
 
-    python bench/bench_peers.py [--sets smollm2 4096x4096] [--dtypes fp32 bf16] [--runs 6] [--only NAME ...] [--out DIR]
+    python bench/bench_peers.py [--sets 2048x2048 smollm2] [--dtypes fp32 bf16] [--runs 6] [--only NAME ...] [--out DIR]
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def shapes(name: str, model: str | None) -> tuple[list[Tensor], list[Tensor]]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="directory, GGUF file or hub id in place of the bundled SmolLM2-135M")
-    parser.add_argument("--sets", nargs="+", default=["smollm2"], help="smollm2 or MxN")
+    parser.add_argument("--sets", nargs="+", default=["2048x2048"], help="smollm2 (minutes: GaLore factors 210 matrices) or MxN")
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--runs", type=int, default=6)
     parser.add_argument("--only", nargs="*", help="peers to run; the others' rows say that they were switched off")
