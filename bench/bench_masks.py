@@ -33,6 +33,7 @@ from lift_kernels.lowrank import block_width, low_rank_factors
 from lift_kernels.masks import Mask, MaskRequest, largest_indices, principal_masks
 
 DENSITY = 0.05
+SKLEARN = "scikit-learn's randomized_svd(2r, 2)"
 COLUMNS = ["set", "rank", "variant", "seconds", "overlap_mean", "overlap_min", "captured_mean", "captured_min", "passes",
            "floor_s", "share_of_floor"]  # fmt: skip
 
@@ -102,6 +103,25 @@ def svd_lowrank(weight: Tensor, rank: int, niter: int = 2) -> Mask:
     torch.manual_seed(0)
     u, s, v = torch.svd_lowrank(weight, q=min(2 * rank, *weight.shape), niter=niter)
     return partitioned(weight, u[:, :rank] * s[:rank], v[:, :rank], 2 + 2 * niter)
+
+
+def sklearn_svd(weight: Tensor, rank: int) -> Mask:
+    """scikit-learn's randomized_svd with as many directions and iterations as the published call, its other defaults."""
+    from sklearn.utils.extmath import randomized_svd
+
+    width = min(2 * rank, *weight.shape)
+    u, s, vh = randomized_svd(weight.numpy(), rank, n_oversamples=width - rank, n_iter=2, random_state=0)
+    left, right = (torch.from_numpy(np.ascontiguousarray(f)) for f in (u * s, vh.T))
+    return partitioned(weight, left, right, 6)
+
+
+def sklearn_problem() -> str:
+    """Why `sklearn_svd` cannot run here, or an empty string."""
+    try:
+        importlib.import_module("sklearn.utils.extmath")
+    except ImportError as error:
+        return f"not installed ({error.name} is missing): pip install scikit-learn"
+    return ""
 
 
 def each(make: Callable[[Tensor, int], Mask]) -> Callable[[Sequence[Tensor], int], list[Mask]]:
@@ -301,6 +321,7 @@ def main() -> None:
     curves: dict[str, dict] = {}
     cold = {
         "svd + topk (published)": each(svd_and_topk), "svd_lowrank(2r, 2) (published)": each(svd_lowrank),
+        SKLEARN: each(sklearn_svd),
         "Gram + eigh + topk": each(gram_and_topk), "Gram + eigh + numpy.partition": each(gram_and_partition),
         "chebyshev, cold": lambda weights, rank: ours(weights, rank, "chebyshev"),
         "default, cold": lambda weights, rank: ours(weights, rank, "auto"),
@@ -316,6 +337,9 @@ def main() -> None:
         for rank in arguments.ranks if real else [64]:
             variants = dict(cold)
             variants.pop("Gram + eigh + topk" if real else "Gram + eigh + numpy.partition")  # the faster one stays on small ones
+            if problem := sklearn_problem():
+                variants.pop(SKLEARN)
+                table.append({"op": "lowrank_topk, masks", "set": name, "rank": rank, "variant": SKLEARN, "status": problem})
             if arguments.no_svd or rank != arguments.ranks[-1]:
                 variants.pop("svd + topk (published)")
             if not real:  # the basis of this matrix before a small change of the selected entries
