@@ -1,7 +1,6 @@
-"""The CUDA device code, compiled by the host compiler against a minimal stand-in for the CUDA built-ins, and run for real.
+"""The CUDA device code, compiled by the host compiler against a stand-in for the CUDA built-ins, and run for real.
 
-The kernels here are grid-stride loops without shared memory or barriers, so running their threads one after the other is
-faithful. The same header is what nvcc compiles; nothing is copied.
+``host_cuda/shim.h`` runs one host thread per CUDA thread. The same headers are what nvcc compiles; nothing is copied.
 """
 
 import ctypes
@@ -16,19 +15,13 @@ from lift_kernels import reference
 
 ROOT = Path(__file__).parent.parent
 
+HOST_CUDA = Path(__file__).parent / "host_cuda"
+
 HARNESS = r"""
-#include <cstdint>
-struct Dim { unsigned x; };
-static thread_local Dim threadIdx, blockIdx, blockDim, gridDim;
-#define __global__
-#define __restrict__
+#include "shim.h"
 #include "packed.cuh"
 
-template <class F> void launch(unsigned blocks, unsigned threads, F body) {
-  gridDim.x = blocks; blockDim.x = threads;
-  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)
-    for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) body();
-}
+using shim::launch;
 
 extern "C" void gather(const float* s, const int32_t* i, int64_t k, float* o, unsigned blocks) {
   launch(blocks, 64, [&] { lift::cuda::packed_gather_kernel(s, i, k, o); });
@@ -43,18 +36,22 @@ extern "C" void migrate(const uint32_t* v, const int32_t* o, int64_t ko, const i
 """
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    """The header compiled into a shared library, under the undefined-behaviour sanitizer's traps."""
+def compiled(source: Path, target: Path, *flags: str) -> Path:
+    """A program or library of a source that includes the shim and device code of the package."""
     compiler = shutil.which("g++") or shutil.which("c++")
     assert compiler, "a C++ compiler is needed to run the CUDA device code on the host"
+    common = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{HOST_CUDA}", f"-I{ROOT / 'csrc/cuda'}"]
+    subprocess.run([compiler, *common, *flags, source, "-o", target], check=True)
+    return target
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    """The packed kernels in a shared library, under the undefined-behaviour sanitizer's traps."""
     folder = tmp_path_factory.mktemp("host_cuda")
     (folder / "harness.cpp").write_text(HARNESS)
-    library = folder / "harness.so"
-    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-Wall", "-Werror"]
-    flags += ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
-    subprocess.run([compiler, *flags, f"-I{ROOT / 'csrc/cuda'}", "harness.cpp", "-o", library], cwd=folder, check=True)
-    return ctypes.CDLL(str(library))
+    flags = ["-shared", "-fPIC", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
+    return ctypes.CDLL(str(compiled(folder / "harness.cpp", folder / "harness.so", *flags)))
 
 
 def address(tensor):
@@ -93,3 +90,53 @@ def test_packed_migrate(kernels, old_count, new_count, blocks):
     out = torch.zeros(new_count)
     kernels.migrate(address(values), address(old), size(old), address(new), size(new), address(out), blocks)
     assert torch.equal(out, reference.packed_migrate_ref(values, old, new))
+
+
+SUMS = [sum(range(128)), sum(range(128, 256)), sum(range(256, 300))]
+
+
+def run(program: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([program], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+def test_shim_runs_blocks_with_shuffles_and_shared_memory(tmp_path, sanitizer):
+    done = run(compiled(HOST_CUDA / "block_sum.cpp", tmp_path / "sums", f"-fsanitize={sanitizer}"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert list(map(int, done.stdout.split())) == SUMS and done.stderr == ""
+
+
+def test_shim_shows_a_missing_barrier_as_a_race(tmp_path):
+    done = run(compiled(HOST_CUDA / "block_sum.cpp", tmp_path / "race", "-fsanitize=thread", "-DDROP_BARRIER"))
+    assert done.returncode != 0 and "data race" in done.stderr and "block_sum_kernel" in done.stderr
+
+
+SHUFFLES = r"""
+#include "shim.h"
+
+extern "C" void shuffles(int* out) {  // 40 threads: a warp and a quarter
+  shim::launch(1, 40, [&] {
+    const int value = 100 + int(threadIdx.x);
+    int* own = out + 4 * threadIdx.x;
+    const bool whole = threadIdx.x < 32;
+    own[0] = __shfl_xor_sync(~0u, value, 5);
+    own[1] = __shfl_up_sync(~0u, value, 3);
+    own[2] = whole ? __shfl_down_sync(~0u, value, 3) : 0;
+    own[3] = __shfl_sync(~0u, value, 2);
+  });
+}
+"""
+
+
+def test_shim_shuffles(tmp_path):
+    (tmp_path / "shuffles.cpp").write_text(SHUFFLES)
+    library = ctypes.CDLL(str(compiled(tmp_path / "shuffles.cpp", tmp_path / "shuffles.so", "-shared", "-fPIC")))
+    out = torch.zeros(40, 4, dtype=torch.int32)
+    library.shuffles(address(out))
+    lanes = torch.arange(40) % 32
+    first = torch.arange(40) - lanes + 100
+    full = slice(0, 32)
+    assert torch.equal(out[:, 0].long(), first + (lanes ^ 5))
+    assert torch.equal(out[:, 1].long(), first + torch.where(lanes < 3, lanes, lanes - 3))
+    assert torch.equal(out[full, 2].long(), first[full] + torch.where(lanes[full] + 3 < 32, lanes[full] + 3, lanes[full]))
+    assert torch.equal(out[:, 3].long(), first + 2)

@@ -1,0 +1,135 @@
+// CUDA's built-ins for a host compiler, for tests only: one host thread per CUDA thread, blocks one after the other.
+//
+// Barriers and shuffles are real synchronization between real threads, so ThreadSanitizer sees a forgotten one as the race that it
+// is. A thread that returns early leaves its barriers, as on a GPU. Shared memory is `static`: blocks never overlap, so one copy
+// serves, and it keeps what the last block left, as uninitialized memory may.
+#pragma once
+
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace shim {
+
+constexpr unsigned kWarp = 32;
+
+// Not std::barrier: in libstdc++ all barriers share a few pools of waiters, whose atomics order threads of different warps by
+// accident, and ThreadSanitizer then misses races between them.
+class Barrier {
+ public:
+  explicit Barrier(unsigned threads) : expected_(threads) {}
+
+  void wait() {
+    std::unique_lock lock(mutex_);
+    const unsigned round = round_;
+    if (++arrived_ == expected_) next_round();
+    else changed_.wait(lock, [&] { return round_ != round; });
+  }
+
+  // The calling thread will not come again.
+  void leave() {
+    const std::lock_guard lock(mutex_);
+    if (--expected_ == arrived_ && expected_ > 0) next_round();
+  }
+
+ private:
+  void next_round() {
+    arrived_ = 0;
+    ++round_;
+    changed_.notify_all();
+  }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  unsigned expected_, arrived_ = 0, round_ = 0;
+};
+
+struct Warp {
+  explicit Warp(unsigned lanes) : barrier(lanes) {}
+  Barrier barrier;
+  uint64_t values[kWarp] = {};
+};
+
+struct Block {
+  explicit Block(unsigned threads) : barrier(threads) {
+    for (unsigned first = 0; first < threads; first += kWarp)
+      warps.push_back(std::make_unique<Warp>(threads - first < kWarp ? threads - first : kWarp));
+  }
+  Barrier barrier;
+  std::vector<std::unique_ptr<Warp>> warps;
+};
+
+inline Block* running = nullptr;  // written between blocks only
+inline Warp& warp() { return *running->warps[threadIdx.x / kWarp]; }
+
+// Every lane publishes its value and reads that of lane `from`.
+template <class T>
+T exchange(T value, unsigned from) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  Warp& own = warp();
+  std::memcpy(&own.values[threadIdx.x % kWarp], &value, sizeof(T));
+  own.barrier.wait();
+  T result;
+  std::memcpy(&result, &own.values[from], sizeof(T));
+  own.barrier.wait();  // or the next exchange would overwrite what a slow lane has yet to read
+  return result;
+}
+
+// kernel<<<blocks, threads>>>: `body` calls the kernel, once in each thread.
+template <class F>
+void launch(unsigned blocks, unsigned threads, const F& body) {
+  for (unsigned b = 0; b < blocks; ++b) {
+    Block block(threads);
+    running = &block;
+    std::vector<std::thread> pool;
+    for (unsigned t = 0; t < threads; ++t) {
+      pool.emplace_back([&, t] {
+        threadIdx.x = t, blockIdx.x = b, blockDim.x = threads, gridDim.x = blocks;
+        body();
+        warp().barrier.leave();
+        block.barrier.leave();
+      });
+    }
+    for (std::thread& thread : pool) thread.join();
+  }
+}
+
+}  // namespace shim
+
+inline void __syncthreads() { shim::running->barrier.wait(); }
+inline void __syncwarp(unsigned = ~0u) { shim::warp().barrier.wait(); }
+
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return shim::exchange(value, unsigned(lane) % shim::kWarp);
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return shim::exchange(value, (threadIdx.x ^ unsigned(mask)) % shim::kWarp);
+}
+template <class T>
+T __shfl_up_sync(unsigned, T value, unsigned delta) {
+  const unsigned lane = threadIdx.x % shim::kWarp;
+  return shim::exchange(value, lane < delta ? lane : lane - delta);
+}
+template <class T>
+T __shfl_down_sync(unsigned, T value, unsigned delta) {
+  const unsigned lane = threadIdx.x % shim::kWarp;
+  return shim::exchange(value, lane + delta < shim::kWarp ? lane + delta : lane);
+}
