@@ -25,7 +25,7 @@ def compiled(source: Path, target: Path, *flags: str) -> Path:
 
 def library(source: Path, folder: Path, *flags: str) -> ctypes.CDLL:
     """A shared library under the undefined-behaviour sanitizer's traps."""
-    trapped = ["-shared", "-fPIC", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
+    trapped = ["-shared", "-fPIC", "-O2", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
     return ctypes.CDLL(str(compiled(source, folder / f"{source.stem}.so", *trapped, *flags)))
 
 
