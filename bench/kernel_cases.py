@@ -49,9 +49,11 @@ class Launch:
 # By the kernel's name, for all of its template instances, or with template arguments for one of them. A kernel without an entry
 # is taken for `Launch()` and still checked for spills. The sources are setup.py's CUDA_SOURCES.
 CUDA_LAUNCHES = {
-    "packed_gather_kernel": Launch(),
-    "packed_scatter_kernel": Launch(),
-    "packed_migrate_kernel": Launch(),
+    "gaussian_sketch_kernel": Launch(wide_stores=1),
+    "gram_kernel": Launch(wide_loads=6),
+    "gram_kernel<128>": Launch(wide_loads=6, wide_stores=8),
+    "multiply_upper_kernel": Launch(wide_loads=2),
+    "multiply_upper_kernel<128>": Launch(wide_loads=2, wide_stores=8),
 }
 
 

@@ -7,8 +7,8 @@ read from the machine code by the disassembler in triton's wheel, so both kinds 
 from __future__ import annotations
 
 import argparse
-import ast
-import importlib
+import functools
+import importlib.util
 import json
 import os
 import re
@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 
 from bench.kernel_cases import CASES, CUDA_LAUNCHES, TARGETS, THREADS, Case, Launch
 
@@ -98,7 +99,7 @@ def compile_cuda(source: Path | str, target: int, launches: dict[str, Launch] = 
         raise RuntimeError(no_nvcc())
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
-        command = [compiler, *setup_constant("NVCC_FLAGS"), "-cubin", f"-arch=sm_{target}", str(source), "-o", str(file)]
+        command = [compiler, *build().NVCC_FLAGS, "-cubin", f"-arch=sm_{target}", str(source), "-o", str(file)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
@@ -147,15 +148,17 @@ def no_nvcc() -> str:
     if nvcc() is not None:
         return ""
     place = f"in CUDA_HOME ({os.environ['CUDA_HOME']})" if os.environ.get("CUDA_HOME") else "on PATH, and CUDA_HOME is not set"
-    return f"nvcc is not {place}: {', '.join(setup_constant('CUDA_SOURCES'))} not compiled"
+    return f"nvcc is not {place}: {', '.join(build().CUDA_SOURCES)} not compiled"
 
 
-def setup_constant(name: str) -> list[str]:
-    """A list of strings at the top of setup.py, which cannot be imported without building."""
-    for statement in ast.parse((ROOT / "setup.py").read_text()).body:
-        if isinstance(statement, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in statement.targets):
-            return ast.literal_eval(statement.value)
-    raise LookupError(f"setup.py assigns no {name}")
+@functools.cache
+def build() -> ModuleType:
+    """setup.py, which knows the CUDA sources and the flags of nvcc."""
+    spec = importlib.util.spec_from_file_location("lift_kernels_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _machine_code(cubin: Path, target: int) -> dict[str, dict]:
@@ -207,7 +210,7 @@ def _demangled(names: list[str]) -> list[str]:
 
 def _jobs(only: str) -> Iterator[tuple[Case | str, int]]:
     """What is to be compiled: CUDA sources and Triton cases, each for each target."""
-    sources = setup_constant("CUDA_SOURCES") if nvcc() is not None else []
+    sources = build().CUDA_SOURCES if nvcc() is not None else []
     for work in (*sources, *(case for case in CASES if only in case.name)):
         for target in TARGETS:
             yield work, target

@@ -97,6 +97,13 @@ def _kernel_rows() -> list[tuple[str, Mapping[str, Selection]]]:
         "CUDA `packed_gather`": {"kernel": "packed_gather_kernel<*"},
         "CUDA `packed_scatter_`": {"kernel": "packed_scatter_kernel<*"},
         "CUDA `packed_migrate`": {"kernel": "packed_migrate_kernel<*"},
+        "CUDA `gaussian_sketch`": {"kernel": "gaussian_sketch_kernel<*"},
+        "CUDA `cholesky_qr_`, Gram, l to 64": {"kernel": "gram_kernel<64>"},
+        "CUDA `cholesky_qr_`, Gram, wider": {"kernel": "gram_kernel<128>"},
+        "CUDA `cholesky_qr_`, sum": {"kernel": "gram_sum_kernel"},
+        "CUDA `cholesky_qr_`, factor and inverse": {"kernel": "cholesky_inverse_kernel"},
+        "CUDA `cholesky_qr_`, product, l to 64": {"kernel": "multiply_upper_kernel<64>"},
+        "CUDA `cholesky_qr_`, product, wider": {"kernel": "multiply_upper_kernel<128>"},
     }
     return [
         (label, {"all": chosen, **{f"sm{target}": {**chosen, "target": target} for target in ("80", "90", "100")}})
