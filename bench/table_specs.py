@@ -206,6 +206,37 @@ TABLES = {
         },
         each=[{}],
     ),
+    "delta": Table(
+        "delta.csv",
+        {
+            "model": "{row.set}",
+            "way": "{row.variant}",
+            "median": "{row.median_ms:.4g} ms||{row.status}",
+            "over safetensors": "{row.ratio:.2f} x",
+            "file": "{row.file_bytes/MiB:.4g} MiB",
+            "bytes an entry": "{row.bytes_per_entry:.2f}",
+            "computed": "{row.computed_bytes}",
+            "of the floor": "{row.share_of_floor:.0%}",
+        },
+        each=[{}],
+    ),
+    "memory": Table(
+        "memory.csv",
+        {
+            "weights, state": "{row.set}",
+            "method": "{row.variant}",
+            "added": "{row.added:.3g}",
+            "gradients": "{row.gradients:.3g}",
+            "indices": "{row.indices:.3g}",
+            "masters": "{row.master:.3g}",
+            "moments": "{row.moments:.3g}",
+            "warm start": "{row.warm_start:.3g}",
+            "total, bytes a parameter": "{row.total:.3g}||{row.status}",
+            "computed": "{row.computed:.3g}",
+            "of AdamW": "{row.share_of_adamw:.1%}",
+        },
+        each=[{}],
+    ),
     "kernels": Table(
         "kernels.csv",
         {
