@@ -212,8 +212,9 @@ void cholesky_inverse_on_cuda(Tensor partials, Tensor gram, Tensor scale, Tensor
                                     current_stream(partials)));
 }
 
-void multiply_upper_on_cuda(Tensor x, Tensor inverse) {
-  check(lift::multiply_upper_cuda(floats(x), floats(inverse), x.size(0), x.size(1), x.size(2), current_stream(x)));
+void multiply_upper_on_cuda(Tensor x, Tensor inverse, Tensor status) {
+  check(lift::multiply_upper_cuda(floats(x), floats(inverse), static_cast<const int32_t*>(status.data_ptr()), x.size(0), x.size(1), x.size(2),
+                                  current_stream(x)));
 }
 
 int64_t cuda_runtime_version() { return lift::cuda_runtime_version(); }
@@ -242,7 +243,7 @@ STABLE_TORCH_LIBRARY(lift_kernels_native, m) {
       "-> ()");
   m.def(
       "cholesky_inverse(Tensor partials, Tensor(a!) gram, Tensor(b!) scale, Tensor(c!) inverse, Tensor(d!) status) -> ()");
-  m.def("multiply_upper_(Tensor(a!) x, Tensor inverse) -> ()");
+  m.def("multiply_upper_(Tensor(a!) x, Tensor inverse, Tensor status) -> ()");
   m.def("cuda_runtime_version() -> int");
   m.def("cuda_driver_version() -> int");
 }
