@@ -6,7 +6,8 @@ from which one degree suffices, and is counted for the batches that `masks.MEMOR
 - launches: torch calls that compute something (a view is none), at one launch each, although a library call may make more;
 - bytes: every tensor that a call reads or writes, once; of a helper what its kernels move to and from memory, tiles that they
   read again from the L2 cache not counted again;
-- FLOPs: of products and triangular solves as executed, tiles below the diagonal included. Eigenproblems are counted as calls.
+- FLOPs: of products and triangular solves as executed, tiles below the diagonal included, in TF32 where a GPU takes it, else fp32.
+  Of eigenproblems there is one call a batch and degree, and no count.
 
 The selection is left out: it reads the factors and writes lists in both.
 
@@ -33,14 +34,16 @@ from bench import bench_util
 from lift_kernels import lowrank, mask_ops, masks, native_cuda
 
 SHAPES = {(4096, 4096): 128, (11008, 4096): 64, (4096, 11008): 32}
+QUANTITIES = ("launches", "bytes", "tf32_flops", "fp32_flops")
 PARTS = ("whole matrices", "tall blocks", "eigenproblems")
 
 
 class Cost(Counter):
     """Sums by (part, quantity)."""
 
-    def add(self, part: str, launches: int, moved: float, flops: float) -> None:
-        self.update({(part, "launches"): launches, (part, "bytes"): moved, (part, "flops"): flops})
+    def add(self, part: str, launches: int, moved: float, flops: float, tf32: bool = False) -> None:
+        kind = "tf32_flops" if tf32 else "fp32_flops"
+        self.update({(part, "launches"): launches, (part, "bytes"): moved, (part, kind): flops})
 
 
 class Counting(TorchDispatchMode):
@@ -48,7 +51,7 @@ class Counting(TorchDispatchMode):
 
     def __init__(self, cost: Cost, numel: int) -> None:
         super().__init__()
-        self.cost, self.numel = cost, numel
+        self.cost, self.numel, self.tf32 = cost, numel, False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -64,8 +67,16 @@ class Counting(TorchDispatchMode):
             flops = args[1].numel() * args[0].shape[-1]
         large = any(t.numel() >= self.numel for t in tensors)
         part = "eigenproblems" if func is torch.ops.aten._linalg_eigh.default else "whole matrices" if large else "tall blocks"
-        self.cost.add(part, 1, moved, flops)
+        self.cost.add(part, 1, moved, flops, self.tf32)
         return out
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """`lowrank._product`, which a GPU forms in TF32."""
+        self.tf32 = True
+        try:
+            return a @ b
+        finally:
+            self.tf32 = False
 
 
 def helper_cost(cost: Cost, rows: int, width: int, blocks_read: int, multiplied: int) -> None:
@@ -111,7 +122,8 @@ def refresh(shape: tuple[int, int], rank: int, matrices: int, with_helpers: bool
     weight = left @ right.T + 0.01 * torch.randn(*shape, generator=generator)
     basis = torch.linalg.qr(right if shape[0] >= shape[1] else left).Q.bfloat16()
     cost = Cost()
-    with Counting(cost, weight.numel()), helpers(cost) if with_helpers else nullcontext():
+    counting = Counting(cost, weight.numel())
+    with counting, mock.patch.object(lowrank, "_product", counting.product), helpers(cost) if with_helpers else nullcontext():
         factors = lowrank.batched_factors(
             [weight] * matrices, rank, method="chebyshev", warm_starts=[basis] * matrices, tolerance=1e-2
         )
@@ -145,7 +157,7 @@ def main() -> None:
     for way in ("twins", "helpers"):
         cost = model_cost(options.rank, options.scale, way == "helpers")
         for part in PARTS:
-            quantities = {quantity: f"{cost[part, quantity]:.4g}" for quantity in ("launches", "bytes", "flops")}
+            quantities = {quantity: f"{cost[part, quantity]:.4g}" for quantity in QUANTITIES}
             rows.append({"model": "LLaMA-2-7B, 224 matrices", "rank": options.rank, "way": way, "part": part} | quantities)
             print(*rows[-1].values(), sep="\t")
     if options.csv:

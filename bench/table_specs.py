@@ -270,16 +270,16 @@ TABLES = {
         },
         [(label.removeprefix("CUDA "), picks) for label, picks in _kernel_rows() if label.startswith("CUDA")],
     ),
-    "refresh cost": Table(
+    "refresh-cost": Table(
         "refresh_cost.csv",
         {
             "part": "{label}",
             "launches": "{twins.launches:.0f}",
             "GB": "{twins.bytes/GB:.1f}",
-            "TFLOP": "{twins.flops/T:.2f}",
+            "TFLOP TF32, fp32": "{twins.tf32_flops/T:.2f}, {twins.fp32_flops/T:.2f}",
             "launches, helpers": "{helpers.launches:.0f}",
             "GB, helpers": "{helpers.bytes/GB:.1f}",
-            "TFLOP, helpers": "{helpers.flops/T:.2f}",
+            "TFLOP, helpers": "{helpers.tf32_flops/T:.2f}, {helpers.fp32_flops/T:.2f}",
         },
         [(part, {way: {"part": part, "way": way} for way in ("twins", "helpers")})
          for part in ("whole matrices", "tall blocks", "eigenproblems")],
