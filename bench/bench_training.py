@@ -6,22 +6,24 @@ round, after two untimed ones. It is no contest of losses: the learning rates ar
 
 - A method that is not installed or cannot run here has a row without a time whose ``status`` begins with ``missing:``.
 - Correctness, of all steps: losses are finite and fall, and the first one is the plain model's. The first three losses of full
-  fine-tuning and of both LIFT modes equal those of plain torch code (for-loop AdamW, for LIFT on vectors of the first masks' entries),
-  and those of both modes equal each other, to 1 % (bf16: 5 %) of what the loss fell. A wrong method is refused: ``status`` says why,
-  its row has no time, and the exit status is 1.
+  fine-tuning and of both LIFT modes equal those of plain torch code (for-loop AdamW, for LIFT on vectors of the first masks'
+  entries), and those of both modes equal each other, to 1 % (bf16: 5 %) of what the loss fell. A wrong method is refused:
+  ``status`` says why, its row has no time, and the exit status is 1.
 - ``median_ms``: of a whole step, with new masks in it: LIFT's refresh is spread over ``refresh_interval`` steps, 200 or as many as
-  there are matrices, so that each step renews at least one. GaLore's projections are made in its first step; a 200th of what that took
-  longer is added to each of its steps. ``refresh_ms``, the mean of these parts; ``step_ms``, the rest of the optimizer's step;
+  there are matrices, so that each step renews at least one. GaLore's projections are made in its first step; a 200th of what that
+  took longer is added to each of its steps. ``refresh_ms``, the mean of these parts; ``step_ms``, the rest of the optimizer's step;
   ``forward_backward_ms``; ``tokens_s``: tokens of a batch over the median. ``setup_s``: adapters, first masks or projections.
-- ``peak_over_model_mib``: what two steps take beyond the weights. A process of its own for each method makes a random model of the
-  same form (memory depends on shapes only) and counts the peak of its resident memory, reset after that, or CUDA's allocated memory.
-- Floor: FLOPs at the measured rate of products plus the bytes of the optimizer's step at the measured copy bandwidth. For T tokens
-  of sequences of length L: 4 T for each entry of the linear layers and of the head (forward, and backward to the inputs), 2 T for each
-  whose weight gradient is made (full fine-tuning and GaLore: all; SHiRA and both LIFT modes: the linear layers', which they all make
-  dense, whatever they keep; LoRA: 6 T for each entry of its factors and none for the matrices), 6 T L x heads x head size a layer for
-  the causal half of attention, 4 r m n for GaLore's projections to and fro. Bytes: AdamW 7 values of each trained entry; GaLore the
-  same but for the matrices, of which gradient and weight are read and the weight written; LIFT as in `bench_sparse_adamw`. Not counted:
-  norms, softmax, activations, the loss, peft's dense sums of weight and adapter, refreshes.
+- ``peak_over_model_mib``: what setup and two steps take beyond the weights; ``steps_peak_mib``: the steps alone. A process of its
+  own for each method makes a random model of the same form (memory depends on shapes only), and the peak of its resident memory, or
+  of what CUDA has allocated, is counted from there.
+- Floor: FLOPs at the measured rate of products plus the bytes of the optimizer's step at the measured copy bandwidth, each the
+  better of a measurement before and one after the steps. FLOPs, for T tokens in sequences of length L: 4 T for each entry of the
+  linear layers and of the head (forward, and backward to the inputs); 2 T for each whose weight gradient is made (full fine-tuning
+  and GaLore: all; SHiRA and both LIFT modes: the linear layers', made dense by all of them whatever they keep; LoRA instead 6 T for
+  each entry of its factors); 6 T L x heads x head size a layer for the causal half of attention; 4 r m n for GaLore's projections to
+  and fro. Bytes: AdamW 7 values of each trained entry; GaLore the same but for the matrices, of which gradient and weight are read
+  and the weight written; LIFT as in `bench_sparse_adamw`, packed mode with a master. Not counted: norms, softmax, activations, the
+  loss, peft's dense sums of weight and adapter, refreshes.
 
     python bench/bench_training.py [--sets smollm2 random] [--batch 2] [--length 64] [--runs 5] [--only NAME ...] [--no-memory]
                                    [--model DIR] [--dry-run] [--out DIR]
@@ -44,8 +46,10 @@ import training_methods
 from torch import Tensor, nn
 from training_methods import FULL, INTERVAL, MATRIX, METHODS, PACKED, Step, Trainer
 
-COLUMNS = ["set", "variant", "median_ms", "tokens_s", "ratio", "forward_backward_ms", "step_ms", "refresh_ms", "peak_over_model_mib",
-           "trained", "share_of_floor", "status"]  # fmt: skip
+COLUMNS = [
+    "set", "variant", "median_ms", "tokens_s", "ratio", "forward_backward_ms", "step_ms", "refresh_ms", "peak_over_model_mib",
+    "trained", "share_of_floor", "status",
+]  # fmt: skip
 WARMUP, CHECKED = 2, 3  # steps
 BYTES_OF_ALL = 40  # bytes a parameter, of all methods together in bf16, which are in memory at once
 SIZES = [(512, 1376, 8, 8192), (1024, 2816, 16, 32000), (2048, 5632, 22, 32000), (2560, 6912, 32, 32000)]
@@ -145,6 +149,11 @@ def references(trainers: Sequence[Trainer], model: nn.Module, tokens: Tensor) ->
     return plain
 
 
+def machine(device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """Measured bytes of a copy and FLOPs of a product, per second."""
+    return bench_util.copy_bandwidth(device), bench_util.product_rate(device, dtype, 2048 if device == "cpu" else 8192)
+
+
 def compare(
     label: str, model: nn.Module, shape: tuple[int, int], runs: int, only: Sequence[str] | None = None, memory: bool = True
 ) -> list[dict]:
@@ -153,6 +162,7 @@ def compare(
     device, dtype = parameter.device.type, parameter.dtype
     tolerance = 0.01 if dtype == torch.float32 else 0.05
     tokens = training_methods.random_tokens(model.config.vocab_size, shape, device)
+    before = machine(device, dtype)
     chosen = [name for name in METHODS if only is None or name in only]
     peak = training_methods.peaks(chosen, model.config, dtype, shape, device) if memory else {}
     status = {name: "switched off by --only" for name in METHODS if name not in chosen}
@@ -167,17 +177,16 @@ def compare(
     status |= broken
     losses = {trainer.name: trainer.losses for trainer in trainers if trainer.name not in broken}
     status |= {name: f"refused, it is wrong: {found}" for name in losses if (found := problem(name, losses, plain, tolerance))}
-    rates = bench_util.copy_bandwidth(device), bench_util.product_rate(device, dtype, 2048 if device == "cpu" else 8192)
+    rates = np.maximum(before, machine(device, dtype))
     labels = {"op": "training", "set": f"{label}, {str(dtype).removeprefix('torch.')}, {shape[0]} x {shape[1]} tokens",
               "parameters": sum(p.numel() for p in model.parameters())}  # fmt: skip
     baseline = None if FULL in status else np.array([step.total for step in steps[FULL]])
     rows = {t.name: row(t, steps[t.name], model, rates, baseline) for t in trainers if t.name not in status}
-    return [
-        labels | {"variant": name} | rows.get(name, {}) | peak.get(name, {}) | {"status": status.get(name, "ok")} for name in METHODS
-    ]
+    found = {name: rows.get(name, {}) | peak.get(name, {}) | {"status": status.get(name, "ok")} for name in METHODS}
+    return [labels | {"variant": name} | columns for name, columns in found.items()]
 
 
-def row(trainer: Trainer, steps: Sequence[Step], model: nn.Module, rates: tuple[float, float], baseline: np.ndarray | None) -> dict:
+def row(trainer: Trainer, steps: Sequence[Step], model: nn.Module, rates: Sequence[float], baseline: np.ndarray | None) -> dict:
     """The columns of a method that was timed."""
     bandwidth, products = rates
     taken = np.array([step.total for step in steps])

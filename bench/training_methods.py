@@ -1,6 +1,6 @@
 """Ways of fine-tuning a causal language model, for `bench_training` and `bench_memory`: ours and its peers.
 
-The adapters get as many trained entries as LIFT has: their rank is density * sum of m n / sum of (m + n) over the matrices, rounded.
+The adapters get about as many trained entries as LIFT: their rank is density * sum of m n / sum of (m + n) over the matrices.
 LIFT, LoRA and SHiRA train the matrices of the linear layers but the head; full fine-tuning and GaLore every parameter, GaLore's
 projections being those of the matrices.
 """
@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import bench_util
 import torch
 from bench_peers import attribute
 from bench_util import Arena
@@ -238,34 +237,47 @@ def random_model(config: Any, dtype: torch.dtype, device: str) -> nn.Module:
 
 
 def resident(kind: str) -> int:
-    """``VmRSS`` or ``VmHWM``, the peak since it was reset, of this process in bytes."""
+    """``VmRSS``, or ``VmHWM``, its peak, of this process in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(kind):
             return 1024 * int(line.split()[1])
     raise OSError(f"/proc/self/status has no {kind}; this system counts no peak of resident memory")
 
 
+def restart_peak(device: str) -> None:
+    if device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")
+    else:
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak(device: str) -> int:
+    """Bytes since `restart_peak`."""
+    return resident("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
+
+
 def random_tokens(vocabulary: int, shape: tuple[int, int], device: str) -> Tensor:
     return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def peak_memory(name: str, config: Any, dtype: torch.dtype, shape: tuple[int, int], device: str, threads: int) -> tuple[int, int]:
-    """Bytes of a random model, and what two steps of ``name`` take beyond them at their peak. For a process of its own."""
+def peak_memory(name: str, config: Any, dtype: torch.dtype, shape: tuple[int, int], device: str, threads: int) -> list[int]:
+    """Bytes of a random model, and what preparing it for ``name`` and two steps each take beyond them at their peak.
+
+    For a process of its own.
+    """
     torch.set_num_threads(threads)
     trainer = Trainer(name, random_model(llama_config(*TINY), dtype, device), random_tokens(TINY[-1], shape, device))
     trainer.step()  # libraries, threads and their workspaces are there from here
     model = random_model(config, dtype, device)
     size = sum(p.untyped_storage().nbytes() for p in model.parameters())
-    if device == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-        before = resident("VmRSS")
-    else:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    before = resident("VmRSS") if device == "cpu" else torch.cuda.memory_allocated()
+    restart_peak(device)
     trainer = Trainer(name, model, random_tokens(config.vocab_size, shape, device))
+    preparing = peak(device) - before
+    restart_peak(device)
     for _ in range(2):
         trainer.step()
-    return size, (resident("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()) - before
+    return [size, preparing, peak(device) - before]
 
 
 def peaks(names: Sequence[str], config: Any, dtype: torch.dtype, shape: tuple[int, int], device: str) -> dict[str, dict]:
@@ -277,8 +289,8 @@ def peaks(names: Sequence[str], config: Any, dtype: torch.dtype, shape: tuple[in
         with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
             arguments = (name, config, dtype, shape, device, torch.get_num_threads())
             try:
-                model, over = pool.submit(peak_memory, *arguments).result()
-                found[name] = {"model_mib": round(model / 2**20, 1), "peak_over_model_mib": round(over / 2**20, 1)}
+                model, preparing, steps = (round(size / 2**20, 1) for size in pool.submit(peak_memory, *arguments).result())
+                found[name] = {"model_mib": model, "peak_over_model_mib": max(preparing, steps), "steps_peak_mib": steps}
             except Exception as error:  # whatever a foreign package raises, or a process that was killed
                 found[name] = {"memory_status": failed(name, error)}
     return found
