@@ -73,7 +73,7 @@ PEERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 
 
 def computed(name: str, weights: Sequence[Tensor], options: dict[str, Any], rank: int) -> float | None:
-    """Bytes per parameter of ``weights`` beside them, without the bases for warm starts; or None."""
+    """Bytes per parameter of ``weights`` beside them, bases for warm starts left out; or None."""
     numel, width = sum(w.numel() for w in weights), weights[0].element_size()
     if name.startswith("LIFT"):
         entries = sum(round(training_methods.DENSITY * w.numel()) for w in weights)
@@ -98,8 +98,8 @@ def extra(model: nn.Module, known: set[int]) -> Iterator[Tensor]:
         yield from (t.detach() for t in held if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in known)
 
 
-def measure(build: Callable[[nn.Module], torch.optim.Optimizer], model: nn.Module) -> dict[str, int]:
-    """Bytes of each of `PARTS` once the model was trained for one step."""
+def measure(build: Callable[[nn.Module], torch.optim.Optimizer], model: nn.Module) -> tuple[dict[str, int], int]:
+    """Bytes of each of `PARTS` once the model was trained for one step, and those that the bases for warm starts should take."""
     known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     model.requires_grad_(False)
     for weight in matrices(model):
@@ -108,6 +108,7 @@ def measure(build: Callable[[nn.Module], torch.optim.Optimizer], model: nn.Modul
     tokens = training_methods.random_tokens(model.config.vocab_size, (1, 8), "cpu")
     model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
+    bases = 0
     found = dict.fromkeys(PARTS, 0) | {"gradients": state_bytes([p.grad for p in trained])}
     optimizer.step()
     if isinstance(optimizer, LiftAdamW):
@@ -115,11 +116,12 @@ def measure(build: Callable[[nn.Module], torch.optim.Optimizer], model: nn.Modul
             for name, held in arena.arenas().items():
                 found["moments" if name.startswith("exp_avg") else name] += state_bytes(held)
             found["moments"] += state_bytes(arena.steps)
+        bases = sum(s[key].nbytes for s in optimizer.state.values() for key in ("basis", "threshold") if key in s)
         found["warm_start"] = optimizer.state_bytes() - sum(found[part] for part in ("indices", "master", "moments"))
     else:
         found["moments"] = state_bytes(dict(optimizer.state))
         found["added"] = state_bytes(list(extra(model, known)))
-    return found
+    return found, bases
 
 
 def row(name: str, build: Callable, dtype: torch.dtype, options: dict[str, Any], shape: tuple[int, int, int, int]) -> dict:
@@ -129,12 +131,12 @@ def row(name: str, build: Callable, dtype: torch.dtype, options: dict[str, Any],
     numel, rank = sum(w.numel() for w in weights), adapter_rank(model)
     try:
         with torch.compiler.set_stance("force_eager"):  # torchao compiles its step, which changes no state
-            parts = measure(build, model)
+            parts, bases = measure(build, model)
     except Exception as error:  # whatever a foreign package raises is its row's status
         return {"variant": name, "status": training_methods.failed(name, error)}
     right = computed(name, weights, options, rank)
     if right is not None:
-        right += parts["warm_start"] / numel
+        right += bases / numel
     total = sum(parts.values()) / numel
     off = right is not None and abs(total - right) > 0.03 * right
     status = f"refused, it is wrong: {total:.4f} bytes measured, {right:.4f} computed" if off and "LIFT" in name else "ok"
@@ -159,6 +161,34 @@ def compare(shape: tuple[int, int, int, int]) -> list[dict]:
     return [r | ({"share_of_adamw": round(r["total"] / adamw[r["set"][:4]], 4)} if "total" in r else {}) for r in table]
 
 
+def plot(path: Path, table: Sequence[dict]) -> None:
+    """Stacked bars of the parts, one panel a form."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    counts = {form: len([r for r in table if r["set"] == form]) for form in FORMS}
+    figure, axes = plt.subplots(len(FORMS), 1, figsize=(9, 0.4 * len(table) + 2), height_ratios=list(counts.values()), sharex=True)
+    for form, axis in zip(FORMS, axes):
+        chosen = [r for r in table if r["set"] == form][::-1]
+        left = [0.0] * len(chosen)
+        for part in PARTS:
+            sizes = [r.get(part, 0.0) for r in chosen]
+            axis.barh([r["variant"] for r in chosen], sizes, left=left, label=part)
+            left = [a + b for a, b in zip(left, sizes)]
+        for place, (end, r) in enumerate(zip(left, chosen)):
+            axis.text(end, place, f" {end:.2f}" if "total" in r else f" {r['status']}", va="center", fontsize=8)
+        axis.set_title(form, fontsize=10)
+        axis.tick_params(labelsize=8)
+    axes[0].legend(fontsize=8)
+    axes[-1].set_xlabel("bytes per parameter beside the weights")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    print(f"wrote {path}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="smaller matrices, files in a temporary folder unless --out")
@@ -171,6 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = given.out or bench_util.results_folder()
     folder.mkdir(parents=True, exist_ok=True)
     bench_util.write_csv(folder / "memory.csv", table)
+    plot(folder / "memory.png", table)
     return int(any(r["status"].startswith("refused") for r in table))
 
 
