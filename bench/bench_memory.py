@@ -13,7 +13,7 @@ distinct tensor storages behind them:
 - ``share_of_adamw``: total over that of torch.optim.AdamW on weights of this dtype.
 
 Ours is refused when measured and computed differ by more than 3 %; the exit status is 1 then. A method that cannot be had here has
-a row whose status begins with ``missing:``.
+a row whose status begins with ``missing:``, a form that we have not one with ``not offered:``.
 
     python bench/bench_memory.py [--dry-run] [--out DIR]
 """
@@ -153,7 +153,7 @@ def compare(shape: tuple[int, int, int, int]) -> list[dict]:
             rows += [row(name, build, dtype, {}, shape) for name, build in PEERS.items()]
         for name in (training_methods.MATRIX, training_methods.PACKED):
             if name == training_methods.PACKED and "master" in options:
-                rows.append({"variant": name, "status": "missing: packed mode keeps its trained values in fp32"})
+                rows.append({"variant": name, "status": "not offered: packed mode keeps its trained values in fp32"})
                 continue
             rows.append(row(name, functools.partial(training_methods.METHODS[name], **options), dtype, options, shape))
         table += [{"op": "memory", "set": form, "layers": shape[2], "hidden_size": shape[0]} | r for r in rows]

@@ -252,7 +252,7 @@ def show(table: Sequence[dict], columns: Sequence[str]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)), flush=True)
 
 
-def plot_ratios(path: Path, table: Sequence[dict], panel: str, title: str) -> None:
+def plot_ratios(path: Path, table: Sequence[dict], panel: str, title: str, floor: str = "at the measured copy bandwidth") -> None:
     """Bars of ``ratio`` by variant, one panel a value of column ``panel``; a tick where the floor would put the bar."""
     import matplotlib
 
@@ -274,7 +274,7 @@ def plot_ratios(path: Path, table: Sequence[dict], panel: str, title: str) -> No
         axis.set_title(name, fontsize=10)
         axis.tick_params(labelsize=8)
         axis.margins(x=0.2)
-    axes[-1, 0].set_xlabel("times as fast as the baseline (red: at the measured copy bandwidth)")
+    axes[-1, 0].set_xlabel(f"times as fast as the baseline (red: {floor})")
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -107,7 +107,7 @@ def test_memory_dry_run(small, tmp_path):
         assert float(rows[key]["total"]) == pytest.approx(sum(parts[key]), abs=1e-3)
         assert float(rows[key]["computed"]) == pytest.approx(float(rows[key]["total"]), rel=0.01)
     assert float(rows[fp32, packed]["share_of_adamw"]) == pytest.approx(float(rows[fp32, packed]["total"]) / 12, rel=1e-3)
-    assert rows[bf16, packed]["status"] == "missing: packed mode keeps its trained values in fp32"
+    assert rows[bf16, packed]["status"] == "not offered: packed mode keeps its trained values in fp32"
     assert rows[fp32, "ghost"]["status"].startswith("missing: not installed (ghost_that_is_not_there is missing)")
 
 

@@ -53,7 +53,7 @@ def test_dry_run(bench, tmp_path):
         assert float(row["loss_last"]) < float(row["loss_first"])
         assert float(row["model_mib"]) == 0.1 and 0 <= float(row["steps_peak_mib"]) <= float(row["peak_over_model_mib"])
         lift = row["variant"].startswith("LIFT")
-        assert (float(row["refresh_ms"]) > 0) == lift and row["refresh_interval"] == ("14" if lift else "")
+        assert (float(row["refresh_ms"]) > 0) == lift and row["refresh_interval"] == ("200" if lift else "")
     # 2 layers of 4 matrices of 32 x 32 and 3 of 64 x 32; 5 % of each, or adapters of rank 1
     assert rows[bench.MATRIX]["trained"] == rows[bench.PACKED]["trained"] == str(2 * (4 * 51 + 3 * 102))
     assert rows[LORA]["trained"] == rows[SHIRA]["trained"] == str(2 * (4 * 64 + 3 * 96))
