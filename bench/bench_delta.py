@@ -240,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     bench_util.write_csv(folder / "delta.csv", table)
     if drawn := [row for row in table if "ratio" in row]:
-        bench_util.plot_ratios(folder / "delta.png", drawn, "set", "delta files, against the whole model in safetensors", "the floor")
+        bench_util.plot_ratios(folder / "delta.png", drawn, "set", "delta files, against the whole model", "the floor")
     return int(any(row["status"].startswith("refused") for row in table))
 
 
