@@ -4,8 +4,8 @@
 
 Between ``<!-- table: NAME (from bench/results/DEVICE/FILE.csv; python -m bench.tables) -->`` and ``<!-- end -->`` stands the table
 NAME of `bench.table_specs`, made of that file, and below it where the rows come from. Without ``--check`` the READMEs are
-rewritten, with it nothing is written and the exit status is 1 with a diff where one says something else. The exit status is 2 when a
-marked table cannot be made: its file, a row or a column of it is missing, or no such table is described.
+rewritten, with it nothing is written and the exit status is 1 with a diff where one says something else. The exit status is 2 when
+a marked table cannot be made: its file, a row or a column of it is missing, or no such table is described.
 """
 
 from __future__ import annotations
