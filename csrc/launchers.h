@@ -90,6 +90,16 @@ int64_t bitmap_tiles(int64_t rows, int64_t columns);
 int bitmap_to_indices_cuda(int32_t* bitmaps, int64_t matrices, int64_t rows, int64_t columns, const int64_t* candidates,
                            int64_t capacity, const int32_t* counts, int64_t k, int32_t* totals, int32_t* indices, float* thresholds,
                            int32_t* status, Stream where);
+// Helpers of a refresh. Blocks are (batch, rows, l), fp32; Gram matrices and inverses (batch, l, l).
+int gaussian_sketch_cuda(void* out, DType dtype, int64_t matrices, int64_t count, uint64_t seed, uint64_t first, Stream where);
+// partials (batch, slabs, l, l): Gram matrices of slabs of rows of `product`, or, given `block`, of the next block of the Chebyshev
+// recurrence, which goes to `raised`; `previous` may be null.
+int gram_cuda(const float* product, const float* block, const float* previous, const float* edge, float* raised, int64_t batch,
+              int64_t rows, int64_t l, int64_t slab_rows, float* partials, Stream where);
+// inverse: D R^-1 of the sum of the slabs; gram and scale (batch, l) are scratch.
+int cholesky_inverse_cuda(const float* partials, int64_t batch, int64_t slabs, int64_t l, float* gram, float* scale, float* inverse,
+                          int32_t* status, Stream where);
+int multiply_upper_cuda(float* x, const float* inverse, int64_t batch, int64_t rows, int64_t l, Stream where);
 int cuda_runtime_version();  // as in CUDA, 13000 for 13.0
 int cuda_driver_version();   // 0 without a driver
 

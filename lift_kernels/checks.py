@@ -147,18 +147,75 @@ def check_norm(
 def check_topk(left: Tensor, right: Tensor, k: int, bracket: Tensor | None) -> None:
     """What `lowrank_topk` can check without reading a tensor."""
     for label, factor in (("left", left), ("right", right)):
-        require(factor.dim() == 2 and factor.dtype == torch.float32 and factor.is_contiguous(),
-                f"{label} must be a contiguous float32 matrix, got {factor.dtype} {tuple(factor.shape)}")  # fmt: skip
-    require(left.shape[1] == right.shape[1] and left.shape[1] >= 1,
-            f"left and right must share a rank of at least 1, got {tuple(left.shape)} and {tuple(right.shape)}")  # fmt: skip
+        require(factor.dim() in (2, 3) and factor.dtype == torch.float32 and factor.is_contiguous(),
+                f"{label} must be a contiguous float32 matrix or a batch of them, got {factor.dtype} {tuple(factor.shape)}"
+                )  # fmt: skip
+    require(left.shape[:-2] == right.shape[:-2] and left.shape[-1] == right.shape[-1] and left.shape[-1] >= 1,
+            f"left and right must share a rank of at least 1, and the batch, got {tuple(left.shape)} and {tuple(right.shape)}"
+            )  # fmt: skip
     require(left.device == right.device, f"left is on {left.device}, right on {right.device}")
-    numel = left.shape[0] * right.shape[0]
-    require(numel <= MAX_ENTRIES, f"the product may have up to 2^31-1 entries, got {left.shape[0]} x {right.shape[0]}")
-    require(1 <= k <= numel, f"k must be from 1 to {numel}, got {k}")
+    m, n = left.shape[-2], right.shape[-2]
+    require(m * n <= MAX_ENTRIES, f"the product may have up to 2^31-1 entries, got {m} x {n}")
+    require(1 <= k <= m * n, f"k must be from 1 to {m * n}, got {k}")
     if bracket is not None:
-        require(bracket.shape == (2,) and bracket.dtype == torch.float32 and bracket.device == left.device,
-                f"bracket must be two float32 numbers on {left.device}, got {tuple(bracket.shape)} {bracket.dtype} "
-                f"on {bracket.device}")  # fmt: skip
+        shape = (*left.shape[:-2], 2)
+        require(bracket.shape == shape and bracket.is_contiguous() and bracket.dtype == torch.float32
+                and bracket.device == left.device,
+                f"bracket must be two float32 numbers a matrix, {shape} on {left.device}, got {tuple(bracket.shape)} "
+                f"{bracket.dtype} on {bracket.device}")  # fmt: skip
+
+
+def check_sketch(block: Tensor, seed: int, first: int) -> None:
+    """What `gaussian_sketch` can check without reading a tensor."""
+    require(block.dtype in (torch.float32, torch.bfloat16), f"a sketch is float32 or bfloat16, got {block.dtype}", TypeError)
+    require(block.dim() == 3 and block.is_contiguous(), f"a sketch is a contiguous (b, n, l) tensor, got {tuple(block.shape)}")
+    for label, number in (("seed", seed), ("first", first)):
+        require(isinstance(number, int) and 0 <= number < 2**63, f"{label} must be an integer from 0 to 2^63-1, got {number!r}")
+
+
+def check_qr(block: Tensor, other: Tensor | None, rounds: int) -> None:
+    """What `cholesky_qr_` can check without reading a tensor."""
+    for label, x in (("block", block), ("other", other)):
+        if x is None:
+            continue
+        require(x.dtype == torch.float32, f"{label} must be float32, got {x.dtype}", TypeError)
+        require(x.dim() == 3 and x.is_contiguous(), f"{label} must be contiguous (b, n, l), got {tuple(x.shape)}, {x.stride()}")
+        require(x.device == block.device, f"{label} is on {x.device}, block on {block.device}")
+    require(block.shape[1] >= block.shape[2] >= 1,
+            f"{block.shape[2]} columns of {block.shape[1]} rows cannot be orthonormal: "
+            "block must be (b, n, l) with n >= l >= 1")  # fmt: skip
+    require(other is None or (other.shape[0] == block.shape[0] and other.shape[2] == block.shape[2]),
+            f"other must share the batch and the columns of block {tuple(block.shape)}, "
+            f"got {None if other is None else tuple(other.shape)}")  # fmt: skip
+    require(rounds in (1, 2), f"rounds must be 1 or 2, got {rounds!r}")
+
+
+def check_bitmaps(bitmaps: Tensor, candidates: Tensor, counts: Tensor, columns: int, k: int) -> None:
+    """What `bitmap_to_indices` can check without reading a tensor."""
+    given = {"bitmaps": (bitmaps, torch.int32, 3), "candidates": (candidates, torch.int64, 2), "counts": (counts, torch.int32, 2)}
+    for label, (x, dtype, dim) in given.items():
+        require(x.dtype == dtype, f"{label} must be {dtype}, got {x.dtype}", TypeError)
+        require(x.dim() == dim and x.is_contiguous(),
+                f"{label} must be contiguous of {dim} dimensions, got {tuple(x.shape)}, strides {x.stride()}")  # fmt: skip
+        require(x.device == bitmaps.device, f"{label} is on {x.device}, bitmaps on {bitmaps.device}")
+    batch, rows, words = bitmaps.shape
+    require(isinstance(columns, int) and columns >= 1 and words == -(-columns // 32),
+            f"bitmaps of {columns!r} columns must be (b, m, columns / 32, rounded up), got {tuple(bitmaps.shape)}")  # fmt: skip
+    require(rows * columns <= MAX_ENTRIES, f"a matrix may have up to 2^31-1 entries, got {rows} x {columns}")
+    require(len(candidates) == batch, f"candidates of {batch} matrices are needed, got {tuple(candidates.shape)}")
+    require(counts.shape == (batch, 2), f"counts must be ({batch}, 2), got {tuple(counts.shape)}")
+    require(isinstance(k, int) and 1 <= k <= rows * columns, f"k must be from 1 to {rows * columns}, got {k!r}")
+
+
+def check_edge(product: Tensor, block: Tensor, previous: Tensor | None, edge: Tensor) -> None:
+    """What `chebyshev_step_` can check beyond `check_qr`."""
+    for label, x in (("product", product), ("previous", previous)):
+        good = x is None or (x.shape == block.shape and x.dtype == torch.float32 and x.is_contiguous() and x.device == block.device)
+        require(good, f"{label} must be contiguous float32 {tuple(block.shape)} on {block.device} like block, "
+                f"got {None if x is None else (x.dtype, tuple(x.shape), str(x.device))}")  # fmt: skip
+    require(edge.shape == block.shape[:1] and edge.dtype == torch.float32 and edge.device == block.device,
+            f"edge must be float32 ({len(block)},) on {block.device}, "
+            f"got {edge.dtype} {tuple(edge.shape)} on {edge.device}")  # fmt: skip
 
 
 def check_arena(tensors: Sequence[Tensor], indices: Tensor, offsets: Sequence[int], counts: Sequence[int], label: str) -> None:

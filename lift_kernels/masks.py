@@ -89,7 +89,7 @@ def principal_masks(
     backend: str | None = None,
     made: Callable[[int], object] = lambda count: None,
 ) -> list[Mask]:
-    """Masks of many matrices; those of one shape, dtype, rank and device are factored together within ``memory_budget`` bytes.
+    """Masks of many matrices; those of one shape, dtype, rank, k and device are made together within ``memory_budget`` bytes.
 
     Small matrices on the CPU are spread over the cores instead, one thread each. A given ``generator`` keeps them in order.
 
@@ -121,21 +121,33 @@ def principal_masks(
 def _batch_masks(
     requests: list[MaskRequest], method: str, generator: torch.Generator | None, tolerance: float, backend: str | None
 ) -> list[Mask]:
-    """Masks of matrices of one shape, dtype, rank and device."""
+    """Masks of matrices of one shape, dtype, rank, k and device."""
     start = time.perf_counter()
     factors = batched_factors(
         [r.weight for r in requests], requests[0].rank, method=method, generator=generator, tolerance=tolerance,
         warm_starts=[r.basis for r in requests], names=[r.name for r in requests],
     )  # fmt: skip
-    chosen = []
-    for request, f in zip(requests, factors):
-        expected = None if request.threshold is None else bracket.around(request.threshold)
-        chosen.append(ops.lowrank_topk(f.left, f.right, request.k, bracket=expected, backend=backend))
+    # On a GPU, bitmaps (twice 1/8 byte an entry) and candidates (4 bytes for each of the k) take the place of the fp32 copies
+    # (4 bytes an entry), which are free again: the memory budget holds.
+    k = requests[0].k
+    expected = None
+    if any(r.threshold is not None for r in requests):
+        expected = torch.stack([
+            bracket.sampled(f.left, f.right, k) if r.threshold is None else bracket.around(r.threshold)
+            for r, f in zip(requests, factors)
+        ])  # fmt: skip
+    chosen = ops.lowrank_topk(_stacked([f.left for f in factors]), _stacked([f.right for f in factors]), k, bracket=expected,
+                              backend=backend)  # fmt: skip
     seconds = (time.perf_counter() - start) / len(requests)
     return [
         Mask(indices, threshold, f.basis, f.method, f.passes, f.settled, seconds)
-        for f, (indices, threshold) in zip(factors, chosen)
+        for f, indices, threshold in zip(factors, *chosen)
     ]
+
+
+def _stacked(matrices: list[Tensor]) -> Tensor:
+    """One batch of matrices of one shape; a view of a single one."""
+    return torch.stack(matrices) if len(matrices) > 1 else matrices[0][None]
 
 
 def _is_small(weight: Tensor) -> bool:
@@ -161,7 +173,7 @@ def _batches(requests: Sequence[MaskRequest], memory_budget: int | None) -> list
     kinds: dict[tuple, list[int]] = defaultdict(list)
     for i, r in enumerate(requests):
         basis = None if r.basis is None else tuple(r.basis.shape)
-        kinds[(r.weight.shape, r.weight.dtype, r.weight.device, r.rank, basis)].append(i)
+        kinds[(r.weight.shape, r.weight.dtype, r.weight.device, r.rank, r.k, basis)].append(i)
     batches = []
     for members in kinds.values():
         weight = requests[members[0]].weight

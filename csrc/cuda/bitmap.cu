@@ -1,8 +1,6 @@
 // Launches of bitmap_to_indices on a CUDA stream: four for a whole batch.
-#include <cuda_runtime.h>
-
-#include "../launchers.h"
 #include "bitmap.cuh"
+#include "launch.h"
 
 namespace lift {
 namespace {
@@ -18,10 +16,8 @@ int bitmap_to_indices_cuda(int32_t* bitmaps, int64_t matrices, int64_t rows, int
                            int64_t capacity, const int32_t* counts, int64_t k, int32_t* totals, int32_t* indices, float* thresholds,
                            int32_t* status, Stream where) {
   if (matrices == 0) return 0;
-  int previous = 0;  // a stream belongs to a device; launches need it to be the current one
-  cudaGetDevice(&previous);
-  cudaSetDevice(where.device);
-  const auto stream = static_cast<cudaStream_t>(where.stream);
+  const DeviceGuard guard(where.device);
+  const cudaStream_t stream = stream_of(where);
   const cuda::Bitmap form = cuda::Bitmap::of(rows, columns);
   const int64_t tiles = form.tiles(kTileThreads);
   const unsigned blocks = unsigned(matrices), tile_blocks = unsigned(matrices * tiles);
@@ -32,9 +28,7 @@ int bitmap_to_indices_cuda(int32_t* bitmaps, int64_t matrices, int64_t rows, int
   cuda::bitmap_count_kernel<kTileThreads><<<tile_blocks, kTileThreads, 0, stream>>>(words, form, unsigned(tiles), totals);
   cuda::bitmap_place_kernel<kMatrixThreads><<<blocks, kMatrixThreads, 0, stream>>>(totals, unsigned(tiles), k, patterns, status);
   cuda::bitmap_list_kernel<kTileThreads, kStage><<<tile_blocks, kTileThreads, 0, stream>>>(words, form, unsigned(tiles), totals, status, k, indices);
-  const int error = int(cudaGetLastError());
-  cudaSetDevice(previous);
-  return error;
+  return int(cudaGetLastError());
 }
 
 }  // namespace lift
