@@ -102,6 +102,29 @@ def test_lowrank_topk_is_deterministic(where):
         assert torch.equal(again[0], first[0]) and torch.equal(again[1], first[1])
 
 
+@pytest.mark.parametrize("m, n", [(70, 90), (300, 1), (1, 65)])
+def test_lowrank_topk_of_a_batch(where, m, n):
+    """Each matrix as if it were alone, whether its bracket is right, beside the answer, or not given."""
+    pairs = [tuple(whole_factors(m, n, 4, seed)) for seed in range(3)]
+    left, right = (torch.stack(factors).to(where.device) for factors in zip(*pairs))
+    for k in (1, m * n // 7 + 1, m * n):
+        alone = [lowrank_topk_ref(*pair, k) for pair in pairs]
+        brackets_given = torch.stack([brackets.around(alone[0][1]), torch.tensor([1e9, 2e9]), torch.tensor([0.0, float("inf")])])
+        for bracket in (None, brackets_given):
+            given = None if bracket is None else bracket.to(where.device)
+            indices, thresholds = ops.lowrank_topk(left, right, k, bracket=given, backend=where.backend)
+            assert indices.shape == (3, k) and thresholds.shape == (3,)
+            assert torch.equal(indices.cpu(), torch.stack([found for found, _ in alone]))
+            assert torch.equal(thresholds.cpu(), torch.stack([threshold for _, threshold in alone]))
+
+
+def test_lowrank_topk_of_no_matrix(where):
+    left, right = torch.ones(0, 5, 2, device=where.device), torch.ones(0, 7, 2, device=where.device)
+    for bracket in (None, torch.ones(0, 2, device=where.device)):
+        indices, thresholds = ops.lowrank_topk(left, right, 4, bracket=bracket, backend=where.backend)
+        assert indices.shape == (0, 4) and indices.dtype == torch.int32 and thresholds.shape == (0,)
+
+
 def test_sampled_bracket_holds_the_threshold():
     """For dense and thin selections, and always the same one."""
     generator = torch.Generator().manual_seed(4)

@@ -14,8 +14,8 @@ from torch import Tensor
 from .packed import load_stream
 
 BLOCK = 1024
-_CHOOSE_BLOCK = 2048
-_DIGIT = 9  # bits: seven digits make the 63 of a candidate
+CHOOSE = {"BLOCK": 2048, "DIGIT": 9}  # bits of a digit: seven make the 63 of a candidate
+CHOOSE_WARPS = 8
 
 
 @triton.jit
@@ -152,9 +152,8 @@ def bitmap_to_indices_triton(
     bitmaps = bitmaps.clone()
     with torch.cuda.device_of(bitmaps):
         _bitmap_choose_kernel[(batch,)](
-            bitmaps, candidates, counts, thresholds, status, rows, columns, capacity, k, BLOCK=_CHOOSE_BLOCK, DIGIT=_DIGIT,
-            num_warps=8,
-        )  # fmt: skip
+            bitmaps, candidates, counts, thresholds, status, rows, columns, capacity, k, **CHOOSE, num_warps=CHOOSE_WARPS
+        )
         indices, totals = list_bits(bitmaps, k, columns)
     missed = (status != 0) | (totals != k)
     indices.masked_fill_(missed[:, None], -1)
