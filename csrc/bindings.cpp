@@ -212,8 +212,9 @@ void cholesky_inverse_on_cuda(Tensor partials, Tensor gram, Tensor scale, Tensor
                                     current_stream(partials)));
 }
 
-void multiply_upper_on_cuda(Tensor x, Tensor inverse) {
-  check(lift::multiply_upper_cuda(floats(x), floats(inverse), x.size(0), x.size(1), x.size(2), current_stream(x)));
+void multiply_upper_on_cuda(Tensor x, Tensor inverse, Tensor status) {
+  check(lift::multiply_upper_cuda(floats(x), floats(inverse), static_cast<const int32_t*>(status.data_ptr()), x.size(0), x.size(1), x.size(2),
+                                  current_stream(x)));
 }
 
 void bitmap_to_indices_on_cuda(Tensor bitmaps, Tensor candidates, Tensor counts, int64_t columns, Tensor totals, Tensor indices,
@@ -252,7 +253,7 @@ STABLE_TORCH_LIBRARY(lift_kernels_native, m) {
       "-> ()");
   m.def(
       "cholesky_inverse(Tensor partials, Tensor(a!) gram, Tensor(b!) scale, Tensor(c!) inverse, Tensor(d!) status) -> ()");
-  m.def("multiply_upper_(Tensor(a!) x, Tensor inverse) -> ()");
+  m.def("multiply_upper_(Tensor(a!) x, Tensor inverse, Tensor status) -> ()");
   m.def(
       "bitmap_to_indices(Tensor(a!) bitmaps, Tensor candidates, Tensor counts, int columns, Tensor(b!) totals, Tensor(c!) indices, "
       "Tensor(d!) thresholds, Tensor(e!) status) -> ()");

@@ -99,7 +99,8 @@ int gram_cuda(const float* product, const float* block, const float* previous, c
 // inverse: D R^-1 of the sum of the slabs; gram and scale (batch, l) are scratch.
 int cholesky_inverse_cuda(const float* partials, int64_t batch, int64_t slabs, int64_t l, float* gram, float* scale, float* inverse,
                           int32_t* status, Stream where);
-int multiply_upper_cuda(float* x, const float* inverse, int64_t batch, int64_t rows, int64_t l, Stream where);
+int multiply_upper_cuda(float* x, const float* inverse, const int32_t* status, int64_t batch, int64_t rows, int64_t l,
+                        Stream where);
 int cuda_runtime_version();  // as in CUDA, 13000 for 13.0
 int cuda_driver_version();   // 0 without a driver
 

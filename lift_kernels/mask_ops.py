@@ -156,7 +156,7 @@ def _gaussian_sketch_op(block, seed, first=0, *, backend=None):
     check_sketch(block, seed, first)
     if dispatch.choose(backend, block.device, "gaussian_sketch_") == "reference":
         return reference.gaussian_sketch_ref_(block, seed, first)
-    torch.ops.lift_kernels_native.gaussian_sketch_.default(block, seed, first)
+    native_cuda.native.gaussian_sketch_.default(block, seed, first)
 
 
 @_gaussian_sketch_op.register_fake

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 native = torch.ops.lift_kernels_native
-_STEP, _SMALLEST_SLAB, _MAX_SLABS = 16, 512, 64  # of csrc/cuda/cholesky_qr.cuh
-_TILE_WORDS = 1024  # of csrc/cuda/bitmap.cu
+_STEP, _SMALLEST_SLAB, _MAX_SLABS = 16, 512, 64  # rows of a step of the Gram kernel; bounds of a slab
+_TILE_WORDS = 1024  # of bitmaps, in a block
 
 
 def slab_rows(rows: int) -> int:
     """Rows that are summed into one partial Gram matrix: a function of their number alone, so that a batch changes no bit."""
-    return max(_SMALLEST_SLAB, -(-rows // _MAX_SLABS // _STEP) * _STEP)
+    return max(_SMALLEST_SLAB, -(-rows // (_MAX_SLABS * _STEP)) * _STEP)
 
 
 def cholesky_qr_(block: Tensor, other: Tensor | None, rounds: int) -> Tensor:
@@ -53,6 +53,6 @@ def _apply_inverse(partials: Tensor, block: Tensor, other: Tensor | None, status
     batch, width = len(partials), partials.shape[-1]
     gram, inverse, scale = (partials.new_empty(batch, *shape) for shape in ((width, width), (width, width), (width,)))
     native.cholesky_inverse.default(partials, gram, scale, inverse, status)
-    native.multiply_upper_.default(block, inverse)
+    native.multiply_upper_.default(block, inverse, status)
     if other is not None:
-        native.multiply_upper_.default(other, inverse)
+        native.multiply_upper_.default(other, inverse, status)

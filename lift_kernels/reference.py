@@ -232,13 +232,11 @@ def cholesky_qr_ref_(block: Tensor, other: Tensor | None = None, rounds: int = 1
             gram.diagonal(dim1=-2, dim2=-1).copy_(torch.where(broken, 1.0 + shift, 1.0)[:, None])
             shifted, still = _cholesky(gram, width * eps)
             factor, broken, shift = torch.where(broken[:, None, None], shifted, factor), broken & still, 10 * shift
-        if not bool(finite.all()):
-            factor = torch.where(finite[:, None, None], factor, torch.eye(width, device=block.device))
-            scale = torch.where(finite[:, None], scale, 1.0)
         status = torch.where(finite, deficient.int(), 2).int()
         for x in (block, other):
             if x is not None:
-                x.copy_(torch.linalg.solve_triangular(factor, x * scale[..., None, :], upper=True, left=False))
+                q = torch.linalg.solve_triangular(factor, x * scale[..., None, :], upper=True, left=False)
+                x.copy_(torch.where(finite[:, None, None], q, x))
     return status
 
 

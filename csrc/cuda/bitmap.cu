@@ -3,12 +3,8 @@
 #include "launch.h"
 
 namespace lift {
-namespace {
 
-// Wide blocks where a matrix has one alone; the positions of 1024 words at 12 % density fit the stage at once.
-constexpr int kMatrixThreads = 1024, kDigitBits = 11, kTileThreads = 256, kStage = 4096;
-
-}  // namespace
+using cuda::kMatrixThreads, cuda::kDigitBits, cuda::kTileThreads, cuda::kStage;
 
 int64_t bitmap_tiles(int64_t rows, int64_t columns) { return cuda::Bitmap::of(rows, columns).tiles(kTileThreads); }
 

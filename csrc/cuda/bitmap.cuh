@@ -15,6 +15,8 @@ using Candidate = unsigned long long;  // key << 32 | (2^31 - 1 - position); the
 constexpr int kWarp = 32;
 constexpr uint32_t kLastPosition = 0x7FFFFFFF, kNaN = 0x7FC00000;
 constexpr int kWordsPerThread = 4;  // one 128-bit load
+// Of a launch: wide blocks where a matrix has one alone; the positions of 1024 words fit the stage at once up to 12 % density.
+constexpr int kMatrixThreads = 1024, kDigitBits = 11, kTileThreads = 256, kStage = 4096;
 
 // A matrix of up to 2^31-1 bits, whose rows begin a word each.
 struct Bitmap {
@@ -194,11 +196,11 @@ __global__ void bitmap_place_kernel(int32_t* __restrict__ totals, uint32_t tiles
 }
 
 // One block a tile: its positions, staged in shared memory so that they leave as 128-bit stores; all -1 where the status is 1.
-template <int kThreads, int kStage>
+template <int kThreads, int kStaged>
 __global__ void bitmap_list_kernel(const uint32_t* __restrict__ bitmaps, Bitmap form, uint32_t tiles,
                                    const int32_t* __restrict__ places, const int32_t* __restrict__ status, int64_t k, int32_t* __restrict__ indices) {
-  static_assert(kStage % 4 == 0);
-  alignas(16) __shared__ int32_t stage[kStage + 4];
+  static_assert(kStaged % 4 == 0);
+  alignas(16) __shared__ int32_t stage[kStaged + 4];
   __shared__ int sums[kThreads / kWarp];
   const uint32_t matrix = blockIdx.x / tiles, tile = blockIdx.x % tiles;
   int32_t* const list = indices + matrix * k;
@@ -212,20 +214,20 @@ __global__ void bitmap_list_kernel(const uint32_t* __restrict__ bitmaps, Bitmap 
   const int before = block_scan<kThreads>(count_bits(words), sums, total);
   int32_t* const out = list + places[blockIdx.x];
   const int phase = int(reinterpret_cast<uintptr_t>(out) / 4 % 4);  // staged at it, positions lie as they will in memory
-  for (int start = 0; start < total; start += kStage) {
+  for (int start = 0; start < total; start += kStaged) {
     int place = before - start;
     for (int i = 0; i < kWordsPerThread; ++i) {
       const int count = __popc(words.at[i]);
-      if (place < kStage && place + count > 0) {
+      if (place < kStaged && place + count > 0) {
         const uint32_t at = word + i, position = at / form.width * form.columns + at % form.width * 32;
         int slot = place;
         for (uint32_t rest = words.at[i]; rest != 0; rest &= rest - 1, ++slot)
-          if (slot >= 0 && slot < kStage) stage[phase + slot] = int32_t(position + uint32_t(__ffs(int(rest))) - 1);
+          if (slot >= 0 && slot < kStaged) stage[phase + slot] = int32_t(position + uint32_t(__ffs(int(rest))) - 1);
       }
       place += count;
     }
     __syncthreads();
-    const int end = phase + (total - start < kStage ? total - start : kStage);
+    const int end = phase + (total - start < kStaged ? total - start : kStaged);
     const int wide_begin = (phase + 3) / 4, wide_end = end / 4;
     int32_t* const base = out + start - phase;
     for (int i = wide_begin + int(threadIdx.x); i < wide_end; i += kThreads)

@@ -32,7 +32,7 @@ int gram_cuda(const float* product, const float* block, const float* previous, c
   const auto launch = [&](auto kernel, int64_t tile) {
     const int64_t tiles = divided(l, tile);
     const dim3 grid(unsigned(batch * (tiles * (tiles + 1) / 2)), unsigned(divided(rows, slab_rows)));
-    kernel<<<grid, cuda::kQrThreads, 0, stream_of(where)>>>(product, block, previous, edge, raised, rows, l, slab_rows, partials);
+    kernel<<<grid, cuda::kQrThreads, 0, stream_of(where)>>>(product, block, previous, edge, raised, rows, int(l), slab_rows, partials);
   };
   if (l <= kNarrow) launch(cuda::gram_kernel<64>, 64);
   else launch(cuda::gram_kernel<128>, 128);
@@ -47,10 +47,11 @@ int cholesky_inverse_cuda(const float* partials, int64_t batch, int64_t slabs, i
   return int(cudaGetLastError());
 }
 
-int multiply_upper_cuda(float* x, const float* inverse, int64_t batch, int64_t rows, int64_t l, Stream where) {
+int multiply_upper_cuda(float* x, const float* inverse, const int32_t* status, int64_t batch, int64_t rows, int64_t l,
+                        Stream where) {
   const DeviceGuard guard(where.device);
   const auto launch = [&](auto kernel, int64_t tile) {
-    kernel<<<unsigned(batch * divided(rows, tile)), cuda::kQrThreads, 0, stream_of(where)>>>(x, inverse, rows, l);
+    kernel<<<unsigned(batch * divided(rows, tile)), cuda::kQrThreads, 0, stream_of(where)>>>(x, inverse, status, int(rows), int(l));
   };
   if (l <= kNarrow) launch(cuda::multiply_upper_kernel<64>, 64);
   else launch(cuda::multiply_upper_kernel<128>, 128);

@@ -11,21 +11,22 @@ namespace lift::cuda {
 
 constexpr int kQrThreads = 256;
 constexpr int kStep = 16;   // depth of one step of a tiled product
-constexpr int kPanel = 32;  // rows of a panel of the factorization
+constexpr int kPanel = 16;  // rows of a panel of the factorization
+constexpr int kDepth = 64;  // depth of one of its steps
 
 struct alignas(16) Float4 {
   float x[4];
 };
 
 // Four neighbours of a row of `length` floats, zeros beyond its end; in one load where rows start on 16-byte boundaries.
-__device__ __forceinline__ Float4 load4(const float* __restrict__ row, int64_t at, int64_t length, bool aligned) {
+__device__ __forceinline__ Float4 load4(const float* __restrict__ row, int at, int length, bool aligned) {
   if (aligned && at + 4 <= length) return *reinterpret_cast<const Float4*>(row + at);
   Float4 v;
   for (int i = 0; i < 4; ++i) v.x[i] = at + i < length ? row[at + i] : 0.0f;
   return v;
 }
 
-__device__ __forceinline__ void store4(float* __restrict__ row, int64_t at, int64_t length, bool aligned, Float4 v) {
+__device__ __forceinline__ void store4(float* __restrict__ row, int at, int length, bool aligned, Float4 v) {
   if (aligned && at + 4 <= length) {
     *reinterpret_cast<Float4*>(row + at) = v;
   } else {
@@ -45,7 +46,7 @@ struct Share {
 
   // sum += a^T b over kStep rows of two tiles in shared memory.
   __device__ __forceinline__ void add(const float (*a)[kTile + 4], const float (*b)[kTile + 4]) {
-#pragma unroll
+#pragma unroll 2
     for (int k = 0; k < kStep; ++k) {
       float left[kSide], right[kSide];
 #pragma unroll
@@ -72,7 +73,7 @@ struct Recurrence {
   float* raised;          // where `block` is given
   float twice_inverse_edge;
 
-  __device__ __forceinline__ Float4 load(int64_t row, int64_t at, int64_t l, bool aligned) const {
+  __device__ __forceinline__ Float4 load(int64_t row, int at, int l, bool aligned) const {
     Float4 v = load4(product + row * l, at, l, aligned);
     if (block == nullptr) return v;
     const Float4 x = load4(block + row * l, at, l, aligned);
@@ -86,14 +87,14 @@ struct Recurrence {
 
 // Grid: (batch * tile pairs I <= J, slabs). partials (batch, slabs, l, l): the tiles I <= J of X^T X over a slab of rows.
 template <int kTile>
-__global__ void __launch_bounds__(kQrThreads)
+__global__ void __launch_bounds__(kQrThreads, 2)
 gram_kernel(const float* __restrict__ product, const float* __restrict__ block, const float* __restrict__ previous,
-            const float* __restrict__ edge, float* __restrict__ raised, int64_t rows, int64_t l, int64_t rows_per_slab,
+            const float* __restrict__ edge, float* __restrict__ raised, int64_t rows, int l, int64_t rows_per_slab,
             float* __restrict__ partials) {
   alignas(16) __shared__ float left[kStep][kTile + 4], right[kStep][kTile + 4];
-  const int64_t tiles = (l + kTile - 1) / kTile, pairs = tiles * (tiles + 1) / 2;
-  const int64_t matrix = blockIdx.x / pairs;
-  int64_t ti = 0, tj = blockIdx.x % pairs;
+  const int tiles = (l + kTile - 1) / kTile, pairs = tiles * (tiles + 1) / 2;
+  const int64_t matrix = blockIdx.x / unsigned(pairs);
+  int ti = 0, tj = int(blockIdx.x % pairs);
   while (tj >= tiles - ti) tj -= tiles - ti++;  // pairs in the order (0,0), (0,1), .., (1,1), ..
   tj += ti;
   const bool diagonal = ti == tj, aligned = l % 4 == 0;
@@ -120,12 +121,12 @@ gram_kernel(const float* __restrict__ product, const float* __restrict__ block, 
     share.add(left, diagonal ? left : right);
     __syncthreads();
   }
-  float* const out = partials + (matrix * gridDim.y + blockIdx.y) * l * l;
+  float* const out = partials + (matrix * gridDim.y + blockIdx.y) * int64_t(l) * l;
   for (int i = 0; i < share.kSide; ++i) {
-    const int64_t gi = ti * kTile + share.place(share.ty, i);
+    const int gi = ti * kTile + share.place(share.ty, i);
     for (int q = 0; q < share.kQuads; ++q) {
       const float* s = &share.sum[i][4 * q];
-      if (gi < l) store4(out + gi * l, tj * kTile + 4 * share.tx + 64 * q, l, aligned, Float4{{s[0], s[1], s[2], s[3]}});
+      if (gi < l) store4(out + int64_t(gi) * l, tj * kTile + 4 * share.tx + 64 * q, l, aligned, Float4{{s[0], s[1], s[2], s[3]}});
     }
   }
 }
@@ -144,7 +145,7 @@ __global__ void gram_sum_kernel(const float* __restrict__ partials, int64_t batc
   }
 }
 
-// 32 entries of one column: what a thread works on in the factorization.
+// kPanel entries of one column: what a thread works on in the factorization.
 struct Column {
   float x[kPanel];
 
@@ -161,13 +162,13 @@ struct Column {
 
 // Shared memory of a factorization.
 struct Panels {
-  alignas(16) float staged[kPanel][kPanel + 4];  // [k][i]: a block of R whose rows or columns are those of the current panel
+  alignas(16) float staged[kDepth][kPanel + 4];  // [k][i]: entries of R in the rows or columns i of the current panel
   float corner[kPanel][kPanel + 1];              // the current diagonal block of R
   float inverse_diagonal[kPanel];
   bool broken;
 };
 
-// The first warp factors the corner in place, upper triangle, lane = column; false where a pivot is below the tolerance or NaN.
+// The first warp factors the corner in place, upper triangle, lane = column. Broken: a pivot below the tolerance, or NaN.
 __device__ inline void factor_corner(Panels& shared, float tolerance) {
   const int lane = int(threadIdx.x);
   bool broken = false;
@@ -176,13 +177,13 @@ __device__ inline void factor_corner(Panels& shared, float tolerance) {
     broken = broken || !(pivot > tolerance);
     const float inverse = 1.0f / sqrtf(pivot);
     if (lane == i) shared.inverse_diagonal[i] = inverse;
-    if (lane > i) shared.corner[i][lane] *= inverse;
+    if (lane > i && lane < kPanel) shared.corner[i][lane] *= inverse;
     __syncwarp();
-    for (int below = i + 1; below <= lane; ++below)
+    for (int below = i + 1; below <= lane && lane < kPanel; ++below)
       shared.corner[below][lane] = fmaf(-shared.corner[i][below], shared.corner[i][lane], shared.corner[below][lane]);
     __syncwarp();
   }
-  shared.corner[lane][lane] *= shared.inverse_diagonal[lane];  // pivot / sqrt(pivot)
+  if (lane < kPanel) shared.corner[lane][lane] *= shared.inverse_diagonal[lane];  // pivot / sqrt(pivot)
   if (lane == 0) shared.broken = broken;
 }
 
@@ -199,21 +200,23 @@ __device__ inline bool cholesky(float* __restrict__ gram, const float* __restric
         const int64_t row = top + i;
         column.x[i] = row < j && j < l ? gram[j * l + row] * scale[row] * scale[j] : row == j ? 1.0f + shift : 0.0f;
       }
-      for (int64_t k = 0; k < top; k += kPanel) {
+      for (int64_t k = 0; k < top; k += kDepth) {
+        const int depth = top - k < kDepth ? int(top - k) : kDepth;
         __syncthreads();
-        for (int e = int(threadIdx.x); e < kPanel * kPanel; e += kQrThreads) {
+        for (int e = int(threadIdx.x); e < depth * kPanel; e += kQrThreads) {
           const int row = e / kPanel, i = e % kPanel;
           shared.staged[row][i] = top + i < l ? gram[(k + row) * l + top + i] : 0.0f;
         }
         __syncthreads();
         if (j < l)
-#pragma unroll 4
-          for (int row = 0; row < kPanel; ++row) column.add(shared.staged[row], -gram[(k + row) * l + j]);
+#pragma unroll 8
+          for (int row = 0; row < depth; ++row) column.add(shared.staged[row], -gram[(k + row) * l + j]);
       }
       if (first == top) {
-        if (threadIdx.x < kPanel) {
+        if (threadIdx.x < 32) {
 #pragma unroll
-          for (int i = 0; i < kPanel; ++i) shared.corner[i][threadIdx.x] = column.x[i];
+          for (int i = 0; i < kPanel; ++i)
+            if (threadIdx.x < kPanel) shared.corner[i][threadIdx.x] = column.x[i];
           __syncwarp();
           factor_corner(shared, tolerance);
         }
@@ -250,17 +253,17 @@ __device__ inline void invert_upper(const float* __restrict__ gram, const float*
     for (int64_t first = 0; first < l; first += kQrThreads) {
       const int64_t j = first + threadIdx.x, last = first + kQrThreads < l ? first + kQrThreads : l;
       Column column{};
-      for (int64_t k = top + kPanel; k < last; k += kPanel) {  // beyond the columns of this round the inverse is zero
+      for (int64_t k = top + kPanel; k < last; k += kDepth) {  // beyond the columns of this round the inverse is zero
+        const int depth = last - k < kDepth ? int(last - k) : kDepth;
         __syncthreads();
-        for (int e = int(threadIdx.x); e < kPanel * kPanel; e += kQrThreads) {
-          const int i = e / kPanel, row = e % kPanel;
-          shared.staged[row][i] = top + i < l && k + row < l ? gram[(top + i) * l + k + row] : 0.0f;
+        for (int e = int(threadIdx.x); e < kDepth * kPanel; e += kQrThreads) {
+          const int i = e / kDepth, row = e % kDepth;
+          if (row < depth) shared.staged[row][i] = top + i < l ? gram[(top + i) * l + k + row] : 0.0f;
         }
         __syncthreads();
         if (j < l)
-#pragma unroll 4
-          for (int row = 0; row < kPanel; ++row)
-            if (k + row < l) column.add(shared.staged[row], inverse[(k + row) * l + j]);
+#pragma unroll 8
+          for (int row = 0; row < depth; ++row) column.add(shared.staged[row], inverse[(k + row) * l + j]);
       }
       __syncthreads();
       if (j < l) {
@@ -280,7 +283,7 @@ __device__ inline void invert_upper(const float* __restrict__ gram, const float*
 }
 
 // Status of a matrix. 0: X D R^-1 is orthonormal to working precision. 1: X is deficient, a zero column or a breakdown that took
-// a shift: the product is better conditioned, no more. 2: not finite; the inverse is the identity.
+// a shift: the product is better conditioned, no more. 2: not finite; there is no inverse, and X stays.
 enum QrStatus : int32_t { kOrthonormal, kShifted, kNotFinite };
 
 // One block a matrix: gram (lower triangle; the upper one is scratch) -> inverse, status. scale: scratch of l numbers a matrix.
@@ -307,38 +310,36 @@ cholesky_inverse_kernel(float* __restrict__ gram, float* __restrict__ scale, flo
     finite = attempt < 4;
     __syncthreads();
   }
-  if (finite) {
-    invert_upper(gram, scale, l, inverse, shared);
-  } else {
-    for (int64_t e = threadIdx.x; e < l * l; e += kQrThreads) inverse[e] = e / l == e % l ? 1.0f : 0.0f;
-  }
+  if (finite) invert_upper(gram, scale, l, inverse, shared);
   if (threadIdx.x == 0) status[blockIdx.x] = !finite ? kNotFinite : deficient || shift > 0.0f ? kShifted : kOrthonormal;
 }
 
 // X <- X U in place, U upper triangular. Grid: batch * tiles of rows. From the last tile of columns to the first: a tile needs only
 // what lies to its left, which is still X.
 template <int kTile>
-__global__ void __launch_bounds__(kQrThreads)
-multiply_upper_kernel(float* __restrict__ x, const float* __restrict__ inverse, int64_t rows, int64_t l) {
+__global__ void __launch_bounds__(kQrThreads, 2)
+multiply_upper_kernel(float* __restrict__ x, const float* __restrict__ inverse, const int32_t* __restrict__ status, int rows,
+                      int l) {
   alignas(16) __shared__ float left[kStep][kTile + 4], right[kStep][kTile + 4];
-  const int64_t row_tiles = (rows + kTile - 1) / kTile, matrix = blockIdx.x / row_tiles;
-  const int64_t first_row = blockIdx.x % row_tiles * kTile;
+  const int row_tiles = (rows + kTile - 1) / kTile, first_row = int(blockIdx.x % unsigned(row_tiles)) * kTile;
+  const int64_t matrix = blockIdx.x / unsigned(row_tiles);
+  if (status[matrix] == kNotFinite) return;
   const bool aligned = l % 4 == 0;
   x += matrix * rows * l;
   inverse += matrix * l * l;
-  for (int64_t column = (l - 1) / kTile * kTile; column >= 0; column -= kTile) {
-    const int64_t depth = column + kTile < l ? column + kTile : l;
+  for (int column = (l - 1) / kTile * kTile; column >= 0; column -= kTile) {
+    const int depth = column + kTile < l ? column + kTile : l;
     Share<kTile> share;
-    for (int64_t k = 0; k < depth; k += kStep) {
+    for (int k = 0; k < depth; k += kStep) {
 #pragma unroll
       for (int quad = int(threadIdx.x); quad < kStep * kTile / 4; quad += kQrThreads) {
         const int row = quad / (kStep / 4), c = quad % (kStep / 4) * 4;
         Float4 v{};
-        if (first_row + row < rows) v = load4(x + (first_row + row) * l, k + c, depth, aligned);
+        if (first_row + row < rows) v = load4(x + int64_t(first_row + row) * l, k + c, depth, aligned);
         for (int i = 0; i < 4; ++i) left[c + i][row] = v.x[i];
         const int r = quad / (kTile / 4), d = quad % (kTile / 4) * 4;
         Float4 u{};
-        if (k + r < depth) u = load4(inverse + (k + r) * l, column + d, l, aligned);
+        if (k + r < depth) u = load4(inverse + int64_t(k + r) * l, column + d, l, aligned);
         *reinterpret_cast<Float4*>(&right[r][d]) = u;
       }
       __syncthreads();
@@ -346,10 +347,10 @@ multiply_upper_kernel(float* __restrict__ x, const float* __restrict__ inverse, 
       __syncthreads();
     }
     for (int i = 0; i < share.kSide; ++i) {
-      const int64_t row = first_row + share.place(share.ty, i);
+      const int row = first_row + share.place(share.ty, i);
       for (int q = 0; q < share.kQuads; ++q) {
         const float* s = &share.sum[i][4 * q];
-        if (row < rows) store4(x + row * l, column + 4 * share.tx + 64 * q, l, aligned, Float4{{s[0], s[1], s[2], s[3]}});
+        if (row < rows) store4(x + int64_t(row) * l, column + 4 * share.tx + 64 * q, l, aligned, Float4{{s[0], s[1], s[2], s[3]}});
       }
     }
   }

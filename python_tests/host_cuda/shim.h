@@ -202,16 +202,21 @@ void launch(unsigned blocks, unsigned threads, const F& body) {
 
 }  // namespace shim
 
+#ifdef SHIM_DROP_LINE  // the barrier on this line is left out, for a test that must see the race
+#define __syncthreads() (__LINE__ == SHIM_DROP_LINE ? void() : shim::running->barrier.wait())
+#define __syncwarp() (__LINE__ == SHIM_DROP_LINE ? void() : shim::warp().barrier.wait())
+#else
 inline void __syncthreads() { shim::running->barrier.wait(); }
 inline void __syncwarp(unsigned = ~0u) { shim::warp().barrier.wait(); }
+#endif
 
 inline int __syncthreads_or(int predicate) {
   shim::Block& block = *shim::running;
   block.votes[threadIdx.x] = predicate != 0;
-  __syncthreads();
+  block.barrier.wait();
   int any = 0;
   for (const char vote : block.votes) any |= vote;
-  __syncthreads();
+  block.barrier.wait();
   return any;
 }
 
