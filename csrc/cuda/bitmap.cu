@@ -23,7 +23,8 @@ int bitmap_to_indices_cuda(int32_t* bitmaps, int64_t matrices, int64_t rows, int
       words, form, reinterpret_cast<const cuda::Candidate*>(candidates), capacity, counts, k, patterns, status);
   cuda::bitmap_count_kernel<kTileThreads><<<tile_blocks, kTileThreads, 0, stream>>>(words, form, unsigned(tiles), totals);
   cuda::bitmap_place_kernel<kMatrixThreads><<<blocks, kMatrixThreads, 0, stream>>>(totals, unsigned(tiles), k, patterns, status);
-  cuda::bitmap_list_kernel<kTileThreads, kStage><<<tile_blocks, kTileThreads, 0, stream>>>(words, form, unsigned(tiles), totals, status, k, indices);
+  cuda::bitmap_list_kernel<kTileThreads, kStage>
+      <<<tile_blocks, kTileThreads, 0, stream>>>(words, form, unsigned(tiles), totals, status, k, indices);
   return int(cudaGetLastError());
 }
 

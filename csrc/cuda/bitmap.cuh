@@ -1,5 +1,5 @@
-// Device code of bitmap_to_indices: the bitmaps of many matrices become sorted lists of exactly k positions. Torch-free, and free of
-// launch syntax, so that the same source also compiles with a host compiler for tests.
+// Device code of bitmap_to_indices: the bitmaps of many matrices become sorted lists of exactly k positions. Torch-free, and free
+// of launch syntax, so that the same source also compiles with a host compiler for tests.
 //
 // Four kernels, one after the other: `choose` picks the largest candidates and sets their bits, `count` the bits of every tile,
 // `place` where each tile's positions begin, `list` writes them. Blocks of threads are whole warps. Atomics add, "or" and take the
@@ -74,12 +74,13 @@ __device__ void for_each(const Candidate* __restrict__ candidates, uint32_t coun
   for (uint32_t i = done + threadIdx.x; i < count; i += kThreads) f(candidates[i]);
 }
 
-// One block a matrix. Where the bracket holds the k-th magnitude: the bits of the k - definite largest candidates are set, status 0.
-// Elsewhere status 1 and a NaN. The pivot is found digit by digit of kBits, from the highest bit in which two candidates differ.
+// One block a matrix. Where the bracket holds the k-th magnitude: the bits of the k - definite largest candidates are set, status
+// 0. Elsewhere status 1 and a NaN. The pivot is found digit by digit of kBits, from the highest bit in which two candidates differ.
 template <int kThreads, int kBits>
-__global__ void bitmap_choose_kernel(uint32_t* __restrict__ bitmaps, Bitmap form, const Candidate* __restrict__ candidates,
-                                     int64_t capacity, const int32_t* __restrict__ counts, int64_t k, uint32_t* __restrict__ thresholds,
-                                     int32_t* __restrict__ status) {
+__global__ void __launch_bounds__(kThreads)
+bitmap_choose_kernel(uint32_t* __restrict__ bitmaps, Bitmap form, const Candidate* __restrict__ candidates, int64_t capacity,
+                     const int32_t* __restrict__ counts, int64_t k, uint32_t* __restrict__ thresholds,
+                     int32_t* __restrict__ status) {
   constexpr int kBins = 1 << kBits, kBinsPerThread = (kBins + kThreads - 1) / kThreads;
   __shared__ int bins[kBins], sums[kThreads / kWarp], bin, above, inside;
   __shared__ Candidate differ;
@@ -167,7 +168,8 @@ __device__ inline int count_bits(const Pack<uint32_t, kWordsPerThread>& words) {
 
 // One block a tile: totals[block] = bits set in it.
 template <int kThreads>
-__global__ void bitmap_count_kernel(const uint32_t* __restrict__ bitmaps, Bitmap form, uint32_t tiles, int32_t* __restrict__ totals) {
+__global__ void __launch_bounds__(kThreads)
+bitmap_count_kernel(const uint32_t* __restrict__ bitmaps, Bitmap form, uint32_t tiles, int32_t* __restrict__ totals) {
   __shared__ int sums[kThreads / kWarp];
   const uint32_t matrix = blockIdx.x / tiles, tile = blockIdx.x % tiles;
   const uint32_t word = (tile * kThreads + threadIdx.x) * kWordsPerThread;
@@ -178,8 +180,9 @@ __global__ void bitmap_count_kernel(const uint32_t* __restrict__ bitmaps, Bitmap
 
 // One block a matrix: totals become the bits set before each tile. Where there are not k of them in all, the status turns 1.
 template <int kThreads>
-__global__ void bitmap_place_kernel(int32_t* __restrict__ totals, uint32_t tiles, int64_t k, uint32_t* __restrict__ thresholds,
-                                    int32_t* __restrict__ status) {
+__global__ void __launch_bounds__(kThreads)
+bitmap_place_kernel(int32_t* __restrict__ totals, uint32_t tiles, int64_t k, uint32_t* __restrict__ thresholds,
+                        int32_t* __restrict__ status) {
   __shared__ int sums[kThreads / kWarp];
   const int64_t matrix = blockIdx.x;
   int32_t* const own = totals + matrix * tiles;
@@ -197,8 +200,9 @@ __global__ void bitmap_place_kernel(int32_t* __restrict__ totals, uint32_t tiles
 
 // One block a tile: its positions, staged in shared memory so that they leave as 128-bit stores; all -1 where the status is 1.
 template <int kThreads, int kStaged>
-__global__ void bitmap_list_kernel(const uint32_t* __restrict__ bitmaps, Bitmap form, uint32_t tiles,
-                                   const int32_t* __restrict__ places, const int32_t* __restrict__ status, int64_t k, int32_t* __restrict__ indices) {
+__global__ void __launch_bounds__(kThreads)
+bitmap_list_kernel(const uint32_t* __restrict__ bitmaps, Bitmap form, uint32_t tiles, const int32_t* __restrict__ places,
+                   const int32_t* __restrict__ status, int64_t k, int32_t* __restrict__ indices) {
   static_assert(kStaged % 4 == 0);
   alignas(16) __shared__ int32_t stage[kStaged + 4];
   __shared__ int sums[kThreads / kWarp];
