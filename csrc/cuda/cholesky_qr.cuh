@@ -287,7 +287,8 @@ __device__ inline void invert_upper(const float* __restrict__ gram, const float*
 enum QrStatus : int32_t { kOrthonormal, kShifted, kNotFinite };
 
 // One block a matrix: gram (lower triangle; the upper one is scratch) -> inverse, status. scale: scratch of l numbers a matrix.
-__global__ void __launch_bounds__(kQrThreads)
+// One block a multiprocessor is asked for: left to itself, the compiler makes room for two and spills on sm_100.
+__global__ void __launch_bounds__(kQrThreads, 1)
 cholesky_inverse_kernel(float* __restrict__ gram, float* __restrict__ scale, float* __restrict__ inverse,
                         int32_t* __restrict__ status, int64_t l) {
   __shared__ Panels shared;
