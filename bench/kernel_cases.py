@@ -52,6 +52,10 @@ CUDA_LAUNCHES = {
     "gaussian_sketch_kernel": Launch(wide_stores=1),
     "gram_kernel<64>": Launch(wide_loads=6, wide_stores=5),  # of the tile and, once, of the block that it raises
     "gram_kernel<128>": Launch(wide_loads=6, wide_stores=17),
+    "bitmap_choose_kernel": Launch(threads=1024, wide_loads=3),  # one in each loop over candidates
+    "bitmap_count_kernel": Launch(wide_loads=1),
+    "bitmap_place_kernel": Launch(threads=1024),
+    "bitmap_list_kernel": Launch(wide_loads=1, wide_stores=1),
     "multiply_upper_kernel<64>": Launch(wide_loads=2, wide_stores=4),
     "multiply_upper_kernel<128>": Launch(wide_loads=2, wide_stores=16),
 }

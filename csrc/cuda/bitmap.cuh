@@ -234,6 +234,7 @@ bitmap_list_kernel(const uint32_t* __restrict__ bitmaps, Bitmap form, uint32_t t
     const int end = phase + (total - start < kStaged ? total - start : kStaged);
     const int wide_begin = (phase + 3) / 4, wide_end = end / 4;
     int32_t* const base = out + start - phase;
+#pragma unroll 1  // few rounds; unrolled, they would take registers from further blocks
     for (int i = wide_begin + int(threadIdx.x); i < wide_end; i += kThreads)
       reinterpret_cast<Pack<int32_t, 4>*>(base)[i] = reinterpret_cast<const Pack<int32_t, 4>*>(stage)[i];
     const int i = int(threadIdx.x);  // the edges, up to three positions each
