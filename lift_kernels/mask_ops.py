@@ -51,9 +51,8 @@ def _(left, right, k, bracket=None, *, backend=None):
 def _lowrank_topk(left, right, k, bracket, backend):
     name = dispatch.choose(backend, left.device, "lowrank_topk")
     if bracket is None and name != "reference":
-        bracket = left.new_empty(len(left), 2)
-        for i, (one, other) in enumerate(zip(left, right)):  # one by one: the drawn rows of a batch would take much memory
-            bracket[i] = brackets.sampled(one, other, k)
+        drawn = [brackets.sampled(*pair, k) for pair in zip(left, right)]  # one by one: the drawn rows take much memory
+        bracket = torch.stack(drawn) if drawn else left.new_empty(0, 2)
     if name == "triton":
         from .triton_kernels import select
 

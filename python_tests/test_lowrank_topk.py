@@ -118,6 +118,15 @@ def test_lowrank_topk_of_a_batch(where, m, n):
             assert torch.equal(thresholds.cpu(), torch.stack([threshold for _, threshold in alone]))
 
 
+@pytest.mark.gpu
+def test_lowrank_topk_by_default_on_a_gpu():
+    """Whichever version of `bitmap_to_indices` serves there, the answer is the same."""
+    generator = torch.Generator().manual_seed(5)
+    left, right = (torch.randn(3, size, 20, generator=generator).cuda() for size in (1100, 700))
+    found = [ops.lowrank_topk(left, right, 38500, backend=backend) for backend in (None, "triton")]
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
 def test_lowrank_topk_of_no_matrix(where):
     left, right = torch.ones(0, 5, 2, device=where.device), torch.ones(0, 7, 2, device=where.device)
     for bracket in (None, torch.ones(0, 2, device=where.device)):
