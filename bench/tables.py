@@ -1,10 +1,10 @@
-"""Renders the README's tables of results from the CSVs, so that none is typed by hand.
+"""Renders the tables of results in the READMEs from the CSVs, so that none is typed by hand.
 
-    python -m bench.tables [--check] [README]
+    python -m bench.tables [--check] [README ...]
 
 Between ``<!-- table: NAME (from bench/results/DEVICE/FILE.csv; python -m bench.tables) -->`` and ``<!-- end -->`` stands the table
-NAME of `bench.table_specs`, made of that file, and below it where the rows come from. Without ``--check`` the README is rewritten,
-with it nothing is written and the exit status is 1 with a diff where the README says something else. The exit status is 2 when a
+NAME of `bench.table_specs`, made of that file, and below it where the rows come from. Without ``--check`` the READMEs are
+rewritten, with it nothing is written and the exit status is 1 with a diff where one says something else. The exit status is 2 when a
 marked table cannot be made: its file, a row or a column of it is missing, or no such table is described.
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^(<!-- table: (\S+) \(from (\S+\.csv); python -m bench\.tables\) -->\n)(.*?)^<!-- end -->$", re.M | re.S)
-UNITS = {"ms": 1e-3, "KiB": 2.0**10, "MiB": 2.0**20}
+UNITS = {"ms": 1e-3, "KiB": 2.0**10, "MiB": 2.0**20, "GB": 1e9, "T": 1e12}
 ORIGIN = {"device": "{}", "torch": "torch {}", "compiler": "{}", "runs": "repeats: {}", "commit": "commit {}"}
 
 Selection = Mapping[str, str]
@@ -153,22 +153,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     from bench.table_specs import TABLES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("readme", nargs="?", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 when the README differs from the CSVs")
+    parser.add_argument("readmes", nargs="*", type=Path, default=[ROOT / "README.md", ROOT / "csrc" / "README.md"])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 when a README differs from the CSVs")
     arguments = parser.parse_args(argv)
-    old = arguments.readme.read_text()
-    try:
-        new = rewrite(old, TABLES)
-    except TableError as error:
-        print(error, file=sys.stderr)
-        return 2
-    if arguments.check:
-        sys.stdout.writelines(difflib.unified_diff(old.splitlines(True), new.splitlines(True), "README", "from the CSVs"))
-        return int(old != new)
-    if old != new:
-        arguments.readme.write_text(new)
-    print(f"{len(BLOCK.findall(new))} tables in {arguments.readme.name}, {'rewritten' if old != new else 'nothing to change'}")
-    return 0
+    differs = False
+    for readme in arguments.readmes:
+        old = readme.read_text()
+        try:
+            new = rewrite(old, TABLES)
+        except TableError as error:
+            print(error, file=sys.stderr)
+            return 2
+        differs |= old != new
+        if arguments.check:
+            sys.stdout.writelines(difflib.unified_diff(old.splitlines(True), new.splitlines(True), str(readme), "from the CSVs"))
+            continue
+        if old != new:
+            readme.write_text(new)
+        print(f"{len(BLOCK.findall(new))} tables in {readme}, {'rewritten' if old != new else 'nothing to change'}")
+    return int(differs and arguments.check)
 
 
 if __name__ == "__main__":
