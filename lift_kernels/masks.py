@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import bracket, ops
 from .checks import MAX_ENTRIES, require
-from .lowrank import TOLERANCE, batched_factors
+from .lowrank import TOLERANCE, LowRankFactors, batched_factors
 
 MEMORY_BUDGET = 2**31
 """Bytes of fp32 copies of weights that are factored together on a GPU. On the CPU one matrix at a time is enough for a core."""
@@ -89,7 +89,7 @@ def principal_masks(
     backend: str | None = None,
     made: Callable[[int], object] = lambda count: None,
 ) -> list[Mask]:
-    """Masks of many matrices; those of one shape, dtype, rank, k and device are made together within ``memory_budget`` bytes.
+    """Masks of many matrices; those of one shape, dtype, rank and device are factored together within ``memory_budget`` bytes.
 
     Small matrices on the CPU are spread over the cores instead, one thread each. A given ``generator`` keeps them in order.
 
@@ -121,28 +121,37 @@ def principal_masks(
 def _batch_masks(
     requests: list[MaskRequest], method: str, generator: torch.Generator | None, tolerance: float, backend: str | None
 ) -> list[Mask]:
-    """Masks of matrices of one shape, dtype, rank, k and device."""
+    """Masks of matrices of one shape, dtype, rank and device."""
     start = time.perf_counter()
     factors = batched_factors(
         [r.weight for r in requests], requests[0].rank, method=method, generator=generator, tolerance=tolerance,
         warm_starts=[r.basis for r in requests], names=[r.name for r in requests],
     )  # fmt: skip
-    # On a GPU, bitmaps (twice 1/8 byte an entry) and candidates (4 bytes for each of the k) take the place of the fp32 copies
-    # (4 bytes an entry), which are free again: the memory budget holds.
-    k = requests[0].k
-    expected = None
-    if any(r.threshold is not None for r in requests):
-        expected = torch.stack([
-            bracket.sampled(f.left, f.right, k) if r.threshold is None else bracket.around(r.threshold)
-            for r, f in zip(requests, factors)
-        ])  # fmt: skip
-    chosen = ops.lowrank_topk(_stacked([f.left for f in factors]), _stacked([f.right for f in factors]), k, bracket=expected,
-                              backend=backend)  # fmt: skip
+    chosen: dict[int, tuple[Tensor, Tensor]] = {}
+    for k in sorted({r.k for r in requests}):
+        members = [i for i, r in enumerate(requests) if r.k == k]
+        thresholds = [requests[i].threshold for i in members]
+        chosen.update(zip(members, zip(*_select([factors[i] for i in members], k, thresholds, backend))))
     seconds = (time.perf_counter() - start) / len(requests)
-    return [
-        Mask(indices, threshold, f.basis, f.method, f.passes, f.settled, seconds)
-        for f, indices, threshold in zip(factors, *chosen)
-    ]
+    return [Mask(*chosen[i], f.basis, f.method, f.passes, f.settled, seconds) for i, f in enumerate(factors)]
+
+
+def _select(
+    factors: list[LowRankFactors], k: int, thresholds: list[Tensor | None], backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """Index lists (b, k) and k-th magnitudes (b,) of b products, near which ``thresholds`` lie where they are known.
+
+    On a GPU, bitmaps (twice 1/8 byte an entry) and candidates (4 bytes for each of the k) take the place of the fp32 copies
+    (4 bytes an entry), which are free again: the memory budget holds.
+    """
+    expected = None
+    if any(threshold is not None for threshold in thresholds):
+        expected = torch.stack([
+            bracket.sampled(f.left, f.right, k) if threshold is None else bracket.around(threshold)
+            for f, threshold in zip(factors, thresholds)
+        ])  # fmt: skip
+    left, right = _stacked([f.left for f in factors]), _stacked([f.right for f in factors])
+    return ops.lowrank_topk(left, right, k, bracket=expected, backend=backend)
 
 
 def _stacked(matrices: list[Tensor]) -> Tensor:
@@ -173,7 +182,7 @@ def _batches(requests: Sequence[MaskRequest], memory_budget: int | None) -> list
     kinds: dict[tuple, list[int]] = defaultdict(list)
     for i, r in enumerate(requests):
         basis = None if r.basis is None else tuple(r.basis.shape)
-        kinds[(r.weight.shape, r.weight.dtype, r.weight.device, r.rank, r.k, basis)].append(i)
+        kinds[(r.weight.shape, r.weight.dtype, r.weight.device, r.rank, basis)].append(i)
     batches = []
     for members in kinds.values():
         weight = requests[members[0]].weight

@@ -184,7 +184,7 @@ def test_an_unknown_method_is_refused():
 
 
 def test_masks_of_a_batch_are_those_of_each_matrix(where):
-    """Made together, with brackets that are drawn, right and wrong; another k makes another batch."""
+    """Made together, with brackets that are drawn, right and wrong, and one of another k."""
     weights = [with_spectrum(60, 90, [0.9**i for i in range(60)], seed=seed) for seed in range(4)]
     requests = [MaskRequest(weight.to(where.device), 6, k) for weight, k in zip(weights, (270, 270, 270, 500))]
     alone = principal_masks(requests, method="gram", memory_budget=0, backend=where.backend)
@@ -192,7 +192,7 @@ def test_masks_of_a_batch_are_those_of_each_matrix(where):
     requests[1:3] = [replace(r, threshold=threshold) for r, threshold in zip(requests[1:3], (near, far))]
     sizes: list[int] = []
     together = principal_masks(requests, method="gram", memory_budget=2**30, backend=where.backend, made=sizes.append)
-    assert sizes == [3, 1]
+    assert sizes == [4]
     for mask, one, request in zip(together, alone, requests):
         assert_index_list(mask.indices, request.k, 60 * 90)
         assert mask.threshold.shape == () and torch.allclose(mask.threshold, one.threshold, rtol=1e-4)
