@@ -2,10 +2,10 @@
 
 Builds the extension in place for the card, runs the tests marked ``gpu``, and times with CUDA events `sparse_adamw_` on the
 224 linear matrices (bf16, random 5 % masks clustered by rows) against torch.optim.AdamW(fused=True) on the same tensors, then
-packed_l2_norm, packed_migrate, both ways of packed_weight_grad, lowrank_topk (their bounds: factors read, results written; the
-arithmetic is not in them) and the masks of all matrices, cold and warm (bound: one read of the weights a pass). Every op is
-checked against the reference first; a wrong one is not timed. A part that fails leaves a row that says why, and the others go
-on. Needs torch, triton, numpy, pytest and ninja; no network.
+packed_l2_norm, packed_migrate, both ways of packed_weight_grad, lowrank_topk, bitmap_to_indices (their bounds: factors or
+bitmaps read, results written; the arithmetic is not in them) and the masks of all matrices, cold and warm (bound: one read of
+the weights a pass). Every op is checked against the reference first; a wrong one is not timed. A part that fails leaves a row
+that says why, and the others go on. Needs torch, triton, numpy, pytest and ninja; no network.
 
 ``bound_ms`` is a count of bytes over the measured copy bandwidth: distinct 32-byte sectors of the weights (read and written)
 and of dense gradients (read) that selected entries lie on, and the packed streams, as in bench_sparse_adamw.py.
@@ -194,6 +194,29 @@ def topk(suite: Suite) -> None:
     suite.time("lowrank_topk", "known bracket", problem, lambda: ops.lowrank_topk(left, right, k, bracket=known), floor)
 
 
+def bitmaps(suite: Suite) -> None:
+    """The compaction alone: two matrices of the last shape whose bracket, 2 % about the k-th magnitude, holds it."""
+    m, n = suite.shapes[-1]
+    generator = torch.Generator(suite.device).manual_seed(0)
+    magnitude = torch.randn(m, n, generator=generator, device=suite.device).abs_()
+    k = round(DENSITY * m * n)
+    threshold = magnitude.view(-1).topk(k).values[-1]
+    bits = torch.nn.functional.pad((magnitude > threshold * 1.02).int(), (0, -n % 32)).unflatten(1, (-1, 32))
+    words = (bits << torch.arange(32, device=suite.device, dtype=torch.int32)).sum(2, dtype=torch.int32)
+    place = ((magnitude >= threshold * 0.98) & (magnitude <= threshold * 1.02)).view(-1).nonzero().view(-1)
+    noted = (magnitude.view(-1)[place].view(torch.int32).long() << 32) + (2**31 - 1 - place)
+    definite = int((magnitude > threshold * 1.02).sum())
+    counts = torch.tensor([[definite, len(place)]] * 2, dtype=torch.int32, device=suite.device)
+    arguments = words.expand(2, -1, -1).contiguous(), noted.expand(2, -1).contiguous(), counts, n, k
+    expected = ops.bitmap_to_indices(*arguments, backend="reference")
+    floor = 2.0 * (3 * m * n / 8 + 8 * len(place) + 4 * k)  # bitmaps copied and read, candidates read, lists written
+    for backend in ["reference"] if suite.device == "cpu" else ["native-cuda", "triton"]:
+        found = ops.bitmap_to_indices(*arguments, backend=backend)
+        problem = "" if all(map(torch.equal, found, expected)) else "differs from the reference"
+        suite.time("bitmap_to_indices", f"two matrices, {backend}", problem,
+                   lambda backend=backend: ops.bitmap_to_indices(*arguments, backend=backend), floor)  # fmt: skip
+
+
 def refresh(suite: Suite) -> None:
     """Masks of all matrices, cold and then warm from the bases of the cold ones; weights with a slowly decaying spectrum."""
     rank = min(128, min(map(min, suite.shapes)) // 4)
@@ -236,7 +259,7 @@ def main(arguments: list[str] | None = None) -> Path:
         suite.part("build", lambda: command(suite, "setup.py", "build_ext", "--inplace", LIFT_CUDA_ARCHS=arch))
         suite.part("tests", lambda: command(suite, "-m", "pytest", "-q", "-m", "gpu", "python_tests"))
     parts = {"step": steps, "packed_l2_norm": norm, "packed_migrate": migrate, "packed_weight_grad": weight_grad,
-             "lowrank_topk": topk, "refresh": refresh}  # fmt: skip
+             "lowrank_topk": topk, "bitmap_to_indices": bitmaps, "refresh": refresh}  # fmt: skip
     for name, work in parts.items():
         suite.part(name, lambda work=work: work(suite))
     given.out.mkdir(parents=True, exist_ok=True)

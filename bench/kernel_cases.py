@@ -52,6 +52,10 @@ CUDA_LAUNCHES = {
     "gaussian_sketch_kernel": Launch(wide_stores=1),
     "gram_kernel<64>": Launch(wide_loads=6, wide_stores=5),  # of the tile and, once, of the block that it raises
     "gram_kernel<128>": Launch(wide_loads=6, wide_stores=17),
+    "bitmap_choose_kernel": Launch(threads=1024, wide_loads=3),  # one in each loop over candidates
+    "bitmap_count_kernel": Launch(wide_loads=1),
+    "bitmap_place_kernel": Launch(threads=1024),
+    "bitmap_list_kernel": Launch(wide_loads=1, wide_stores=1),
     "multiply_upper_kernel<64>": Launch(wide_loads=2, wide_stores=4),
     "multiply_upper_kernel<128>": Launch(wide_loads=2, wide_stores=16),
 }
@@ -124,7 +128,7 @@ def weight_grad_case(dtype, out, precision="tf32"):
 
 def select_cases():
     """The passes over the tiles of a low-rank product, and the kernels that fill and list a bitmap."""
-    from lift_kernels.triton_kernels import select
+    from lift_kernels.triton_kernels import bitmap, select
 
     factors = {"left": "*fp32", "right": "*fp32", "m": "i32", "n": "i32", "r": "i32", "bracket": "*i32"}
     scan = factors | {"bitmap": "*i32", "counts": "*i32", "capacity": "i32"}
@@ -139,11 +143,15 @@ def select_cases():
         yield Case(f"lowrank_topk: {name}, odd rank", kernel, types, **tile)
     block = {"BLOCK": BLOCK}
     types = {"bitmap": "*i32", "positions": "*i32", "count": "i32", "n": "i32"}
-    yield Case("set_bits", "select._set_bits_kernel", types, block, ("int32",))
-    types = {"bitmap": "*i32", "totals": "*i32", "length": "i32"}
-    yield Case("count_bits", "select._count_bits_kernel", types, block, ("int32",))
-    types = dict.fromkeys(("bitmap", "ends", "out"), "*i32") | dict.fromkeys(("length", "count", "n"), "i32")
-    yield Case("list_bits", "select._list_bits_kernel", types, block, ("int32",))
+    yield Case("set_bits", "bitmap._set_bits_kernel", types, block, ("int32",))
+    words = {"bitmaps": "*i32", "length": "i32", "n": "i32"}
+    twice = ("int32", "int32")  # a whole block or the last one, whose length 16 divides too
+    yield Case("count_bits", "bitmap._count_bits_kernel", words | {"totals": "*i32"}, block, twice, multiples=("length",))
+    types = words | {"ends": "*i32", "out": "*i32", "count": "i32"}
+    yield Case("list_bits", "bitmap._list_bits_kernel", types, block, twice, multiples=("length",))
+    types = dict.fromkeys(("bitmaps", "counts", "thresholds", "status"), "*i32") | {"candidates": "*i64"}
+    types |= dict.fromkeys(("m", "n", "capacity", "k"), "i32")
+    yield Case("bitmap_choose", "bitmap._bitmap_choose_kernel", types, bitmap.CHOOSE, options={"num_warps": bitmap.CHOOSE_WARPS})
 
 
 CASES = (

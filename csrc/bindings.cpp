@@ -267,6 +267,16 @@ void multiply_upper_on_cuda(Tensor x, Tensor inverse, Tensor status) {
                                   current_stream(x)));
 }
 
+void bitmap_to_indices_on_cuda(Tensor bitmaps, Tensor candidates, Tensor counts, int64_t columns, Tensor totals, Tensor indices,
+                               Tensor thresholds, Tensor status) {
+  const int64_t matrices = bitmaps.size(0), rows = bitmaps.size(1);
+  STD_TORCH_CHECK(totals.numel() == matrices * lift::bitmap_tiles(rows, columns), "lift_kernels_native: tiles do not fit");
+  const auto int32s = [](const Tensor& tensor) { return static_cast<int32_t*>(tensor.data_ptr()); };
+  check(lift::bitmap_to_indices_cuda(int32s(bitmaps), matrices, rows, columns, static_cast<const int64_t*>(candidates.data_ptr()),
+                                     candidates.size(1), int32s(counts), indices.size(1), int32s(totals), int32s(indices),
+                                     floats(thresholds), int32s(status), current_stream(bitmaps)));
+}
+
 int64_t cuda_runtime_version() { return lift::cuda_runtime_version(); }
 int64_t cuda_driver_version() { return lift::cuda_driver_version(); }
 #else
@@ -295,6 +305,9 @@ STABLE_TORCH_LIBRARY(lift_kernels_native, m) {
   m.def(
       "cholesky_inverse(Tensor partials, Tensor(a!) gram, Tensor(b!) scale, Tensor(c!) inverse, Tensor(d!) status) -> ()");
   m.def("multiply_upper_(Tensor(a!) x, Tensor inverse, Tensor status) -> ()");
+  m.def(
+      "bitmap_to_indices(Tensor(a!) bitmaps, Tensor candidates, Tensor counts, int columns, Tensor(b!) totals, Tensor(c!) indices, "
+      "Tensor(d!) thresholds, Tensor(e!) status) -> ()");
   m.def("cuda_runtime_version() -> int");
   m.def("cuda_driver_version() -> int");
 }
@@ -323,5 +336,6 @@ STABLE_TORCH_LIBRARY_IMPL(lift_kernels_native, CUDA, m) {
   m.impl("gram", TORCH_BOX(&gram_on_cuda));
   m.impl("cholesky_inverse", TORCH_BOX(&cholesky_inverse_on_cuda));
   m.impl("multiply_upper_", TORCH_BOX(&multiply_upper_on_cuda));
+  m.impl("bitmap_to_indices", TORCH_BOX(&bitmap_to_indices_on_cuda));
 }
 #endif

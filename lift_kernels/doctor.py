@@ -204,9 +204,20 @@ def _qr(name: str, device: str) -> tuple[float, float]:
     return _difference(*blocks), 1e-5
 
 
+def _bitmap(name: str, device: str) -> tuple[float, float]:
+    """A bit for all entries of a list but one, which is a candidate beside a smaller one."""
+    expected = _index_list(0, device)
+    flags = torch.zeros(1536, dtype=torch.int32, device=device)
+    flags[expected[1:].long()] = 1
+    words = (flags.view(1, 1, 48, 32) << torch.arange(32, dtype=torch.int32, device=device)).sum(-1, dtype=torch.int32)
+    candidates = torch.tensor([[5 << 32, (7 << 32) + 2**31 - 1 - int(expected[0])]], device=device)
+    counts = torch.tensor([[299, 2]], dtype=torch.int32, device=device)
+    return _difference(ops.bitmap_to_indices(words, candidates, counts, 1536, 300, backend=name)[0][0], expected), 0.0
+
+
 _Case = Callable[[str, str], tuple[float, float]]
 _CASES: dict[str, _Case] = dict(zip(OPS, (_gather, _scatter, _migrate, _norm, _adamw)))
-_HELPER_CASES: dict[str, _Case] = {"gaussian_sketch_": _sketch, "cholesky_qr_": _qr}
+_HELPER_CASES: dict[str, _Case] = {"gaussian_sketch_": _sketch, "cholesky_qr_": _qr, "bitmap_to_indices": _bitmap}
 
 
 def _cases(name: str) -> dict[str, _Case]:

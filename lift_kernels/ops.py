@@ -31,7 +31,7 @@ from .checks import (
     check_weight_grad,
     require,
 )
-from .mask_ops import chebyshev_step_, cholesky_qr_, gaussian_sketch, lowrank_topk  # noqa: F401
+from .mask_ops import bitmap_to_indices, chebyshev_step_, cholesky_qr_, gaussian_sketch, lowrank_topk  # noqa: F401
 
 logger = logging.getLogger("lift_kernels")
 _strided_logged = False

@@ -12,7 +12,7 @@ import pytest
 
 from lift_kernels import ops
 
-PARTS = {"step", "packed_l2_norm", "packed_migrate", "packed_weight_grad", "lowrank_topk", "refresh"}
+PARTS = {"step", "packed_l2_norm", "packed_migrate", "packed_weight_grad", "lowrank_topk", "bitmap_to_indices", "refresh"}
 
 
 @pytest.fixture
