@@ -81,7 +81,7 @@ class Counting(TorchDispatchMode):
 
 def helper_cost(cost: Cost, rows: int, width: int, blocks_read: int, multiplied: int) -> None:
     """One round: the Gram matrix of X (``blocks_read`` 1) or of a combination of blocks, and ``multiplied`` blocks times R^-1."""
-    tile = 64 if width <= 64 else 128
+    tile = native_cuda.tile(width)
     tiles = -(-width // tile)
     pairs, slabs, block = tiles * (tiles + 1) // 2, -(-rows // native_cuda.slab_rows(rows)), 4 * rows * width
     partials, square = 4 * slabs * pairs * tile * tile, 4 * width * width

@@ -257,7 +257,7 @@ void gram_on_cuda(Tensor product, std::optional<Tensor> block, std::optional<Ten
 }
 
 void cholesky_inverse_on_cuda(Tensor partials, Tensor gram, Tensor scale, Tensor inverse, Tensor status) {
-  check(lift::cholesky_inverse_cuda(floats(partials), partials.size(0), partials.size(1), partials.size(2), floats(gram),
+  check(lift::cholesky_inverse_cuda(floats(partials), partials.size(0), partials.size(1), gram.size(1), floats(gram),
                                     floats(scale), floats(inverse), static_cast<int32_t*>(status.data_ptr()),
                                     current_stream(partials)));
 }

@@ -15,6 +15,11 @@ def slab_rows(rows: int) -> int:
     return max(_SMALLEST_SLAB, -(-rows // (_MAX_SLABS * _STEP)) * _STEP)
 
 
+def tile(width: int) -> int:
+    """Columns of a tile of a Gram matrix."""
+    return 64 if width <= 64 else 128
+
+
 def cholesky_qr_(block: Tensor, other: Tensor | None, rounds: int) -> Tensor:
     """`mask_ops.cholesky_qr_`: four launches a round."""
     status = block.new_empty(len(block), dtype=torch.int32)
@@ -46,11 +51,13 @@ def bitmap_to_indices(bitmaps: Tensor, candidates: Tensor, counts: Tensor, colum
 
 def _partials(block: Tensor) -> Tensor:
     batch, rows, width = block.shape
-    return block.new_empty(batch, -(-rows // slab_rows(rows)), width, width)
+    side = tile(width)
+    tiles = -(-width // side)
+    return block.new_empty(batch, -(-rows // slab_rows(rows)), tiles * (tiles + 1) // 2, side, side)
 
 
 def _apply_inverse(partials: Tensor, block: Tensor, other: Tensor | None, status: Tensor) -> None:
-    batch, width = len(partials), partials.shape[-1]
+    batch, width = len(block), block.shape[-1]
     gram, inverse, scale = (partials.new_empty(batch, *shape) for shape in ((width, width), (width, width), (width,)))
     native.cholesky_inverse.default(partials, gram, scale, inverse, status)
     native.multiply_upper_.default(block, inverse, status)

@@ -58,7 +58,8 @@ def mask_kernels(folder: Path) -> SimpleNamespace:
         host.gram(*tensors, *numbers(*product.shape, slab_rows), address(partials))
 
     def cholesky_inverse(partials, gram, scale, inverse, status):
-        host.cholesky_inverse(address(partials), *numbers(*partials.shape[:3]), *map(address, (gram, scale, inverse, status)))
+        sizes = numbers(*partials.shape[:2], gram.shape[1])
+        host.cholesky_inverse(address(partials), *sizes, *map(address, (gram, scale, inverse, status)))
 
     def multiply_upper_(x, inverse, status):
         host.multiply_upper(address(x), address(inverse), address(status), *numbers(*x.shape))

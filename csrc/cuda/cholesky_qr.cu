@@ -7,8 +7,6 @@
 namespace lift {
 namespace {
 
-constexpr int64_t kNarrow = 64;  // blocks up to this width take the smaller tiles
-
 int64_t divided(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 }  // namespace
@@ -34,15 +32,16 @@ int gram_cuda(const float* product, const float* block, const float* previous, c
     const dim3 grid(unsigned(batch * (tiles * (tiles + 1) / 2)), unsigned(divided(rows, slab_rows)));
     kernel<<<grid, cuda::kQrThreads, 0, stream_of(where)>>>(product, block, previous, edge, raised, rows, int(l), slab_rows, partials);
   };
-  if (l <= kNarrow) launch(cuda::gram_kernel<64>, 64);
-  else launch(cuda::gram_kernel<128>, 128);
+  if (l <= cuda::kNarrow) launch(cuda::gram_kernel<cuda::kNarrow>, cuda::kNarrow);
+  else launch(cuda::gram_kernel<cuda::kWide>, cuda::kWide);
   return int(cudaGetLastError());
 }
 
 int cholesky_inverse_cuda(const float* partials, int64_t batch, int64_t slabs, int64_t l, float* gram, float* scale, float* inverse,
                           int32_t* status, Stream where) {
   const DeviceGuard guard(where.device);
-  cuda::gram_sum_kernel<<<blocks_for(batch * l * l), kThreads, 0, stream_of(where)>>>(partials, batch, slabs, l, gram);
+  cuda::gram_sum_kernel<<<blocks_for(batch * l * l), kThreads, 0, stream_of(where)>>>(
+      partials, batch, slabs, l, l <= cuda::kNarrow ? cuda::kNarrow : cuda::kWide, gram);
   cuda::cholesky_inverse_kernel<<<unsigned(batch), cuda::kQrThreads, 0, stream_of(where)>>>(gram, scale, inverse, status, l);
   return int(cudaGetLastError());
 }
@@ -53,8 +52,8 @@ int multiply_upper_cuda(float* x, const float* inverse, const int32_t* status, i
   const auto launch = [&](auto kernel, int64_t tile) {
     kernel<<<unsigned(batch * divided(rows, tile)), cuda::kQrThreads, 0, stream_of(where)>>>(x, inverse, status, int(rows), int(l));
   };
-  if (l <= kNarrow) launch(cuda::multiply_upper_kernel<64>, 64);
-  else launch(cuda::multiply_upper_kernel<128>, 128);
+  if (l <= cuda::kNarrow) launch(cuda::multiply_upper_kernel<cuda::kNarrow>, cuda::kNarrow);
+  else launch(cuda::multiply_upper_kernel<cuda::kWide>, cuda::kWide);
   return int(cudaGetLastError());
 }
 

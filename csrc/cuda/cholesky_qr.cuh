@@ -10,6 +10,7 @@
 namespace lift::cuda {
 
 constexpr int kQrThreads = 256;
+constexpr int kNarrow = 64, kWide = 128;  // sides of a tile; blocks up to kNarrow columns wide take the smaller one
 constexpr int kStep = 16;   // depth of one step of a tiled product
 constexpr int kRun = 128;   // rows of a Gram matrix that are added one by one: a longer run would cost orthonormality
 constexpr int kPanel = 16;  // rows of a panel of the factorization
@@ -86,7 +87,7 @@ struct Recurrence {
   }
 };
 
-// Grid: (batch * tile pairs I <= J, slabs). partials (batch, slabs, l, l): the tiles I <= J of X^T X over a slab of rows.
+// Grid: (batch * tile pairs I <= J, slabs). partials (batch, slabs, pairs, kTile, kTile): these tiles of X^T X over a slab of rows.
 template <int kTile>
 __global__ void __launch_bounds__(kQrThreads, 2)
 gram_kernel(const float* __restrict__ product, const float* __restrict__ block, const float* __restrict__ previous,
@@ -104,7 +105,7 @@ gram_kernel(const float* __restrict__ product, const float* __restrict__ block, 
                      previous == nullptr ? nullptr : previous + matrix * size, raised == nullptr ? nullptr : raised + matrix * size,
                      block == nullptr ? 0.0f : 2.0f / edge[matrix]};
   const int64_t begin = blockIdx.y * rows_per_slab, end = begin + rows_per_slab < rows ? begin + rows_per_slab : rows;
-  float* const out = partials + (matrix * gridDim.y + blockIdx.y) * int64_t(l) * l;
+  float* const out = partials + ((matrix * gridDim.y + blockIdx.y) * pairs + blockIdx.x % unsigned(pairs)) * kTile * kTile;
   for (int64_t run = begin; run < end; run += kRun) {
     Share<kTile> share;
     for (int64_t row = run; row < run + kRun && row < end; row += kStep) {
@@ -124,30 +125,32 @@ gram_kernel(const float* __restrict__ product, const float* __restrict__ block, 
       share.add(left, diagonal ? left : right);
       __syncthreads();
     }
+#pragma unroll
     for (int i = 0; i < share.kSide; ++i) {
-      const int gi = ti * kTile + share.place(share.ty, i);
-      if (gi >= l) continue;
-      float* const target = out + int64_t(gi) * l;  // the thread's own, in L2 from one run to the next
-      for (int q = 0; q < share.kQuads; ++q) {
-        const int gj = tj * kTile + 4 * share.tx + 64 * q;
-        Float4 sum = run == begin ? Float4{} : load4(target, gj, l, aligned);
+#pragma unroll
+      for (int q = 0; q < share.kQuads; ++q) {  // the thread's own, in L2 from one run to the next
+        Float4* const target = reinterpret_cast<Float4*>(out + share.place(share.ty, i) * kTile + 4 * share.tx + 64 * q);
+        Float4 sum = run == begin ? Float4{} : *target;
+#pragma unroll
         for (int k = 0; k < 4; ++k) sum.x[k] += share.sum[i][4 * q + k];
-        store4(target, gj, l, aligned, sum);
+        *target = sum;
       }
     }
   }
 }
 
 // G's lower triangle, summed in the order of the slabs from partial tiles of the upper one.
-__global__ void gram_sum_kernel(const float* __restrict__ partials, int64_t batch, int64_t slabs, int64_t l,
+__global__ void gram_sum_kernel(const float* __restrict__ partials, int64_t batch, int64_t slabs, int64_t l, int64_t tile,
                                 float* __restrict__ gram) {
+  const int64_t tiles = (l + tile - 1) / tile, size = tiles * (tiles + 1) / 2 * tile * tile;
   const int64_t stride = int64_t(gridDim.x) * blockDim.x;
   for (int64_t e = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; e < batch * l * l; e += stride) {
     const int64_t matrix = e / (l * l), i = e / l % l, j = e % l;
     if (i > j) continue;
-    const float* at = partials + matrix * slabs * l * l + i * l + j;
+    const int64_t ti = i / tile, pair = ti * tiles - ti * (ti - 1) / 2 + j / tile - ti;
+    const float* at = partials + matrix * slabs * size + pair * tile * tile + i % tile * tile + j % tile;
     float sum = 0.0f;
-    for (int64_t s = 0; s < slabs; ++s) sum += at[s * l * l];
+    for (int64_t s = 0; s < slabs; ++s) sum += at[s * size];
     gram[(matrix * l + j) * l + i] = sum;
   }
 }

@@ -29,13 +29,13 @@ void gram(const float* product, const float* block, const float* previous, const
     launch(dim3{unsigned(batch * tiles * (tiles + 1) / 2), unsigned((rows + slab_rows - 1) / slab_rows)}, kQrThreads,
            [&] { kernel(product, block, previous, edge, raised, rows, int(l), slab_rows, partials); });
   };
-  if (l <= 64) run(gram_kernel<64>, 64);
-  else run(gram_kernel<128>, 128);
+  if (l <= kNarrow) run(gram_kernel<kNarrow>, kNarrow);
+  else run(gram_kernel<kWide>, kWide);
 }
 
 void cholesky_inverse(const float* partials, int64_t batch, int64_t slabs, int64_t l, float* gram, float* scale, float* inverse,
                       int32_t* status) {
-  launch(3, 64, [&] { gram_sum_kernel(partials, batch, slabs, l, gram); });
+  launch(3, 64, [&] { gram_sum_kernel(partials, batch, slabs, l, l <= kNarrow ? kNarrow : kWide, gram); });
   launch(unsigned(batch), kQrThreads, [&] { cholesky_inverse_kernel(gram, scale, inverse, status, l); });
 }
 
@@ -43,8 +43,8 @@ void multiply_upper(float* x, const float* inverse, const int32_t* status, int64
   const auto run = [&](auto kernel, int64_t tile) {
     launch(unsigned(batch * ((rows + tile - 1) / tile)), kQrThreads, [&] { kernel(x, inverse, status, int(rows), int(l)); });
   };
-  if (l <= 64) run(multiply_upper_kernel<64>, 64);
-  else run(multiply_upper_kernel<128>, 128);
+  if (l <= kNarrow) run(multiply_upper_kernel<kNarrow>, kNarrow);
+  else run(multiply_upper_kernel<kWide>, kWide);
 }
 
 }  // extern "C"
@@ -56,7 +56,8 @@ template <class F>
 void step(int64_t rows, int64_t l, bool with_previous, const F& spoil) {
   constexpr int64_t slab = 32;
   const int64_t slabs = (rows + slab - 1) / slab;
-  std::vector<float> x(rows * l), z(rows * l), previous(rows * l), next(rows * l), partials(slabs * l * l), matrix(l * l);
+  std::vector<float> x(rows * l), z(rows * l), previous(rows * l), next(rows * l), matrix(l * l);
+  std::vector<float> partials(slabs * kWide * kWide);  // one tile pair
   std::vector<float> inverse(l * l), scale(l);
   int32_t status = -1;
   const float edge = 1.5f;
