@@ -263,8 +263,8 @@ void cholesky_inverse_on_cuda(Tensor partials, Tensor gram, Tensor scale, Tensor
 }
 
 void multiply_upper_on_cuda(Tensor x, Tensor inverse, Tensor status) {
-  check(lift::multiply_upper_cuda(floats(x), floats(inverse), static_cast<const int32_t*>(status.data_ptr()), x.size(0), x.size(1), x.size(2),
-                                  current_stream(x)));
+  check(lift::multiply_upper_cuda(floats(x), floats(inverse), static_cast<const int32_t*>(status.data_ptr()), x.size(0), x.size(1),
+                                  x.size(2), current_stream(x)));
 }
 
 void bitmap_to_indices_on_cuda(Tensor bitmaps, Tensor candidates, Tensor counts, int64_t columns, Tensor totals, Tensor indices,
