@@ -1,0 +1,97 @@
+"""Every native CUDA op once at small, awkward sizes, for compute-sanitizer.
+
+    compute-sanitizer --tool memcheck python -m gpu_parts.cuda_ops cuda     (in bench/; without a card: cpu)
+
+Tensors are made on the CPU and compared there, so that on the card little else runs than the ops and copies. Joining an op is one
+line of `CASES`: its name and a function of the device that returns what is wrong, or an empty string.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import bench_util  # noqa: F401  (puts the checkout first on the path)
+import torch
+from torch import Tensor
+
+from lift_kernels import ops
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+COUNTS = (1, 31, 257, 1000)  # entries, around the sizes of warps and blocks
+
+
+def backend(device: str) -> str:
+    return "native-cuda" if device == "cuda" else "native-cpu"
+
+
+def positions(count: int, numel: int, seed: int = 0) -> Tensor:
+    """Sorted unique int32 positions."""
+    return torch.randperm(numel, generator=torch.Generator().manual_seed(seed))[:count].sort().values.int()
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def differs(got: Tensor, right: Tensor, label: str) -> str:
+    return "" if torch.equal(got.cpu(), right) else f"{label}: results differ from the reference"
+
+
+def packed_gather(device: str) -> str:
+    for dtype in DTYPES:
+        for count in COUNTS:
+            source, index = normal(37, 41, dtype=dtype), positions(count, 37 * 41)
+            for out in DTYPES:
+                got = ops.packed_gather(source.to(device), index.to(device), dtype=out, backend=backend(device))
+                right = ops.packed_gather(source, index, dtype=out, backend="reference")
+                if problem := differs(got, right, f"{count} entries, {dtype} to {out}"):
+                    return problem
+    return ""
+
+
+def packed_scatter(device: str) -> str:
+    for dtype in DTYPES:
+        for count in COUNTS:
+            values, index = normal(count), positions(count, 37 * 41)
+            got, right = normal(37, 41, dtype=dtype).to(device), normal(37, 41, dtype=dtype)
+            ops.packed_scatter_(got, index.to(device), values.to(device), backend=backend(device))
+            ops.packed_scatter_(right, index, values, backend="reference")
+            if problem := differs(got, right, f"{count} entries into {dtype}"):
+                return problem
+    return ""
+
+
+def packed_migrate(device: str) -> str:
+    for dtype in (torch.float32, torch.bfloat16, torch.int32):
+        for old_count in (0, *COUNTS):
+            for new_count in COUNTS:
+                old, new = positions(old_count, 1517), positions(new_count, 1517, seed=2)
+                values = (100 * normal(old_count)).to(dtype)
+                lists = (t.to(device) for t in (values, old, new))
+                got = ops.packed_migrate(*lists, fill=3, backend=backend(device))
+                right = ops.packed_migrate(values, old, new, fill=3, backend="reference")
+                if problem := differs(got, right, f"{old_count} to {new_count} entries of {dtype}"):
+                    return problem
+    return ""
+
+
+CASES: list[tuple[str, Callable[[str], str]]] = [
+    ("packed_gather", packed_gather),
+    ("packed_scatter_", packed_scatter),
+    ("packed_migrate", packed_migrate),
+]
+
+
+def main(device: str) -> int:
+    """Runs all; the number of wrong ops."""
+    wrong = 0
+    for name, case in CASES:
+        problem = case(device)
+        wrong += bool(problem)
+        print(f"{name}: {problem or 'right'}", flush=True)
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

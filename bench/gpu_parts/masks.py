@@ -1,0 +1,196 @@
+"""Masks: the selection against torch.topk, and refreshes of all matrices, cold and warm, with what eigenproblems take of them.
+
+Selection (`lowrank_topk`). Floor: FLOPs of the product of the factors at the TF32 rate; bytes: factors read, bitmap written and
+read, list written. torch's ways: topk of a |W_r| that lies in memory, and of one that is formed first. Checked: k distinct sorted
+positions, none smaller in fp64 than any that was left out (1e-4), and the threshold is the smallest of them. Factors take turns.
+
+Refresh (`principal_masks`, Chebyshev iteration, r = 128, weights with a slowly decaying spectrum). Floor: 2 m n l FLOPs a pass and
+2 m n r for the selection at the TF32 rate, or one read of the weights a pass. ``eigh_share`` and ``orth_share``: the time between
+events around torch.linalg.eigh, and around Cholesky, triangular solves and QR, over that of one refresh. Checked: overlap of the
+first matrix's mask with the reference's exact one above 0.9. Refreshes wait for the card, and touch gigabytes. One layer comes
+first; all layers follow when its time says that they fit into the part's budget.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lift_kernels import ops
+from lift_kernels.lowrank import block_width
+from lift_kernels.masks import Mask, MaskRequest, principal_masks
+
+from .models import BF16, DENSITY, LLAMA_2_7B, LLAMA_3_8B, Model
+from .report import Run
+
+RANK = 128
+
+
+def rank_of(model: Model) -> int:
+    return min(RANK, min(map(min, model.layer)) // 4)
+
+
+def selection_problem(left: Tensor, right: Tensor, k: int, found: tuple[Tensor, Tensor]) -> str:
+    """What is wrong with indices and threshold, or an empty string."""
+    indices, threshold = found[0].long(), float(found[1])
+    if indices.numel() != k or not bool((indices[1:] > indices[:-1]).all()):
+        return f"{indices.numel()} positions, not {k} ascending ones"
+    magnitude = (left.double() @ right.double().T).abs_().view(-1)
+    low = float(magnitude[indices].min())
+    magnitude[indices] = 0.0
+    high = float(magnitude.max())
+    if not low >= high * (1 - 1e-4):
+        return f"an entry of {low:.5g} was chosen, one of {high:.5g} was not"
+    return "" if abs(threshold - low) <= 1e-4 * low else f"the threshold is {threshold:.5g}, the smallest chosen entry {low:.5g}"
+
+
+def selection(run: Run) -> None:
+    for model in (LLAMA_2_7B, LLAMA_3_8B):
+        model = model.on(run.device)
+        (m, n), rank = model.layer[-1], rank_of(model)
+        k, generator = round(DENSITY * m * n), torch.Generator(run.device).manual_seed(0)
+        count = run.sets(4.0 * (m + n) * rank)
+        factors = [[torch.randn(side, rank, generator=generator, device=run.device) for side in (m, n)] for _ in range(count)]
+        labels = {"op": "lowrank_topk", "model": model.name, "dtype": "fp32", "shape": f"{m} x {n}, r = {rank}, k = {k}"}
+        work = {"flops": 2.0 * m * n * rank, "rate": "tf32", "moved": 4.0 * (m + n) * rank + m * n / 4 + 4.0 * k}
+
+        def formed(left: Tensor, right: Tensor, k=k) -> Tensor:
+            return (left @ right.T).abs_().view(-1).topk(k, sorted=False).indices
+
+        baseline = run.time("product, abs, torch.topk", [partial(formed, *pair) for pair in factors], **labels)
+        magnitudes = [(left @ right.T).abs_().view(-1) for left, right in factors[: run.sets(4.0 * m * n)]]
+        alone = [partial(torch.topk, magnitude, k, sorted=False) for magnitude in magnitudes]
+        run.time("torch.topk of |W_r| in memory", alone, moved=4.0 * m * n, **labels)
+        del magnitudes, alone
+        against = None if baseline is None else ("product, abs, torch.topk", baseline)
+        ways: dict[str, list] = {"drawn bracket": [partial(ops.lowrank_topk, *pair, k) for pair in factors]}
+        thresholds = [ops.lowrank_topk(*pair, k)[1] for pair in factors]
+        ways["known bracket"] = [
+            partial(ops.lowrank_topk, *pair, k, bracket=torch.stack([t * 0.98, t * 1.02])) for pair, t in zip(factors, thresholds)
+        ]
+        for name, calls in ways.items():
+            problem = run.problem(lambda call=calls[0], pair=factors[0], k=k: selection_problem(*pair, k, call()))
+            run.time(name, calls, problem=problem, against=against, waits=True, **work, **labels)
+        run.free()
+
+
+def slow_spectrum(m: int, n: int, rank: int, generator: torch.Generator) -> Tensor:
+    """A bf16 matrix whose singular values decay as i^-0.15 for 2 r directions, over noise."""
+    device = generator.device
+    u, v = (torch.randn(side, 2 * rank, generator=generator, device=device) for side in (m, n))
+    decay = torch.arange(1, 2 * rank + 1, device=device).float() ** -0.15
+    noise = torch.randn(m, n, generator=generator, device=device).mul_(0.02)
+    return noise.add_((u * decay) @ v.T, alpha=0.1 / min(m, n) ** 0.5).to(BF16)
+
+
+GROUPS = {"eigh": "eigh_share", "cholesky_ex": "orth_share", "solve_triangular": "orth_share", "qr": "orth_share"}
+
+
+@contextmanager
+def spans(run: Run) -> Iterator[dict[str, list]]:
+    """While it lasts, calls of torch.linalg's functions in `GROUPS` are enclosed by events: pairs by column."""
+    found: dict[str, list] = {column: [] for column in GROUPS.values()}
+    originals = {name: getattr(torch.linalg, name) for name in GROUPS}
+
+    def stamp():
+        if run.dry:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def enclosed(name: str):
+        def call(*arguments, **options):
+            before = stamp()
+            result = originals[name](*arguments, **options)
+            found[GROUPS[name]].append((before, stamp()))
+            return result
+
+        return call
+
+    try:
+        for name in GROUPS:
+            setattr(torch.linalg, name, enclosed(name))
+        yield found
+    finally:
+        for name, original in originals.items():
+            setattr(torch.linalg, name, original)
+
+
+def shares(run: Run, requests: list[MaskRequest]) -> dict[str, float]:
+    """What eigenproblems and orthonormalization take of one refresh."""
+    with spans(run) as found:
+        start = time.perf_counter()
+        principal_masks(requests, method="chebyshev")
+        if not run.dry:
+            torch.cuda.synchronize()
+        total = time.perf_counter() - start
+    seconds = {
+        column: sum((b - a) if run.dry else a.elapsed_time(b) / 1e3 for a, b in pairs) for column, pairs in found.items()
+    }
+    return {column: round(s / total, 4) for column, s in seconds.items()}
+
+
+def overlap_problem(mask: Mask, exact: Tensor) -> str:
+    overlap = float(torch.isin(mask.indices, exact).double().mean())
+    if len(mask.indices) != len(exact):
+        return f"a mask has {len(mask.indices)} entries, not {len(exact)}"
+    return "" if overlap > 0.9 else f"only {overlap:.3f} of a mask is in the exact one"
+
+
+def refresh_rows(run: Run, model: Model, weights: list[Tensor], exact: Tensor, repeats: int) -> tuple[float, bool]:
+    """Rows of a cold and a warm refresh; the seconds of both together, and whether both were right. ``exact``: the first mask."""
+    rank, layers = rank_of(model), len(weights) // len(model.layer)
+    cold = [MaskRequest(w, rank, round(DENSITY * w.numel())) for w in weights]
+    masks = principal_masks(cold, method="chebyshev")
+    warm = [replace(r, basis=mask.basis, threshold=mask.threshold) for r, mask in zip(cold, masks)]
+    total, right = 0.0, True
+    for name, requests in {"cold": cold, "warm": warm}.items():
+        made = masks if name == "cold" else principal_masks(requests, method="chebyshev")
+        problem = run.problem(lambda made=made: overlap_problem(made[0], exact))
+        labels = {} if problem else shares(run, requests)
+        labels |= {"passes": round(sum(m.passes for m in made) / len(made), 2), "settled": sum(m.settled for m in made)}
+        taken = run.time(
+            f"{name}, {'one layer' if layers == 1 else 'all matrices'}", partial(principal_masks, requests, method="chebyshev"),
+            problem=problem, waits=True, repeats=repeats, rate="tf32", op="principal_masks", model=model.name, dtype="bf16",
+            flops=sum(2.0 * w.numel() * (m.passes * block_width(w.shape, rank) + rank) for w, m in zip(weights, made)),
+            moved=float(sum(m.passes * w.nbytes for w, m in zip(weights, made))), shape=f"{len(weights)} matrices, r = {rank}",
+            **labels,
+        )  # fmt: skip
+        total, right = total + (taken or 0.0), right and taken is not None
+        del made
+    return total, right
+
+
+def refresh(run: Run) -> None:
+    model = LLAMA_2_7B.on(run.device)
+    generator, rank = torch.Generator(run.device).manual_seed(0), rank_of(model)
+    weights = [slow_spectrum(m, n, rank, generator) for m, n in model.layer]
+    first = MaskRequest(weights[0], rank, round(DENSITY * weights[0].numel()))
+    exact = principal_masks([first], method="gram", backend="reference")[0].indices
+    one, right = refresh_rows(run, model, weights, exact, 3)
+    run.free()
+    expected = 4 * one * model.layers  # masks, shares, a warm-up and one timed run of each
+    if right and expected > run.left() - 5:
+        run.add("all matrices", op="principal_masks", model=model.name,
+                status=f"not run: expected to take {expected:.0f} s, {run.left():.0f} s are left")  # fmt: skip
+        return
+    weights += [slow_spectrum(m, n, rank, generator) for m, n in model.layer * (model.layers - 1)]
+    refresh_rows(run, model, weights, exact, 1)
+
+
+def eigenproblems(run: Run) -> None:
+    """torch.linalg.eigh alone. ``eigh_cost``: FLOPs of a product a third power of the side; lowrank assumes such a number."""
+    for batch, side in ((1, 32), (2, 16)) if run.dry else ((1, 4096), (1, 256), (32, 256), (32, 128)):
+        generator = torch.Generator(run.device).manual_seed(0)
+        factor = torch.randn(batch, side, 2 * side, generator=generator, device=run.device)
+        gram = factor @ factor.mT
+        rate, work = run.rates.get("tf32", float("nan")), batch * side**3
+        run.time("torch.linalg.eigh", partial(torch.linalg.eigh, gram), op="eigh", dtype="fp32", waits=True, repeats=5,
+                 shape=f"{batch} of {side} x {side}", derived={"eigh_cost": lambda s, r=rate, w=work: s * r / w})  # fmt: skip
