@@ -131,7 +131,8 @@ def works(run):
 def test_a_part_that_hangs_crashes_or_raises_stops_no_other(suite, tmp_path, monkeypatch):
     (tmp_path / "some_parts.py").write_text(PARTS)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
-    parts = [suite.Part(name, f"some_parts:{name}", 12 if name == "hangs" else 30) for name in ("hangs", "crashes", "raises", "works")]
+    budgets = {"hangs": 12, "crashes": 30, "raises": 30, "works": 30}
+    parts = [suite.Part(name, f"some_parts:{name}", budget) for name, budget in budgets.items()]
     monkeypatch.setattr(suite, "PARTS", parts)
     assert suite.main(["--dry-run", "--out", str(tmp_path / "out")]) == 1
     rows = rows_of(tmp_path / "out" / "gpu_suite.csv")

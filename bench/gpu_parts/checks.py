@@ -58,9 +58,10 @@ def build(run: Run) -> None:
     arch = "".join(map(str, torch.cuda.get_device_capability()))
     start = time.perf_counter()
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    output, killed = finish(*child(command, LIFT_CUDA_ARCHS=arch, LIFT_REQUIRE_NATIVE="1"), run.left() - 5)
+    process, log = child(command, LIFT_CUDA_ARCHS=arch, LIFT_REQUIRE_NATIVE="1")
+    output, killed = finish(process, log, run.left() - 5)
     print(output[-6000:], flush=True)
-    if killed or "error" in last_line(output).lower():
+    if process.returncode != 0:
         run.add(f"extension for sm_{arch}", status="killed, it took too long" if killed else f"failed: {last_line(output)}")
         return
     from lift_kernels import dispatch

@@ -6,9 +6,9 @@ positions, none smaller in fp64 than any that was left out (1e-4), and the thres
 
 Refresh (`principal_masks`, Chebyshev iteration, r = 128, weights with a slowly decaying spectrum). Floor: 2 m n l FLOPs a pass and
 2 m n r for the selection at the TF32 rate, or one read of the weights a pass. ``eigh_share`` and ``orth_share``: the time between
-events around torch.linalg.eigh, and around Cholesky, triangular solves and QR, over that of one refresh. Checked: overlap of the
-first matrix's mask with the reference's exact one above 0.9. Refreshes wait for the card, and touch gigabytes. One layer comes
-first; all layers follow when its time says that they fit into the part's budget.
+events around torch.linalg.eigh, and around Cholesky, triangular solves and QR, over that of the refreshes. Checked: overlap of the
+first matrix's mask with the reference's exact one above 0.9. Refreshes wait for the card, and touch gigabytes: they are timed from
+one synchronization to the next. One layer comes first; its time says how many layers fit into the part's budget.
 """
 
 from __future__ import annotations
@@ -123,18 +123,20 @@ def spans(run: Run) -> Iterator[dict[str, list]]:
             setattr(torch.linalg, name, original)
 
 
-def shares(run: Run, requests: list[MaskRequest]) -> dict[str, float]:
-    """What eigenproblems and orthonormalization take of one refresh."""
+def refreshed(run: Run, requests: list[MaskRequest], repeats: int) -> tuple[list[Mask], list[float], dict[str, float]]:
+    """Masks, the seconds of each of ``repeats`` refreshes, and what eigenproblems and orthonormalization took of all."""
+    taken = []
     with spans(run) as found:
-        start = time.perf_counter()
-        principal_masks(requests, method="chebyshev")
-        if not run.dry:
-            torch.cuda.synchronize()
-        total = time.perf_counter() - start
-    seconds = {
-        column: sum((b - a) if run.dry else a.elapsed_time(b) / 1e3 for a, b in pairs) for column, pairs in found.items()
-    }
-    return {column: round(s / total, 4) for column, s in seconds.items()}
+        for _ in range(repeats):
+            if not run.dry:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            masks = principal_masks(requests, method="chebyshev")
+            if not run.dry:
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - start)
+    inside = {column: sum((b - a) if run.dry else a.elapsed_time(b) / 1e3 for a, b in pairs) for column, pairs in found.items()}
+    return masks, taken, {column: round(seconds / sum(taken), 4) for column, seconds in inside.items()}
 
 
 def overlap_problem(mask: Mask, exact: Tensor) -> str:
@@ -144,28 +146,24 @@ def overlap_problem(mask: Mask, exact: Tensor) -> str:
     return "" if overlap > 0.9 else f"only {overlap:.3f} of a mask is in the exact one"
 
 
-def refresh_rows(run: Run, model: Model, weights: list[Tensor], exact: Tensor, repeats: int) -> tuple[float, bool]:
-    """Rows of a cold and a warm refresh; the seconds of both together, and whether both were right. ``exact``: the first mask."""
-    rank, layers = rank_of(model), len(weights) // len(model.layer)
-    cold = [MaskRequest(w, rank, round(DENSITY * w.numel())) for w in weights]
-    masks = principal_masks(cold, method="chebyshev")
-    warm = [replace(r, basis=mask.basis, threshold=mask.threshold) for r, mask in zip(cold, masks)]
-    total, right = 0.0, True
-    for name, requests in {"cold": cold, "warm": warm}.items():
-        made = masks if name == "cold" else principal_masks(requests, method="chebyshev")
-        problem = run.problem(lambda made=made: overlap_problem(made[0], exact))
-        labels = {} if problem else shares(run, requests)
-        labels |= {"passes": round(sum(m.passes for m in made) / len(made), 2), "settled": sum(m.settled for m in made)}
-        taken = run.time(
-            f"{name}, {'one layer' if layers == 1 else 'all matrices'}", partial(principal_masks, requests, method="chebyshev"),
-            problem=problem, waits=True, repeats=repeats, rate="tf32", op="principal_masks", model=model.name, dtype="bf16",
-            flops=sum(2.0 * w.numel() * (m.passes * block_width(w.shape, rank) + rank) for w, m in zip(weights, made)),
-            moved=float(sum(m.passes * w.nbytes for w, m in zip(weights, made))), shape=f"{len(weights)} matrices, r = {rank}",
+def refresh_rows(run: Run, model: Model, weights: list[Tensor], exact: Tensor, repeats: int) -> float:
+    """Rows of a cold and a warm refresh; the seconds of one of each together. ``exact``: the first mask."""
+    rank, layers, total = rank_of(model), len(weights) // len(model.layer), 0.0
+    requests = [MaskRequest(w, rank, round(DENSITY * w.numel())) for w in weights]
+    for name in ("cold", "warm"):
+        masks, taken, labels = refreshed(run, requests, repeats)
+        problem = run.problem(lambda masks=masks: overlap_problem(masks[0], exact))
+        labels |= {"passes": round(sum(m.passes for m in masks) / len(masks), 2), "settled": sum(m.settled for m in masks)}
+        run.time(
+            f"{name}, {'one layer' if layers == 1 else 'all matrices' if layers == model.layers else f'{layers} layers'}",
+            measured=taken, problem=problem, rate="tf32", op="principal_masks", model=model.name, dtype="bf16",
+            flops=sum(2.0 * w.numel() * (m.passes * block_width(w.shape, rank) + rank) for w, m in zip(weights, masks)),
+            moved=float(sum(m.passes * w.nbytes for w, m in zip(weights, masks))), shape=f"{len(weights)} matrices, r = {rank}",
             **labels,
         )  # fmt: skip
-        total, right = total + (taken or 0.0), right and taken is not None
-        del made
-    return total, right
+        total += min(taken)
+        requests = [replace(r, basis=mask.basis, threshold=mask.threshold) for r, mask in zip(requests, masks)]
+    return total
 
 
 def refresh(run: Run) -> None:
@@ -174,15 +172,15 @@ def refresh(run: Run) -> None:
     weights = [slow_spectrum(m, n, rank, generator) for m, n in model.layer]
     first = MaskRequest(weights[0], rank, round(DENSITY * weights[0].numel()))
     exact = principal_masks([first], method="gram", backend="reference")[0].indices
-    one, right = refresh_rows(run, model, weights, exact, 3)
-    run.free()
-    expected = 4 * one * model.layers  # masks, shares, a warm-up and one timed run of each
-    if right and expected > run.left() - 5:
-        run.add("all matrices", op="principal_masks", model=model.name,
-                status=f"not run: expected to take {expected:.0f} s, {run.left():.0f} s are left")  # fmt: skip
-        return
-    weights += [slow_spectrum(m, n, rank, generator) for m, n in model.layer * (model.layers - 1)]
-    refresh_rows(run, model, weights, exact, 1)
+    principal_masks([replace(first, weight=w, k=round(DENSITY * w.numel())) for w in weights], method="chebyshev")  # compiles
+    one = refresh_rows(run, model, weights, exact, 3)
+    layers = min(model.layers, int((run.left() - 8) / one))
+    if layers > 1:
+        weights += [slow_spectrum(m, n, rank, generator) for m, n in model.layer * (layers - 1)]
+        refresh_rows(run, model, weights, exact, 1)
+    if layers < model.layers:
+        expected = f"{model.layers * one:.0f} s were expected from one layer's {one:.2f} s"
+        run.add("all matrices", op="principal_masks", model=model.name, status=f"not run: {expected}, {run.left():.0f} s are left")
 
 
 def eigenproblems(run: Run) -> None:

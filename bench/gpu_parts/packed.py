@@ -79,7 +79,7 @@ def one_matrix(run: Run) -> None:
                 problem = run.problem(lambda op=op, b=backend, c=cases[0]: problem_of(c, op, b))
                 calls = [partial(getattr(case, op), backend) for case in cases]
                 taken = run.time(f"{op}, {backend}", calls, problem=problem, moved=cases[0].moved(op), against=against, op=op,
-                                 dtype=dtype_name(dtype), shape=f"{m} x {n}")  # fmt: skip
+                                 backend=backend, dtype=dtype_name(dtype), shape=f"{m} x {n}")  # fmt: skip
                 if backend == "reference" and taken is not None:
                     against = (f"{op}, reference", taken)
         del cases

@@ -27,6 +27,8 @@ import bench_util
 import numpy as np
 import torch
 
+from lift_kernels import dispatch
+
 Call = Callable[[], object]
 LAG_CYCLES = 9_000_000  # of the waiting kernel: about 5 ms
 L2_BYTES = 50 * 2**20  # of an H100, where torch does not say
@@ -132,6 +134,7 @@ class Run:
         waits: bool = False,
         derived: Mapping[str, Callable[[float], float]] = MappingProxyType({}),
         repeats: int | None = None,
+        measured: Sequence[float] | None = None,
         **labels: object,
     ) -> float | None:
         """Time a variant and write its row; returns its median in seconds, None where there is none.
@@ -143,16 +146,22 @@ class Run:
                 of this run: the copy bandwidth, and ``rate``.
             against: name and median of the variant that ``ratio`` compares with.
             derived: further columns, made of the median.
+            measured: seconds that the caller took itself, in place of ``calls``.
             labels: further columns.
         """
         correct = {None: "", "": "yes"}.get(problem, "no")
         if problem:
             self.add(variant, **labels, correct=correct, status=f"refused, it is wrong: {problem}"[:300])
             return None
+        if problem is not None:
+            labels.setdefault("backend", dispatch.choose(None, torch.device(self.device), ""))
         several = list(calls) if isinstance(calls, Sequence) else [calls]
         factories = [ready] if ready is not None else [lambda call=call: call for call in several]
         try:
-            taken, host = self.measure(factories, waits, repeats or self.repeats)
+            if measured is not None:
+                taken = host = np.array(measured)
+            else:
+                taken, host = self.measure(factories, waits, repeats or self.repeats)
         except Exception as error:
             traceback.print_exc()
             self.add(variant, **labels, correct=correct, status=f"failed: {one_line(error)}")
