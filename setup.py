@@ -22,7 +22,7 @@ from setuptools.errors import CCompilerError, CompileError, ExecError, PlatformE
 
 ROOT = Path(__file__).parent
 CPU_SOURCES = ["csrc/bindings.cpp", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))]
-CUDA_SOURCES = ["csrc/cuda/packed.cu"]
+CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cuda").glob("*.cu"))
 # No errno and no traps, or the loops around sqrt do not vectorize; no contraction, so that all instruction sets agree.
 CXX_FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fvisibility=hidden", "-g0"]
 

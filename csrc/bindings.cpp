@@ -191,6 +191,32 @@ void packed_migrate_on_cuda(Tensor values, Tensor old_indices, Tensor new_indice
                                   current_stream(values)));
 }
 
+float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
+
+void gaussian_sketch_on_cuda(Tensor block, int64_t seed, int64_t first) {
+  check(lift::gaussian_sketch_cuda(block.data_ptr(), dtype_of(block), block.size(0), block.size(1) * block.size(2), uint64_t(seed),
+                                   uint64_t(first), current_stream(block)));
+}
+
+void gram_on_cuda(Tensor product, std::optional<Tensor> block, std::optional<Tensor> previous, std::optional<Tensor> edge,
+                  std::optional<Tensor> raised, int64_t slab_rows, Tensor partials) {
+  STD_TORCH_CHECK(partials.size(1) == (product.size(1) + slab_rows - 1) / slab_rows, "lift_kernels_native: slabs do not fit");
+  check(lift::gram_cuda(floats(product), pointer<const float>(block), pointer<const float>(previous), pointer<const float>(edge),
+                        pointer<float>(raised), product.size(0), product.size(1), product.size(2), slab_rows, floats(partials),
+                        current_stream(product)));
+}
+
+void cholesky_inverse_on_cuda(Tensor partials, Tensor gram, Tensor scale, Tensor inverse, Tensor status) {
+  check(lift::cholesky_inverse_cuda(floats(partials), partials.size(0), partials.size(1), partials.size(2), floats(gram),
+                                    floats(scale), floats(inverse), static_cast<int32_t*>(status.data_ptr()),
+                                    current_stream(partials)));
+}
+
+void multiply_upper_on_cuda(Tensor x, Tensor inverse, Tensor status) {
+  check(lift::multiply_upper_cuda(floats(x), floats(inverse), static_cast<const int32_t*>(status.data_ptr()), x.size(0), x.size(1), x.size(2),
+                                  current_stream(x)));
+}
+
 int64_t cuda_runtime_version() { return lift::cuda_runtime_version(); }
 int64_t cuda_driver_version() { return lift::cuda_driver_version(); }
 #else
@@ -211,6 +237,13 @@ STABLE_TORCH_LIBRARY(lift_kernels_native, m) {
   m.def("packed_square_sums(Tensor[] grads, Tensor indices, int[] offsets, int[] counts, bool packed_grads) -> Tensor");
   m.def("lowrank_topk(Tensor left, Tensor right, float low, float high, Tensor(a!) indices) -> float");
   m.def("packed_weight_grad(Tensor grad_output, Tensor input, Tensor indices, Tensor(a!) out) -> ()");
+  m.def("gaussian_sketch_(Tensor(a!) block, int seed, int first) -> ()");
+  m.def(
+      "gram(Tensor product, Tensor? block, Tensor? previous, Tensor? edge, Tensor(a!)? raised, int slab_rows, Tensor(b!) partials) "
+      "-> ()");
+  m.def(
+      "cholesky_inverse(Tensor partials, Tensor(a!) gram, Tensor(b!) scale, Tensor(c!) inverse, Tensor(d!) status) -> ()");
+  m.def("multiply_upper_(Tensor(a!) x, Tensor inverse, Tensor status) -> ()");
   m.def("cuda_runtime_version() -> int");
   m.def("cuda_driver_version() -> int");
 }
@@ -235,5 +268,9 @@ STABLE_TORCH_LIBRARY_IMPL(lift_kernels_native, CUDA, m) {
   m.impl("packed_gather", TORCH_BOX(&packed_gather_on_cuda));
   m.impl("packed_scatter_", TORCH_BOX(&packed_scatter_on_cuda));
   m.impl("packed_migrate", TORCH_BOX(&packed_migrate_on_cuda));
+  m.impl("gaussian_sketch_", TORCH_BOX(&gaussian_sketch_on_cuda));
+  m.impl("gram", TORCH_BOX(&gram_on_cuda));
+  m.impl("cholesky_inverse", TORCH_BOX(&cholesky_inverse_on_cuda));
+  m.impl("multiply_upper_", TORCH_BOX(&multiply_upper_on_cuda));
 }
 #endif

@@ -84,6 +84,17 @@ int packed_gather_cuda(const void* source, DType from, const int32_t* indices, i
 int packed_scatter_cuda(void* dest, DType to, const int32_t* indices, int64_t k, const void* values, DType from, Stream where);
 int packed_migrate_cuda(const void* values, int width, const int32_t* old_indices, int64_t k_old, const int32_t* new_indices,
                         int64_t k_new, void* out, Stream where);
+// Helpers of a refresh. Blocks are (batch, rows, l), fp32; Gram matrices and inverses (batch, l, l).
+int gaussian_sketch_cuda(void* out, DType dtype, int64_t matrices, int64_t count, uint64_t seed, uint64_t first, Stream where);
+// partials (batch, slabs, l, l): Gram matrices of slabs of rows of `product`, or, given `block`, of the next block of the Chebyshev
+// recurrence, which goes to `raised`; `previous` may be null.
+int gram_cuda(const float* product, const float* block, const float* previous, const float* edge, float* raised, int64_t batch,
+              int64_t rows, int64_t l, int64_t slab_rows, float* partials, Stream where);
+// inverse: D R^-1 of the sum of the slabs; gram and scale (batch, l) are scratch.
+int cholesky_inverse_cuda(const float* partials, int64_t batch, int64_t slabs, int64_t l, float* gram, float* scale, float* inverse,
+                          int32_t* status, Stream where);
+int multiply_upper_cuda(float* x, const float* inverse, const int32_t* status, int64_t batch, int64_t rows, int64_t l,
+                        Stream where);
 int cuda_runtime_version();  // as in CUDA, 13000 for 13.0
 int cuda_driver_version();   // 0 without a driver
 

@@ -161,6 +161,42 @@ def check_topk(left: Tensor, right: Tensor, k: int, bracket: Tensor | None) -> N
                 f"on {bracket.device}")  # fmt: skip
 
 
+def check_sketch(block: Tensor, seed: int, first: int) -> None:
+    """What `gaussian_sketch` can check without reading a tensor."""
+    require(block.dtype in (torch.float32, torch.bfloat16), f"a sketch is float32 or bfloat16, got {block.dtype}", TypeError)
+    require(block.dim() == 3 and block.is_contiguous(), f"a sketch is a contiguous (b, n, l) tensor, got {tuple(block.shape)}")
+    for label, number in (("seed", seed), ("first", first)):
+        require(isinstance(number, int) and 0 <= number < 2**63, f"{label} must be an integer from 0 to 2^63-1, got {number!r}")
+
+
+def check_qr(block: Tensor, other: Tensor | None, rounds: int) -> None:
+    """What `cholesky_qr_` can check without reading a tensor."""
+    for label, x in (("block", block), ("other", other)):
+        if x is None:
+            continue
+        require(x.dtype == torch.float32, f"{label} must be float32, got {x.dtype}", TypeError)
+        require(x.dim() == 3 and x.is_contiguous(), f"{label} must be contiguous (b, n, l), got {tuple(x.shape)}, {x.stride()}")
+        require(x.device == block.device, f"{label} is on {x.device}, block on {block.device}")
+    require(block.shape[1] >= block.shape[2] >= 1,
+            f"{block.shape[2]} columns of {block.shape[1]} rows cannot be orthonormal: "
+            "block must be (b, n, l) with n >= l >= 1")  # fmt: skip
+    require(other is None or (other.shape[0] == block.shape[0] and other.shape[2] == block.shape[2]),
+            f"other must share the batch and the columns of block {tuple(block.shape)}, "
+            f"got {None if other is None else tuple(other.shape)}")  # fmt: skip
+    require(rounds in (1, 2), f"rounds must be 1 or 2, got {rounds!r}")
+
+
+def check_edge(product: Tensor, block: Tensor, previous: Tensor | None, edge: Tensor) -> None:
+    """What `chebyshev_step_` can check beyond `check_qr`."""
+    for label, x in (("product", product), ("previous", previous)):
+        good = x is None or (x.shape == block.shape and x.dtype == torch.float32 and x.is_contiguous() and x.device == block.device)
+        require(good, f"{label} must be contiguous float32 {tuple(block.shape)} on {block.device} like block, "
+                f"got {None if x is None else (x.dtype, tuple(x.shape), str(x.device))}")  # fmt: skip
+    require(edge.shape == block.shape[:1] and edge.dtype == torch.float32 and edge.device == block.device,
+            f"edge must be float32 ({len(block)},) on {block.device}, "
+            f"got {edge.dtype} {tuple(edge.shape)} on {edge.device}")  # fmt: skip
+
+
 def check_arena(tensors: Sequence[Tensor], indices: Tensor, offsets: Sequence[int], counts: Sequence[int], label: str) -> None:
     """Segments, one per tensor, that lie within an int32 arena."""
     require(len(tensors) == len(offsets) == len(counts),

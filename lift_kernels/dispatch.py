@@ -15,10 +15,13 @@ logger = logging.getLogger("lift_kernels")
 
 NAMES = ("native-cpu", "native-cuda", "triton", "reference")
 
-NATIVE_CUDA_OPS = ("packed_gather", "packed_scatter_", "packed_migrate")
-
 # Fastest first. The op layer takes the first usable one and says so once when it is not the first.
 _PREFERENCE = {"cpu": ("native-cpu", "reference"), "cuda": ("triton", "reference")}
+# Helpers of a refresh: awkward in Triton, and on the CPU LAPACK's work, so that their torch twins serve there.
+_HELPER_PREFERENCE = {"cpu": ("reference",), "cuda": ("native-cuda", "reference")}
+HELPERS = ("gaussian_sketch_", "cholesky_qr_", "chebyshev_step_")
+
+NATIVE_CUDA_OPS = ("packed_gather", "packed_scatter_", "packed_migrate", *HELPERS)
 
 
 @dataclass(frozen=True)
@@ -43,27 +46,30 @@ def choose(requested: str | None, device: torch.device, op: str) -> str:
     Raises ValueError for an unknown name and RuntimeError for one that cannot run here, naming the reason.
     """
     if requested is None:
-        return _default(device.type)
+        return _default(device.type, op in HELPERS)
     if requested not in NAMES:
         raise ValueError(f"unknown backend {requested!r}; choose one of {', '.join(NAMES)}")
     problem = _problem(requested, device.type)
     if requested == "native-cuda" and op not in NATIVE_CUDA_OPS:
         problem = f"it has {', '.join(NATIVE_CUDA_OPS)} only; Triton serves the rest"
+    if requested in ("native-cpu", "triton") and op in HELPERS:
+        problem = "of the helpers of a refresh there are native-cuda and reference versions only"
     if problem:
         raise RuntimeError(f"backend {requested!r} cannot run {op} on {device.type} tensors here: {problem}")
     return requested
 
 
 @functools.cache
-def _default(device_type: str) -> str:
-    preference = _PREFERENCE.get(device_type, ("reference",))
+def _default(device_type: str, helper: bool) -> str:
+    preference = (_HELPER_PREFERENCE if helper else _PREFERENCE).get(device_type, ("reference",))
     for name in preference:
         if not _problem(name, device_type):
             break
     if name != preference[0]:
         reason = _problem(preference[0], device_type)
-        logger.warning("on %s tensors the %s backend serves, which is slower: %s cannot (%s)",
-                       device_type, name, preference[0], reason)  # fmt: skip
+        what = " the helpers of a refresh" if helper else ""
+        logger.warning("on %s tensors the %s backend serves%s, which is slower: %s cannot (%s)",
+                       device_type, name, what, preference[0], reason)  # fmt: skip
     return name
 
 

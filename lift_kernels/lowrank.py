@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import mask_ops
 from .checks import check_finite, require
 
 METHODS = ("auto", "gram", "chebyshev", "svd")
@@ -211,10 +212,16 @@ class _Ended(NamedTuple):
 def _cold_block(tall: Tensor, rank: int, generator: torch.Generator | None) -> Tensor:
     """(b, N, l) orthonormal blocks near the top singular vectors, after two passes. All matrices start from one random block."""
     width = block_width(tall.shape[1:], rank)
-    generator = generator or torch.Generator(tall.device).manual_seed(0)
-    noise = torch.randn(tall.shape[2], width, generator=generator, device=generator.device).to(tall.device)
+    seed = 0
+    if generator is not None:
+        seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
+    noise = mask_ops.gaussian_sketch(1, tall.shape[2], width, seed=seed, device=tall.device)[0]
     with _fast_products(tall):
-        return orthonormalized(tall.mT @ orthonormalized(tall @ noise)[0])[0]
+        image = tall @ noise
+    image, _ = orthonormalized(image)
+    with _fast_products(tall):
+        block = tall.mT @ image
+    return orthonormalized(block)[0]
 
 
 def _chebyshev(tall: Tensor, block: Tensor, rank: int, tolerance: float, max_degrees: int) -> _Ended:
@@ -223,7 +230,7 @@ def _chebyshev(tall: Tensor, block: Tensor, rank: int, tolerance: float, max_deg
     Each degree: Y = A X; Z = A^T Y; X <- orth(2 ((2/a) Z - X) - X_previous), the first of a cycle X <- orth((2/a) Z - X). The
     polynomial is small on [0, a] and grows beyond; a is the smallest Ritz value at the cycle's start.
     """
-    block, _ = orthonormalized(block)
+    block, _ = orthonormalized(block.contiguous())
     previous: Tensor | None = None
     energy = torch.zeros(len(tall), device=tall.device)
     passes, settled = [0] * len(tall), [False] * len(tall)
@@ -242,15 +249,11 @@ def _chebyshev(tall: Tensor, block: Tensor, rank: int, tolerance: float, max_deg
             break
         if previous is None:  # Ritz vectors as columns: scaling them then takes out most of the condition number
             block, image = block @ rotation, image @ rotation
-            edge = values[:, 0].clamp_min(1e-12 * values[:, -1] + torch.finfo(values.dtype).tiny)[:, None, None]
-            with _fast_products(tall):
-                product = tall.mT @ image
-            raised = (2 / edge) * product - block
-        else:
-            with _fast_products(tall):
-                product = tall.mT @ image
-            raised = 2 * ((2 / edge) * product - block) - previous
-        block, previous = orthonormalized(raised, block)
+            edge = values[:, 0].clamp_min(1e-12 * values[:, -1] + torch.finfo(values.dtype).tiny)
+        with _fast_products(tall):
+            product = tall.mT @ image
+        raised, status = mask_ops.chebyshev_step_(product, block, previous, edge)
+        block, previous = _repaired(raised, block, status)
         if degree % _CYCLE == _CYCLE - 1:
             previous = None
     top = rotation[:, :, -rank:]
@@ -261,21 +264,19 @@ def _chebyshev(tall: Tensor, block: Tensor, rank: int, tolerance: float, max_deg
 
 
 def orthonormalized(block: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Orthonormal columns that span those of ``block`` (b, n, l) by Cholesky-QR of the scaled Gram matrix, block = Q R.
+    """Orthonormal columns that span those of ``block`` (b, n, l), n >= l, in its place, by Cholesky-QR: block = Q R.
 
-    Also ``other`` R^-1, which the three-term recurrence needs; None where R is singular: then Q comes from Householder QR
-    and the recurrence starts anew.
+    Also ``other`` R^-1 in the place of ``other``; None where R is singular: then Q comes from Householder QR and a recurrence that
+    needs both starts anew.
     """
-    gram = block.mT @ block
-    scale = gram.diagonal(dim1=-2, dim2=-1).rsqrt()
-    factor, info = torch.linalg.cholesky_ex(gram * scale[..., :, None] * scale[..., None, :], upper=True)
-    if bool((info != 0).any()) or not bool(torch.isfinite(factor).all()):
-        return torch.linalg.qr(block).Q, None
+    return _repaired(block, other, mask_ops.cholesky_qr_(block, other))
 
-    def solved(x: Tensor) -> Tensor:
-        return torch.linalg.solve_triangular(factor, x * scale[..., None, :], upper=True, left=False)
 
-    return solved(block), None if other is None else solved(other)
+def _repaired(block: Tensor, other: Tensor | None, status: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Blocks after a round of Cholesky-QR with this status: two more rounds where one was not enough, then Householder QR."""
+    if bool(status.any()) and bool(mask_ops.cholesky_qr_(block, other, rounds=2).any()):
+        return torch.linalg.qr(block).Q.contiguous(), None
+    return block, other
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""Every public op: its schema, its fake, its argument checks and the choice of a backend. No kernels.
+"""Every public op: its schema, its fake, its argument checks and the choice of a backend. No kernels. Those of a refresh are
+defined in `mask_ops` and named here.
 
 An op writes only to tensors that its schema marks, so autograd's version counters, functionalization and `torch.compile`
 see every mutation. Arena arguments (``indices``, moments, ``master``, ``births``) hold the segments of many matrices: matrix i
@@ -18,7 +19,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import bracket as brackets
 from . import dispatch, reference, scalars
 from .checks import (
     check_adamw,
@@ -28,9 +28,9 @@ from .checks import (
     check_norm,
     check_scatter,
     check_segments,
-    check_topk,
     check_weight_grad,
 )
+from .mask_ops import chebyshev_step_, cholesky_qr_, gaussian_sketch, lowrank_topk  # noqa: F401
 
 logger = logging.getLogger("lift_kernels")
 _strided_logged = False
@@ -302,48 +302,6 @@ def _packed_l2_norm_op(grads, indices, offsets, counts, *, packed_grads=False, v
 def _(grads, indices, offsets, counts, *, packed_grads=False, validate=False, backend=None):
     check_norm(grads, indices, offsets, counts, packed_grads)
     return torch.empty((), dtype=torch.float32, device=indices.device)
-
-
-def lowrank_topk(
-    left: Tensor, right: Tensor, k: int, *, bracket: Tensor | None = None, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
-    """The k largest |W_r|, W_r = left right^T, without the product: sorted flat int32 positions (k,) and the k-th magnitude.
-
-    Args:
-        left, right: (m, r) and (n, r) fp32 contiguous factors, m * n < 2^31.
-        bracket: (2,) fp32 interval expected to hold the k-th magnitude, then one sweep over tiles of the product does it; by
-            default drawn entries say where. A wrong one costs three more sweeps, never a wrong answer.
-
-    Magnitudes compare by their fp32 bits without the sign, so 0 = -0 and NaN is largest; ties go to the lower position.
-    """
-    return torch.ops.lift_kernels.lowrank_topk(left, right, k, bracket, backend=backend)
-
-
-@torch.library.custom_op(
-    "lift_kernels::lowrank_topk",
-    mutates_args=(),
-    schema="(Tensor left, Tensor right, int k, Tensor? bracket=None, *, str? backend=None) -> (Tensor, Tensor)",
-)
-def _lowrank_topk_op(left, right, k, bracket=None, *, backend=None):
-    check_topk(left, right, k, bracket)
-    name = dispatch.choose(backend, left.device, "lowrank_topk")
-    if name == "reference":
-        return reference.lowrank_topk_ref(left, right, k)
-    bracket = brackets.sampled(left, right, k) if bracket is None else bracket
-    if name == "triton":
-        from .triton_kernels.select import lowrank_topk_triton
-
-        return lowrank_topk_triton(left, right, k, bracket)
-    indices = torch.empty(k, dtype=torch.int32)
-    low, high = bracket.tolist()
-    threshold = torch.ops.lift_kernels_native.lowrank_topk.default(left, right, low, high, indices)
-    return indices, torch.tensor(threshold, dtype=torch.float32)
-
-
-@_lowrank_topk_op.register_fake
-def _(left, right, k, bracket=None, *, backend=None):
-    check_topk(left, right, k, bracket)
-    return left.new_empty(k, dtype=torch.int32), left.new_empty(())
 
 
 def packed_weight_grad(

@@ -9,6 +9,8 @@ many matrices lie one behind the other in an *arena*; matrix i owns the arena po
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -143,6 +145,90 @@ def packed_weight_grad_ref(grad_output: Tensor, input: Tensor, indices: Tensor, 
     ``grad_output`` (t, m) and ``input`` (t, n) belong to t tokens. The whole product is formed in their dtype.
     """
     return packed_gather_ref(grad_output.t() @ input, indices, dtype)
+
+
+def gaussian_sketch_ref_(block: Tensor, seed: int, first: int = 0) -> None:
+    """Fill ``block`` (b, n, l; fp32 or bf16) with standard normal numbers, a function of (seed, matrix, position) alone.
+
+    Philox4x32-10 (Salmon et al. 2011) under the key ``seed``; numbers 4g .. 4g+3 of matrix ``first + i`` come from counter
+    (g, matrix) by Box-Muller, two from two words.
+    """
+    count = block[0].numel() if len(block) else 0
+    group = torch.arange((count + 3) // 4, dtype=torch.int64, device=block.device)
+    for i, matrix in enumerate(block):
+        words = philox(group, first + i, seed)
+        uniform = [word.float() for word in words]
+        normal = []
+        for a, b in (uniform[:2], uniform[2:]):
+            radius, angle = (-2.0 * (a * 2.0**-32 + 2.0**-33).log()).sqrt(), b * (2.0 * math.pi * 2.0**-32)
+            normal += [radius * angle.cos(), radius * angle.sin()]
+        matrix.copy_(torch.stack(normal, 1).view(-1)[:count].view_as(matrix))
+
+
+def philox(group: Tensor, matrix: int, seed: int) -> list[Tensor]:
+    """Four uint32 words (in int64) for each counter (group, matrix) under the 64-bit key ``seed``."""
+    x = [group & _MASK32, group >> 32, torch.full_like(group, matrix & _MASK32), torch.full_like(group, matrix >> 32)]
+    key = [seed & _MASK32, seed >> 32 & _MASK32]
+    for _ in range(10):
+        # A product may wrap in int64, but its 64 bits stay right, and so do the two halves.
+        a, b = x[0] * 0xD2511F53, x[2] * 0xCD9E8D57
+        x = [(b >> 32 & _MASK32) ^ x[1] ^ key[0], b & _MASK32, (a >> 32 & _MASK32) ^ x[3] ^ key[1], a & _MASK32]
+        key = [(key[0] + 0x9E3779B9) & _MASK32, (key[1] + 0xBB67AE85) & _MASK32]
+    return x
+
+
+def cholesky_qr_ref_(block: Tensor, other: Tensor | None = None, rounds: int = 1) -> Tensor:
+    """Orthonormalize the columns of each block (b, n, l) in place: X <- X D R^-1 with D = diag(X^T X)^-1/2, R^T R = D X^T X D.
+
+    ``other`` gets the same factor from the right. Returns (b,) int32 about the last round: 0 orthonormal to working precision; 1
+    deficient (a zero column, or a pivot of at most l eps, which took a shift of 8 l eps or more): better conditioned, no more;
+    2 not finite, left as it is.
+    """
+    status = torch.zeros(len(block), dtype=torch.int32, device=block.device)
+    width = block.shape[-1]
+    eps = torch.finfo(torch.float32).eps
+    for _ in range(rounds):
+        gram = block.mT @ block
+        square = gram.diagonal(dim1=-2, dim2=-1)
+        finite = square.isfinite().all(-1)
+        deficient = (square == 0).any(-1)
+        scale = torch.where(square > 0, square.sqrt().reciprocal(), 0.0)
+        gram = gram * scale[..., :, None] * scale[..., None, :]
+        gram.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+        factor, broken = _cholesky(gram, width * eps)
+        shift, attempts = 8 * width * eps, 0
+        while bool((broken & finite).any()):
+            deficient |= broken
+            attempts += 1
+            finite &= ~broken | (attempts < 5)
+            gram.diagonal(dim1=-2, dim2=-1).copy_(torch.where(broken, 1.0 + shift, 1.0)[:, None])
+            shifted, still = _cholesky(gram, width * eps)
+            factor, broken, shift = torch.where(broken[:, None, None], shifted, factor), broken & still, 10 * shift
+        status = torch.where(finite, deficient.int(), 2).int()
+        for x in (block, other):
+            if x is not None:
+                q = torch.linalg.solve_triangular(factor, x * scale[..., None, :], upper=True, left=False)
+                x.copy_(torch.where(finite[:, None, None], q, x))
+    return status
+
+
+def _cholesky(gram: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Upper factor of each matrix (b, l, l), and (b,) whether it broke down."""
+    factor, info = torch.linalg.cholesky_ex(gram, upper=True)
+    pivots = factor.diagonal(dim1=-2, dim2=-1).square()
+    return factor, (info != 0) | ~(pivots > tolerance).all(-1)
+
+
+def chebyshev_step_ref_(product: Tensor, block: Tensor, previous: Tensor | None, edge: Tensor) -> tuple[Tensor, Tensor]:
+    """The next block of the recurrence, 2 ((2/a) Z - X) - X_previous, orthonormalized; X gets the same factor R^-1, in place.
+
+    ``product`` Z = A^T A X, ``block`` X, ``previous`` (b, n, l), ``edge`` a (b,). Without ``previous``: (2/a) Z - X. Returns
+    the next block and the status of `cholesky_qr_ref_`.
+    """
+    raised = (2.0 / edge)[:, None, None] * product - block
+    if previous is not None:
+        raised = 2.0 * raised - previous
+    return raised, cholesky_qr_ref_(raised, block)
 
 
 def counter_hash(x: Tensor) -> Tensor:

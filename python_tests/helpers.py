@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
-from lift_kernels import ops, reference
+from lift_kernels import dispatch, ops, reference
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 GAP_INDEX, GAP_BIRTH = -123456789, 2**30
@@ -80,6 +80,12 @@ class Problem:
         tensors = {f"grad {i}": grad for i, grad in enumerate(self.grads)}
         tensors |= {"indices": self.indices, "steps": self.steps, "births": self.births}
         return {name: bits(t).clone() for name, t in tensors.items() if t is not None}
+
+
+def backend_of(where, op: str) -> str | None:
+    """The backend to ask for at a place: helpers of a refresh have a version of their own on a GPU alone, and a torch twin."""
+    missing = op in dispatch.HELPERS and where.backend in ("native-cpu", "triton")
+    return None if missing else where.backend
 
 
 def make_problem(

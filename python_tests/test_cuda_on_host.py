@@ -4,18 +4,12 @@
 """
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from host_helpers import HOST_CUDA, address, compiled, library, run, size
 
 from lift_kernels import reference
-
-ROOT = Path(__file__).parent.parent
-
-HOST_CUDA = Path(__file__).parent / "host_cuda"
 
 HARNESS = r"""
 #include "shim.h"
@@ -36,30 +30,12 @@ extern "C" void migrate(const uint32_t* v, const int32_t* o, int64_t ko, const i
 """
 
 
-def compiled(source: Path, target: Path, *flags: str) -> Path:
-    """A program or library of a source that includes the shim and device code of the package."""
-    compiler = shutil.which("g++") or shutil.which("c++")
-    assert compiler, "a C++ compiler is needed to run the CUDA device code on the host"
-    common = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{HOST_CUDA}", f"-I{ROOT / 'csrc/cuda'}"]
-    subprocess.run([compiler, *common, *flags, source, "-o", target], check=True)
-    return target
-
-
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
     """The packed kernels in a shared library, under the undefined-behaviour sanitizer's traps."""
     folder = tmp_path_factory.mktemp("host_cuda")
     (folder / "harness.cpp").write_text(HARNESS)
-    flags = ["-shared", "-fPIC", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
-    return ctypes.CDLL(str(compiled(folder / "harness.cpp", folder / "harness.so", *flags)))
-
-
-def address(tensor):
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
-def size(tensor):
-    return ctypes.c_int64(tensor.numel())
+    return library(folder / "harness.cpp", folder)
 
 
 def lists(count, numel, seed):
@@ -93,10 +69,6 @@ def test_packed_migrate(kernels, old_count, new_count, blocks):
 
 
 SUMS = [sum(range(128)), sum(range(128, 256)), sum(range(256, 300))]
-
-
-def run(program: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([program], capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])

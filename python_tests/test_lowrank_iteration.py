@@ -176,9 +176,9 @@ def test_a_tolerance_out_of_range_is_refused(tolerance):
 def test_orthonormalized_blocks_and_the_fallback():
     generator = torch.Generator().manual_seed(0)
     graded = torch.randn(3, 50, 8, generator=generator) * torch.logspace(-12, 12, 8)
-    q, other = orthonormalized(graded, graded)
+    q, other = orthonormalized(graded.clone(), graded.clone())
     assert (q.mT @ q - torch.eye(8)).abs().max() <= 1e-5 and torch.allclose(q, other, atol=1e-6)
     deficient = torch.ones(1, 50, 8)
-    q, other = orthonormalized(deficient, deficient)
+    q, other = orthonormalized(deficient.clone(), deficient.clone())
     assert other is None and (q.mT @ q - torch.eye(8)).abs().max() <= 1e-5
     assert torch.allclose(q @ (q.mT @ deficient), deficient, atol=1e-5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import BF16, FP16, FP32, bits, make_problem
+from helpers import BF16, FP16, FP32, backend_of, bits, make_problem
 
 from lift_kernels import dispatch, ops
 
@@ -40,6 +40,11 @@ def weight_grad_arguments(where, dtype):
     return *factors, int32([0, 8, 41], where)
 
 
+def chebyshev_arguments(where, previous):
+    product, block = (torch.randn(2, 9, 4, device=where.device) for _ in range(2))
+    return product, block, previous, torch.tensor([0.5, 2.0], device=where.device)
+
+
 # Every op with the ways of calling it that differ in what is read or written: functions of `where`.
 SAMPLES = {
     "sparse_adamw_": {
@@ -67,6 +72,19 @@ SAMPLES = {
         "bracket": lambda where: ((torch.randn(9, 3, device=where.device), torch.randn(7, 3, device=where.device), 12,
                                    torch.tensor([0.5, 2.5], device=where.device)), {}),
     },
+    "gaussian_sketch_": {
+        "fp32": lambda where: ((torch.zeros(2, 5, 3, device=where.device), 7), {}),
+        "bf16": lambda where: ((torch.zeros(1, 4, 8, device=where.device, dtype=BF16), 7, 2), {}),
+    },
+    "cholesky_qr_": {
+        "a block": lambda where: ((torch.randn(2, 9, 4, device=where.device),), {}),
+        "two blocks, two rounds": lambda where: ((torch.randn(2, 9, 4, device=where.device),
+                                                  torch.randn(2, 5, 4, device=where.device)), {"rounds": 2}),
+    },
+    "chebyshev_step_": {
+        "first": lambda where: (chebyshev_arguments(where, None), {}),
+        "later": lambda where: (chebyshev_arguments(where, torch.randn(2, 9, 4, device=where.device)), {}),
+    },
     "packed_l2_norm": {
         "dense": lambda where: norm_arguments(where, packed=False),
         "packed": lambda where: norm_arguments(where, packed=True),
@@ -87,6 +105,9 @@ MUTATED = {
     "packed_migrate": set(),
     "packed_l2_norm": set(),
     "lowrank_topk": set(),
+    "gaussian_sketch_": {"block"},
+    "cholesky_qr_": {"block", "other"},
+    "chebyshev_step_": {"block"},
     "packed_weight_grad": set(),
 }
 
@@ -100,7 +121,7 @@ def test_op_contract_has_a_sample_of_every_op():
 @pytest.mark.parametrize("op, sample", CALLS)
 def test_op_contract_opcheck(where, op, sample):
     arguments, options = sample(where)
-    torch.library.opcheck(getattr(NAMESPACE, op).default, arguments, options | {"backend": where.backend})
+    torch.library.opcheck(getattr(NAMESPACE, op).default, arguments, options | {"backend": backend_of(where, op)})
 
 
 def named_tensors(op, arguments, options):
@@ -119,7 +140,7 @@ def test_op_contract_versions_of_mutated_tensors_rise(where, op, sample):
     arguments, options = sample(where)
     tensors = list(named_tensors(op, arguments, options))
     old = [(tensor._version, bits(tensor).clone()) for _, tensor in tensors]
-    getattr(NAMESPACE, op)(*arguments, **options, backend=where.backend)
+    getattr(NAMESPACE, op)(*arguments, **options, backend=backend_of(where, op))
     for (name, tensor), (version, pattern) in zip(tensors, old):
         assert (tensor._version > version) == (name in MUTATED[op]), f"{name}: version {version} -> {tensor._version}"
         assert torch.equal(bits(tensor), pattern) == (name not in MUTATED[op]), f"{name}: written or not"
@@ -144,7 +165,7 @@ def test_op_contract_stale_backward_is_refused(where):
 @pytest.mark.parametrize("op", SAMPLES)
 def test_op_contract_default_backend(op):
     """The native code serves CPU tensors by default; the interpreter only when asked for."""
-    assert dispatch.choose(None, torch.device("cpu"), op) == "native-cpu"
+    assert dispatch.choose(None, torch.device("cpu"), op) == ("reference" if op in dispatch.HELPERS else "native-cpu")
 
 
 @pytest.mark.parametrize("op", SAMPLES)

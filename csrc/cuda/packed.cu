@@ -1,48 +1,15 @@
 // Launches of the packed ops on a CUDA stream.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <algorithm>
-
-#include "../launchers.h"
+#include "launch.h"
 #include "packed.cuh"
 
 namespace lift {
-namespace {
-
-constexpr int kThreads = 256;
-
-unsigned blocks_for(int64_t n) { return unsigned(std::min<int64_t>((n + kThreads - 1) / kThreads, 1 << 16)); }
-
-// A stream belongs to a device; launches need it to be the current one.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    cudaGetDevice(&previous_);
-    cudaSetDevice(device);
-  }
-  ~DeviceGuard() { cudaSetDevice(previous_); }
-
- private:
-  int previous_ = 0;
-};
-
-template <class F>
-void with_type(DType dtype, const F& f) {
-  if (dtype == DType::f32) f(float{});
-  else if (dtype == DType::bf16) f(__nv_bfloat16{});
-  else f(__half{});
-}
-
-}  // namespace
 
 int packed_gather_cuda(const void* source, DType from, const int32_t* indices, int64_t k, void* out, DType to, Stream where) {
   if (k == 0) return 0;
   const DeviceGuard guard(where.device);
   with_type(from, [&](auto a) {
     with_type(to, [&](auto b) {
-      cuda::packed_gather_kernel<<<blocks_for(k), kThreads, 0, static_cast<cudaStream_t>(where.stream)>>>(
+      cuda::packed_gather_kernel<<<blocks_for(k), kThreads, 0, stream_of(where)>>>(
           static_cast<const decltype(a)*>(source), indices, k, static_cast<decltype(b)*>(out));
     });
   });
@@ -54,7 +21,7 @@ int packed_scatter_cuda(void* dest, DType to, const int32_t* indices, int64_t k,
   const DeviceGuard guard(where.device);
   with_type(from, [&](auto a) {
     with_type(to, [&](auto b) {
-      cuda::packed_scatter_kernel<<<blocks_for(k), kThreads, 0, static_cast<cudaStream_t>(where.stream)>>>(
+      cuda::packed_scatter_kernel<<<blocks_for(k), kThreads, 0, stream_of(where)>>>(
           static_cast<decltype(b)*>(dest), indices, k, static_cast<const decltype(a)*>(values));
     });
   });
@@ -67,7 +34,7 @@ int packed_migrate_cuda(const void* values, int width, const int32_t* old_indice
   const DeviceGuard guard(where.device);
   const auto launch = [&](auto type) {
     using T = decltype(type);
-    cuda::packed_migrate_kernel<<<blocks_for(k_new), kThreads, 0, static_cast<cudaStream_t>(where.stream)>>>(
+    cuda::packed_migrate_kernel<<<blocks_for(k_new), kThreads, 0, stream_of(where)>>>(
         static_cast<const T*>(values), old_indices, k_old, new_indices, k_new, static_cast<T*>(out));
   };
   if (width == 4) launch(uint32_t{});

@@ -1,0 +1,61 @@
+// Launches of the helpers of a refresh: sketch, Gram matrix, factorization, product with the inverse.
+#include "cholesky_qr.cuh"
+
+#include "launch.h"
+#include "sketch.cuh"
+
+namespace lift {
+namespace {
+
+constexpr int64_t kNarrow = 64;  // blocks up to this width take the smaller tiles
+
+int64_t divided(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+}  // namespace
+
+int gaussian_sketch_cuda(void* out, DType dtype, int64_t matrices, int64_t count, uint64_t seed, uint64_t first, Stream where) {
+  if (matrices * count == 0) return 0;
+  const DeviceGuard guard(where.device);
+  const auto launch = [&](auto type) {
+    using T = decltype(type);
+    cuda::gaussian_sketch_kernel<<<blocks_for(matrices * divided(count, 16 / int64_t(sizeof(T)))), kThreads, 0, stream_of(where)>>>(
+        static_cast<T*>(out), matrices, count, seed, first);
+  };
+  if (dtype == DType::f32) launch(float{});
+  else launch(__nv_bfloat16{});
+  return int(cudaGetLastError());
+}
+
+int gram_cuda(const float* product, const float* block, const float* previous, const float* edge, float* raised, int64_t batch,
+              int64_t rows, int64_t l, int64_t slab_rows, float* partials, Stream where) {
+  const DeviceGuard guard(where.device);
+  const auto launch = [&](auto kernel, int64_t tile) {
+    const int64_t tiles = divided(l, tile);
+    const dim3 grid(unsigned(batch * (tiles * (tiles + 1) / 2)), unsigned(divided(rows, slab_rows)));
+    kernel<<<grid, cuda::kQrThreads, 0, stream_of(where)>>>(product, block, previous, edge, raised, rows, int(l), slab_rows, partials);
+  };
+  if (l <= kNarrow) launch(cuda::gram_kernel<64>, 64);
+  else launch(cuda::gram_kernel<128>, 128);
+  return int(cudaGetLastError());
+}
+
+int cholesky_inverse_cuda(const float* partials, int64_t batch, int64_t slabs, int64_t l, float* gram, float* scale, float* inverse,
+                          int32_t* status, Stream where) {
+  const DeviceGuard guard(where.device);
+  cuda::gram_sum_kernel<<<blocks_for(batch * l * l), kThreads, 0, stream_of(where)>>>(partials, batch, slabs, l, gram);
+  cuda::cholesky_inverse_kernel<<<unsigned(batch), cuda::kQrThreads, 0, stream_of(where)>>>(gram, scale, inverse, status, l);
+  return int(cudaGetLastError());
+}
+
+int multiply_upper_cuda(float* x, const float* inverse, const int32_t* status, int64_t batch, int64_t rows, int64_t l,
+                        Stream where) {
+  const DeviceGuard guard(where.device);
+  const auto launch = [&](auto kernel, int64_t tile) {
+    kernel<<<unsigned(batch * divided(rows, tile)), cuda::kQrThreads, 0, stream_of(where)>>>(x, inverse, status, int(rows), int(l));
+  };
+  if (l <= kNarrow) launch(cuda::multiply_upper_kernel<64>, 64);
+  else launch(cuda::multiply_upper_kernel<128>, 128);
+  return int(cudaGetLastError());
+}
+
+}  // namespace lift

@@ -1,0 +1,359 @@
+// Device code of cholesky_qr_ and chebyshev_step_: Gram matrix, Cholesky factor and its inverse, product with the inverse in place.
+// Torch-free, launch-free. All fp32, and every sum in an order that depends on the shapes alone.
+//
+// Blocks X are (batch, rows, l) row-major, of any l; tiles of 128 or (l up to 64) 64 columns. One round: partial Gram matrices of slabs of rows -> their sum G -> D = diag(G)^-1/2,
+// R^T R = D G D by panels, inverse D R^-1 -> X <- X D R^-1.
+#pragma once
+
+#include <cstdint>
+
+namespace lift::cuda {
+
+constexpr int kQrThreads = 256;
+constexpr int kStep = 16;   // depth of one step of a tiled product
+constexpr int kPanel = 16;  // rows of a panel of the factorization
+constexpr int kDepth = 64;  // depth of one of its steps
+
+struct alignas(16) Float4 {
+  float x[4];
+};
+
+// Four neighbours of a row of `length` floats, zeros beyond its end; in one load where rows start on 16-byte boundaries.
+__device__ __forceinline__ Float4 load4(const float* __restrict__ row, int at, int length, bool aligned) {
+  if (aligned && at + 4 <= length) return *reinterpret_cast<const Float4*>(row + at);
+  Float4 v;
+  for (int i = 0; i < 4; ++i) v.x[i] = at + i < length ? row[at + i] : 0.0f;
+  return v;
+}
+
+__device__ __forceinline__ void store4(float* __restrict__ row, int at, int length, bool aligned, Float4 v) {
+  if (aligned && at + 4 <= length) {
+    *reinterpret_cast<Float4*>(row + at) = v;
+  } else {
+    for (int i = 0; i < 4; ++i)
+      if (at + i < length) row[at + i] = v.x[i];
+  }
+}
+
+// A thread's share of a kTile x kTile tile: rows and columns 4 t + 64 q .. + 3 for its place t (0..15) in either direction.
+template <int kTile>
+struct Share {
+  static constexpr int kQuads = kTile / 64, kSide = 4 * kQuads;
+  float sum[kSide][kSide] = {};
+  int ty = int(threadIdx.x) / 16, tx = int(threadIdx.x) % 16;
+
+  static __device__ __forceinline__ int place(int t, int i) { return 4 * t + 64 * (i / 4) + i % 4; }
+
+  // sum += a^T b over kStep rows of two tiles in shared memory.
+  __device__ __forceinline__ void add(const float (*a)[kTile + 4], const float (*b)[kTile + 4]) {
+#pragma unroll 2
+    for (int k = 0; k < kStep; ++k) {
+      float left[kSide], right[kSide];
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q) {
+        const Float4 l = *reinterpret_cast<const Float4*>(&a[k][4 * ty + 64 * q]);
+        const Float4 r = *reinterpret_cast<const Float4*>(&b[k][4 * tx + 64 * q]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) left[4 * q + i] = l.x[i], right[4 * q + i] = r.x[i];
+      }
+#pragma unroll
+      for (int i = 0; i < kSide; ++i)
+#pragma unroll
+        for (int j = 0; j < kSide; ++j) sum[i][j] = fmaf(left[i], right[j], sum[i][j]);
+    }
+  }
+};
+
+// What a Gram kernel reads: X itself, or the next block of the Chebyshev recurrence, 2 ((2/a) Z - X) - X_previous (without a
+// previous block (2/a) Z - X), which it also writes to `raised`. Pointers to the matrix of the launch.
+struct Recurrence {
+  const float* product;   // Z, or X itself where `block` is null
+  const float* block;     // X or null
+  const float* previous;  // or null
+  float* raised;          // where `block` is given
+  float twice_inverse_edge;
+
+  __device__ __forceinline__ Float4 load(int64_t row, int at, int l, bool aligned) const {
+    Float4 v = load4(product + row * l, at, l, aligned);
+    if (block == nullptr) return v;
+    const Float4 x = load4(block + row * l, at, l, aligned);
+    for (int i = 0; i < 4; ++i) v.x[i] = twice_inverse_edge * v.x[i] - x.x[i];
+    if (previous == nullptr) return v;
+    const Float4 p = load4(previous + row * l, at, l, aligned);
+    for (int i = 0; i < 4; ++i) v.x[i] = 2.0f * v.x[i] - p.x[i];
+    return v;
+  }
+};
+
+// Grid: (batch * tile pairs I <= J, slabs). partials (batch, slabs, l, l): the tiles I <= J of X^T X over a slab of rows.
+template <int kTile>
+__global__ void __launch_bounds__(kQrThreads, 2)
+gram_kernel(const float* __restrict__ product, const float* __restrict__ block, const float* __restrict__ previous,
+            const float* __restrict__ edge, float* __restrict__ raised, int64_t rows, int l, int64_t rows_per_slab,
+            float* __restrict__ partials) {
+  alignas(16) __shared__ float left[kStep][kTile + 4], right[kStep][kTile + 4];
+  const int tiles = (l + kTile - 1) / kTile, pairs = tiles * (tiles + 1) / 2;
+  const int64_t matrix = blockIdx.x / unsigned(pairs);
+  int ti = 0, tj = int(blockIdx.x % pairs);
+  while (tj >= tiles - ti) tj -= tiles - ti++;  // pairs in the order (0,0), (0,1), .., (1,1), ..
+  tj += ti;
+  const bool diagonal = ti == tj, aligned = l % 4 == 0;
+  const int64_t size = rows * l;
+  const Recurrence x{product + matrix * size, block == nullptr ? nullptr : block + matrix * size,
+                     previous == nullptr ? nullptr : previous + matrix * size, raised == nullptr ? nullptr : raised + matrix * size,
+                     block == nullptr ? 0.0f : 2.0f / edge[matrix]};
+  const int64_t begin = blockIdx.y * rows_per_slab, end = begin + rows_per_slab < rows ? begin + rows_per_slab : rows;
+  Share<kTile> share;
+  for (int64_t row = begin; row < end; row += kStep) {
+#pragma unroll
+    for (int quad = int(threadIdx.x); quad < kStep * kTile / 4; quad += kQrThreads) {
+      const int r = quad / (kTile / 4), c = quad % (kTile / 4) * 4;
+      Float4 a{}, b{};
+      if (row + r < end) {
+        a = x.load(row + r, ti * kTile + c, l, aligned);
+        if (!diagonal) b = x.load(row + r, tj * kTile + c, l, aligned);
+        else if (x.block != nullptr) store4(x.raised + (row + r) * l, ti * kTile + c, l, aligned, a);
+      }
+      *reinterpret_cast<Float4*>(&left[r][c]) = a;
+      if (!diagonal) *reinterpret_cast<Float4*>(&right[r][c]) = b;
+    }
+    __syncthreads();
+    share.add(left, diagonal ? left : right);
+    __syncthreads();
+  }
+  float* const out = partials + (matrix * gridDim.y + blockIdx.y) * int64_t(l) * l;
+  for (int i = 0; i < share.kSide; ++i) {
+    const int gi = ti * kTile + share.place(share.ty, i);
+    for (int q = 0; q < share.kQuads; ++q) {
+      const float* s = &share.sum[i][4 * q];
+      if (gi < l) store4(out + int64_t(gi) * l, tj * kTile + 4 * share.tx + 64 * q, l, aligned, Float4{{s[0], s[1], s[2], s[3]}});
+    }
+  }
+}
+
+// G's lower triangle, summed in the order of the slabs from partial tiles of the upper one.
+__global__ void gram_sum_kernel(const float* __restrict__ partials, int64_t batch, int64_t slabs, int64_t l,
+                                float* __restrict__ gram) {
+  const int64_t stride = int64_t(gridDim.x) * blockDim.x;
+  for (int64_t e = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; e < batch * l * l; e += stride) {
+    const int64_t matrix = e / (l * l), i = e / l % l, j = e % l;
+    if (i > j) continue;
+    const float* at = partials + matrix * slabs * l * l + i * l + j;
+    float sum = 0.0f;
+    for (int64_t s = 0; s < slabs; ++s) sum += at[s * l * l];
+    gram[(matrix * l + j) * l + i] = sum;
+  }
+}
+
+// kPanel entries of one column: what a thread works on in the factorization.
+struct Column {
+  float x[kPanel];
+
+  // x += sign * (panel, k-th row)^T value, over the rows of a staged panel.
+  __device__ __forceinline__ void add(const float* __restrict__ panel_row, float value) {
+#pragma unroll
+    for (int q = 0; q < kPanel / 4; ++q) {
+      const Float4 p = *reinterpret_cast<const Float4*>(panel_row + 4 * q);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[4 * q + i] = fmaf(p.x[i], value, x[4 * q + i]);
+    }
+  }
+};
+
+// Shared memory of a factorization.
+struct Panels {
+  alignas(16) float staged[kDepth][kPanel + 4];  // [k][i]: entries of R in the rows or columns i of the current panel
+  float corner[kPanel][kPanel + 1];              // the current diagonal block of R
+  float inverse_diagonal[kPanel];
+  bool broken;
+};
+
+// The first warp factors the corner in place, upper triangle, lane = column. Broken: a pivot below the tolerance, or NaN.
+__device__ inline void factor_corner(Panels& shared, float tolerance) {
+  const int lane = int(threadIdx.x);
+  bool broken = false;
+  for (int i = 0; i < kPanel; ++i) {
+    const float pivot = shared.corner[i][i];  // no lane writes it in this round: R_ii is stored at the end
+    broken = broken || !(pivot > tolerance);
+    const float inverse = 1.0f / sqrtf(pivot);
+    if (lane == i) shared.inverse_diagonal[i] = inverse;
+    if (lane > i && lane < kPanel) shared.corner[i][lane] *= inverse;
+    __syncwarp();
+    for (int below = i + 1; below <= lane && lane < kPanel; ++below)
+      shared.corner[below][lane] = fmaf(-shared.corner[i][below], shared.corner[i][lane], shared.corner[below][lane]);
+    __syncwarp();
+  }
+  if (lane < kPanel) shared.corner[lane][lane] *= shared.inverse_diagonal[lane];  // pivot / sqrt(pivot)
+  if (lane == 0) shared.broken = broken;
+}
+
+// R^T R = D G D + shift I. `gram` holds G in its lower triangle, which stays, and takes R in the upper one, diagonal included.
+// Returns whether it broke down, to all threads alike.
+__device__ inline bool cholesky(float* __restrict__ gram, const float* __restrict__ scale, int64_t l, float shift, Panels& shared) {
+  const float tolerance = float(l) * 0x1p-23f;
+  for (int64_t top = 0; top < l; top += kPanel) {
+    for (int64_t first = top; first < l; first += kQrThreads) {
+      const int64_t j = first + threadIdx.x;
+      Column column;
+#pragma unroll
+      for (int i = 0; i < kPanel; ++i) {
+        const int64_t row = top + i;
+        column.x[i] = row < j && j < l ? gram[j * l + row] * scale[row] * scale[j] : row == j ? 1.0f + shift : 0.0f;
+      }
+      for (int64_t k = 0; k < top; k += kDepth) {
+        const int depth = top - k < kDepth ? int(top - k) : kDepth;
+        __syncthreads();
+        for (int e = int(threadIdx.x); e < depth * kPanel; e += kQrThreads) {
+          const int row = e / kPanel, i = e % kPanel;
+          shared.staged[row][i] = top + i < l ? gram[(k + row) * l + top + i] : 0.0f;
+        }
+        __syncthreads();
+        if (j < l)
+#pragma unroll 8
+          for (int row = 0; row < depth; ++row) column.add(shared.staged[row], -gram[(k + row) * l + j]);
+      }
+      if (first == top) {
+        if (threadIdx.x < 32) {
+#pragma unroll
+          for (int i = 0; i < kPanel; ++i)
+            if (threadIdx.x < kPanel) shared.corner[i][threadIdx.x] = column.x[i];
+          __syncwarp();
+          factor_corner(shared, tolerance);
+        }
+        __syncthreads();
+        if (shared.broken) return true;
+      }
+      if (j >= l) continue;
+#pragma unroll
+      for (int i = 0; i < kPanel; ++i) {
+        float value = column.x[i];
+#pragma unroll
+        for (int k = 0; k < i; ++k) value = fmaf(-shared.corner[k][i], column.x[k], value);
+        column.x[i] = value * shared.inverse_diagonal[i];
+        const int64_t row = top + i;  // the same recurrence as the corner's own: its columns come out as they stand there
+        if (row <= j && row < l) gram[row * l + j] = j < top + kPanel ? shared.corner[i][j - top] : column.x[i];
+      }
+    }
+    __syncthreads();
+  }
+  return false;
+}
+
+// inverse <- D R^-1, zeros below the diagonal, panel by panel from the last; a thread has a column.
+__device__ inline void invert_upper(const float* __restrict__ gram, const float* __restrict__ scale, int64_t l,
+                                    float* __restrict__ inverse, Panels& shared) {
+  for (int64_t top = (l - 1) / kPanel * kPanel; top >= 0; top -= kPanel) {
+    for (int e = int(threadIdx.x); e < kPanel * kPanel; e += kQrThreads) {
+      const int i = e / kPanel, c = e % kPanel;
+      const bool inside = top + i < l && top + c < l && i <= c;
+      const float value = inside ? gram[(top + i) * l + top + c] : i == c ? 1.0f : 0.0f;
+      shared.corner[i][c] = value;
+      if (i == c) shared.inverse_diagonal[i] = 1.0f / value;
+    }
+    for (int64_t first = 0; first < l; first += kQrThreads) {
+      const int64_t j = first + threadIdx.x, last = first + kQrThreads < l ? first + kQrThreads : l;
+      Column column{};
+      for (int64_t k = top + kPanel; k < last; k += kDepth) {  // beyond the columns of this round the inverse is zero
+        const int depth = last - k < kDepth ? int(last - k) : kDepth;
+        __syncthreads();
+        for (int e = int(threadIdx.x); e < kDepth * kPanel; e += kQrThreads) {
+          const int i = e / kDepth, row = e % kDepth;
+          if (row < depth) shared.staged[row][i] = top + i < l ? gram[(top + i) * l + k + row] : 0.0f;
+        }
+        __syncthreads();
+        if (j < l)
+#pragma unroll 8
+          for (int row = 0; row < depth; ++row) column.add(shared.staged[row], inverse[(k + row) * l + j]);
+      }
+      __syncthreads();
+      if (j < l) {
+#pragma unroll
+        for (int i = kPanel - 1; i >= 0; --i) {
+          float value = (j == top + i ? 1.0f : 0.0f) - column.x[i];
+#pragma unroll
+          for (int m = kPanel - 1; m > i; --m) value = fmaf(-shared.corner[i][m], column.x[m], value);
+          column.x[i] = value * shared.inverse_diagonal[i];
+          if (top + i < l) inverse[(top + i) * l + j] = column.x[i];
+        }
+      }
+    }
+    __syncthreads();
+  }
+  for (int64_t e = threadIdx.x; e < l * l; e += kQrThreads) inverse[e] *= scale[e / l];
+}
+
+// Status of a matrix. 0: X D R^-1 is orthonormal to working precision. 1: X is deficient, a zero column or a breakdown that took
+// a shift: the product is better conditioned, no more. 2: not finite; there is no inverse, and X stays.
+enum QrStatus : int32_t { kOrthonormal, kShifted, kNotFinite };
+
+// One block a matrix: gram (lower triangle; the upper one is scratch) -> inverse, status. scale: scratch of l numbers a matrix.
+__global__ void __launch_bounds__(kQrThreads)
+cholesky_inverse_kernel(float* __restrict__ gram, float* __restrict__ scale, float* __restrict__ inverse,
+                        int32_t* __restrict__ status, int64_t l) {
+  __shared__ Panels shared;
+  gram += blockIdx.x * l * l;
+  inverse += blockIdx.x * l * l;
+  scale += blockIdx.x * l;
+  bool finite = true, deficient = false;
+  for (int64_t j = threadIdx.x; j < l; j += kQrThreads) {
+    const float square = gram[j * l + j];
+    finite = finite && square - square == 0.0f;
+    deficient = deficient || square == 0.0f;
+    scale[j] = square > 0.0f ? 1.0f / sqrtf(square) : 0.0f;
+  }
+  finite = !__syncthreads_or(!finite);
+  deficient = __syncthreads_or(deficient);
+  // A shift of 8 l eps exceeds the error of a Gram matrix in fp32; more, should it not be enough.
+  float shift = 0.0f;
+  for (int attempt = 0; finite && cholesky(gram, scale, l, shift, shared); ++attempt) {
+    shift = attempt == 0 ? float(8 * l) * 0x1p-23f : 10.0f * shift;
+    finite = attempt < 4;
+    __syncthreads();
+  }
+  if (finite) invert_upper(gram, scale, l, inverse, shared);
+  if (threadIdx.x == 0) status[blockIdx.x] = !finite ? kNotFinite : deficient || shift > 0.0f ? kShifted : kOrthonormal;
+}
+
+// X <- X U in place, U upper triangular. Grid: batch * tiles of rows. From the last tile of columns to the first: a tile needs only
+// what lies to its left, which is still X.
+template <int kTile>
+__global__ void __launch_bounds__(kQrThreads, 2)
+multiply_upper_kernel(float* __restrict__ x, const float* __restrict__ inverse, const int32_t* __restrict__ status, int rows,
+                      int l) {
+  alignas(16) __shared__ float left[kStep][kTile + 4], right[kStep][kTile + 4];
+  const int row_tiles = (rows + kTile - 1) / kTile, first_row = int(blockIdx.x % unsigned(row_tiles)) * kTile;
+  const int64_t matrix = blockIdx.x / unsigned(row_tiles);
+  if (status[matrix] == kNotFinite) return;
+  const bool aligned = l % 4 == 0;
+  x += matrix * rows * l;
+  inverse += matrix * l * l;
+  for (int column = (l - 1) / kTile * kTile; column >= 0; column -= kTile) {
+    const int depth = column + kTile < l ? column + kTile : l;
+    Share<kTile> share;
+    for (int k = 0; k < depth; k += kStep) {
+#pragma unroll
+      for (int quad = int(threadIdx.x); quad < kStep * kTile / 4; quad += kQrThreads) {
+        const int row = quad / (kStep / 4), c = quad % (kStep / 4) * 4;
+        Float4 v{};
+        if (first_row + row < rows) v = load4(x + int64_t(first_row + row) * l, k + c, depth, aligned);
+        for (int i = 0; i < 4; ++i) left[c + i][row] = v.x[i];
+        const int r = quad / (kTile / 4), d = quad % (kTile / 4) * 4;
+        Float4 u{};
+        if (k + r < depth) u = load4(inverse + int64_t(k + r) * l, column + d, l, aligned);
+        *reinterpret_cast<Float4*>(&right[r][d]) = u;
+      }
+      __syncthreads();
+      share.add(left, right);
+      __syncthreads();
+    }
+    for (int i = 0; i < share.kSide; ++i) {
+      const int row = first_row + share.place(share.ty, i);
+      for (int q = 0; q < share.kQuads; ++q) {
+        const float* s = &share.sum[i][4 * q];
+        if (row < rows) store4(x + int64_t(row) * l, column + 4 * share.tx + 64 * q, l, aligned, Float4{{s[0], s[1], s[2], s[3]}});
+      }
+    }
+  }
+}
+
+}  // namespace lift::cuda

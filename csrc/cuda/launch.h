@@ -1,0 +1,40 @@
+// What every launch needs: its device, its grid, a kernel by dtype.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "../launchers.h"
+
+namespace lift {
+
+constexpr int kThreads = 256;
+
+inline unsigned blocks_for(int64_t n) { return unsigned(std::min<int64_t>((n + kThreads - 1) / kThreads, 1 << 16)); }
+
+// A stream belongs to a device; launches need it to be the current one.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    cudaGetDevice(&previous_);
+    cudaSetDevice(device);
+  }
+  ~DeviceGuard() { cudaSetDevice(previous_); }
+
+ private:
+  int previous_ = 0;
+};
+
+inline cudaStream_t stream_of(Stream where) { return static_cast<cudaStream_t>(where.stream); }
+
+template <class F>
+void with_type(DType dtype, const F& f) {
+  if (dtype == DType::f32) f(float{});
+  else if (dtype == DType::bf16) f(__nv_bfloat16{});
+  else f(__half{});
+}
+
+}  // namespace lift

@@ -1,0 +1,47 @@
+"""Launches of the native CUDA helpers that need scratch memory: from torch's allocator, which knows streams. No validation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+native = torch.ops.lift_kernels_native
+_STEP, _SMALLEST_SLAB, _MAX_SLABS = 16, 512, 64  # rows of a step of the Gram kernel; bounds of a slab
+
+
+def slab_rows(rows: int) -> int:
+    """Rows that are summed into one partial Gram matrix: a function of their number alone, so that a batch changes no bit."""
+    return max(_SMALLEST_SLAB, -(-rows // (_MAX_SLABS * _STEP)) * _STEP)
+
+
+def cholesky_qr_(block: Tensor, other: Tensor | None, rounds: int) -> Tensor:
+    """`mask_ops.cholesky_qr_`: four launches a round."""
+    status = block.new_empty(len(block), dtype=torch.int32)
+    for _ in range(rounds):
+        partials = _partials(block)
+        native.gram.default(block, None, None, None, None, slab_rows(block.shape[1]), partials)
+        _apply_inverse(partials, block, other, status)
+    return status
+
+
+def chebyshev_step_(product: Tensor, block: Tensor, previous: Tensor | None, edge: Tensor) -> tuple[Tensor, Tensor]:
+    """`mask_ops.chebyshev_step_`: the combination of the blocks is formed where its Gram matrix reads it."""
+    status = block.new_empty(len(block), dtype=torch.int32)
+    raised, partials = torch.empty_like(product), _partials(block)
+    native.gram.default(product, block, previous, edge, raised, slab_rows(block.shape[1]), partials)
+    _apply_inverse(partials, raised, block, status)
+    return raised, status
+
+
+def _partials(block: Tensor) -> Tensor:
+    batch, rows, width = block.shape
+    return block.new_empty(batch, -(-rows // slab_rows(rows)), width, width)
+
+
+def _apply_inverse(partials: Tensor, block: Tensor, other: Tensor | None, status: Tensor) -> None:
+    batch, width = len(partials), partials.shape[-1]
+    gram, inverse, scale = (partials.new_empty(batch, *shape) for shape in ((width, width), (width, width), (width,)))
+    native.cholesky_inverse.default(partials, gram, scale, inverse, status)
+    native.multiply_upper_.default(block, inverse, status)
+    if other is not None:
+        native.multiply_upper_.default(other, inverse, status)

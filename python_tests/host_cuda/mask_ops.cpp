@@ -1,0 +1,71 @@
+// The kernels of a refresh on the host, behind the prototypes of csrc/launchers.h without their streams; as a program, a small
+// problem through all of them.
+#include "shim.h"
+
+#include "cholesky_qr.cuh"
+#include "sketch.cuh"
+
+#include <cstdio>
+#include <vector>
+
+using namespace lift::cuda;
+using shim::launch;
+
+extern "C" {
+
+void gaussian_sketch(float* out, int64_t matrices, int64_t count, uint64_t seed, uint64_t first, unsigned blocks) {
+  launch(blocks, 64, [&] { gaussian_sketch_kernel(out, matrices, count, seed, first); });
+}
+
+void philox_words(uint64_t group, uint64_t matrix, uint64_t seed, uint32_t* out) {
+  const Philox words = philox(group, matrix, seed);
+  for (int i = 0; i < 4; ++i) out[i] = words.x[i];
+}
+
+void gram(const float* product, const float* block, const float* previous, const float* edge, float* raised, int64_t batch,
+          int64_t rows, int64_t l, int64_t slab_rows, float* partials) {
+  const auto run = [&](auto kernel, int64_t tile) {
+    const int64_t tiles = (l + tile - 1) / tile;
+    launch(dim3{unsigned(batch * tiles * (tiles + 1) / 2), unsigned((rows + slab_rows - 1) / slab_rows)}, kQrThreads,
+           [&] { kernel(product, block, previous, edge, raised, rows, int(l), slab_rows, partials); });
+  };
+  if (l <= 64) run(gram_kernel<64>, 64);
+  else run(gram_kernel<128>, 128);
+}
+
+void cholesky_inverse(const float* partials, int64_t batch, int64_t slabs, int64_t l, float* gram, float* scale, float* inverse,
+                      int32_t* status) {
+  launch(3, 64, [&] { gram_sum_kernel(partials, batch, slabs, l, gram); });
+  launch(unsigned(batch), kQrThreads, [&] { cholesky_inverse_kernel(gram, scale, inverse, status, l); });
+}
+
+void multiply_upper(float* x, const float* inverse, const int32_t* status, int64_t batch, int64_t rows, int64_t l) {
+  const auto run = [&](auto kernel, int64_t tile) {
+    launch(unsigned(batch * ((rows + tile - 1) / tile)), kQrThreads, [&] { kernel(x, inverse, status, int(rows), int(l)); });
+  };
+  if (l <= 64) run(multiply_upper_kernel<64>, 64);
+  else run(multiply_upper_kernel<128>, 128);
+}
+
+}  // extern "C"
+
+int main() {
+  constexpr int64_t rows = 40, l = 19, slab = 32, slabs = 2;
+  std::vector<float> x(rows * l), z(rows * l), next(rows * l), partials(slabs * l * l), matrix(l * l), inverse(l * l), scale(l);
+  int32_t status = -1;
+  const float edge = 1.5f;
+  gaussian_sketch(x.data(), 1, rows * l, 1, 0, 2);
+  gaussian_sketch(z.data(), 1, rows * l, 2, 0, 2);
+  gram(z.data(), x.data(), nullptr, &edge, next.data(), 1, rows, l, slab, partials.data());
+  cholesky_inverse(partials.data(), 1, slabs, l, matrix.data(), scale.data(), inverse.data(), &status);
+  multiply_upper(next.data(), inverse.data(), &status, 1, rows, l);
+  float worst = 0.0f;
+  for (int64_t i = 0; i < l; ++i) {
+    for (int64_t j = 0; j < l; ++j) {
+      float sum = 0.0f;
+      for (int64_t r = 0; r < rows; ++r) sum += next[r * l + i] * next[r * l + j];
+      worst = std::fmax(worst, std::fabs(sum - float(i == j)));
+    }
+  }
+  std::printf("status %d, %s\n", status, worst < 1e-5f ? "orthonormal" : "not orthonormal");
+}
