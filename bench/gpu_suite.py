@@ -56,11 +56,11 @@ PARTS = [
     Part("sanitizer", "gpu_parts.checks:sanitizer", 40),
     Part("step LLaMA-2-7B", "gpu_parts.step:llama2", 40),
     Part("step Llama-3-8B", "gpu_parts.step:llama3", 40),
-    Part("packed ops", "gpu_parts.packed:work", 25),
+    Part("packed ops", "gpu_parts.packed:work", 22),
     Part("gradients", "gpu_parts.grads:work", 30),
     Part("selection", "gpu_parts.masks:selection", 20),
     Part("refresh", "gpu_parts.masks:refresh", 60),
-    Part("eigenproblems", "gpu_parts.masks:eigenproblems", 15),
+    Part("factorizations", "gpu_parts.factors:work", 20),
     Part("training", "gpu_parts.train:work", 35),
 ]
 DRY_BUDGET = 30.0

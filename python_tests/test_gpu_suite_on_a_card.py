@@ -125,11 +125,11 @@ def test_training_reports_memory(card, monkeypatch):
 
 
 def test_eigenproblems_and_rates(card, monkeypatch):
-    from gpu_parts import masks, report
+    from gpu_parts import factors, report
 
     small = torch.linalg.eigh
     monkeypatch.setattr(torch.linalg, "eigh", lambda gram: small(gram[:, :8, :8]))
-    masks.eigenproblems(card)
+    factors.eigenproblems(card)
     assert [row["shape"] for row in card.found()] == [
         "1 of 4096 x 4096", "1 of 256 x 256", "32 of 256 x 256", "32 of 128 x 128"
     ]  # fmt: skip

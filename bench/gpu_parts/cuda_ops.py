@@ -15,7 +15,7 @@ import bench_util  # noqa: F401  (puts the checkout first on the path)
 import torch
 from torch import Tensor
 
-from lift_kernels import ops
+from lift_kernels import mask_ops, ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COUNTS = (1, 31, 257, 1000)  # entries, around the sizes of warps and blocks
@@ -25,17 +25,28 @@ def backend(device: str) -> str:
     return "native-cuda" if device == "cuda" else "native-cpu"
 
 
+def helper(device: str) -> str:
+    """Of the helpers of a refresh, which have no C++ version for the CPU."""
+    return "native-cuda" if device == "cuda" else "reference"
+
+
 def positions(count: int, numel: int, seed: int = 0) -> Tensor:
     """Sorted unique int32 positions."""
     return torch.randperm(numel, generator=torch.Generator().manual_seed(seed))[:count].sort().values.int()
 
 
-def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def differs(got: Tensor, right: Tensor, label: str) -> str:
     return "" if torch.equal(got.cpu(), right) else f"{label}: results differ from the reference"
+
+
+def far(got: Tensor, right: Tensor, tolerance: float, label: str) -> str:
+    """Results that may differ by rounding, relative to the largest entry."""
+    error, largest = float((got.cpu().double() - right.double()).abs().max()), float(right.abs().max())
+    return "" if error <= tolerance * max(largest, 1e-30) else f"{label}: off by {error:.3g}, the largest entry is {largest:.3g}"
 
 
 def packed_gather(device: str) -> str:
@@ -76,10 +87,56 @@ def packed_migrate(device: str) -> str:
     return ""
 
 
+def gaussian_sketch(device: str) -> str:
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in ((1, 1, 1), (2, 33, 7), (3, 64, 20)):
+            options = {"seed": 5, "first": 2, "dtype": dtype}
+            got = mask_ops.gaussian_sketch(*shape, **options, device=device, backend=helper(device))
+            right = mask_ops.gaussian_sketch(*shape, **options, backend="reference")
+            if problem := far(got, right, 1e-5 if dtype == torch.float32 else 2.0**-6, f"sketch {shape} of {dtype}"):
+                return problem
+    return ""
+
+
+BLOCKS = ((1, 1, 1), (2, 33, 7), (3, 600, 64), (2, 530, 65), (1, 1100, 130))  # around the widths of tiles and the rows of slabs
+
+
+def cholesky_qr(device: str) -> str:
+    for shape in BLOCKS:
+        for rounds in (1, 2):
+            results = []
+            for where, name in ((device, helper(device)), ("cpu", "reference")):
+                block, other = normal(*shape).to(where), normal(shape[0], 5, shape[2]).to(where)
+                status = mask_ops.cholesky_qr_(block, other, rounds=rounds, backend=name)
+                results.append((block, other, status))
+            for got, right in zip(*results):
+                if problem := far(got, right, 1e-3, f"block {shape}, {rounds} rounds"):
+                    return problem
+    return ""
+
+
+def chebyshev_step(device: str) -> str:
+    for shape in BLOCKS:
+        for again in (False, True):
+            results = []
+            for where, name in ((device, helper(device)), ("cpu", "reference")):
+                product, block, previous = (normal(*shape, seed=seed).to(where) for seed in (1, 2, 3))
+                edge = torch.full((shape[0],), 2.0, device=where)
+                raised, status = mask_ops.chebyshev_step_(product, block, previous if again else None, edge, backend=name)
+                results.append((raised, block, status))
+            for got, right in zip(*results):
+                if problem := far(got, right, 1e-3, f"blocks {shape}{', with a previous one' if again else ''}"):
+                    return problem
+    return ""
+
+
 CASES: list[tuple[str, Callable[[str], str]]] = [
     ("packed_gather", packed_gather),
     ("packed_scatter_", packed_scatter),
     ("packed_migrate", packed_migrate),
+    ("gaussian_sketch_", gaussian_sketch),
+    ("cholesky_qr_", cholesky_qr),
+    ("chebyshev_step_", chebyshev_step),
 ]
 
 

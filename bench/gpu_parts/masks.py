@@ -6,7 +6,7 @@ positions, none smaller in fp64 than any that was left out (1e-4), and the thres
 
 Refresh (`principal_masks`, Chebyshev iteration, r = 128, weights with a slowly decaying spectrum). Floor: 2 m n l FLOPs a pass and
 2 m n r for the selection at the TF32 rate, or one read of the weights a pass. ``eigh_share`` and ``orth_share``: the time between
-events around torch.linalg.eigh, and around Cholesky, triangular solves and QR, over that of the refreshes. Checked: overlap of the
+events around torch.linalg.eigh, and around the ops that orthonormalize, over that of the refreshes. Checked: overlap of the
 first matrix's mask with the reference's exact one above 0.9. Refreshes wait for the card, and touch gigabytes: they are timed from
 one synchronization to the next. One layer comes first; its time says how many layers fit into the part's budget.
 """
@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lift_kernels import ops
+from lift_kernels import mask_ops, ops
 from lift_kernels.lowrank import block_width
 from lift_kernels.masks import Mask, MaskRequest, principal_masks
 
@@ -89,14 +89,15 @@ def slow_spectrum(m: int, n: int, rank: int, generator: torch.Generator) -> Tens
     return noise.add_((u * decay) @ v.T, alpha=0.1 / min(m, n) ** 0.5).to(BF16)
 
 
-GROUPS = {"eigh": "eigh_share", "cholesky_ex": "orth_share", "solve_triangular": "orth_share", "qr": "orth_share"}
+SPANS = [(torch.linalg, "eigh", "eigh_share"), (torch.linalg, "qr", "orth_share"), (mask_ops, "cholesky_qr_", "orth_share"),
+         (mask_ops, "chebyshev_step_", "orth_share")]  # fmt: skip
 
 
 @contextmanager
 def spans(run: Run) -> Iterator[dict[str, list]]:
-    """While it lasts, calls of torch.linalg's functions in `GROUPS` are enclosed by events: pairs by column."""
-    found: dict[str, list] = {column: [] for column in GROUPS.values()}
-    originals = {name: getattr(torch.linalg, name) for name in GROUPS}
+    """While it lasts, calls of the functions in `SPANS` are enclosed by events: pairs by column."""
+    found: dict[str, list] = {column: [] for _, _, column in SPANS}
+    originals = [getattr(module, name) for module, name, _ in SPANS]
 
     def stamp():
         if run.dry:
@@ -105,22 +106,22 @@ def spans(run: Run) -> Iterator[dict[str, list]]:
         event.record()
         return event
 
-    def enclosed(name: str):
+    def enclosed(original, column: str):
         def call(*arguments, **options):
             before = stamp()
-            result = originals[name](*arguments, **options)
-            found[GROUPS[name]].append((before, stamp()))
+            result = original(*arguments, **options)
+            found[column].append((before, stamp()))
             return result
 
         return call
 
     try:
-        for name in GROUPS:
-            setattr(torch.linalg, name, enclosed(name))
+        for (module, name, column), original in zip(SPANS, originals):
+            setattr(module, name, enclosed(original, column))
         yield found
     finally:
-        for name, original in originals.items():
-            setattr(torch.linalg, name, original)
+        for (module, name, _), original in zip(SPANS, originals):
+            setattr(module, name, original)
 
 
 def refreshed(run: Run, requests: list[MaskRequest], repeats: int) -> tuple[list[Mask], list[float], dict[str, float]]:
@@ -181,14 +182,3 @@ def refresh(run: Run) -> None:
     if layers < model.layers:
         expected = f"{model.layers * one:.0f} s were expected from one layer's {one:.2f} s"
         run.add("all matrices", op="principal_masks", model=model.name, status=f"not run: {expected}, {run.left():.0f} s are left")
-
-
-def eigenproblems(run: Run) -> None:
-    """torch.linalg.eigh alone. ``eigh_cost``: FLOPs of a product a third power of the side; lowrank assumes such a number."""
-    for batch, side in ((1, 32), (2, 16)) if run.dry else ((1, 4096), (1, 256), (32, 256), (32, 128)):
-        generator = torch.Generator(run.device).manual_seed(0)
-        factor = torch.randn(batch, side, 2 * side, generator=generator, device=run.device)
-        gram = factor @ factor.mT
-        rate, work = run.rates.get("tf32", float("nan")), batch * side**3
-        run.time("torch.linalg.eigh", partial(torch.linalg.eigh, gram), op="eigh", dtype="fp32", waits=True, repeats=5,
-                 shape=f"{batch} of {side} x {side}", derived={"eigh_cost": lambda s, r=rate, w=work: s * r / w})  # fmt: skip
