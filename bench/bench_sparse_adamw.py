@@ -35,6 +35,7 @@ from lift_kernels.masks import MaskRequest, principal_masks
 HYPER = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
 FP32, BF16 = torch.float32, torch.bfloat16
 DENSITY, RANK = 0.05, 64
+COLUMNS = ["set", "variant", "median_ms", "q25_ms", "q75_ms", "ratio", "floor_ms", "share_of_floor", "status"]
 
 
 def model_weights(name: str | None) -> list[Tensor]:
@@ -218,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sparse = [row for row in new if "grads" in row["variant"]]
             new += [with_refresh(row, new[0], *refresh) for refresh in refreshes.items() for row in sparse]
             new += [labels | {"variant": variant, "status": status} for variant, status in wrong.items()]
-            bench_util.show(new, ["set", "variant", "median_ms", "q25_ms", "q75_ms", "ratio", "floor_ms", "share_of_floor", "status"])
+            bench_util.show(new, COLUMNS)
             table += [row | bench_util.environment() for row in new]
             del entrants
     folder = None if arguments.no_context else bench_util.output_folder(arguments)
