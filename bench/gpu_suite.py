@@ -50,15 +50,16 @@ class Part:
 
 
 PARTS = [
-    Part("build", "gpu_parts.checks:build", 60),
+    Part("build", "gpu_parts.checks:build", 55),
     Part("machine", "gpu_parts.report:machine", 15),
-    Part("tests", "gpu_parts.checks:tests", 90),
+    Part("tests", "gpu_parts.checks:tests", 85),
     Part("sanitizer", "gpu_parts.checks:sanitizer", 40),
     Part("step LLaMA-2-7B", "gpu_parts.step:llama2", 40),
     Part("step Llama-3-8B", "gpu_parts.step:llama3", 40),
     Part("packed ops", "gpu_parts.packed:work", 22),
     Part("gradients", "gpu_parts.grads:work", 30),
     Part("selection", "gpu_parts.masks:selection", 20),
+    Part("bitmaps", "gpu_parts.bitmaps:work", 10),
     Part("refresh", "gpu_parts.masks:refresh", 60),
     Part("factorizations", "gpu_parts.factors:work", 20),
     Part("training", "gpu_parts.train:work", 35),

@@ -54,14 +54,63 @@ std::vector<lift::Segment> segments_of(const std::vector<Tensor>& grads, const s
   return segments;
 }
 
-void sparse_adamw_(std::vector<Tensor> weights, std::vector<Tensor> grads, Tensor indices, std::vector<int64_t> offsets,
+bool is_vector(const Tensor& tensor, ScalarType dtype, int64_t size) {
+  return tensor.scalar_type() == dtype && tensor.dim() == 1 && tensor.size(0) == size && tensor.is_contiguous();
+}
+
+bool is_number(const std::optional<Tensor>& tensor) {
+  return !tensor.has_value() || (tensor->scalar_type() == ScalarType::Float && tensor->numel() == 1);
+}
+
+bool same_shape(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) != b.size(d)) return false;
+  return true;
+}
+
+bool is_float(ScalarType dtype) { return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half; }
+
+// Whether every tensor of a step has the form that the kernel takes for granted. Python has the words for those that have not.
+bool is_ordinary_step(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, const Tensor& indices,
+                      const std::vector<int64_t>& offsets, const std::vector<int64_t>& counts, const Tensor& exp_avg,
+                      const Tensor& exp_avg_sq, const Tensor& steps, const std::optional<Tensor>& master,
+                      const std::optional<Tensor>& births, const std::optional<Tensor>& inv_scale,
+                      const std::optional<Tensor>& found_inf, bool packed_grads, bool stochastic) {
+  const size_t n = weights.size();
+  if (n == 0 || grads.size() != n || offsets.size() != n || counts.size() != n || indices.dim() != 1) return false;
+  const int64_t size = indices.size(0);
+  const ScalarType weight = weights[0].scalar_type(), grad = grads[0].scalar_type(), moment = exp_avg.scalar_type();
+  if (!is_float(weight) || !is_float(grad) || (moment != ScalarType::Float && moment != ScalarType::BFloat16)) return false;
+  if (stochastic && (master.has_value() || weight == ScalarType::Float)) return false;
+  if (!is_vector(indices, ScalarType::Int, size) || !is_vector(exp_avg, moment, size) || !is_vector(exp_avg_sq, moment, size) ||
+      !is_vector(steps, ScalarType::Float, int64_t(n)) || (master.has_value() && !is_vector(*master, ScalarType::Float, size)) ||
+      (births.has_value() && !is_vector(*births, ScalarType::Int, size)) || !is_number(inv_scale) || !is_number(found_inf))
+    return false;
+  for (size_t i = 0; i < n; ++i) {
+    const Tensor &w = weights[i], &g = grads[i];
+    if (w.scalar_type() != weight || g.scalar_type() != grad || !w.is_contiguous() || !g.is_contiguous()) return false;
+    if (w.numel() > INT32_MAX || offsets[i] < 0 || counts[i] < 0 || offsets[i] + counts[i] > size) return false;
+    if (packed_grads ? g.dim() != 1 || g.size(0) != counts[i] : !same_shape(w, g)) return false;
+  }
+  return true;
+}
+
+float number(const std::optional<Tensor>& tensor, float otherwise) {
+  return tensor.has_value() ? *static_cast<const float*>(tensor->data_ptr()) : otherwise;
+}
+
+// Returns whether the arguments had the ordinary form; if not, nothing was done.
+bool sparse_adamw_(std::vector<Tensor> weights, std::vector<Tensor> grads, Tensor indices, std::vector<int64_t> offsets,
                    std::vector<int64_t> counts, Tensor exp_avg, Tensor exp_avg_sq, Tensor steps, double lr, double beta1,
                    double beta2, double eps, double weight_decay, std::optional<Tensor> master, std::optional<Tensor> births,
-                   std::optional<Tensor> bias, double grad_factor, bool packed_grads, bool stochastic, int64_t seed) {
+                   std::optional<Tensor> bias, std::optional<Tensor> inv_scale, std::optional<Tensor> found_inf, bool packed_grads,
+                   bool maximize, bool stochastic, int64_t seed) {
+  if (!is_ordinary_step(weights, grads, indices, offsets, counts, exp_avg, exp_avg_sq, steps, master, births, inv_scale, found_inf,
+                        packed_grads, stochastic))
+    return false;
+  if (number(found_inf, 0.0f) != 0.0f) return true;
   std::vector<lift::Segment> segments = segments_of(grads, offsets, counts);
-  STD_TORCH_CHECK(weights.size() == grads.size() && size_t(steps.numel()) == weights.size(),
-                  "lift_kernels_native: one weight, gradient and step count per matrix");
-  if (segments.empty()) return;
   const float* step = static_cast<const float*>(steps.data_ptr());
   for (size_t i = 0; i < segments.size(); ++i) {
     segments[i].weight = weights[i].data_ptr();
@@ -80,12 +129,13 @@ void sparse_adamw_(std::vector<Tensor> weights, std::vector<Tensor> grads, Tenso
   adamw.beta2 = beta2;
   adamw.eps = eps;
   adamw.weight_decay = weight_decay;
-  adamw.grad_factor = float(grad_factor);
+  adamw.grad_factor = number(inv_scale, 1.0f) * (maximize ? -1.0f : 1.0f);
   adamw.packed_grads = packed_grads;
   adamw.stochastic = stochastic;
   adamw.seed = uint32_t(seed);
   lift::sparse_adamw_cpu(segments.data(), int64_t(segments.size()), adamw, dtype_of(weights[0]), dtype_of(grads[0]),
                          dtype_of(exp_avg), parallel_for);
+  return true;
 }
 
 void packed_gather(Tensor source, Tensor indices, Tensor out) {
@@ -217,6 +267,16 @@ void multiply_upper_on_cuda(Tensor x, Tensor inverse, Tensor status) {
                                   current_stream(x)));
 }
 
+void bitmap_to_indices_on_cuda(Tensor bitmaps, Tensor candidates, Tensor counts, int64_t columns, Tensor totals, Tensor indices,
+                               Tensor thresholds, Tensor status) {
+  const int64_t matrices = bitmaps.size(0), rows = bitmaps.size(1);
+  STD_TORCH_CHECK(totals.numel() == matrices * lift::bitmap_tiles(rows, columns), "lift_kernels_native: tiles do not fit");
+  const auto int32s = [](const Tensor& tensor) { return static_cast<int32_t*>(tensor.data_ptr()); };
+  check(lift::bitmap_to_indices_cuda(int32s(bitmaps), matrices, rows, columns, static_cast<const int64_t*>(candidates.data_ptr()),
+                                     candidates.size(1), int32s(counts), indices.size(1), int32s(totals), int32s(indices),
+                                     floats(thresholds), int32s(status), current_stream(bitmaps)));
+}
+
 int64_t cuda_runtime_version() { return lift::cuda_runtime_version(); }
 int64_t cuda_driver_version() { return lift::cuda_driver_version(); }
 #else
@@ -230,7 +290,8 @@ STABLE_TORCH_LIBRARY(lift_kernels_native, m) {
   m.def(
       "sparse_adamw_(Tensor(a!)[] weights, Tensor[] grads, Tensor indices, int[] offsets, int[] counts, Tensor(b!) exp_avg, "
       "Tensor(c!) exp_avg_sq, Tensor steps, float lr, float beta1, float beta2, float eps, float weight_decay, "
-      "Tensor(d!)? master, Tensor? births, Tensor? bias, float grad_factor, bool packed_grads, bool stochastic, int seed) -> ()");
+      "Tensor(d!)? master, Tensor? births, Tensor? bias, Tensor? inv_scale, Tensor? found_inf, bool packed_grads, bool maximize, "
+      "bool stochastic, int seed) -> bool");
   m.def("packed_gather(Tensor source, Tensor indices, Tensor(a!) out) -> ()");
   m.def("packed_scatter_(Tensor(a!) dest, Tensor indices, Tensor values) -> ()");
   m.def("packed_migrate(Tensor values, Tensor old_indices, Tensor new_indices, Tensor(a!) out) -> ()");
@@ -244,6 +305,9 @@ STABLE_TORCH_LIBRARY(lift_kernels_native, m) {
   m.def(
       "cholesky_inverse(Tensor partials, Tensor(a!) gram, Tensor(b!) scale, Tensor(c!) inverse, Tensor(d!) status) -> ()");
   m.def("multiply_upper_(Tensor(a!) x, Tensor inverse, Tensor status) -> ()");
+  m.def(
+      "bitmap_to_indices(Tensor(a!) bitmaps, Tensor candidates, Tensor counts, int columns, Tensor(b!) totals, Tensor(c!) indices, "
+      "Tensor(d!) thresholds, Tensor(e!) status) -> ()");
   m.def("cuda_runtime_version() -> int");
   m.def("cuda_driver_version() -> int");
 }
@@ -272,5 +336,6 @@ STABLE_TORCH_LIBRARY_IMPL(lift_kernels_native, CUDA, m) {
   m.impl("gram", TORCH_BOX(&gram_on_cuda));
   m.impl("cholesky_inverse", TORCH_BOX(&cholesky_inverse_on_cuda));
   m.impl("multiply_upper_", TORCH_BOX(&multiply_upper_on_cuda));
+  m.impl("bitmap_to_indices", TORCH_BOX(&bitmap_to_indices_on_cuda));
 }
 #endif

@@ -84,6 +84,12 @@ int packed_gather_cuda(const void* source, DType from, const int32_t* indices, i
 int packed_scatter_cuda(void* dest, DType to, const int32_t* indices, int64_t k, const void* values, DType from, Stream where);
 int packed_migrate_cuda(const void* values, int width, const int32_t* old_indices, int64_t k_old, const int32_t* new_indices,
                         int64_t k_new, void* out, Stream where);
+// The bitmaps (matrices x rows x ceil(columns / 32)) of a selection as sorted lists of k positions. `counts`: bits set, candidates.
+// `totals` is scratch of bitmap_tiles integers a matrix; the chosen candidates' bits are set in `bitmaps`.
+int64_t bitmap_tiles(int64_t rows, int64_t columns);
+int bitmap_to_indices_cuda(int32_t* bitmaps, int64_t matrices, int64_t rows, int64_t columns, const int64_t* candidates,
+                           int64_t capacity, const int32_t* counts, int64_t k, int32_t* totals, int32_t* indices, float* thresholds,
+                           int32_t* status, Stream where);
 // Helpers of a refresh. Blocks are (batch, rows, l), fp32; Gram matrices and inverses (batch, l, l).
 int gaussian_sketch_cuda(void* out, DType dtype, int64_t matrices, int64_t count, uint64_t seed, uint64_t first, Stream where);
 // partials (batch, slabs, l, l): Gram matrices of slabs of rows of `product`, or, given `block`, of the next block of the Chebyshev

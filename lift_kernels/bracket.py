@@ -14,8 +14,8 @@ _DEVIATIONS = 3.0  # of the sampled quantile: misses one bracket in four hundred
 
 
 def around(threshold: Tensor) -> Tensor:
-    """(2,) fp32 interval around the k-th magnitude of the last refresh."""
-    return torch.stack([threshold * (1 - WIDTH), threshold * (1 + WIDTH)]).float()
+    """(..., 2) fp32 intervals around the k-th magnitudes (...) of the last refresh."""
+    return torch.stack([threshold * (1 - WIDTH), threshold * (1 + WIDTH)], -1).float()
 
 
 def sampled(left: Tensor, right: Tensor, k: int) -> Tensor:

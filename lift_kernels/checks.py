@@ -147,18 +147,22 @@ def check_norm(
 def check_topk(left: Tensor, right: Tensor, k: int, bracket: Tensor | None) -> None:
     """What `lowrank_topk` can check without reading a tensor."""
     for label, factor in (("left", left), ("right", right)):
-        require(factor.dim() == 2 and factor.dtype == torch.float32 and factor.is_contiguous(),
-                f"{label} must be a contiguous float32 matrix, got {factor.dtype} {tuple(factor.shape)}")  # fmt: skip
-    require(left.shape[1] == right.shape[1] and left.shape[1] >= 1,
-            f"left and right must share a rank of at least 1, got {tuple(left.shape)} and {tuple(right.shape)}")  # fmt: skip
+        require(factor.dim() in (2, 3) and factor.dtype == torch.float32 and factor.is_contiguous(),
+                f"{label} must be a contiguous float32 matrix or a batch of them, got {factor.dtype} {tuple(factor.shape)}"
+                )  # fmt: skip
+    require(left.shape[:-2] == right.shape[:-2] and left.shape[-1] == right.shape[-1] and left.shape[-1] >= 1,
+            f"left and right must share a rank of at least 1, and the batch, got {tuple(left.shape)} and {tuple(right.shape)}"
+            )  # fmt: skip
     require(left.device == right.device, f"left is on {left.device}, right on {right.device}")
-    numel = left.shape[0] * right.shape[0]
-    require(numel <= MAX_ENTRIES, f"the product may have up to 2^31-1 entries, got {left.shape[0]} x {right.shape[0]}")
-    require(1 <= k <= numel, f"k must be from 1 to {numel}, got {k}")
+    m, n = left.shape[-2], right.shape[-2]
+    require(m * n <= MAX_ENTRIES, f"the product may have up to 2^31-1 entries, got {m} x {n}")
+    require(1 <= k <= m * n, f"k must be from 1 to {m * n}, got {k}")
     if bracket is not None:
-        require(bracket.shape == (2,) and bracket.dtype == torch.float32 and bracket.device == left.device,
-                f"bracket must be two float32 numbers on {left.device}, got {tuple(bracket.shape)} {bracket.dtype} "
-                f"on {bracket.device}")  # fmt: skip
+        shape = (*left.shape[:-2], 2)
+        require(bracket.shape == shape and bracket.is_contiguous() and bracket.dtype == torch.float32
+                and bracket.device == left.device,
+                f"bracket must be two float32 numbers a matrix, {shape} on {left.device}, got {tuple(bracket.shape)} "
+                f"{bracket.dtype} on {bracket.device}")  # fmt: skip
 
 
 def check_sketch(block: Tensor, seed: int, first: int) -> None:
@@ -184,6 +188,23 @@ def check_qr(block: Tensor, other: Tensor | None, rounds: int) -> None:
             f"other must share the batch and the columns of block {tuple(block.shape)}, "
             f"got {None if other is None else tuple(other.shape)}")  # fmt: skip
     require(rounds in (1, 2), f"rounds must be 1 or 2, got {rounds!r}")
+
+
+def check_bitmaps(bitmaps: Tensor, candidates: Tensor, counts: Tensor, columns: int, k: int) -> None:
+    """What `bitmap_to_indices` can check without reading a tensor."""
+    given = {"bitmaps": (bitmaps, torch.int32, 3), "candidates": (candidates, torch.int64, 2), "counts": (counts, torch.int32, 2)}
+    for label, (x, dtype, dim) in given.items():
+        require(x.dtype == dtype, f"{label} must be {dtype}, got {x.dtype}", TypeError)
+        require(x.dim() == dim and x.is_contiguous(),
+                f"{label} must be contiguous of {dim} dimensions, got {tuple(x.shape)}, strides {x.stride()}")  # fmt: skip
+        require(x.device == bitmaps.device, f"{label} is on {x.device}, bitmaps on {bitmaps.device}")
+    batch, rows, words = bitmaps.shape
+    require(isinstance(columns, int) and columns >= 1 and words == -(-columns // 32),
+            f"bitmaps of {columns!r} columns must be (b, m, columns / 32, rounded up), got {tuple(bitmaps.shape)}")  # fmt: skip
+    require(rows * columns <= MAX_ENTRIES, f"a matrix may have up to 2^31-1 entries, got {rows} x {columns}")
+    require(len(candidates) == batch, f"candidates of {batch} matrices are needed, got {tuple(candidates.shape)}")
+    require(counts.shape == (batch, 2), f"counts must be ({batch}, 2), got {tuple(counts.shape)}")
+    require(isinstance(k, int) and 1 <= k <= rows * columns, f"k must be from 1 to {rows * columns}, got {k!r}")
 
 
 def check_edge(product: Tensor, block: Tensor, previous: Tensor | None, edge: Tensor) -> None:

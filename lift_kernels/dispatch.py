@@ -16,10 +16,15 @@ logger = logging.getLogger("lift_kernels")
 NAMES = ("native-cpu", "native-cuda", "triton", "reference")
 
 # Fastest first. The op layer takes the first usable one and says so once when it is not the first.
-_PREFERENCE = {"cpu": ("native-cpu", "reference"), "cuda": ("triton", "reference")}
-# Helpers of a refresh: awkward in Triton, and on the CPU LAPACK's work, so that their torch twins serve there.
-_HELPER_PREFERENCE = {"cpu": ("reference",), "cuda": ("native-cuda", "reference")}
-HELPERS = ("gaussian_sketch_", "cholesky_qr_", "chebyshev_step_")
+_PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("native-cpu", "reference"), "cuda": ("triton", "reference")}
+# Helpers of a refresh and the backends that have them: awkward in Triton, and on the CPU LAPACK's work, so that their torch twins
+# serve there.
+HELPERS = {
+    "gaussian_sketch_": ("native-cuda", "reference"),
+    "cholesky_qr_": ("native-cuda", "reference"),
+    "chebyshev_step_": ("native-cuda", "reference"),
+    "bitmap_to_indices": ("native-cuda", "triton", "reference"),
+}
 
 NATIVE_CUDA_OPS = ("packed_gather", "packed_scatter_", "packed_migrate", *HELPERS)
 
@@ -46,22 +51,24 @@ def choose(requested: str | None, device: torch.device, op: str) -> str:
     Raises ValueError for an unknown name and RuntimeError for one that cannot run here, naming the reason.
     """
     if requested is None:
-        return _default(device.type, op in HELPERS)
+        return _default(device.type, HELPERS.get(op))
     if requested not in NAMES:
         raise ValueError(f"unknown backend {requested!r}; choose one of {', '.join(NAMES)}")
     problem = _problem(requested, device.type)
     if requested == "native-cuda" and op not in NATIVE_CUDA_OPS:
         problem = f"it has {', '.join(NATIVE_CUDA_OPS)} only; Triton serves the rest"
-    if requested in ("native-cpu", "triton") and op in HELPERS:
-        problem = "of the helpers of a refresh there are native-cuda and reference versions only"
+    if requested not in HELPERS.get(op, NAMES):
+        problem = f"of this helper of a refresh there are {' and '.join(HELPERS[op])} versions only"
     if problem:
         raise RuntimeError(f"backend {requested!r} cannot run {op} on {device.type} tensors here: {problem}")
     return requested
 
 
 @functools.cache
-def _default(device_type: str, helper: bool) -> str:
-    preference = (_HELPER_PREFERENCE if helper else _PREFERENCE).get(device_type, ("reference",))
+def _default(device_type: str, helper: tuple[str, ...] | None) -> str:
+    preference = _PREFERENCE.get(device_type, ("reference",))
+    if helper:
+        preference = helper if device_type == "cuda" else ("reference",)
     for name in preference:
         if not _problem(name, device_type):
             break

@@ -79,7 +79,7 @@ def _backends() -> list[Line]:
 
 
 def _count(name: str) -> int:
-    return len([op for op in OPS if name != "native-cuda" or op in dispatch.NATIVE_CUDA_OPS])
+    return len(_cases(name))
 
 
 def _triton_interpreter(reason: str) -> Line:
@@ -125,11 +125,9 @@ def _extras() -> list[Line]:
 def check_backend(name: str, device: str) -> list[str]:
     """What is wrong with the ops of a backend: one text for each op that fails or disagrees with the reference."""
     problems = []
-    for op in OPS:
-        if name == "native-cuda" and op not in dispatch.NATIVE_CUDA_OPS:
-            continue
+    for op, case in _cases(name).items():
         try:
-            error, limit = _CASES[op](name, device)
+            error, limit = case(name, device)
             if not error <= limit:
                 problems.append(f"{op} is off by {error:.2g}, allowed is {limit:.2g}")
         except Exception as error:  # noqa: BLE001  whatever a broken backend raises is the finding
@@ -194,7 +192,39 @@ def _adamw(name: str, device: str) -> tuple[float, float]:
     return _difference(*results), 2 * 2.0**-23 * float(results[1].abs().max())
 
 
-_CASES: dict[str, Callable[[str, str], tuple[float, float]]] = dict(zip(OPS, (_gather, _scatter, _migrate, _norm, _adamw)))
+def _sketch(name: str, device: str) -> tuple[float, float]:
+    found, expected = (ops.gaussian_sketch(2, 30, 7, seed=5, device=device, backend=b) for b in (name, "reference"))
+    return _difference(found, expected), 1e-5
+
+
+def _qr(name: str, device: str) -> tuple[float, float]:
+    blocks = [ops.gaussian_sketch(2, 90, 20, seed=5, device=device, backend="reference") for _ in range(2)]
+    for block, backend in zip(blocks, (name, "reference")):
+        ops.cholesky_qr_(block, backend=backend)
+    return _difference(*blocks), 1e-5
+
+
+def _bitmap(name: str, device: str) -> tuple[float, float]:
+    """A bit for all entries of a list but one, which is a candidate beside a smaller one."""
+    expected = _index_list(0, device)
+    flags = torch.zeros(1536, dtype=torch.int32, device=device)
+    flags[expected[1:].long()] = 1
+    words = (flags.view(1, 1, 48, 32) << torch.arange(32, dtype=torch.int32, device=device)).sum(-1, dtype=torch.int32)
+    candidates = torch.tensor([[5 << 32, (7 << 32) + 2**31 - 1 - int(expected[0])]], device=device)
+    counts = torch.tensor([[299, 2]], dtype=torch.int32, device=device)
+    return _difference(ops.bitmap_to_indices(words, candidates, counts, 1536, 300, backend=name)[0][0], expected), 0.0
+
+
+_Case = Callable[[str, str], tuple[float, float]]
+_CASES: dict[str, _Case] = dict(zip(OPS, (_gather, _scatter, _migrate, _norm, _adamw)))
+_HELPER_CASES: dict[str, _Case] = {"gaussian_sketch_": _sketch, "cholesky_qr_": _qr, "bitmap_to_indices": _bitmap}
+
+
+def _cases(name: str) -> dict[str, _Case]:
+    """The cases of the ops that a backend has."""
+    if name == "native-cuda":
+        return {op: case for op, case in (_CASES | _HELPER_CASES).items() if op in dispatch.NATIVE_CUDA_OPS}
+    return _CASES
 
 
 def _check_optimizer(device: str) -> list[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -92,7 +91,7 @@ def batched_factors(
     for weight, start, name in zip(weights, warm_starts, names):
         _check(weight, rank, start, name)
     shape = weights[0].shape
-    units = [_unit(weight, name) for weight, name in zip(weights, names)]
+    units = _units(weights, names)
     if method == "svd":
         return [_svd(weight, rank) for weight in weights]
     if method == "auto":
@@ -164,13 +163,20 @@ def _check(weight: Tensor, rank: int, warm: Tensor | None, name: str) -> None:
         check_basis(warm, weight.shape, rank, name)
 
 
-def _unit(weight: Tensor, name: str) -> float:
-    """1, or the power of two that brings extreme entries to about 1, so that squares stay in range; it changes no digit."""
-    largest = float(weight.detach().abs().amax())
-    if not math.isfinite(largest):
-        check_finite(weight, name)
-    exponent = math.frexp(largest)[1]
-    return 1.0 if -24 <= exponent <= 24 or largest == 0.0 else 2.0 ** -max(-126, min(126, exponent))
+def _units(weights: Sequence[Tensor], names: Sequence[str]) -> list[float]:
+    """For each matrix 1, or the power of two that brings extreme entries to about 1, so that squares stay in range.
+
+    It changes no digit. One pass over each matrix and one wait for the device.
+    """
+    extremes = torch.stack([extreme for weight in weights for extreme in torch.aminmax(weight.detach())])
+    units = []
+    for (low, high), weight, name in zip(extremes.float().view(-1, 2).tolist(), weights, names):
+        largest = max(-low, high)
+        if not math.isfinite(low) or not math.isfinite(high):
+            check_finite(weight, name)
+        exponent = math.frexp(largest)[1]
+        units.append(1.0 if -24 <= exponent <= 24 or largest == 0.0 else 2.0 ** -max(-126, min(126, exponent)))
+    return units
 
 
 def _tall(weight: Tensor, unit: float) -> Tensor:
@@ -216,12 +222,8 @@ def _cold_block(tall: Tensor, rank: int, generator: torch.Generator | None) -> T
     if generator is not None:
         seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
     noise = mask_ops.gaussian_sketch(1, tall.shape[2], width, seed=seed, device=tall.device)[0]
-    with _fast_products(tall):
-        image = tall @ noise
-    image, _ = orthonormalized(image)
-    with _fast_products(tall):
-        block = tall.mT @ image
-    return orthonormalized(block)[0]
+    image, _ = orthonormalized(_product(tall, noise))
+    return orthonormalized(_product(tall.mT, image))[0]
 
 
 def _chebyshev(tall: Tensor, block: Tensor, rank: int, tolerance: float, max_degrees: int) -> _Ended:
@@ -235,9 +237,8 @@ def _chebyshev(tall: Tensor, block: Tensor, rank: int, tolerance: float, max_deg
     energy = torch.zeros(len(tall), device=tall.device)
     passes, settled = [0] * len(tall), [False] * len(tall)
     for degree in range(max_degrees + 1):
-        with _fast_products(tall):
-            image = tall @ block
-        values, rotation = torch.linalg.eigh(image.mT @ image)  # ascending Ritz values
+        image = _product(tall, block)
+        values, rotation = torch.linalg.eigh(_product(image.mT, image))  # ascending Ritz values
         new = values[:, -rank:].sum(1)
         growth = (new - energy) / new.clamp_min(torch.finfo(new.dtype).tiny)
         energy = new
@@ -248,19 +249,17 @@ def _chebyshev(tall: Tensor, block: Tensor, rank: int, tolerance: float, max_deg
         if all(settled) or degree == max_degrees:
             break
         if previous is None:  # Ritz vectors as columns: scaling them then takes out most of the condition number
-            block, image = block @ rotation, image @ rotation
+            block, image = _product(block, rotation), _product(image, rotation)
             edge = values[:, 0].clamp_min(1e-12 * values[:, -1] + torch.finfo(values.dtype).tiny)
-        with _fast_products(tall):
-            product = tall.mT @ image
-        raised, status = mask_ops.chebyshev_step_(product, block, previous, edge)
+        raised, status = mask_ops.chebyshev_step_(_product(tall.mT, image), block, previous, edge)
         block, previous = _repaired(raised, block, status)
         if degree % _CYCLE == _CYCLE - 1:
             previous = None
     top = rotation[:, :, -rank:]
-    short = block @ top
+    short, basis = block @ top, _product(block, rotation).to(torch.bfloat16)
     if tall.is_cuda:  # the image was formed in TF32: once more, for the factors
-        return _Ended(tall @ short, short, (block @ rotation).to(torch.bfloat16), [p + 1 for p in passes], settled)
-    return _Ended(image @ top, short, (block @ rotation).to(torch.bfloat16), passes, settled)
+        return _Ended(tall @ short, short, basis, [p + 1 for p in passes], settled)
+    return _Ended(image @ top, short, basis, passes, settled)
 
 
 def orthonormalized(block: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -279,15 +278,13 @@ def _repaired(block: Tensor, other: Tensor | None, status: Tensor) -> tuple[Tens
     return block, other
 
 
-@contextmanager
-def _fast_products(tall: Tensor):
-    """TF32 for the products of the iteration on a GPU; their error stays below what stops it."""
-    if not tall.is_cuda:  # nor is a setting of the whole process touched by the threads of a refresh on the CPU
-        yield
-        return
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b within the iteration: on a GPU in TF32, whose error stays below what stops it."""
+    if not a.is_cuda:  # nor is a setting of the whole process touched by the threads of a refresh on the CPU
+        return a @ b
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
-        yield
+        return a @ b
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import bracket, ops
 from .checks import MAX_ENTRIES, require
-from .lowrank import TOLERANCE, batched_factors
+from .lowrank import TOLERANCE, LowRankFactors, batched_factors
 
 MEMORY_BUDGET = 2**31
 """Bytes of fp32 copies of weights that are factored together on a GPU. On the CPU one matrix at a time is enough for a core."""
@@ -127,15 +127,36 @@ def _batch_masks(
         [r.weight for r in requests], requests[0].rank, method=method, generator=generator, tolerance=tolerance,
         warm_starts=[r.basis for r in requests], names=[r.name for r in requests],
     )  # fmt: skip
-    chosen = []
-    for request, f in zip(requests, factors):
-        expected = None if request.threshold is None else bracket.around(request.threshold)
-        chosen.append(ops.lowrank_topk(f.left, f.right, request.k, bracket=expected, backend=backend))
+    chosen: dict[int, tuple[Tensor, Tensor]] = {}
+    for k in sorted({r.k for r in requests}):
+        members = [i for i, r in enumerate(requests) if r.k == k]
+        thresholds = [requests[i].threshold for i in members]
+        chosen.update(zip(members, zip(*_select([factors[i] for i in members], k, thresholds, backend))))
     seconds = (time.perf_counter() - start) / len(requests)
-    return [
-        Mask(indices, threshold, f.basis, f.method, f.passes, f.settled, seconds)
-        for f, (indices, threshold) in zip(factors, chosen)
-    ]
+    return [Mask(*chosen[i], f.basis, f.method, f.passes, f.settled, seconds) for i, f in enumerate(factors)]
+
+
+def _select(
+    factors: list[LowRankFactors], k: int, thresholds: list[Tensor | None], backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """Index lists (b, k) and k-th magnitudes (b,) of b products, near which ``thresholds`` lie where they are known.
+
+    On a GPU, bitmaps (twice 1/8 byte an entry) and candidates (4 bytes for each of the k) take the place of the fp32 copies
+    (4 bytes an entry), which are free again: the memory budget holds.
+    """
+    expected = None
+    if any(threshold is not None for threshold in thresholds):
+        expected = torch.stack([
+            bracket.sampled(f.left, f.right, k) if threshold is None else bracket.around(threshold)
+            for f, threshold in zip(factors, thresholds)
+        ])  # fmt: skip
+    left, right = _stacked([f.left for f in factors]), _stacked([f.right for f in factors])
+    return ops.lowrank_topk(left, right, k, bracket=expected, backend=backend)
+
+
+def _stacked(matrices: list[Tensor]) -> Tensor:
+    """One batch of matrices of one shape; a view of a single one."""
+    return torch.stack(matrices) if len(matrices) > 1 else matrices[0][None]
 
 
 def _is_small(weight: Tensor) -> bool:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 native = torch.ops.lift_kernels_native
 _STEP, _SMALLEST_SLAB, _MAX_SLABS = 16, 512, 64  # rows of a step of the Gram kernel; bounds of a slab
+_TILE_WORDS = 1024  # of bitmaps, in a block
 
 
 def slab_rows(rows: int) -> int:
@@ -31,6 +32,16 @@ def chebyshev_step_(product: Tensor, block: Tensor, previous: Tensor | None, edg
     native.gram.default(product, block, previous, edge, raised, slab_rows(block.shape[1]), partials)
     _apply_inverse(partials, raised, block, status)
     return raised, status
+
+
+def bitmap_to_indices(bitmaps: Tensor, candidates: Tensor, counts: Tensor, columns: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`mask_ops.bitmap_to_indices`: four launches for all matrices, on a copy of the bitmaps, which is 1/32 of fp32 matrices."""
+    batch, words = len(bitmaps), bitmaps[0].numel() if len(bitmaps) else 0
+    totals = bitmaps.new_empty(batch * -(-words // _TILE_WORDS))
+    indices, status = bitmaps.new_empty(batch, k), bitmaps.new_empty(batch)
+    thresholds = bitmaps.new_empty(batch, dtype=torch.float32)
+    native.bitmap_to_indices.default(bitmaps.clone(), candidates, counts, columns, totals, indices, thresholds, status)
+    return indices, thresholds, status
 
 
 def _partials(block: Tensor) -> Tensor:

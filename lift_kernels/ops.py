@@ -29,8 +29,9 @@ from .checks import (
     check_scatter,
     check_segments,
     check_weight_grad,
+    require,
 )
-from .mask_ops import chebyshev_step_, cholesky_qr_, gaussian_sketch, lowrank_topk  # noqa: F401
+from .mask_ops import bitmap_to_indices, chebyshev_step_, cholesky_qr_, gaussian_sketch, lowrank_topk  # noqa: F401
 
 logger = logging.getLogger("lift_kernels")
 _strided_logged = False
@@ -79,8 +80,20 @@ def sparse_adamw_(
 
     Raises ValueError, TypeError or IndexError, before anything is written, with the position in ``weights`` and the value.
     """
-    lr = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
     plain = type(indices) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if plain and indices.is_cpu and backend is None and not validate and type(lr) is float and _native_serves():
+        try:
+            bias = None if births is None else scalars.bias_table(*betas, indices.device)
+            done = torch.ops.lift_kernels_native.sparse_adamw_.default(
+                weights, grads, indices, offsets, counts, exp_avg, exp_avg_sq, steps, lr, *betas, eps, weight_decay, master, births,
+                bias, inv_scale, found_inf, packed_grads, maximize, stochastic, seed & 0xFFFFFFFF,
+            )  # fmt: skip
+        except (RuntimeError, ValueError, TypeError):  # arguments that the native op cannot take: below they are told so in words
+            done = False
+        if done:
+            torch.autograd.graph.increment_version([*weights, exp_avg, exp_avg_sq, *([] if master is None else [master])])
+            return
+    lr = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
     # Nothing is recorded or traced in an optimizer's step on plain tensors: the dispatcher's Python layers are passed by.
     op = _sparse_adamw_op if plain else torch.ops.lift_kernels.sparse_adamw_.default
     op(
@@ -88,6 +101,12 @@ def sparse_adamw_(
         beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay, packed_grads=packed_grads, maximize=maximize,
         stochastic=stochastic, seed=seed, validate=validate, backend=backend,
     )  # fmt: skip
+
+
+@functools.cache
+def _native_serves() -> bool:
+    """Whether CPU tensors go to the native step. Its own checks of form take a tenth of Python's time when caches are cold."""
+    return dispatch.choose(None, torch.device("cpu"), "sparse_adamw_") == "native-cpu"
 
 
 def _sparse_adamw_op(
@@ -121,14 +140,11 @@ def _sparse_adamw_op(
             steps=steps, bias=bias, keys=keys, inv_scale=inv_scale, found_inf=found_inf, packed_grads=packed_grads,
             maximize=maximize,
         )  # fmt: skip
-    # On the CPU these are reads, not synchronizations.
-    if found_inf is not None and float(found_inf) != 0.0:
-        return
-    grad_factor = (1.0 if inv_scale is None else float(inv_scale)) * (-1.0 if maximize else 1.0)
-    torch.ops.lift_kernels_native.sparse_adamw_.default(
+    done = torch.ops.lift_kernels_native.sparse_adamw_.default(
         weights, grads, indices, offsets, counts, exp_avg, exp_avg_sq, steps, float(lr), beta1, beta2, eps, weight_decay, master,
-        births, bias, grad_factor, packed_grads, stochastic, seed & 0xFFFFFFFF,
+        births, bias, inv_scale, found_inf, packed_grads, maximize, stochastic, seed & 0xFFFFFFFF,
     )  # fmt: skip
+    require(done, "the native step refused arguments that had passed the checks", RuntimeError)
 
 
 def _sparse_adamw_fake(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 _MASK32 = 0xFFFFFFFF
+_LAST = 0x7FFFFFFF
 
 
 def sparse_adamw_ref(
@@ -137,6 +138,33 @@ def lowrank_topk_ref(left: Tensor, right: Tensor, k: int) -> tuple[Tensor, Tenso
     keys = (left @ right.T).reshape(-1).view(torch.int32) & 0x7FFFFFFF
     order = keys.sort(descending=True, stable=True).indices[:k]
     return order.sort().values.int(), keys[order[-1]].clone().view(torch.float32)
+
+
+def bitmap_to_indices_ref(
+    bitmaps: Tensor, candidates: Tensor, counts: Tensor, columns: int, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Bits of each bitmap (b, m, ceil(columns / 32)) and its k - definite largest candidates (b, capacity) as sorted positions.
+
+    A candidate is ``key << 32 | (2^31 - 1 - position)``; ``counts`` (b, 2): definite bits, near candidates. Returns indices
+    (b, k) int32, the k-th magnitudes (b,) fp32, and status (b,) int32: 1 where that is not k positions (indices -1, NaN).
+    """
+    batch, rows = bitmaps.shape[:2]
+    indices = bitmaps.new_full((batch, k), -1)
+    thresholds = bitmaps.new_full((batch,), torch.nan, dtype=torch.float32)
+    status = bitmaps.new_ones(batch)
+    lane = torch.arange(32, dtype=torch.int32, device=bitmaps.device)
+    for i, (definite, near) in enumerate(counts.tolist()):
+        if definite >= k or definite + near < k or near > candidates.shape[1]:
+            continue
+        chosen = candidates[i, :near].sort(descending=True).values[: k - definite]
+        position = _LAST - (chosen & _LAST)
+        bits = (bitmaps[i, :, :, None] >> lane & 1).bool().flatten(1)[:, :columns].flatten()
+        bits[position[position < rows * columns]] = True
+        positions = bits.nonzero().flatten()
+        if len(positions) == k:
+            indices[i], status[i] = positions, 0
+            thresholds[i] = (chosen[-1] >> 32).int().view(torch.float32)
+    return indices, thresholds, status
 
 
 def packed_weight_grad_ref(grad_output: Tensor, input: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:

@@ -73,6 +73,14 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("where", places(metafunc.function.__name__))
 
 
+@pytest.fixture(scope="session")
+def kernels():
+    """All Triton and CUDA kernels, compiled once for every target: records of `bench.kernel_compile`."""
+    from bench import kernel_compile
+
+    return kernel_compile.survey()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     no_gpu = pytest.mark.skip(reason="no CUDA device")

@@ -84,8 +84,7 @@ class Problem:
 
 def backend_of(where, op: str) -> str | None:
     """The backend to ask for at a place: helpers of a refresh have a version of their own on a GPU alone, and a torch twin."""
-    missing = op in dispatch.HELPERS and where.backend in ("native-cpu", "triton")
-    return None if missing else where.backend
+    return where.backend if where.backend in dispatch.HELPERS.get(op, dispatch.NAMES) else None
 
 
 def make_problem(

@@ -79,7 +79,7 @@ def test_wrong_masks_and_a_wrong_selection_are_refused(masks, tmp_path, monkeypa
 
     def wrong(left, right_, k, **options):
         indices, threshold = right(left, right_, k, **options)
-        return torch.arange(k, dtype=torch.int32), threshold
+        return torch.arange(k, dtype=torch.int32).expand_as(indices), threshold
 
     monkeypatch.setattr(masks, "sklearn_problem", lambda: "not installed")
     monkeypatch.setattr(ops, "lowrank_topk", wrong)

@@ -58,6 +58,22 @@ def test_a_smaller_tolerance_is_more_faithful():
     assert quality(masks[0], weight, 8)[0] < quality(masks[1], weight, 8)[0] > 0.99
 
 
+def test_products_in_tf32_cost_no_fidelity(monkeypatch):
+    """As on a GPU: factors of the products lose 13 bits, and the last product with the matrix is formed in fp32."""
+
+    def shortened(x):
+        return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+    weight = slow_spectrum(300, 200)
+    for tf32 in (False, True):
+        if tf32:
+            monkeypatch.setattr(lowrank, "_product", lambda a, b: shortened(a) @ shortened(b))
+        factors = low_rank_factors(weight, 8, method="chebyshev")
+        mask = largest_indices((weight @ factors.right @ factors.right.T).abs(), 3000)
+        overlap, captured = quality(mask, weight, 8)
+        assert factors.settled and overlap >= 0.985 and captured >= 0.9999
+
+
 def test_a_warm_start_takes_three_passes_after_a_small_change():
     weight = slow_spectrum(200, 120)
     cold = low_rank_factors(weight, 8, method="chebyshev", tolerance=1e-5)

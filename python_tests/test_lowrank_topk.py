@@ -102,6 +102,38 @@ def test_lowrank_topk_is_deterministic(where):
         assert torch.equal(again[0], first[0]) and torch.equal(again[1], first[1])
 
 
+@pytest.mark.parametrize("m, n", [(70, 90), (300, 1), (1, 65)])
+def test_lowrank_topk_of_a_batch(where, m, n):
+    """Each matrix as if it were alone, whether its bracket is right, beside the answer, or not given."""
+    pairs = [tuple(whole_factors(m, n, 4, seed)) for seed in range(3)]
+    left, right = (torch.stack(factors).to(where.device) for factors in zip(*pairs))
+    for k in (1, m * n // 7 + 1, m * n):
+        alone = [lowrank_topk_ref(*pair, k) for pair in pairs]
+        brackets_given = torch.stack([brackets.around(alone[0][1]), torch.tensor([1e9, 2e9]), torch.tensor([0.0, float("inf")])])
+        for bracket in (None, brackets_given):
+            given = None if bracket is None else bracket.to(where.device)
+            indices, thresholds = ops.lowrank_topk(left, right, k, bracket=given, backend=where.backend)
+            assert indices.shape == (3, k) and thresholds.shape == (3,)
+            assert torch.equal(indices.cpu(), torch.stack([found for found, _ in alone]))
+            assert torch.equal(thresholds.cpu(), torch.stack([threshold for _, threshold in alone]))
+
+
+@pytest.mark.gpu
+def test_lowrank_topk_by_default_on_a_gpu():
+    """Whichever version of `bitmap_to_indices` serves there, the answer is the same."""
+    generator = torch.Generator().manual_seed(5)
+    left, right = (torch.randn(3, size, 20, generator=generator).cuda() for size in (1100, 700))
+    found = [ops.lowrank_topk(left, right, 38500, backend=backend) for backend in (None, "triton")]
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+def test_lowrank_topk_of_no_matrix(where):
+    left, right = torch.ones(0, 5, 2, device=where.device), torch.ones(0, 7, 2, device=where.device)
+    for bracket in (None, torch.ones(0, 2, device=where.device)):
+        indices, thresholds = ops.lowrank_topk(left, right, 4, bracket=bracket, backend=where.backend)
+        assert indices.shape == (0, 4) and indices.dtype == torch.int32 and thresholds.shape == (0,)
+
+
 def test_sampled_bracket_holds_the_threshold():
     """For dense and thin selections, and always the same one."""
     generator = torch.Generator().manual_seed(4)
@@ -142,9 +174,13 @@ def test_lowrank_topk_makes_no_dense_matrix():
     [
         ({"k": 0}, ValueError, "k must be from 1 to 12, got 0"),
         ({"k": 13}, ValueError, "k must be from 1 to 12, got 13"),
-        ({"left": torch.ones(3, 2).double()}, ValueError, "left must be a contiguous float32 matrix, got torch.float64"),
+        ({"left": torch.ones(3, 2).double()}, ValueError,
+         "left must be a contiguous float32 matrix or a batch of them, got torch.float64"),
         ({"left": torch.ones(2, 3).T}, ValueError, "left must be a contiguous float32 matrix"),
         ({"right": torch.ones(4, 3)}, ValueError, "must share a rank of at least 1"),
+        ({"right": torch.ones(1, 4, 2)}, ValueError, r"and the batch, got \(3, 2\) and \(1, 4, 2\)"),
+        ({"left": torch.ones(2, 3, 2), "right": torch.ones(2, 4, 2), "bracket": torch.ones(2)}, ValueError,
+         r"two float32 numbers a matrix, \(2, 2\)"),
         ({"left": torch.ones(3, 0), "right": torch.ones(4, 0)}, ValueError, "must share a rank of at least 1"),
         ({"bracket": torch.ones(3)}, ValueError, "bracket must be two float32 numbers"),
         ({"left": torch.ones(1, 1).expand(70000, 1).contiguous(), "right": torch.ones(70000, 1)}, ValueError,

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lift_kernels import mask_ops
+from lift_kernels import doctor, mask_ops
 
 COUNT = 10_000_000
 
@@ -116,3 +116,45 @@ def test_cholesky_qr_without_a_second_block_where_gradients_are_recorded():
     torch.testing.assert_close(block.mT @ block, torch.eye(4).expand(2, 4, 4), rtol=0, atol=1e-5)
     defaults = {a.name: a.has_default_value() for a in torch.ops.lift_kernels.cholesky_qr_.default._schema.arguments if a.is_write}
     assert defaults == {"block": False, "other": False}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch, rows, width", [(1, 1, 1), (3, 100, 17), (2, 700, 64), (5, 4096, 128), (2, 1100, 130),
+                                                (1, 5000, 512)])  # fmt: skip
+def test_helpers_on_a_gpu_match_their_twins(batch, rows, width):
+    sketch = mask_ops.gaussian_sketch(batch, rows, width, seed=3, device="cuda", backend="native-cuda")
+    assert torch.allclose(sketch.cpu(), mask_ops.gaussian_sketch(batch, rows, width, seed=3), atol=4e-6, rtol=4e-6)
+    edge = torch.linspace(0.5, 2.0, batch, device="cuda")
+    results = []
+    for backend in ("native-cuda", "reference"):
+        block, other = sketch.clone(), sketch.flip(1).contiguous()
+        assert mask_ops.cholesky_qr_(block, other, rounds=2, backend=backend).tolist() == [0] * batch
+        step, status = mask_ops.chebyshev_step_(sketch, other, block, edge, backend=backend)
+        results.append((block, step, other, status))
+    for found, expected in zip(*results):
+        assert torch.allclose(found, expected, atol=2e-4 * max(1.0, float(expected.abs().max())))
+    gram = results[0][0].mT @ results[0][0]
+    assert float((gram - torch.eye(width, device="cuda")).abs().max()) <= 2e-5
+
+
+@pytest.mark.gpu
+def test_helpers_on_a_gpu_with_hard_blocks():
+    good = mask_ops.gaussian_sketch(1, 60, 24, seed=0)[0]
+    twins, poisoned = good.clone(), good.clone()
+    twins[:, 20], poisoned[7, 9] = twins[:, 3], float("nan")
+    for backend in ("native-cuda", "reference"):
+        block = torch.stack([good, twins, poisoned, 0 * good]).cuda()
+        assert mask_ops.cholesky_qr_(block, backend=backend).tolist() == [0, 1, 2, 1]
+
+
+@pytest.mark.gpu
+def test_the_doctor_finds_the_helpers_sound_on_a_gpu():
+    assert doctor.check_backend("native-cuda", "cuda") == []
+
+
+def test_the_doctor_compares_the_helpers_with_their_twins(monkeypatch):
+    assert [doctor._HELPER_CASES[op]("reference", "cpu")[0] for op in doctor._HELPER_CASES] == [0.0, 0.0, 0.0]
+    qr = mask_ops.cholesky_qr_
+    monkeypatch.setattr(doctor.ops, "cholesky_qr_", lambda block, *, backend: qr(block, backend=backend) if backend else None)
+    error, limit = doctor._qr(None, "cpu")
+    assert error > limit

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_lowrank import truncated, with_spectrum
 
 from lift_kernels import principal_indices
-from lift_kernels.masks import entry_count, largest_indices, random_indices
+from lift_kernels.masks import MaskRequest, entry_count, largest_indices, principal_masks, random_indices
 
 
 def stable_top(magnitude: torch.Tensor, k: int) -> torch.Tensor:
@@ -179,6 +181,22 @@ def test_a_bad_weight_is_refused(weight, rank, message):
 def test_an_unknown_method_is_refused():
     with pytest.raises(ValueError, match="unknown method 'magic'; choose one of auto, gram, chebyshev, svd"):
         principal_indices(torch.ones(4, 6), 2, 3, method="magic")
+
+
+def test_masks_of_a_batch_are_those_of_each_matrix(where):
+    """Made together, with brackets that are drawn, right and wrong, and one of another k."""
+    weights = [with_spectrum(60, 90, [0.9**i for i in range(60)], seed=seed) for seed in range(4)]
+    requests = [MaskRequest(weight.to(where.device), 6, k) for weight, k in zip(weights, (270, 270, 270, 500))]
+    alone = principal_masks(requests, method="gram", memory_budget=0, backend=where.backend)
+    near, far = alone[1].threshold, torch.tensor(1e9, device=where.device)
+    requests[1:3] = [replace(r, threshold=threshold) for r, threshold in zip(requests[1:3], (near, far))]
+    sizes: list[int] = []
+    together = principal_masks(requests, method="gram", memory_budget=2**30, backend=where.backend, made=sizes.append)
+    assert sizes == [4]
+    for mask, one, request in zip(together, alone, requests):
+        assert_index_list(mask.indices, request.k, 60 * 90)
+        assert mask.threshold.shape == () and torch.allclose(mask.threshold, one.threshold, rtol=1e-4)
+        assert torch.isin(mask.indices, one.indices).double().mean() > 0.99
 
 
 def test_random_indices():

@@ -23,7 +23,7 @@ CORE = (
     "sparse_adamw_several_blocks or sparse_adamw_first_step or sparse_adamw_scaled_gradients or "
     "found_inf_changes_nothing or noise_is_the_specified_one or decay_touches or packed_migrate or "
     "packed_l2_norm or one_matrix_at_a_time or weight_grad_by_hand or weight_grad_in_several_panels or "
-    "lowrank_topk_of_whole or lowrank_topk_with_any or lowrank_topk_where_all"
+    "lowrank_topk_of_whole or lowrank_topk_with_any or lowrank_topk_where_all or bitmap_to_indices"
 )
 
 
@@ -43,6 +43,7 @@ TRITON, TABLES = "lift_kernels/triton_kernels/adamw.py", "lift_kernels/triton_ke
 TRITON_PACKED = "lift_kernels/triton_kernels/packed.py"
 NATIVE, NATIVE_PACKED = "csrc/cpu/adamw.cpp", "csrc/cpu/packed.cpp"
 NATIVE_SELECT, TRITON_SELECT = "csrc/cpu/select.cpp", "lift_kernels/triton_kernels/select.py"
+TRITON_BITMAP = "lift_kernels/triton_kernels/bitmap.py"
 NATIVE_GRAD, TRITON_GRAD = "csrc/cpu/weight_grad.cpp", "lift_kernels/triton_kernels/linear_grad.py"
 
 MUTANTS = [
@@ -91,6 +92,11 @@ MUTANTS = [
     Mutant("ties by the last bit", "native-cpu", NATIVE_SELECT, "bitmap_[at] |= rest & -rest",
            "bitmap_[at] |= uint64_t{1} << (63 - std::countl_zero(rest))"),
     Mutant("threshold left out", "triton", TRITON_SELECT, "(keys >= low) & (keys <= high)", "(keys >= low) & (keys < high)"),
+    Mutant("bitmap: pivot left out", "triton", TRITON_BITMAP, "chosen = candidate >= pivot", "chosen = candidate > pivot"),
+    Mutant("bitmap: the lower of two digits", "triton", TRITON_BITMAP, "(above + histogram >= rank)", "(above + histogram > rank)"),
+    Mutant("bitmap: bits behind the last column", "triton", TRITON_BITMAP, "tl.where(last, words & real, words)", "words"),
+    Mutant("bitmap: spare candidates read", "reference", REFERENCE, "candidates[i, :near].sort", "candidates[i].sort"),
+    Mutant("bitmap: too few bits accepted", "reference", REFERENCE, "len(positions) == k", "len(positions) <= k"),
     Mutant("bound included", "triton", TRITON_GRAD, "other=0).to(tl.int64) < bound)", "other=0).to(tl.int64) <= bound)"),
     Mutant("any old entry is found", "triton", TRITON_PACKED, "== entry)\n", "!= -1)\n"),
 ]  # fmt: skip
@@ -169,8 +175,10 @@ def run_core(copies: dict[Mutant, Path], interpret: str) -> None:
     for mutant, copy in copies.items():
         files = ["python_tests/test_sparse_adamw.py", "python_tests/test_packed_ops.py", "python_tests/test_linear_grad.py"]
         if not mutant.file:
-            files.append("python_tests/test_lowrank_topk.py")
-        if mutant.file in (NATIVE_SELECT, TRITON_SELECT):
+            files += ["python_tests/test_lowrank_topk.py", "python_tests/test_bitmap_to_indices.py"]
+        if mutant.name.startswith("bitmap"):
+            files = ["python_tests/test_bitmap_to_indices.py"]
+        elif mutant.file in (NATIVE_SELECT, TRITON_SELECT):
             files = ["python_tests/test_lowrank_topk.py"]
         elif mutant.file in (NATIVE_GRAD, TRITON_GRAD) or mutant.name == "sides exchanged":
             files = files[2:]

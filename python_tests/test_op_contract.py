@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bitmap_cases import CASES
 from helpers import BF16, FP16, FP32, backend_of, bits, make_problem
 
 from lift_kernels import dispatch, ops
@@ -71,6 +72,11 @@ SAMPLES = {
         "sampled bracket": lambda where: ((torch.randn(9, 3, device=where.device), torch.randn(7, 3, device=where.device), 12), {}),
         "bracket": lambda where: ((torch.randn(9, 3, device=where.device), torch.randn(7, 3, device=where.device), 12,
                                    torch.tensor([0.5, 2.5], device=where.device)), {}),
+        "a batch": lambda where: ((torch.randn(2, 9, 3, device=where.device), torch.randn(2, 7, 3, device=where.device), 12), {}),
+    },
+    "bitmap_to_indices": {
+        "two matrices": lambda where: (CASES["a thin bracket"]().arguments(where.device), {}),
+        "no matrix": lambda where: (CASES["no matrix"]().arguments(where.device), {}),
     },
     "gaussian_sketch_": {
         "fp32": lambda where: ((torch.zeros(2, 5, 3, device=where.device), 7), {}),
@@ -105,6 +111,7 @@ MUTATED = {
     "packed_migrate": set(),
     "packed_l2_norm": set(),
     "lowrank_topk": set(),
+    "bitmap_to_indices": set(),
     "gaussian_sketch_": {"block"},
     "cholesky_qr_": {"block", "other"},
     "chebyshev_step_": {"block"},

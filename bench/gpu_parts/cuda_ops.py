@@ -17,6 +17,8 @@ from torch import Tensor
 
 from lift_kernels import mask_ops, ops
 
+from . import bitmaps
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COUNTS = (1, 31, 257, 1000)  # entries, around the sizes of warps and blocks
 
@@ -130,6 +132,18 @@ def chebyshev_step(device: str) -> str:
     return ""
 
 
+def bitmap_to_indices(device: str) -> str:
+    for m, n in ((1, 33), (40, 70), (300, 257)):
+        for k in (1, m * n // 20 + 1, m * n // 2):
+            given = bitmaps.arguments(normal(m, n).abs_(), k)
+            got = ops.bitmap_to_indices(*(x.to(device) if isinstance(x, Tensor) else x for x in given), backend=helper(device))
+            right = ops.bitmap_to_indices(*given, backend="reference")
+            for found, expected in zip(got, right):
+                if problem := differs(found, expected, f"{k} of {m} x {n}"):
+                    return problem
+    return ""
+
+
 CASES: list[tuple[str, Callable[[str], str]]] = [
     ("packed_gather", packed_gather),
     ("packed_scatter_", packed_scatter),
@@ -137,6 +151,7 @@ CASES: list[tuple[str, Callable[[str], str]]] = [
     ("gaussian_sketch_", gaussian_sketch),
     ("cholesky_qr_", cholesky_qr),
     ("chebyshev_step_", chebyshev_step),
+    ("bitmap_to_indices", bitmap_to_indices),
 ]
 
 

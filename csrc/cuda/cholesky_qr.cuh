@@ -11,6 +11,7 @@ namespace lift::cuda {
 
 constexpr int kQrThreads = 256;
 constexpr int kStep = 16;   // depth of one step of a tiled product
+constexpr int kRun = 128;   // rows of a Gram matrix that are added one by one: a longer run would cost orthonormality
 constexpr int kPanel = 16;  // rows of a panel of the factorization
 constexpr int kDepth = 64;  // depth of one of its steps
 
@@ -103,30 +104,36 @@ gram_kernel(const float* __restrict__ product, const float* __restrict__ block, 
                      previous == nullptr ? nullptr : previous + matrix * size, raised == nullptr ? nullptr : raised + matrix * size,
                      block == nullptr ? 0.0f : 2.0f / edge[matrix]};
   const int64_t begin = blockIdx.y * rows_per_slab, end = begin + rows_per_slab < rows ? begin + rows_per_slab : rows;
-  Share<kTile> share;
-  for (int64_t row = begin; row < end; row += kStep) {
-#pragma unroll
-    for (int quad = int(threadIdx.x); quad < kStep * kTile / 4; quad += kQrThreads) {
-      const int r = quad / (kTile / 4), c = quad % (kTile / 4) * 4;
-      Float4 a{}, b{};
-      if (row + r < end) {
-        a = x.load(row + r, ti * kTile + c, l, aligned);
-        if (!diagonal) b = x.load(row + r, tj * kTile + c, l, aligned);
-        else if (x.block != nullptr) store4(x.raised + (row + r) * l, ti * kTile + c, l, aligned, a);
-      }
-      *reinterpret_cast<Float4*>(&left[r][c]) = a;
-      if (!diagonal) *reinterpret_cast<Float4*>(&right[r][c]) = b;
-    }
-    __syncthreads();
-    share.add(left, diagonal ? left : right);
-    __syncthreads();
-  }
   float* const out = partials + (matrix * gridDim.y + blockIdx.y) * int64_t(l) * l;
-  for (int i = 0; i < share.kSide; ++i) {
-    const int gi = ti * kTile + share.place(share.ty, i);
-    for (int q = 0; q < share.kQuads; ++q) {
-      const float* s = &share.sum[i][4 * q];
-      if (gi < l) store4(out + int64_t(gi) * l, tj * kTile + 4 * share.tx + 64 * q, l, aligned, Float4{{s[0], s[1], s[2], s[3]}});
+  for (int64_t run = begin; run < end; run += kRun) {
+    Share<kTile> share;
+    for (int64_t row = run; row < run + kRun && row < end; row += kStep) {
+#pragma unroll
+      for (int quad = int(threadIdx.x); quad < kStep * kTile / 4; quad += kQrThreads) {
+        const int r = quad / (kTile / 4), c = quad % (kTile / 4) * 4;
+        Float4 a{}, b{};
+        if (row + r < end) {
+          a = x.load(row + r, ti * kTile + c, l, aligned);
+          if (!diagonal) b = x.load(row + r, tj * kTile + c, l, aligned);
+          else if (x.block != nullptr) store4(x.raised + (row + r) * l, ti * kTile + c, l, aligned, a);
+        }
+        *reinterpret_cast<Float4*>(&left[r][c]) = a;
+        if (!diagonal) *reinterpret_cast<Float4*>(&right[r][c]) = b;
+      }
+      __syncthreads();
+      share.add(left, diagonal ? left : right);
+      __syncthreads();
+    }
+    for (int i = 0; i < share.kSide; ++i) {
+      const int gi = ti * kTile + share.place(share.ty, i);
+      if (gi >= l) continue;
+      float* const target = out + int64_t(gi) * l;  // the thread's own, in L2 from one run to the next
+      for (int q = 0; q < share.kQuads; ++q) {
+        const int gj = tj * kTile + 4 * share.tx + 64 * q;
+        Float4 sum = run == begin ? Float4{} : load4(target, gj, l, aligned);
+        for (int k = 0; k < 4; ++k) sum.x[k] += share.sum[i][4 * q + k];
+        store4(target, gj, l, aligned, sum);
+      }
     }
   }
 }
@@ -287,7 +294,8 @@ __device__ inline void invert_upper(const float* __restrict__ gram, const float*
 enum QrStatus : int32_t { kOrthonormal, kShifted, kNotFinite };
 
 // One block a matrix: gram (lower triangle; the upper one is scratch) -> inverse, status. scale: scratch of l numbers a matrix.
-__global__ void __launch_bounds__(kQrThreads)
+// One block a multiprocessor is asked for: left to itself, the compiler makes room for two and spills on sm_100.
+__global__ void __launch_bounds__(kQrThreads, 1)
 cholesky_inverse_kernel(float* __restrict__ gram, float* __restrict__ scale, float* __restrict__ inverse,
                         int32_t* __restrict__ status, int64_t l) {
   __shared__ Panels shared;

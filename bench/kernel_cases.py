@@ -1,21 +1,8 @@
-"""Ahead-of-time compilation of the Triton kernels, and what the compiler made of them. Needs no GPU.
-
-As a script, ``python python_tests/triton_compile.py`` prints a table, with ``--json`` one record a line. `survey` runs
-it in processes of their own, because TRITON_INTERPRET=1 replaces the compiler when triton is imported.
-"""
+"""What `bench.kernel_report` compiles, and what each kernel is held to: variants of Triton kernels, launches of CUDA kernels."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import re
-import subprocess
-import sys
-import tempfile
-from collections import Counter
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 
 TARGETS = (80, 90, 100)
 BLOCK = 1024
@@ -26,12 +13,11 @@ BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int32": 4}
 
 @dataclass(frozen=True)
 class Case:
-    """One variant of a kernel.
+    """One variant of a Triton kernel.
 
     ``types`` holds Triton's types of the runtime arguments; every argument that is not there is a constant, and None
     unless ``constants`` says otherwise. ``loads`` and ``stores`` are the dtypes of the contiguous streams.
-    ``multiples`` are integers that 16 divides. ``tile``: the kernel multiplies tiles of matrices, with the constants and
-    options of its module.
+    ``multiples`` are integers that 16 divides.
     """
 
     name: str
@@ -43,27 +29,36 @@ class Case:
     multiples: tuple[str, ...] = ()  # of 16
     options: dict[str, object] = field(default_factory=dict)  # of the compiler, in place of those of the streaming kernels
     tensor_cores: bool = False
+    wide_copies: bool = False  # all copies to shared memory past the registers are to move 128 bits
+
+    def needed(self, streams: tuple[str, ...] | None) -> int:
+        """128-bit accesses a thread makes when all of these streams move that wide."""
+        return sum(BLOCK // THREADS * BYTES[dtype] // 16 for dtype in streams or ())
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """What became of a case on a target. Accesses are 128-bit units of a thread: found in the PTX, and needed if all
-    streams move that wide. Copies bypass the registers on their way to shared memory."""
+class Launch:
+    """How a CUDA kernel is launched, and how many 128-bit accesses its machine code must have at least."""
 
-    case: str
-    target: int
-    registers: int
-    stack_bytes: int
-    local_bytes: int
-    local_accesses: int
-    shared_bytes: int
-    wide_loads: int
-    needed_loads: int
-    wide_stores: int
-    needed_stores: int
-    wide_copies: int
-    narrow_copies: int
-    products: str  # how many instructions of the tensor cores, and which
+    threads: int = 256  # a block
+    dynamic_shared: int = 0  # bytes a block; what is declared in the kernel is read from the machine code
+    wide_loads: int = 0
+    wide_stores: int = 0
+
+
+# By the kernel's name, for all of its template instances, or with template arguments for one of them. A kernel without an entry
+# is taken for `Launch()` and still checked for spills. The sources are setup.py's CUDA_SOURCES.
+CUDA_LAUNCHES = {
+    "gaussian_sketch_kernel": Launch(wide_stores=1),
+    "gram_kernel<64>": Launch(wide_loads=6, wide_stores=5),  # of the tile and, once, of the block that it raises
+    "gram_kernel<128>": Launch(wide_loads=6, wide_stores=17),
+    "bitmap_choose_kernel": Launch(threads=1024, wide_loads=3),  # one in each loop over candidates
+    "bitmap_count_kernel": Launch(wide_loads=1),
+    "bitmap_place_kernel": Launch(threads=1024),
+    "bitmap_list_kernel": Launch(wide_loads=1, wide_stores=1),
+    "multiply_upper_kernel<64>": Launch(wide_loads=2, wide_stores=4),
+    "multiply_upper_kernel<128>": Launch(wide_loads=2, wide_stores=16),
+}
 
 
 def adamw_case(
@@ -135,7 +130,7 @@ def weight_grad_case(dtype, out, precision="tf32", one=None):
 
 def select_cases():
     """The passes over the tiles of a low-rank product, and the kernels that fill and list a bitmap."""
-    from lift_kernels.triton_kernels import select
+    from lift_kernels.triton_kernels import bitmap, select
 
     factors = {"left": "*fp32", "right": "*fp32", "m": "i32", "n": "i32", "r": "i32", "bracket": "*i32"}
     scan = factors | {"bitmap": "*i32", "counts": "*i32", "capacity": "i32"}
@@ -146,15 +141,19 @@ def select_cases():
     }
     tile = {"constants": select.TILE, "options": select.TILE_OPTIONS, "tensor_cores": True}
     for name, (kernel, types) in passes.items():
-        yield Case(f"lowrank_topk: {name}", kernel, types, multiples=("r",), **tile)
+        yield Case(f"lowrank_topk: {name}", kernel, types, multiples=("r",), wide_copies=True, **tile)
         yield Case(f"lowrank_topk: {name}, odd rank", kernel, types, **tile)
     block = {"BLOCK": BLOCK}
     types = {"bitmap": "*i32", "positions": "*i32", "count": "i32", "n": "i32"}
-    yield Case("set_bits", "select._set_bits_kernel", types, block, ("int32",))
-    types = {"bitmap": "*i32", "totals": "*i32", "length": "i32"}
-    yield Case("count_bits", "select._count_bits_kernel", types, block, ("int32",))
-    types = dict.fromkeys(("bitmap", "ends", "out"), "*i32") | dict.fromkeys(("length", "count", "n"), "i32")
-    yield Case("list_bits", "select._list_bits_kernel", types, block, ("int32",))
+    yield Case("set_bits", "bitmap._set_bits_kernel", types, block, ("int32",))
+    words = {"bitmaps": "*i32", "length": "i32", "n": "i32"}
+    twice = ("int32", "int32")  # a whole block or the last one, whose length 16 divides too
+    yield Case("count_bits", "bitmap._count_bits_kernel", words | {"totals": "*i32"}, block, twice, multiples=("length",))
+    types = words | {"ends": "*i32", "out": "*i32", "count": "i32"}
+    yield Case("list_bits", "bitmap._list_bits_kernel", types, block, twice, multiples=("length",))
+    types = dict.fromkeys(("bitmaps", "counts", "thresholds", "status"), "*i32") | {"candidates": "*i64"}
+    types |= dict.fromkeys(("m", "n", "capacity", "k"), "i32")
+    yield Case("bitmap_choose", "bitmap._bitmap_choose_kernel", types, bitmap.CHOOSE, options={"num_warps": bitmap.CHOOSE_WARPS})
 
 
 CASES = (
@@ -179,112 +178,3 @@ CASES = (
     weight_grad_case("bf16", "fp32", one="n"),
     *select_cases(),
 )
-
-
-def compile_case(case: Case, target: int) -> Compiled:
-    """Compile for one CUDA target (80, 90, 100) as the launcher would for tensors at multiples of 16 bytes."""
-    import importlib
-
-    import triton
-    import triton.language as tl
-    from triton.backends.compiler import GPUTarget
-
-    module, function = case.kernel.split(".")
-    kernel = getattr(importlib.import_module(f"lift_kernels.triton_kernels.{module}"), function)
-    formats = {"fp32": tl.float32, "fp16": tl.float16, "i16": tl.int16}
-    signature = {name: case.types.get(name, "constexpr") for name in kernel.arg_names}
-    constants, attributes = {}, {}
-    for position, name in enumerate(kernel.arg_names):
-        if name not in case.types:
-            value = case.constants.get(name)
-            constants[(position,)] = formats.get(value, value) if isinstance(value, str) else value
-        elif case.types[name].startswith("*") or name in case.multiples:
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": THREADS // 32, "enable_fp_fusion": False} | case.options
-    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
-    usage, sass = _inspect(compiled.asm["cubin"])
-    ptx = compiled.asm["ptx"]
-    return Compiled(
-        case.name, target, usage["REG"], usage["STACK"], usage["LOCAL"], len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        compiled.metadata.shared, _wide(ptx, "ld"), _needed(case.loads), _wide(ptx, "st"), _needed(case.stores),
-        *_copies(ptx), _products(ptx),
-    )  # fmt: skip
-
-
-def survey() -> list[Compiled]:
-    """Every case on every target, compiled in a process that has Triton's compiler and not its interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = str(Path(__file__).resolve().parents[1])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
-    workers = [
-        subprocess.Popen([sys.executable, __file__, "--json", "--share", str(i), "2"], env=environment, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(2)
-    ]  # fmt: skip
-    records = []
-    for worker in workers:
-        output, errors = worker.communicate()
-        if worker.returncode != 0:
-            raise RuntimeError(f"compiling the Triton kernels failed:\n{errors}")
-        records += [Compiled(**json.loads(line)) for line in output.splitlines()]
-    return records
-
-
-def _inspect(cubin: bytes) -> tuple[dict[str, int], str]:
-    """Resource usage and SASS of a cubin, by the tools in triton's wheel."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        usage, sass = (
-            subprocess.run([tool, option, file], capture_output=True, text=True, check=True).stdout
-            for option in ("--dump-resource-usage", "--dump-sass")
-        )
-    return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}, sass
-
-
-def _wide(ptx: str, access: str) -> int:
-    """128-bit units moved by vector accesses to global memory; a 256-bit access counts twice."""
-    sizes = (int(n) * int(bits) for n, bits in re.findall(rf"\b{access}\.global[\w.:]*\.v(\d)\.[bfu](\d+)", ptx))
-    return sum(size // 128 for size in sizes)
-
-
-def _copies(ptx: str) -> tuple[int, int]:
-    """Asynchronous copies into shared memory: how many of 128 bits, and how many narrower ones."""
-    sizes = re.findall(r"\bcp\.async\.c[ag]\.shared\.global[\w.:]* \[[^]]+\], \[[^]]+\], (\w+)", ptx)
-    wide = sum(int(size, 0) == 16 for size in sizes)
-    return wide, len(sizes) - wide
-
-
-def _products(ptx: str) -> str:
-    """Instructions of the tensor cores, as "6 wgmma.mma_async..."; several kinds are separated by commas."""
-    kinds = Counter(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*", ptx))
-    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-
-
-def _needed(streams: tuple[str, ...] | None) -> int:
-    """128-bit accesses a thread makes when all of these streams move that wide."""
-    return sum(BLOCK // THREADS * BYTES[dtype] // 16 for dtype in streams or ())
-
-
-def _main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="one JSON record a line")
-    parser.add_argument("--share", nargs=2, type=int, default=(0, 1), metavar=("I", "N"), help="cases I, I + N, ...")
-    arguments = parser.parse_args()
-    if not arguments.json:
-        print("target registers shared  loads wide/needed  stores wide/needed  case  products")
-    for case in CASES[arguments.share[0] :: arguments.share[1]]:
-        for target in TARGETS:
-            c = compile_case(case, target)
-            if arguments.json:
-                print(json.dumps(asdict(c)))
-            else:
-                print(f"sm_{target:<4d}{c.registers:8d} {c.shared_bytes:6d} {c.wide_loads:8d}/{c.needed_loads:<8d} "
-                      f"{c.wide_stores:10d}/{c.needed_stores:<8d}  {c.case}  {c.products}")  # fmt: skip
-
-
-if __name__ == "__main__":
-    _main()

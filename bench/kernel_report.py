@@ -1,0 +1,181 @@
+"""Every Triton and CUDA kernel compiled for sm_80, sm_90 and sm_100, and what the machine code holds. Needs no GPU.
+
+    python -m bench.kernel_report [--only TEXT] [--markdown] [--csv PATH]
+
+The exit status is 1 when a kernel spills, uses local memory, fits on no multiprocessor, lost wide accesses that
+`bench.kernel_cases` declares, or multiplies by other units than declared. Without nvcc a row says so and Triton is reported alone.
+
+- ``regs``: registers a thread. ``shared``: bytes a block, static + dynamic.
+- ``spills``: loads and stores of local memory in the code. ``local``: bytes of stack and local memory a thread.
+- ``blocks``: those that fit on a multiprocessor, by registers / shared memory / threads; the smallest counts. ``occupancy``: their
+  warps, of all that the multiprocessor holds. A bound, not a measurement: `occupancy` says how it is counted.
+- ``loads``, ``stores``: 128-bit accesses to global memory in the code of one thread, found and, after the slash, declared.
+  ``copies``: those past the registers into shared memory, 128-bit and, after the plus, narrower.
+- ``in flight``: KiB that the resident threads of a multiprocessor ask for when each has issued every 128-bit load and copy of its
+  code once: 16 bytes x (loads + copies) x resident threads. Narrow and gathered accesses are not in it, so it is 0 for a kernel
+  that has no others; a copy pipeline counts with all of its stages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+from bench import bench_util, kernel_compile
+from bench.kernel_compile import SYSTEM_SHARED, Compiled
+
+COLUMNS = ("kernel", "target", "regs", "shared", "spills", "local", "blocks", "occupancy", "loads", "stores", "copies",
+           "tensor cores", "in flight", "verdict")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What the blocks of one multiprocessor share. Source: CUDA C++ Programming Guide, compute capabilities; cuda_occupancy.h."""
+
+    shared: int  # bytes, with those that the system takes of each block
+    registers: int = 65536
+    partitions: int = 4  # each has its part of the registers
+    warps: int = 64
+    blocks: int = 32
+    system_shared: int = SYSTEM_SHARED  # bytes a block
+    shared_unit: int = 128  # bytes
+    register_unit: int = 256  # registers a warp
+
+
+MULTIPROCESSORS = {
+    80: Multiprocessor(shared=164 * 1024),  # A100
+    90: Multiprocessor(shared=228 * 1024),  # H100, H200
+    100: Multiprocessor(shared=228 * 1024),  # B200
+}
+
+
+@dataclass(frozen=True)
+class Occupancy:
+    """Blocks that fit on a multiprocessor by each resource, and by all."""
+
+    by_registers: int
+    by_shared: int
+    by_threads: int
+    threads: int  # a block
+    warps: int  # that the multiprocessor holds
+
+    @property
+    def blocks(self) -> int:
+        return min(self.by_registers, self.by_shared, self.by_threads)
+
+    @property
+    def share(self) -> float:
+        """Resident warps over those that the multiprocessor holds."""
+        return self.blocks * -(-self.threads // 32) / self.warps
+
+
+def occupancy(target: int, threads: int, registers: int, shared: int) -> Occupancy:
+    """How many blocks of ``threads`` threads with ``registers`` a thread and ``shared`` bytes a block fit on a multiprocessor.
+
+    A warp takes registers in units of 256 from one of four partitions; a block takes shared memory in units of 128 bytes and 1 KiB
+    more for the system; no more than 32 blocks and 64 warps are resident. KeyError for a target without limits.
+    """
+    unit = MULTIPROCESSORS[target]
+    warps = -(-threads // 32)
+    warp_registers = -(-registers * 32 // unit.register_unit) * unit.register_unit
+    fitting_warps = unit.partitions * (unit.registers // unit.partitions // max(warp_registers, unit.register_unit))
+    block_shared = -(-(shared + unit.system_shared) // unit.shared_unit) * unit.shared_unit
+    return Occupancy(
+        fitting_warps // warps, unit.shared // block_shared, min(unit.blocks, unit.warps // warps), threads, unit.warps
+    )
+
+
+def occupancy_of(record: Compiled) -> Occupancy:
+    return occupancy(record.target, record.threads, record.registers, record.static_shared + record.dynamic_shared)
+
+
+def bytes_in_flight(record: Compiled) -> int:
+    """Bytes a multiprocessor, as the module's text defines them."""
+    return 16 * (record.wide_loads + record.wide_copies) * occupancy_of(record).blocks * record.threads
+
+
+def faults(record: Compiled) -> list[str]:
+    """What a kernel does that it must not."""
+    checks = {
+        "spills": record.spills > 0,
+        "local memory": record.stack_bytes + record.local_bytes > 0,
+        "fits on no multiprocessor": occupancy_of(record).blocks == 0,
+        "lost wide loads": record.wide_loads < record.needed_loads,
+        "lost wide stores": record.wide_stores < record.needed_stores,
+        "lost wide copies": record.needs_wide_copies and (record.narrow_copies > 0 or record.wide_copies == 0),
+        "tensor cores unused": record.needs_tensor_cores and not record.tensor_cores,
+    }
+    return [name for name, broken in checks.items() if broken]
+
+
+def line(record: Compiled) -> dict[str, str]:
+    """A row of the printed table."""
+    fit = occupancy_of(record)
+    return {
+        "kernel": record.kernel if record.language == "triton" else f"{record.kernel} (CUDA)",
+        "target": f"sm_{record.target}", "regs": str(record.registers),
+        "shared": f"{record.static_shared} + {record.dynamic_shared}", "spills": str(record.spills),
+        "local": str(record.stack_bytes + record.local_bytes),
+        "blocks": f"{fit.by_registers}/{fit.by_shared}/{fit.by_threads}", "occupancy": f"{100 * fit.share:.0f} %",
+        "loads": f"{record.wide_loads}/{record.needed_loads}", "stores": f"{record.wide_stores}/{record.needed_stores}",
+        "copies": f"{record.wide_copies} + {record.narrow_copies}", "tensor cores": record.tensor_cores,
+        "in flight": f"{bytes_in_flight(record) / 1024:.0f} KiB", "verdict": ", ".join(faults(record)).upper() or "ok",
+    }  # fmt: skip
+
+
+def csv_row(record: Compiled, compiler: str, commit: str) -> dict:
+    """All counts, and where they come from."""
+    fit = occupancy_of(record)
+    return asdict(record) | {
+        "blocks_by_registers": fit.by_registers, "blocks_by_shared": fit.by_shared, "blocks_by_threads": fit.by_threads,
+        "occupancy": round(fit.share, 4), "bytes_in_flight": bytes_in_flight(record), "verdict": ", ".join(faults(record)) or "ok",
+        "compiler": compiler, "commit": commit,
+    }  # fmt: skip
+
+
+def nvcc_version() -> str:
+    compiler = kernel_compile.nvcc()
+    if compiler is None:
+        return ""
+    text = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    return f"nvcc {text.split('release ')[1].split(',')[0]}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report; 1 when a kernel has a fault, 2 when one does not compile."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose name contains TEXT")
+    parser.add_argument("--markdown", action="store_true", help="a Markdown table")
+    parser.add_argument("--csv", type=Path, metavar="PATH", help="write all counts to this file, too")
+    arguments = parser.parse_args(argv)
+    try:
+        records = kernel_compile.survey(arguments.only)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 2
+    table = [line(record) for record in records]
+    missing = kernel_compile.no_nvcc()
+    if missing:
+        table.append({"kernel": missing, "verdict": "not compiled"})
+    if arguments.markdown:
+        print("| " + " | ".join(COLUMNS) + " |\n|" + " --- |" * len(COLUMNS))
+        for row in table:
+            print("| " + " | ".join(row.get(column, "") for column in COLUMNS) + " |")
+    else:
+        bench_util.show(table, COLUMNS)
+    if arguments.csv:
+        compilers = {"triton": f"triton {metadata.version('triton')}", "cuda": nvcc_version()}
+        commit = bench_util.commit()
+        bench_util.write_csv(arguments.csv, [csv_row(record, compilers[record.language], commit) for record in records])
+    wrong = [f"{record.kernel}, sm_{record.target}: {', '.join(faults(record))}" for record in records if faults(record)]
+    print("\n".join(wrong) or f"{len(records)} compilations, no faults", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

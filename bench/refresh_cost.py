@@ -1,0 +1,168 @@
+"""Bytes, FLOPs and launches of one warm refresh of LLaMA-2-7B, with the torch twins of the helpers and with the CUDA helpers.
+
+Computed, not timed: the factorization of one matrix of each shape runs on the CPU under a dispatch mode that counts, with a basis
+from which one degree suffices, and is counted for the batches that `masks.MEMORY_BUDGET` makes on a GPU. Counted are
+
+- launches: torch calls that compute something (a view is none), at one launch each, although a library call may make more;
+- bytes: every tensor that a call reads or writes, once; of a helper what its kernels move to and from memory, tiles that they
+  read again from the L2 cache not counted again;
+- FLOPs: of products and triangular solves as executed, tiles below the diagonal included, in TF32 where a GPU takes it, else fp32.
+  Of eigenproblems there is one call a batch and degree, and no count.
+
+The selection is left out: it reads the factors and writes lists in both.
+
+    python -m bench.refresh_cost [--rank 128] [--scale 8] [--csv bench/results/computed/refresh_cost.csv]
+
+``--scale`` divides all sides and the rank for a quick run; bytes and FLOPs are then of the smaller model.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from bench import bench_util
+from lift_kernels import lowrank, mask_ops, masks, native_cuda
+
+SHAPES = {(4096, 4096): 128, (11008, 4096): 64, (4096, 11008): 32}
+QUANTITIES = ("launches", "bytes", "tf32_flops", "fp32_flops")
+PARTS = ("whole matrices", "tall blocks", "eigenproblems")
+
+
+class Cost(Counter):
+    """Sums by (part, quantity)."""
+
+    def add(self, part: str, launches: int, moved: float, flops: float, tf32: bool = False) -> None:
+        kind = "tf32_flops" if tf32 else "fp32_flops"
+        self.update({(part, "launches"): launches, (part, "bytes"): moved, (part, kind): flops})
+
+
+class Counting(TorchDispatchMode):
+    """Adds every torch call to a `Cost`: a product with a whole matrix, an eigenproblem, or the rest."""
+
+    def __init__(self, cost: Cost, numel: int) -> None:
+        super().__init__()
+        self.cost, self.numel, self.tf32 = cost, numel, False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        returns = func._schema.returns
+        if any(r.alias_info is not None and not r.alias_info.is_write for r in returns) or not returns:
+            return out  # a view
+        tensors = {id(t): t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)}.values()
+        moved = sum(t.untyped_storage().nbytes() if 0 in t.stride() else t.numel() * t.element_size() for t in tensors)
+        flops = 0
+        if func._overloadpacket in flop_registry:
+            flops = flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        elif func is torch.ops.aten.linalg_solve_triangular.default:
+            flops = args[1].numel() * args[0].shape[-1]
+        large = any(t.numel() >= self.numel for t in tensors)
+        part = "eigenproblems" if func is torch.ops.aten._linalg_eigh.default else "whole matrices" if large else "tall blocks"
+        self.cost.add(part, 1, moved, flops, self.tf32)
+        return out
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """`lowrank._product`, which a GPU forms in TF32."""
+        self.tf32 = True
+        try:
+            return a @ b
+        finally:
+            self.tf32 = False
+
+
+def helper_cost(cost: Cost, rows: int, width: int, blocks_read: int, multiplied: int) -> None:
+    """One round: the Gram matrix of X (``blocks_read`` 1) or of a combination of blocks, and ``multiplied`` blocks times R^-1."""
+    tile = 64 if width <= 64 else 128
+    tiles = -(-width // tile)
+    pairs, slabs, block = tiles * (tiles + 1) // 2, -(-rows // native_cuda.slab_rows(rows)), 4 * rows * width
+    partials, square = 4 * slabs * pairs * tile * tile, 4 * width * width
+    written = block if blocks_read > 1 else 0
+    cost.add("tall blocks", 1, blocks_read * block + written + partials, 2 * pairs * tile * tile * rows)
+    cost.add("tall blocks", 1, partials + square / 2, 0)
+    cost.add("tall blocks", 1, 3 * square, 2 * width**3 / 3)
+    for _ in range(multiplied):
+        cost.add("tall blocks", 1, 2 * block + square, 2 * rows * tile * tile * pairs)
+
+
+@contextmanager
+def helpers(cost: Cost):
+    """The helpers' own cost in place of their twins', whose numbers go on."""
+    qr, step, sketch = mask_ops.cholesky_qr_, mask_ops.chebyshev_step_, mask_ops.gaussian_sketch
+
+    def counted_qr(block, other=None, *, rounds=1):
+        for _ in range(rounds):
+            helper_cost(cost, *block.shape[1:], blocks_read=1, multiplied=1 if other is None else 2)
+        with torch.utils._python_dispatch._disable_current_modes():
+            return qr(block, other, rounds=rounds)
+
+    def counted_step(product, block, previous, edge):
+        helper_cost(cost, *block.shape[1:], blocks_read=2 if previous is None else 3, multiplied=2)
+        with torch.utils._python_dispatch._disable_current_modes():
+            return step(product, block, previous, edge)
+
+    with mock.patch.multiple(mask_ops, cholesky_qr_=counted_qr, chebyshev_step_=counted_step, gaussian_sketch=sketch):
+        yield
+
+
+def refresh(shape: tuple[int, int], rank: int, matrices: int, with_helpers: bool) -> Cost:
+    """Cost of the warm factorization of a batch of matrices."""
+    generator = torch.Generator().manual_seed(0)
+    width = lowrank.block_width(shape, rank)
+    # A few large directions over noise: the basis below has them, and one degree confirms it.
+    left, right = (torch.randn(side, width, generator=generator) for side in shape)
+    weight = left @ right.T + 0.01 * torch.randn(*shape, generator=generator)
+    basis = torch.linalg.qr(right if shape[0] >= shape[1] else left).Q.bfloat16()
+    cost = Cost()
+    counting = Counting(cost, weight.numel())
+    with counting, mock.patch.object(lowrank, "_product", counting.product), helpers(cost) if with_helpers else nullcontext():
+        factors = lowrank.batched_factors(
+            [weight] * matrices, rank, method="chebyshev", warm_starts=[basis] * matrices, tolerance=1e-2
+        )
+    assert all((f.method, f.passes) == ("warm", 3) for f in factors), factors[0][3:]
+    return cost
+
+
+def model_cost(rank: int, scale: int, with_helpers: bool) -> Cost:
+    """Cost of all 224 matrices. Launches come from small batches of one and two matrices: they depend on no size."""
+    whole = Cost()
+    for (m, n), count in SHAPES.items():
+        one = refresh((m // scale, n // scale), rank // scale, 1, with_helpers)
+        first, second = (refresh((m // 16, n // 16), 8, matrices, with_helpers) for matrices in (1, 2))
+        batches = -(-count // max(1, masks.MEMORY_BUDGET // (4 * m * n)))
+        for part, quantity in one:
+            if quantity == "launches":
+                alone, more = first[part, quantity], second[part, quantity] - first[part, quantity]
+                whole[part, quantity] += batches * (alone - more) + count * more
+            else:
+                whole[part, quantity] += count * one[part, quantity]
+    return whole
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--scale", type=int, default=1)
+    parser.add_argument("--csv", type=Path, help="where to write the rows")
+    options = parser.parse_args()
+    rows = []
+    for way in ("twins", "helpers"):
+        cost = model_cost(options.rank, options.scale, way == "helpers")
+        for part in PARTS:
+            quantities = {quantity: f"{cost[part, quantity]:.4g}" for quantity in QUANTITIES}
+            rows.append({"model": "LLaMA-2-7B, 224 matrices", "rank": options.rank, "way": way, "part": part} | quantities)
+            print(*rows[-1].values(), sep="\t")
+    if options.csv:
+        bench_util.write_csv(options.csv, [row | {"commit": bench_util.environment()["commit"]} for row in rows])
+
+
+if __name__ == "__main__":
+    main()

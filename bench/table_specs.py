@@ -1,0 +1,287 @@
+"""What each table of the README shows, for `bench.tables`: rows of a CSV and the format of the cells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from bench.tables import Selection, Table
+
+
+def _step_rows() -> list[tuple[str, Mapping[str, Selection]]]:
+    """The step of all matrices of a set: dense and packed gradients beside fused AdamW and the published step."""
+    rows = []
+    for name, label in (
+        ("smollm2", "SmolLM2-135M (210, real masks, 5 %)"),
+        ("4096x4096", "4096 x 4096"),
+        ("4096x11008", "4096 x 11008"),
+    ):
+        for dtype, suffix, words in (
+            ("fp32", "", "fp32"),
+            ("bf16", ", fp32 moments, fp32 master", "bf16, moments and master fp32 (default)"),
+            ("bf16", ", bf16 moments, fp32 master", "bf16, moments bf16, master fp32"),
+            ("bf16", ", bf16 moments", "bf16, moments bf16, no master"),
+        ):
+            picks = {"fused": "AdamW fused", "dense": f"dense grads{suffix}", "packed": f"packed grads{suffix}"}
+            picks["published"] = "published LIFT step"
+            chosen = {alias: {"set": f"{name}, {dtype}", "variant": variant} for alias, variant in picks.items()}
+            rows.append((f"{label}, {words}", chosen))
+    return rows
+
+
+def _refresh_rows() -> list[tuple[str, Mapping[str, Selection]]]:
+    """What a step takes on average with new masks every 100 steps."""
+    rows = [("AdamW fused, no masks", ("AdamW fused", "AdamW fused"))]
+    for grads in ("dense", "packed"):
+        for words, suffix in (("", ""), (" + warm refresh", " + refresh/100"), (" + cold refresh", " + cold refresh/100")):
+            variants = f"{grads} grads{suffix}", f"{grads} grads, fp32 moments, fp32 master{suffix}"
+            rows.append((f"{grads} gradients{words}", variants))
+    sets = "smollm2, fp32", "smollm2, bf16"
+    return [
+        (label, {dtype: {"set": set_, "variant": variant} for dtype, set_, variant in zip(("fp32", "bf16"), sets, variants)})
+        for label, variants in rows
+    ]
+
+
+def _peer_rows() -> list[tuple[str, Mapping[str, Selection]]]:
+    ours = {
+        "**ours**, dense gradients": ("sparse_adamw_, dense grads", "sparse_adamw_, dense grads, fp32 moments and master"),
+        "**ours**, packed gradients": ("sparse_adamw_, packed grads", "sparse_adamw_, packed grads, fp32 moments and master"),
+    }
+    others = ["AdamW fused", "AdamW foreach", "AdamW for-loop", "SHiRA's values, AdamW fused", "APOLLO, r = 64", "GaLore, r = 64",
+              "bitsandbytes AdamW", "bitsandbytes AdamW8bit", "torchao AdamW8bit", "flashoptim FlashAdamW",
+              "one indexed Triton launch a parameter", "published LIFT step"]  # fmt: skip
+    return [
+        (label, {"fp32": {"set": "*, float32", "variant": fp32}, "bf16": {"set": "*, bfloat16", "variant": bf16}})
+        for label, (fp32, bf16) in (ours | {name: (name, name) for name in others}).items()
+    ]
+
+
+def _mask_rows() -> list[tuple[str, Mapping[str, Selection]]]:
+    def rows(label: str, set_: str, rank: int, *variants: str) -> list[tuple[str, Mapping[str, Selection]]]:
+        return [(label, {"row": {"set": set_, "rank": str(rank), "variant": variant}}) for variant in variants]
+
+    published = "svd + topk (published)", "svd_lowrank(2r, 2) (published)"
+    cold = "chebyshev, cold", "default, cold"
+    return [
+        *rows("SmolLM2, r = 64", "smollm2", 64, *published, "Gram + eigh + numpy.partition", *cold),
+        *rows("SmolLM2, r = 64, after 100 steps at lr 1e-4", "smollm2 after 100 steps at lr 0.0001", 64, "warm"),
+        *rows("SmolLM2, r = 64, after 100 steps at lr 1e-3", "smollm2 after 100 steps at lr 0.001", 64, "warm"),
+        *rows("SmolLM2, r = 32", "smollm2", 32, "default, cold"),
+        *rows("SmolLM2, r = 32, after 100 steps at lr 1e-4", "smollm2 after 100 steps at lr 0.0001", 32, "warm"),
+        *rows("MiniLM, r = 32", "minilm", 32, "default, cold"),
+        *rows("4096 x 11008, slow spectrum, r = 64", "4096x11008", 64, *published, "Gram + eigh + topk", "default, cold"),
+        *rows("the same, selected entries moved by 3 %", "4096x11008, changed by 3 %", 64, "warm"),
+    ]
+
+
+def _packed_op_rows() -> list[tuple[str, Mapping[str, Selection]]]:
+    dtypes = {"fp32": "float32", "bf16": "bfloat16"}
+    return [
+        (f"`{op}`", {dtype: {"op": op, "variant": op, "set": f"*, {name}"} for dtype, name in dtypes.items()})
+        for op in ("packed_gather", "packed_scatter_", "packed_migrate", "packed_l2_norm")
+    ]
+
+
+def _kernel_rows() -> list[tuple[str, Mapping[str, Selection]]]:
+    selections: dict[str, Selection] = {
+        "`sparse_adamw_`, aligned": {"kernel": "sparse_adamw: *", "needed_loads": "[1-9]*"},
+        "`packed_gather`": {"kernel": "packed_gather: *"},
+        "`packed_scatter_`": {"kernel": "packed_scatter: *"},
+        "`packed_migrate`": {"kernel": "packed_migrate: *"},
+        "`packed_l2_norm`": {"kernel": "packed_square_sums: *"},
+        "`packed_weight_grad`, fused, bf16": {"kernel": "packed_weight_grad: bf16 to fp32"},
+        "`lowrank_topk`, rank a multiple of 16": {"kernel": "lowrank_topk: *", "needs_wide_copies": "True"},
+        "`set_bits`": {"kernel": "set_bits", "language": "triton"},
+        "`count_bits`": {"kernel": "count_bits", "language": "triton"},
+        "`list_bits`": {"kernel": "list_bits", "language": "triton"},
+        "CUDA `packed_gather`": {"kernel": "packed_gather_kernel<*"},
+        "CUDA `packed_scatter_`": {"kernel": "packed_scatter_kernel<*"},
+        "CUDA `packed_migrate`": {"kernel": "packed_migrate_kernel<*"},
+        "CUDA `gaussian_sketch`": {"kernel": "gaussian_sketch_kernel<*"},
+        "CUDA `cholesky_qr_`, Gram, l to 64": {"kernel": "gram_kernel<64>"},
+        "CUDA `cholesky_qr_`, Gram, wider": {"kernel": "gram_kernel<128>"},
+        "CUDA `cholesky_qr_`, sum": {"kernel": "gram_sum_kernel"},
+        "CUDA `cholesky_qr_`, factor and inverse": {"kernel": "cholesky_inverse_kernel"},
+        "CUDA `cholesky_qr_`, product, l to 64": {"kernel": "multiply_upper_kernel<64>"},
+        "CUDA `cholesky_qr_`, product, wider": {"kernel": "multiply_upper_kernel<128>"},
+    }
+    return [
+        (label, {"all": chosen, **{f"sm{target}": {**chosen, "target": target} for target in ("80", "90", "100")}})
+        for label, chosen in selections.items()
+    ]
+
+
+TABLES = {
+    "step": Table(
+        "sparse_adamw.csv",
+        {
+            "matrices, weights": "{label}",
+            "AdamW fused": "{fused.median_ms:.3g} ms",
+            "dense gradients": "{dense.median_ms:.3g} ms, **{dense.ratio:.2f} x**",
+            "packed gradients": "{packed.median_ms:.3g} ms, **{packed.ratio:.2f} x**",
+            "published step": "{published.median_ms:.3g} ms",
+            "over ours, dense / packed": "{published.median_ms/dense.median_ms:.1f} / {published.median_ms/packed.median_ms:.1f} x",
+            "of the floor, dense / packed": "{dense.share_of_floor:.0%} / {packed.share_of_floor:.0%}",
+        },
+        _step_rows(),
+    ),
+    "step_with_refresh": Table(
+        "sparse_adamw.csv",
+        {"SmolLM2-135M": "{label}", "fp32": "{fp32.median_ms:.3g} ms", "bf16, default": "{bf16.median_ms:.3g} ms"},
+        _refresh_rows(),
+    ),
+    "peers": Table(
+        "peers.csv",
+        {
+            "optimizer": "{label}",
+            "fp32": "{fp32.median_ms:.3g} ms, {fp32.ratio:.2g} x||{fp32.status}",
+            "bytes, fp32": "{fp32.state_bytes:.3g}",
+            "bf16": "{bf16.median_ms:.3g} ms, {bf16.ratio:.2g} x||{bf16.status}",
+            "bytes, bf16": "{bf16.state_bytes:.3g}",
+        },
+        _peer_rows(),
+    ),
+    "masks": Table(
+        "masks.csv",
+        {
+            "matrices": "{label}",
+            "number": "{row.matrices}",
+            "way": "{row.variant}",
+            "seconds": "{row.seconds:.3g}",
+            "overlap": "{row.overlap_mean:.3f} / {row.overlap_min:.3f}",
+            "captured": "{row.captured_mean:.4f} / {row.captured_min:.4f}",
+            "passes": "{row.passes:.3g}",
+            "of the floor": "{row.share_of_floor:.0%}",
+        },
+        _mask_rows(),
+    ),
+    "selection": Table(
+        "masks.csv",
+        {
+            "matrix": "{row.set}, r = {row.rank}",
+            "way": "{row.variant}",
+            "ms": "{row.seconds/ms:.3g}",
+            "times as fast as torch.topk": "{row.times_topk:.3g}",
+            "of the floor": "{row.share_of_floor:.0%}",
+        },
+        each=[{"set": "4096x11008", "times_topk": "?*"}],
+    ),
+    "packed_ops": Table(
+        "packed_ops.csv",
+        {
+            "4096 x 11008": "{label}",
+            "fp32": "{fp32.median_ms:.3g} ms",
+            "over plain PyTorch, fp32": "{fp32.ratio:.3g} x",
+            "of the floor, fp32": "{fp32.share_of_floor:.0%}",
+            "bf16": "{bf16.median_ms:.3g} ms",
+            "over plain PyTorch, bf16": "{bf16.ratio:.3g} x",
+            "of the floor, bf16": "{bf16.share_of_floor:.0%}",
+        },
+        _packed_op_rows(),
+    ),
+    "packed_grad": Table(
+        "packed_grad.csv",
+        {
+            "part": "{row.part}",
+            "variant": "{row.variant}",
+            "gradients kept": "{row.kept_bytes/MiB:.3g} MiB, {row.share_of_dense:.2%}",
+            "peak beyond the model": "{row.peak_bytes/MiB:.3g} MiB",
+            "median": "{row.median_ms:.4g} ms",
+            "over dense (95 % interval)": "{row.cost:.3f} ({row.cost_low:.3f} to {row.cost_high:.3f})",
+        },
+        each=[{}],
+    ),
+    "training": Table(
+        "training.csv",
+        {
+            "model": "{row.set}",
+            "method": "{row.variant}",
+            "tokens/s": "{row.tokens_s:.3g}||{row.status}",
+            "over full fine-tuning": "{row.ratio:.2f} x",
+            "forward, backward": "{row.forward_backward_ms:.4g} ms",
+            "step": "{row.step_ms:.3g} ms",
+            "refresh": "{row.refresh_ms:.3g} ms",
+            "peak over the model": "{row.peak_over_model_mib:.4g} MiB",
+            "of the floor": "{row.share_of_floor:.0%}",
+        },
+        each=[{}],
+    ),
+    "delta": Table(
+        "delta.csv",
+        {
+            "model": "{row.set}",
+            "way": "{row.variant}",
+            "median": "{row.median_ms:.4g} ms||{row.status}",
+            "over safetensors": "{row.ratio:.2f} x",
+            "file": "{row.file_bytes/MiB:.4g} MiB",
+            "bytes an entry": "{row.bytes_per_entry:.2f}",
+            "computed": "{row.computed_bytes}",
+            "of the floor": "{row.share_of_floor:.0%}",
+        },
+        each=[{}],
+    ),
+    "memory": Table(
+        "memory.csv",
+        {
+            "weights, state": "{row.set}",
+            "method": "{row.variant}",
+            "added": "{row.added:.3g}",
+            "gradients": "{row.gradients:.3g}",
+            "indices": "{row.indices:.3g}",
+            "masters": "{row.master:.3g}",
+            "moments": "{row.moments:.3g}",
+            "warm start": "{row.warm_start:.3g}",
+            "total, bytes a parameter": "{row.total:.3g}||{row.status}",
+            "computed": "{row.computed:.3g}",
+            "of AdamW": "{row.share_of_adamw:.1%}",
+        },
+        each=[{}],
+    ),
+    "kernels": Table(
+        "kernels.csv",
+        {
+            "kernel": "{label}",
+            "registers sm_80": "{sm80.registers}",
+            "sm_90": "{sm90.registers}",
+            "sm_100": "{sm100.registers}",
+            "occupancy bound": "{all.occupancy:.0%}",
+            "128-bit loads": "{all.wide_loads}",
+            "stores": "{all.wide_stores}",
+            "copies": "{all.wide_copies}",
+            "KiB in flight": "{all.bytes_in_flight/KiB:.0f}",
+            "spills": "{all.spills}",
+            "tensor cores": "{all.tensor_cores}",
+        },
+        _kernel_rows(),
+    ),
+    "cuda": Table(
+        "kernels.csv",
+        {
+            "kernel": "{label}",
+            "registers sm_80": "{sm80.registers}",
+            "sm_90": "{sm90.registers}",
+            "sm_100": "{sm100.registers}",
+            "shared memory, KiB": "{all.static_shared/KiB:.1f}",
+            "blocks a multiprocessor": "{all.blocks_by_registers}",
+            "128-bit loads": "{all.wide_loads}",
+            "stores": "{all.wide_stores}",
+            "spills": "{all.spills}",
+            "stack": "{all.stack_bytes}",
+        },
+        [(label.removeprefix("CUDA "), picks) for label, picks in _kernel_rows() if label.startswith("CUDA")],
+    ),
+    "refresh-cost": Table(
+        "refresh_cost.csv",
+        {
+            "part": "{label}",
+            "launches": "{twins.launches:.0f}",
+            "GB": "{twins.bytes/GB:.1f}",
+            "TFLOP TF32, fp32": "{twins.tf32_flops/T:.2f}, {twins.fp32_flops/T:.2f}",
+            "launches, helpers": "{helpers.launches:.0f}",
+            "GB, helpers": "{helpers.bytes/GB:.1f}",
+            "TFLOP, helpers": "{helpers.tf32_flops/T:.2f}, {helpers.fp32_flops/T:.2f}",
+        },
+        [(part, {way: {"part": part, "way": way} for way in ("twins", "helpers")})
+         for part in ("whole matrices", "tall blocks", "eigenproblems")],
+    ),
+}

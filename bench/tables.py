@@ -1,0 +1,178 @@
+"""Renders the tables of results in the READMEs from the CSVs, so that none is typed by hand.
+
+    python -m bench.tables [--check] [README ...]
+
+Between ``<!-- table: NAME (from bench/results/DEVICE/FILE.csv; python -m bench.tables) -->`` and ``<!-- end -->`` stands the table
+NAME of `bench.table_specs`, made of that file, and below it where the rows come from. Without ``--check`` the READMEs are
+rewritten, with it nothing is written and the exit status is 1 with a diff where one says something else. The exit status is 2 when
+a marked table cannot be made: its file, a row or a column of it is missing, or no such table is described.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import difflib
+import re
+import string
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"^(<!-- table: (\S+) \(from (\S+\.csv); python -m bench\.tables\) -->\n)(.*?)^<!-- end -->$", re.M | re.S)
+UNITS = {"ms": 1e-3, "KiB": 2.0**10, "MiB": 2.0**20, "GB": 1e9, "T": 1e12}
+ORIGIN = {"device": "{}", "torch": "torch {}", "compiler": "{}", "runs": "repeats: {}", "commit": "commit {}"}
+
+Selection = Mapping[str, str]
+"""CSV column to the text that a row has there; ``*`` stands for anything."""
+
+
+class TableError(ValueError):
+    """A marked table cannot be made."""
+
+
+class Missing(Exception):
+    """A field is empty in the CSV."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A Markdown table made of the rows of a CSV.
+
+    ``columns``: headers and the format of their cells, as `Cell` reads it. ``rows``: one line each, its ``label`` (a field of that
+    name) and which rows of the CSV its other fields mean, by alias. ``each``: a line for every selected row of the CSV, under
+    the alias ``row``. A first cell like the one above it is left blank.
+    """
+
+    csv: str
+    columns: Mapping[str, str]
+    rows: Sequence[tuple[str, Mapping[str, Selection]]] = ()
+    each: Sequence[Selection] = field(default=())
+
+
+class Cell(string.Formatter):
+    """Formats cells: ``{alias.column:format}``, numbers where the CSV has numbers.
+
+    A quotient is ``{a.x/b.y}``; the divisor may be a unit of `UNITS`. Where an alias means several rows, the least and the largest
+    number are given, or the different texts. ``||`` separates alternatives; the first one without an empty field is taken, else the
+    cell is empty.
+    """
+
+    def cell(self, text: str, picks: Mapping[str, Sequence[Mapping[str, str]]], label: str) -> str:
+        for alternative in text.split("||"):
+            try:
+                return self.vformat(alternative, (), {"label": label, **picks})
+            except Missing:
+                continue
+        return ""
+
+    def get_field(self, field_name, args, kwargs):
+        if field_name == "label":
+            return kwargs["label"], field_name
+        values, *divisors = (self._values(part, kwargs) for part in field_name.split("/"))
+        for divisor in divisors:
+            values = [value / divisor[0] for value in values]
+        return values, field_name
+
+    def format_field(self, value, format_spec):
+        if isinstance(value, str):
+            return value
+        if isinstance(value[0], str):
+            return ", ".join(dict.fromkeys(value)).replace("|", r"\|")
+        return "..".join(dict.fromkeys(format(number, format_spec or "g").replace("%", " %") for number in (value[0], value[-1])))
+
+    def _values(self, name: str, picks: Mapping) -> list:
+        """Sorted numbers or, if one of them is none, texts in their order."""
+        if name in UNITS:
+            return [UNITS[name]]
+        alias, column = name.split(".")
+        found = [row[column] for row in picks[alias]]
+        if not all(found):
+            raise Missing
+        try:
+            return sorted(float(text) for text in found)
+        except ValueError:
+            return found
+
+
+def select(rows: Sequence[dict], selection: Selection) -> list[dict]:
+    """The rows that have these texts; TableError when none has."""
+    found = [row for row in rows if all(fnmatchcase(row.get(column, ""), text) for column, text in selection.items())]
+    if not found:
+        raise TableError(f"no row has {dict(selection)}; make the CSV anew or change bench/table_specs.py")
+    return found
+
+
+def render(table: Table, rows: Sequence[dict]) -> str:
+    """The Markdown table and a line on where its rows come from."""
+    lines = [(label, {alias: select(rows, one) for alias, one in picks.items()}) for label, picks in table.rows]
+    lines += [("", {"row": [row]}) for selection in table.each for row in select(rows, selection)]
+    used = [row for _, picks in lines for chosen in picks.values() for row in chosen]
+    cells, above = [], ""
+    for label, picks in lines:
+        try:
+            first, *others = (Cell().cell(text, picks, label) for text in table.columns.values())
+        except KeyError as error:
+            raise TableError(f"{table.csv} has no column {error}, or the table no such alias") from error
+        cells.append([first if first != above else "", *others])
+        above = first
+    body = [list(table.columns), ["---"] * len(table.columns), *cells]
+    origin = [text.format(" and ".join(distinct(used, column))) for column, text in ORIGIN.items() if distinct(used, column)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in body) + f"\n\n*{'; '.join(origin)}*\n"
+
+
+def distinct(rows: Sequence[dict], column: str) -> list[str]:
+    return list(dict.fromkeys(row[column] for row in rows if row.get(column)))
+
+
+def rewrite(text: str, tables: Mapping[str, Table], root: Path = ROOT) -> str:
+    """The text with every marked table made anew. TableError names the table that cannot be made."""
+
+    def replace(match: re.Match) -> str:
+        marker, name, path, _ = match.groups()
+        if name not in tables or tables[name].csv != Path(path).name:
+            raise TableError(f"table {name}: bench/table_specs.py describes none of that name from {Path(path).name}")
+        if not (root / path).is_file():
+            raise TableError(f"table {name}: {path} is missing; run its bench, or take the table out of the README")
+        with (root / path).open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        try:
+            return f"{marker}\n{render(tables[name], rows)}\n<!-- end -->"
+        except TableError as error:
+            raise TableError(f"table {name} from {path}: {error}") from None
+
+    if len(BLOCK.findall(text)) != text.count("<!-- table:") or text.count("<!-- table:") != text.count("<!-- end -->"):
+        raise TableError("a marker of a table is malformed, or not followed by <!-- end -->")
+    return BLOCK.sub(replace, text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    from bench.table_specs import TABLES
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("readmes", nargs="*", type=Path, default=[ROOT / "README.md", ROOT / "csrc" / "README.md"])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 when a README differs from the CSVs")
+    arguments = parser.parse_args(argv)
+    differs = False
+    for readme in arguments.readmes:
+        old = readme.read_text()
+        try:
+            new = rewrite(old, TABLES)
+        except TableError as error:
+            print(error, file=sys.stderr)
+            return 2
+        differs |= old != new
+        if arguments.check:
+            sys.stdout.writelines(difflib.unified_diff(old.splitlines(True), new.splitlines(True), str(readme), "from the CSVs"))
+            continue
+        if old != new:
+            readme.write_text(new)
+        print(f"{len(BLOCK.findall(new))} tables in {readme}, {'rewritten' if old != new else 'nothing to change'}")
+    return int(differs and arguments.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
