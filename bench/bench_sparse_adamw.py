@@ -6,21 +6,21 @@ dtype share weights and dense gradients and are timed in turns. Peers: torch's f
 have the weight's dtype, and a plain rewrite of the published LIFT step. Rows with ``+ refresh/100`` add a hundredth of a
 refresh of all masks, as LiftAdamW makes it from the bases of the last one, ``+ cold refresh/100`` one without them.
 
-Every variant is first checked against `lift_kernels.reference`; a wrong one is refused.
+Every variant is first checked against `lift_kernels.reference`; a wrong one has a row without a time, and the exit status is 1.
 
 Bytes of the floor, per step. Sparse: each distinct 64-byte line that selected entries lie on, weights read and written,
 dense gradients read; per entry 4 (index) + 2 moments read and written + 8 (master read and written) + a packed gradient. A
 weight that has a master is only written, but its lines must be read too, since they are written in part. Dense: weight and
 moments read and written, gradient read. The floor is these bytes over the measured copy bandwidth.
 
-    python bench/bench_sparse_adamw.py [--model DIR] [--runs 20] [--sets smollm2 4096x4096 4096x11008]
+    python bench/bench_sparse_adamw.py [--model DIR] [--runs 20] [--sets smollm2 4096x4096 4096x11008] [--out DIR] [--dry-run]
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import bench_util
@@ -35,6 +35,7 @@ from lift_kernels.masks import MaskRequest, principal_masks
 HYPER = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
 FP32, BF16 = torch.float32, torch.bfloat16
 DENSITY, RANK = 0.05, 64
+COLUMNS = ["set", "variant", "median_ms", "q25_ms", "q75_ms", "ratio", "floor_ms", "share_of_floor", "status"]
 
 
 def model_weights(name: str | None) -> list[Tensor]:
@@ -130,8 +131,10 @@ def sparse_name(packed: bool, label: str) -> str:
     return f"{'packed' if packed else 'dense'} grads{label}"
 
 
-def contestants(weights: list[Tensor], arena: Arena, dtype: torch.dtype, context: bool) -> list[Contestant]:
-    """The baseline first. The sparse ones are checked here."""
+def contestants(
+    weights: list[Tensor], arena: Arena, dtype: torch.dtype, context: bool
+) -> tuple[list[Contestant], dict[str, str]]:
+    """The baseline first; and what is wrong with the sparse ones that are not among them, which are checked here."""
     weights = [weight.to(dtype, copy=True) for weight in weights]
     generator = torch.Generator().manual_seed(0)
     grads = [torch.randn(w.shape, generator=generator).mul_(1e-3).to(dtype) for w in weights]
@@ -145,18 +148,20 @@ def contestants(weights: list[Tensor], arena: Arena, dtype: torch.dtype, context
             ", bf16 moments, stochastic": {"moment": BF16, "stochastic": True},
         }
     numel = sum(w.numel() for w in weights)
+    wrong: dict[str, str] = {}
     result = [Contestant("AdamW fused", dense(weights, grads, fused=True), 7.0 * numel * dtype.itemsize)]
     for packed in (False, True):
         for label, options in kinds.items():
             sparse = Sparse(weights, grads, arena, packed=packed, **options)
             if problem := sparse.check():
-                raise SystemExit(f"not timed, because it is wrong: {sparse_name(packed, label)}: {problem}")
+                wrong[sparse_name(packed, label)] = f"refused, it is wrong: {problem}"
+                continue
             result.append(Contestant(sparse_name(packed, label), sparse, sparse.floor_bytes()))
     if context:
         result.append(Contestant("AdamW for-loop", dense(weights, grads, foreach=False, fused=False)))
         result.append(Contestant("AdamW foreach", dense(weights, grads, foreach=True)))
         result.append(Contestant("published LIFT step", Published(weights, grads, arena)))
-    return result
+    return result, wrong
 
 
 def refresh_seconds(weights: list[Tensor]) -> tuple[list[Tensor], dict[str, float]]:
@@ -179,41 +184,50 @@ def shape_set(name: str, model: str | None) -> tuple[list[Tensor], list[Tensor],
         weights = model_weights(model)
         lists, refreshes = refresh_seconds(weights)
         return weights, lists, refreshes, f"top 5 % of |W_r|, r = {RANK}"
+    if name == "dry":
+        weights = [torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((96, 64), (40, 80))]
+        lists, refreshes = refresh_seconds(weights)
+        return weights, lists, refreshes, f"top 5 % of |W_r|, r = {RANK} or the smaller side"
     m, n = map(int, name.split("x"))
     weights = [torch.randn(m, n, generator=torch.Generator().manual_seed(0)).mul_(0.02)]
     return weights, [bench_util.clustered_indices(m, n, DENSITY, seed=0)], {}, "random 5 % clustered by rows"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="directory, GGUF file or hub id in place of the bundled SmolLM2-135M")
     parser.add_argument("--runs", type=int, default=20, help="rounds of alternating runs")
     parser.add_argument("--sets", nargs="+", default=["smollm2", "4096x4096", "4096x11008"])
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--no-context", action="store_true", help="leave out the slow peers and write no files")
-    arguments = parser.parse_args()
+    bench_util.add_output_options(parser)
+    arguments = parser.parse_args(argv)
     if not dispatch.backends()["native-cpu"].usable:
         raise SystemExit(f"no native backend: {dispatch.backends()['native-cpu'].reason}")
+    sets, runs, mib = (["dry"], 2, 8) if arguments.dry_run else (arguments.sets, arguments.runs, 256)
 
     table: list[dict] = []
-    for name in arguments.sets:
+    for name in sets:
         weights, lists, refreshes, masks = shape_set(name, arguments.model)
         arena = Arena.of(lists)
         for dtype in arguments.dtypes:
-            entrants = contestants(weights, arena, {"fp32": FP32, "bf16": BF16}[dtype], not arguments.no_context)
-            bandwidth = bench_util.copy_bandwidth()
-            times = bench_util.alternate(entrants, arguments.runs)
+            entrants, wrong = contestants(weights, arena, {"fp32": FP32, "bf16": BF16}[dtype], not arguments.no_context)
+            bandwidth = bench_util.copy_bandwidth(mib=mib)
+            times = bench_util.alternate(entrants, runs)
             labels = {"op": "sparse_adamw_", "set": f"{name}, {dtype}", "masks": masks, "matrices": len(lists)}
-            new = bench_util.rows(entrants, times, entrants[0].name, bandwidth, **labels)
+            new = [row | {"status": "ok"} for row in bench_util.rows(entrants, times, entrants[0].name, bandwidth, **labels)]
             sparse = [row for row in new if "grads" in row["variant"]]
             new += [with_refresh(row, new[0], *refresh) for refresh in refreshes.items() for row in sparse]
-            bench_util.show(new, ["set", "variant", "median_ms", "q25_ms", "q75_ms", "ratio", "floor_ms", "share_of_floor"])
+            new += [labels | {"variant": variant, "status": status} for variant, status in wrong.items()]
+            bench_util.show(new, COLUMNS)
             table += [row | bench_util.environment() for row in new]
             del entrants
-    if not arguments.no_context:
-        folder = bench_util.results_folder()
+    folder = None if arguments.no_context else bench_util.output_folder(arguments)
+    if folder:
         bench_util.write_csv(folder / "sparse_adamw.csv", table)
-        bench_util.plot_ratios(folder / "sparse_adamw.png", table, "set", "sparse_adamw_ on the CPU, 5 % of the entries")
+        timed = [row for row in table if row["status"] == "ok"]
+        bench_util.plot_ratios(folder / "sparse_adamw.png", timed, "set", "sparse_adamw_ on the CPU, 5 % of the entries")
+    return bench_util.exit_status(table)
 
 
 def with_refresh(row: dict, baseline: dict, name: str, seconds: float) -> dict:
@@ -226,4 +240,4 @@ def with_refresh(row: dict, baseline: dict, name: str, seconds: float) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -10,6 +10,7 @@ rates. Each bench says how it counts.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import os
 import platform
@@ -232,6 +233,25 @@ def results_folder(device: str = "cpu", root: Path | None = None) -> Path:
     folder = (root or ROOT / "bench" / "results") / slug
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """``--dry-run`` and ``--out``, as every bench takes them."""
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes, seconds; writes no files without --out")
+    parser.add_argument("--out", type=Path, help="folder for the files in place of bench/results/<device>")
+
+
+def output_folder(arguments: argparse.Namespace) -> Path | None:
+    """Where the files go, made when missing; None for a dry run that was given no folder."""
+    if arguments.out is None:
+        return None if arguments.dry_run else results_folder()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    return arguments.out
+
+
+def exit_status(table: Sequence[dict]) -> int:
+    """1 when a row was refused, else 0."""
+    return int(any(str(row.get("status", "")).startswith("refused") for row in table))
 
 
 def write_csv(path: Path, table: Sequence[dict]) -> None:

@@ -113,17 +113,19 @@ def packed_cases():
         yield Case(name, "packed._packed_square_sums_kernel", types, constants, (dtype if packed else "int32",))
 
 
-def weight_grad_case(dtype, out, precision="tf32"):
-    """The fused product of a weight gradient with the launcher's tile; an fp32 one by TF32 or exact."""
+def weight_grad_case(dtype, out, precision="tf32", one=None):
+    """The fused product of a weight gradient with the launcher's tile; an fp32 one by TF32 or exact. ``one``: the side "m" or "n"
+    that is 1, which the compiler takes for a constant."""
     from lift_kernels.triton_kernels import linear_grad
 
     types = {name: f"*{dtype}" for name in ("grad_output", "input")} | {"indices": "*i32", "out": f"*{FORMATS[out]}"}
-    types |= dict.fromkeys(("tokens", "count", "stride"), "i32") | dict.fromkeys(("m", "n"), "i32")
+    types |= dict.fromkeys(("tokens", "count", "stride"), "i32") | dict.fromkeys({"m", "n"} - {one}, "i32")
     constants = {name: getattr(linear_grad, name) for name in ("ROWS", "COLUMNS", "TOKENS", "ENTRIES")}
-    name = f"packed_weight_grad: {dtype}{f' by {precision}' if dtype == 'fp32' else ''} to {out}"
+    constants |= {"PRECISION": precision} | ({one: 1} if one else {})
+    name = f"packed_weight_grad: {dtype}{f' by {precision}' if dtype == 'fp32' else ''} to {out}{f', {one} = 1' if one else ''}"
     options = {"num_warps": linear_grad.WARPS, "num_stages": linear_grad.STAGES, "enable_fp_fusion": True}
-    return Case(name, "linear_grad._packed_weight_grad_kernel", types, constants | {"PRECISION": precision}, None, None,
-                multiples=("m", "n"), options=options, tensor_cores=precision != "ieee")  # fmt: skip
+    return Case(name, "linear_grad._packed_weight_grad_kernel", types, constants, None, None,
+                multiples=tuple(sorted({"m", "n"} - {one})), options=options, tensor_cores=precision != "ieee")  # fmt: skip
 
 
 def select_cases():
@@ -172,5 +174,7 @@ CASES = (
     weight_grad_case("bf16", "bf16"),
     weight_grad_case("fp32", "fp32"),
     weight_grad_case("fp32", "fp32", precision="ieee"),
+    weight_grad_case("bf16", "fp32", one="m"),
+    weight_grad_case("bf16", "fp32", one="n"),
     *select_cases(),
 )

@@ -181,14 +181,15 @@ def cholesky_qr_(block: Tensor, other: Tensor | None = None, *, rounds: int = 1,
 @torch.library.custom_op(
     "lift_kernels::cholesky_qr_",
     mutates_args=("block", "other"),
-    schema="(Tensor(a!) block, Tensor(b!)? other=None, *, int rounds=1, str? backend=None) -> Tensor",
+    # No default for a written argument: torch 2.11 leaves it out of a call, and then looks for it to bump its version.
+    schema="(Tensor(a!) block, Tensor(b!)? other, *, int rounds=1, str? backend=None) -> Tensor",
 )
-def _cholesky_qr_op(block, other=None, *, rounds=1, backend=None):
+def _cholesky_qr_op(block, other, *, rounds=1, backend=None):
     return _cholesky_qr(block, other, rounds, backend)
 
 
 @_cholesky_qr_op.register_fake
-def _(block, other=None, *, rounds=1, backend=None):
+def _(block, other, *, rounds=1, backend=None):
     check_qr(block, other, rounds)
     return block.new_empty(len(block), dtype=torch.int32)
 

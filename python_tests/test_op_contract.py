@@ -83,7 +83,7 @@ SAMPLES = {
         "bf16": lambda where: ((torch.zeros(1, 4, 8, device=where.device, dtype=BF16), 7, 2), {}),
     },
     "cholesky_qr_": {
-        "a block": lambda where: ((torch.randn(2, 9, 4, device=where.device),), {}),
+        "a block": lambda where: ((torch.randn(2, 9, 4, device=where.device), None), {}),
         "two blocks, two rounds": lambda where: ((torch.randn(2, 9, 4, device=where.device),
                                                   torch.randn(2, 5, 4, device=where.device)), {"rounds": 2}),
     },

@@ -30,10 +30,10 @@ def make_entry(numel, count, seed, step=7):
     }
 
 
-def make_state(sizes=SIZES, dtype=BF16, moments=FP32, master=True, births=True):
+def make_state(sizes=SIZES, dtype=BF16, moments=FP32, master=True, births=True, device=CPU):
     """A state of several matrices some steps into their training, and what was put in."""
-    state = PackedState(CPU, moments, master=master, births=births)
-    weights = [make_weight(shape, seed, dtype) for seed, (shape, _) in enumerate(sizes)]
+    state = PackedState(torch.device(device), moments, master=master, births=births)
+    weights = [make_weight(shape, seed, dtype).to(device) for seed, (shape, _) in enumerate(sizes)]
     entries = [make_entry(w.numel(), count, seed) for seed, (w, (_, count)) in enumerate(zip(weights, sizes))]
     state.append(weights, entries, [f"layer.{i}" for i in range(len(sizes))])
     return state, weights, entries
@@ -150,7 +150,7 @@ def test_steps_count_only_their_rows():
 def expected_entry(state, i, new):
     """Matrix i after a migration to ``new``, from the specification."""
     old, weight = state.indices[state.segment(i)], state.weights[i].flatten()[new.long()].float()
-    birth = torch.full(new.shape, int(state.steps[i]), dtype=torch.int32)
+    birth = torch.full_like(new, int(state.steps[i]))
     fills = {"exp_avg": None, "exp_avg_sq": None, "master": weight, "births": birth}
     moved = {
         name: packed_migrate_ref(getattr(state, name)[state.segment(i)].clone(), old, new, fill_values=fill)
@@ -165,19 +165,19 @@ def new_lists(state, counts, seed=5):
     generator = torch.Generator().manual_seed(seed)
     lists = []
     for i, count in enumerate(counts):
-        kept = state.indices[state.segment(i)][::2][:count]
+        kept = state.indices[state.segment(i)][::2][:count].cpu()
         rest = torch.tensor(
             [x for x in range(state.weights[i].numel()) if x not in set(kept.tolist())], dtype=torch.int32
         )
         chosen = rest[torch.randperm(rest.numel(), generator=generator)[: count - kept.numel()]]
-        lists.append(torch.cat([kept, chosen]).sort().values)
+        lists.append(torch.cat([kept, chosen]).sort().values.to(state.indices.device))
     return lists
 
 
 @pytest.mark.parametrize("moments", [FP32, BF16])
 @pytest.mark.parametrize("counts", [None, (60, 72, 300, 5, 1)], ids=["same-size", "resized"])
 def test_migrate(where, moments, counts):
-    state, _, _ = make_state(moments=moments)
+    state, _, _ = make_state(moments=moments, device=where.device)
     state.master += 1e-4  # so that masters say more than the weights
     for padding in (slice(40, 64), slice(136, 192), slice(321, 384), slice(385, 448)):
         state.master[padding] = 0

@@ -64,13 +64,14 @@ def _packed_weight_grad_kernel(
         tile = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
         at_grad = grad_output + token.to(tl.int64)[:, None] * m + row[None, :]
         at_input = input + token.to(tl.int64)[:, None] * n + columns[None, :]
+        ahead = tl.full([], TOKENS, tl.int64)  # a side of 1 is a constant to the compiler and has no dtype to convert
         for done in range(0, tokens, TOKENS):
             inside = token[:, None] < tokens - done
             g = tl.load(at_grad, mask=inside & (row[None, :] < m), other=0.0)
             x = tl.load(at_input, mask=inside & (columns[None, :] < n), other=0.0)
             tile = tl.dot(tl.trans(g), x, tile, input_precision=PRECISION)
-            at_grad += TOKENS * m.to(tl.int64)
-            at_input += TOKENS * n.to(tl.int64)
+            at_grad += ahead * m
+            at_input += ahead * n
         lane = tl.arange(0, ENTRIES)
         for done in range(0, longest, ENTRIES):
             place = first[:, None] + done + lane[None, :]

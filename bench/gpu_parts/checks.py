@@ -1,0 +1,144 @@
+"""What comes before the timings: the extension built for this card, the tests marked ``gpu``, compute-sanitizer on the CUDA ops."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from bench_util import ROOT
+
+from .report import Run
+
+BENCH = ROOT / "bench"
+
+
+def child(arguments: Sequence[str], folder: Path = ROOT, **environment: str) -> tuple[subprocess.Popen, Path]:
+    """A process and the file that takes its output. It belongs to the part's group, which is killed as a whole."""
+    handle, name = tempfile.mkstemp(suffix=".log")
+    process = subprocess.Popen(arguments, cwd=folder, env=os.environ | environment, stdout=handle, stderr=subprocess.STDOUT)
+    os.close(handle)
+    return process, Path(name)
+
+
+def finish(process: subprocess.Popen, log: Path, seconds: float) -> tuple[str, bool]:
+    """Output of a process after at most ``seconds``, and whether it had to be killed."""
+    try:
+        process.wait(max(0.1, seconds))
+        killed = False
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        killed = True
+    output = log.read_text(errors="replace")
+    log.unlink()
+    return output, killed
+
+
+def last_line(output: str) -> str:
+    return (output.strip().splitlines() or [""])[-1][:300]
+
+
+def build(run: Run) -> None:
+    """The extension, in place, for this card's architecture alone. A machine without nvcc gets the CPU ops, and a row says so."""
+    run.note_environment()
+    if shutil.which("nvidia-smi"):
+        print(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout, flush=True)
+    if run.dry:
+        run.add("extension", status="left out of the dry run", correct="")
+        return
+    arch = "".join(map(str, torch.cuda.get_device_capability()))
+    start = time.perf_counter()
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    process, log = child(command, LIFT_CUDA_ARCHS=arch, LIFT_REQUIRE_NATIVE="1")
+    output, killed = finish(process, log, run.left() - 5)
+    print(output[-6000:], flush=True)
+    if process.returncode != 0:
+        run.add(f"extension for sm_{arch}", status="killed, it took too long" if killed else f"failed: {last_line(output)}")
+        return
+    from lift_kernels import dispatch
+
+    for name, backend in dispatch.backends().items():  # the extension is loaded here for the first time
+        status = "ok" if backend.usable else f"not usable: {backend.reason}"[:300]
+        run.add(f"backend {name}", status=status, seconds=round(time.perf_counter() - start, 1))
+
+
+def tests(run: Run) -> None:
+    """The ``gpu`` tests in several processes, each every n-th test; one row a file with a failure, one for all."""
+    shards = 1 if run.dry else max(1, min(8, (os.cpu_count() or 2) // 2))
+    mode = ["--collect-only", "python_tests/test_packed_ops.py"] if run.dry else ["python_tests"]
+    # A package is imported only when its plugin is; what is installed here beside pytest is not ours to load.
+    path = os.pathsep.join(filter(None, [str(BENCH), os.environ.get("PYTHONPATH")]))
+    environment = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": path}
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--tb=short", "-p", "gpu_parts.shard", "-p", "no:cacheprovider"]
+    children = [child([*command, *mode], LIFT_SHARD=f"{i}/{shards}", **environment) for i in range(shards)]
+    done, red, late = Counter(), Counter(), 0
+    for process, log in children:
+        output, killed = finish(process, log, run.left() - 8)
+        print(output[-3000:], flush=True)
+        late += killed
+        if process.returncode not in (0, 1) and not killed:
+            red[f"(pytest ended with {process.returncode}) {last_line(output)}"] += 1
+        red.update(re.findall(r"^(?:FAILED|ERROR) python_tests/(\w+\.py)", output, re.MULTILINE))
+        done.update({word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error|deselected)", last_line(output))})
+        done["collected"] += sum(int(n) for n in re.findall(r"(\d+)/\d+ tests collected", output))
+    for file, count in red.items():
+        run.add(file, status=f"failed: {count} tests", correct="no")
+    status = f"killed, it took too long: {late} of {shards} processes" if late else "failed" if red else "ok"
+    if done["passed"] == 0 and not run.dry and status == "ok":
+        status = "failed: no test ran"
+    run.add("gpu tests", status=status, correct="" if run.dry else "no" if red or late else "yes",
+            shape=", ".join(f"{n} {word}" for word, n in done.items() if n))  # fmt: skip
+
+
+def sanitizer_path() -> str | None:
+    """compute-sanitizer of CUDA_HOME, on PATH, or at the toolkit's usual place."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)] + ["/usr/local/cuda"]
+    candidates = [str(Path(home) / "bin" / "compute-sanitizer") for home in homes]
+    candidates.insert(len(homes) - 1, "compute-sanitizer")
+    return next((found for found in map(shutil.which, candidates) if found), None)
+
+
+def sanitizer(run: Run) -> None:
+    """memcheck and racecheck, side by side, on every case of `cuda_ops`, which also compares results with the reference."""
+    driver = [sys.executable, "-m", "gpu_parts.cuda_ops", run.device]
+    if run.dry:
+        output, _ = finish(*child(driver, BENCH), run.left() - 3)
+        print(output, flush=True)
+        status = "ok" if output.count(": right") == cases() else f"failed: {last_line(output)}"
+        run.add("the ops' small cases on the CPU", status=status)
+        return
+    tool = sanitizer_path()
+    if tool is None:
+        run.add("compute-sanitizer", status="missing: neither in CUDA_HOME/bin nor on PATH; it is part of the CUDA toolkit")
+        return
+    # Each tensor gets memory of its own, or an access beyond it would land in the allocator's block and go unseen.
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    tools = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}  # torch asks for symbols that a driver may lack
+    children = {
+        name: child([tool, "--tool", name, *options, "--error-exitcode", "9", *driver], BENCH, **environment)
+        for name, options in tools.items()
+    }
+    for name, (process, log) in children.items():
+        output, killed = finish(process, log, run.left() - 5)
+        print(output[-4000:], flush=True)
+        said = re.findall(r"=+ ((?:ERROR|RACECHECK) SUMMARY: .+)", output)
+        right = output.count(": right")
+        clean = process.returncode == 0 and right == cases()
+        status = "killed, it took too long" if killed else "ok" if clean else f"failed: {(said or [last_line(output)])[-1]}"
+        run.add(f"compute-sanitizer {name}", status=status, correct="yes" if status == "ok" else "no",
+                shape=f"{right} of {cases()} ops right; {(said or [''])[-1]}")  # fmt: skip
+
+
+def cases() -> int:
+    from .cuda_ops import CASES
+
+    return len(CASES)
