@@ -212,10 +212,14 @@ void packed_weight_grad(Tensor grad_output, Tensor input, Tensor indices, Tensor
 }
 
 #ifdef LIFT_WITH_CUDA
-// torch's current stream, through a symbol that only a CUDA build of torch exports: the extension itself links to neither.
+// torch's current stream, through a symbol that only a CUDA build of torch exports: the extension itself links to neither. Python loads
+// torch's libraries into a scope of their own, where RTLD_DEFAULT does not look; the library is named, but never loaded here.
 lift::Stream current_stream(const Tensor& tensor) {
   using GetStream = AOTITorchError (*)(int32_t, void**);
-  static const auto get = reinterpret_cast<GetStream>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  static const auto get = [] {
+    void* const torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<GetStream>(dlsym(torch_cuda != nullptr ? torch_cuda : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  }();
   STD_TORCH_CHECK(get != nullptr, "lift_kernels_native: this torch was built without CUDA");
   lift::Stream where{tensor.get_device(), nullptr};
   STD_TORCH_CHECK(get(where.device, &where.stream) == 0, "lift_kernels_native: torch gave no CUDA stream");
