@@ -47,6 +47,7 @@ bench: setup $(VENV)/.peers
 	$(BIN)/python bench/bench_memory.py
 	$(BIN)/python bench/bench_delta.py
 	$(BIN)/python bench/bench_training.py
+	$(BIN)/python -m bench.tables
 
 # What the kernels compile to, and the README's tables from the CSVs.
 report: setup

@@ -94,6 +94,7 @@ def _kernel_rows() -> list[tuple[str, Mapping[str, Selection]]]:
         "`set_bits`": {"kernel": "set_bits", "language": "triton"},
         "`count_bits`": {"kernel": "count_bits", "language": "triton"},
         "`list_bits`": {"kernel": "list_bits", "language": "triton"},
+        "`bitmap_to_indices`, choose": {"kernel": "bitmap_choose", "language": "triton"},
         "CUDA `packed_gather`": {"kernel": "packed_gather_kernel<*"},
         "CUDA `packed_scatter_`": {"kernel": "packed_scatter_kernel<*"},
         "CUDA `packed_migrate`": {"kernel": "packed_migrate_kernel<*"},
@@ -104,6 +105,10 @@ def _kernel_rows() -> list[tuple[str, Mapping[str, Selection]]]:
         "CUDA `cholesky_qr_`, factor and inverse": {"kernel": "cholesky_inverse_kernel"},
         "CUDA `cholesky_qr_`, product, l to 64": {"kernel": "multiply_upper_kernel<64>"},
         "CUDA `cholesky_qr_`, product, wider": {"kernel": "multiply_upper_kernel<128>"},
+        "CUDA `bitmap_to_indices`, choose": {"kernel": "bitmap_choose_kernel<*"},
+        "CUDA `bitmap_to_indices`, count": {"kernel": "bitmap_count_kernel<*"},
+        "CUDA `bitmap_to_indices`, place": {"kernel": "bitmap_place_kernel<*"},
+        "CUDA `bitmap_to_indices`, list": {"kernel": "bitmap_list_kernel<*"},
     }
     return [
         (label, {"all": chosen, **{f"sm{target}": {**chosen, "target": target} for target in ("80", "90", "100")}})
