@@ -12,7 +12,8 @@ a row without a time too, and the exit status is 1.
 - SHiRA: the packed fp32 values that peft trains, under torch's fused AdamW. Its forward pass builds the weight anew; not counted.
 - Floor: as in `bench_sparse_adamw` for ours and for dense AdamW; empty for others.
 
-    python bench/bench_peers.py [--sets 2048x2048 smollm2] [--dtypes fp32 bf16] [--runs 6] [--only NAME ...] [--out DIR]
+    python bench/bench_peers.py [--sets 2048x2048 smollm2] [--dtypes fp32 bf16] [--runs 6] [--only NAME ...]
+        [--device cpu] [--out DIR]
 """
 
 from __future__ import annotations
@@ -95,8 +96,19 @@ def shira(weights: Sequence[Tensor], grads: Sequence[Tensor], arena: Arena) -> t
     return torch.optim.AdamW(parameters(values, [g.view(-1)[i].float() for g, i in zip(grads, flat)]), **HYPER, fused=True)
 
 
-def indexed_triton(weights: Sequence[Tensor], grads: Sequence[Tensor], arena: Arena) -> torch.optim.Optimizer:
-    raise NotImplementedError("needs a GPU; this bench runs on the CPU")
+class IndexedTriton:
+    """Our Triton kernel, launched once a parameter."""
+
+    def __init__(self, weights: Sequence[Tensor], grads: Sequence[Tensor], arena: Arena) -> None:
+        if not weights[0].is_cuda:
+            raise NotImplementedError("needs a GPU")
+        pieces = zip(weights, grads, arena.lists())
+        self.each = [Sparse([weight], [grad], Arena.of([index])) for weight, grad, index in pieces]
+        self.state = [(one.arena.indices, one.exp_avg, one.exp_avg_sq, one.steps) for one in self.each]
+
+    def step(self) -> None:
+        for one in self.each:
+            one("triton")
 
 
 LOW_RANK = {"rank": RANK, "update_proj_gap": 200, "proj_type": "std"}
@@ -112,7 +124,7 @@ PEERS: dict[str, Callable] = {
     f"APOLLO, r = {RANK}": optimizer("apollo-torch", "apollo_torch", "APOLLOAdamW",
                                      LOW_RANK | {"scale": 1.0, "proj": "random", "scale_type": "channel"}),
     "SHiRA's values, AdamW fused": shira,
-    "one indexed Triton launch a parameter": indexed_triton,
+    "one indexed Triton launch a parameter": IndexedTriton,
 }  # fmt: skip
 
 
@@ -138,6 +150,8 @@ def peer(name: str, weights: Sequence[Tensor], grads: Sequence[Tensor], arena: A
         built = PEERS[name](weights, grads, arena)
         start = time.perf_counter()
         built.step()
+        if weights[0].is_cuda:
+            torch.cuda.synchronize()
         first = time.perf_counter() - start
     except Exception as error:  # whatever a foreign package raises is its row's status
         text = " ".join(str(error).split())[:160]
@@ -147,7 +161,7 @@ def peer(name: str, weights: Sequence[Tensor], grads: Sequence[Tensor], arena: A
     computed = computed_bytes(name, weights, arena)
     floor = 7.0 * numel * weights[0].element_size() if name.startswith("AdamW") else None
     return Contestant(name, built.step, floor), {
-        "state_bytes": round(state_bytes(dict(built.state)) / numel, 4),
+        "state_bytes": round(state_bytes(list(built.state) if isinstance(built.state, list) else dict(built.state)) / numel, 4),
         "computed_bytes": "" if computed is None else round(computed, 4), "first_step_s": round(first, 3), "status": "ok",
     }  # fmt: skip
 
@@ -159,7 +173,7 @@ def forms(dtype: torch.dtype) -> dict[str, dict]:
 
 
 def ours(weights, grads, arena: Arena, dtype: torch.dtype) -> Iterator[tuple[str, Contestant | None, dict]]:
-    """`sparse_adamw_` native from dense and packed gradients, and the reference; checked."""
+    """`sparse_adamw_` from dense and packed gradients, by the default backend and the others; checked."""
     numel = sum(w.numel() for w in weights)
     for packed in (False, True):
         for label, options in forms(dtype).items():
@@ -176,15 +190,23 @@ def ours(weights, grads, arena: Arena, dtype: torch.dtype) -> Iterator[tuple[str
             if not packed and not label:
                 name = "sparse_adamw_, dense grads, reference"
                 yield name, Contestant(name, lambda sparse=sparse: sparse("reference")), said
+                if not weights[0].is_cuda:
+                    yield "sparse_adamw_, dense grads, Triton", None, {"status": "needs a GPU"}
 
 
 def compare(
-    name: str, weights: Sequence[Tensor], lists: Sequence[Tensor], dtype: torch.dtype, runs: int, only: Sequence[str] | None = None
+    name: str,
+    weights: Sequence[Tensor],
+    lists: Sequence[Tensor],
+    dtype: torch.dtype,
+    runs: int,
+    only: Sequence[str] | None = None,
+    device: str = "cpu",
 ) -> list[dict]:
     """One row a contestant, those without a time included."""
-    weights, arena = [w.to(dtype, copy=True) for w in weights], Arena.of(lists)
+    weights, arena = [w.to(device, dtype, copy=True) for w in weights], Arena.of([index.to(device) for index in lists])
     generator = torch.Generator().manual_seed(0)
-    grads = [torch.randn(w.shape, generator=generator).mul_(1e-3).to(dtype) for w in weights]
+    grads = [torch.randn(w.shape, generator=generator).mul_(1e-3).to(device, dtype) for w in weights]
     found = list(ours(weights, grads, arena, dtype))
     for label in PEERS:
         if only is None or label in only or label == "AdamW fused":
@@ -197,8 +219,8 @@ def compare(
             "computed_bytes": round(1 + 2 * weights[0].element_size() * arena.entries / numel, 4)}  # fmt: skip
     found.append(("published LIFT step", Contestant("published LIFT step", published), said))
     entrants = [entrant for _, entrant, _ in found if entrant is not None]
-    bandwidth = bench_util.copy_bandwidth(mib=32, runs=5) if runs < 3 else bench_util.copy_bandwidth()
-    times = bench_util.alternate(entrants, runs, warmup=1)
+    bandwidth = bench_util.copy_bandwidth(device, mib=32, runs=5) if runs < 3 else bench_util.copy_bandwidth(device)
+    times = bench_util.alternate(entrants, runs, warmup=1, device=device)
     labels = {"op": "step", "set": f"{name}, {str(dtype).removeprefix('torch.')}", "matrices": len(weights), "parameters": numel}
     timed = {r["variant"]: r for r in bench_util.rows(entrants, times, "AdamW fused", bandwidth, **labels)}
     return [labels | {"variant": label} | timed.get(label, {}) | said for label, _, said in found]
@@ -223,15 +245,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=6)
     parser.add_argument("--only", nargs="*", help="peers to run; the others' rows say that they were switched off")
     parser.add_argument("--out", type=Path, help="folder for the files in place of bench/results/<device>")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args(argv)
     table: list[dict] = []
     for name in arguments.sets:
         weights, lists = shapes(name, arguments.model)
         for dtype in arguments.dtypes:
-            new = compare(name, weights, lists, {"fp32": FP32, "bf16": BF16}[dtype], arguments.runs, arguments.only)
+            new = compare(name, weights, lists, {"fp32": FP32, "bf16": BF16}[dtype], arguments.runs, arguments.only,
+                          arguments.device)  # fmt: skip
             bench_util.show(new, COLUMNS)
-            table += [row | bench_util.environment() for row in new]
-    folder = arguments.out or bench_util.results_folder()
+            table += [row | bench_util.environment(arguments.device) for row in new]
+    folder = arguments.out or bench_util.results_folder(arguments.device)
     bench_util.write_csv(folder / "peers.csv", table)
     bench_util.plot_ratios(folder / "peers.png", [r for r in table if r["status"] == "ok"], "set", "the step beside its peers")
     return int(any(row["status"].startswith("refused") for row in table))

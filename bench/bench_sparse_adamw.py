@@ -100,11 +100,11 @@ class Published:
         self.weights, self.grads, self.step = weights, grads, 10
         self.masks, self.exp_avg, self.exp_avg_sq = [], [], []
         for weight, index in zip(weights, arena.lists()):
-            mask = torch.zeros(weight.numel(), dtype=torch.bool)
+            mask = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
             mask[index.long()] = True
             self.masks.append(mask.view_as(weight))
-            self.exp_avg.append(torch.zeros(len(index), dtype=weight.dtype))
-            self.exp_avg_sq.append(torch.zeros(len(index), dtype=weight.dtype))
+            self.exp_avg.append(torch.zeros(len(index), dtype=weight.dtype, device=weight.device))
+            self.exp_avg_sq.append(torch.zeros(len(index), dtype=weight.dtype, device=weight.device))
 
     def __call__(self) -> None:
         beta1, beta2 = HYPER["betas"]

@@ -99,16 +99,19 @@ def clustered_indices(m: int, n: int, density: float, seed: int, device: str = "
     return magnitude.topk(k).indices.sort().values.int()
 
 
-def alternate(contestants: Sequence[Contestant], runs: int, warmup: int = 2) -> dict[str, np.ndarray]:
-    """Seconds of every run of every contestant on the CPU, ``runs`` rounds in shuffled order with emptied caches."""
-    evict = torch.ones(24 * 2**20)  # 96 MiB; reading it leaves nothing else in the caches, and nothing to write back
+def alternate(contestants: Sequence[Contestant], runs: int, warmup: int = 2, device: str = "cpu") -> dict[str, np.ndarray]:
+    """Seconds of every run of every contestant, ``runs`` rounds in shuffled order with emptied caches; a GPU is waited for."""
+    evict = torch.ones(24 * 2**20, device=device)  # 96 MiB; read, it leaves nothing else in the caches and nothing to write back
+    wait = torch.cuda.synchronize if evict.is_cuda else lambda: None
     rng = np.random.default_rng(0)
     times: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
     for round_ in range(-warmup, runs):
         for i in rng.permutation(len(contestants)):
             evict.sum()
+            wait()
             start = time.perf_counter()
             contestants[i].run()
+            wait()
             elapsed = time.perf_counter() - start
             if round_ >= 0:
                 times[contestants[i].name].append(elapsed)
