@@ -171,6 +171,23 @@ TABLES = {
         },
         each=[{"set": "4096x11008", "times_topk": "?*"}],
     ),
+    "main_job": Table(
+        "main_job.csv",
+        {
+            "method": "{row.variant}",
+            "held-out loss, before": "{row.loss_before:.3f}",
+            "after": "{row.loss_after:.3f}",
+            "exact match, before": "{row.exact_before:.1%}",
+            "after (95 % interval)": "{row.exact_after:.1%} ({row.exact_low:.0%}..{row.exact_high:.0%})",
+            "neutral loss, before": "{row.neutral_before:.3f}",
+            "after ": "{row.neutral_after:.3f}",
+            "trained": "{row.entries/M:.2f} M, {row.density:.2%}",
+            "optimizer state": "{row.state_bytes/MiB:.1f} MiB, {row.state_bytes/row.dense_state_bytes:.1%} of dense",
+            "forward and backward, step, refresh": "{row.forward_backward_s:.2f} s, {row.step_s/ms:.0f} ms, {row.refresh_s:.1f} s"
+            "||{row.forward_backward_s:.2f} s, {row.step_s/ms:.0f} ms",
+        },
+        each=[{"status": "ok"}],
+    ),
     "packed_ops": Table(
         "packed_ops.csv",
         {

@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^(<!-- table: (\S+) \(from (\S+\.csv); python -m bench\.tables\) -->\n)(.*?)^<!-- end -->$", re.M | re.S)
-UNITS = {"ms": 1e-3, "KiB": 2.0**10, "MiB": 2.0**20, "GB": 1e9, "T": 1e12}
+UNITS = {"ms": 1e-3, "KiB": 2.0**10, "MiB": 2.0**20, "M": 1e6, "GB": 1e9, "T": 1e12}
 ORIGIN = {"device": "{}", "torch": "torch {}", "compiler": "{}", "runs": "repeats: {}", "commit": "commit {}"}
 
 Selection = Mapping[str, str]
