@@ -90,8 +90,8 @@ bool is_ordinary_step(const std::vector<Tensor>& weights, const std::vector<Tens
   for (size_t i = 0; i < n; ++i) {
     const Tensor &w = weights[i], &g = grads[i];
     if (w.scalar_type() != weight || g.scalar_type() != grad || !w.is_contiguous() || !g.is_contiguous()) return false;
-    if (w.numel() > INT32_MAX || offsets[i] < 0 || counts[i] < 0 || offsets[i] + counts[i] > size) return false;
-    if (packed_grads ? g.dim() != 1 || g.size(0) != counts[i] : !same_shape(w, g)) return false;
+    if (offsets[i] < 0 || counts[i] < 0 || offsets[i] > size || counts[i] > size - offsets[i]) return false;
+    if (packed_grads ? g.numel() != counts[i] : !same_shape(w, g)) return false;
   }
   return true;
 }
@@ -212,13 +212,13 @@ void packed_weight_grad(Tensor grad_output, Tensor input, Tensor indices, Tensor
 }
 
 #ifdef LIFT_WITH_CUDA
-// torch's current stream, through a symbol that only a CUDA build of torch exports: the extension itself links to neither. Python loads
-// torch's libraries into a scope of their own, where RTLD_DEFAULT does not look; the library is named, but never loaded here.
+// torch's current stream, through a symbol that only a CUDA build of torch exports: the extension itself links to neither. Python
+// loads torch's libraries into a scope of their own, where RTLD_DEFAULT does not look; the library is named, but never loaded here.
 lift::Stream current_stream(const Tensor& tensor) {
   using GetStream = AOTITorchError (*)(int32_t, void**);
   static const auto get = [] {
-    void* const torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return reinterpret_cast<GetStream>(dlsym(torch_cuda != nullptr ? torch_cuda : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+    void* const loaded = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<GetStream>(dlsym(loaded != nullptr ? loaded : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
   }();
   STD_TORCH_CHECK(get != nullptr, "lift_kernels_native: this torch was built without CUDA");
   lift::Stream where{tensor.get_device(), nullptr};
@@ -283,9 +283,11 @@ void bitmap_to_indices_on_cuda(Tensor bitmaps, Tensor candidates, Tensor counts,
 
 int64_t cuda_runtime_version() { return lift::cuda_runtime_version(); }
 int64_t cuda_driver_version() { return lift::cuda_driver_version(); }
+bool cuda_has_code() { return lift::cuda_has_code(); }
 #else
 int64_t cuda_runtime_version() { return 0; }
 int64_t cuda_driver_version() { return 0; }
+bool cuda_has_code() { return false; }
 #endif
 
 }  // namespace
@@ -314,6 +316,7 @@ STABLE_TORCH_LIBRARY(lift_kernels_native, m) {
       "Tensor(d!) thresholds, Tensor(e!) status) -> ()");
   m.def("cuda_runtime_version() -> int");
   m.def("cuda_driver_version() -> int");
+  m.def("cuda_has_code() -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lift_kernels_native, CPU, m) {
@@ -329,6 +332,7 @@ STABLE_TORCH_LIBRARY_IMPL(lift_kernels_native, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(lift_kernels_native, CompositeExplicitAutograd, m) {
   m.impl("cuda_runtime_version", TORCH_BOX(&cuda_runtime_version));
   m.impl("cuda_driver_version", TORCH_BOX(&cuda_driver_version));
+  m.impl("cuda_has_code", TORCH_BOX(&cuda_has_code));
 }
 
 #ifdef LIFT_WITH_CUDA

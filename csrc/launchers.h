@@ -92,8 +92,8 @@ int bitmap_to_indices_cuda(int32_t* bitmaps, int64_t matrices, int64_t rows, int
                            int32_t* status, Stream where);
 // Helpers of a refresh. Blocks are (batch, rows, l), fp32; Gram matrices and inverses (batch, l, l).
 int gaussian_sketch_cuda(void* out, DType dtype, int64_t matrices, int64_t count, uint64_t seed, uint64_t first, Stream where);
-// partials (batch, slabs, tile pairs of the upper triangle, tile, tile): Gram matrices of slabs of rows of `product`, or, given `block`, of the next block of the Chebyshev
-// recurrence, which goes to `raised`; `previous` may be null.
+// partials (batch, slabs, tile pairs of the upper triangle, tile, tile): Gram matrices of slabs of rows of `product`, or, given
+// `block`, of the next block of the Chebyshev recurrence, which goes to `raised`; `previous` may be null.
 int gram_cuda(const float* product, const float* block, const float* previous, const float* edge, float* raised, int64_t batch,
               int64_t rows, int64_t l, int64_t slab_rows, float* partials, Stream where);
 // inverse: D R^-1 of the sum of the slabs; gram and scale (batch, l) are scratch.
@@ -102,6 +102,7 @@ int cholesky_inverse_cuda(const float* partials, int64_t batch, int64_t slabs, i
 int multiply_upper_cuda(float* x, const float* inverse, const int32_t* status, int64_t batch, int64_t rows, int64_t l,
                         Stream where);
 int cuda_runtime_version();  // as in CUDA, 13000 for 13.0
+bool cuda_has_code();        // for the current device
 int cuda_driver_version();   // 0 without a driver
 
 }  // namespace lift

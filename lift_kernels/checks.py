@@ -169,6 +169,11 @@ def check_sketch(block: Tensor, seed: int, first: int) -> None:
     """What `gaussian_sketch` can check without reading a tensor."""
     require(block.dtype in (torch.float32, torch.bfloat16), f"a sketch is float32 or bfloat16, got {block.dtype}", TypeError)
     require(block.dim() == 3 and block.is_contiguous(), f"a sketch is a contiguous (b, n, l) tensor, got {tuple(block.shape)}")
+    check_counter(seed, first)
+
+
+def check_counter(seed: int, first: int) -> None:
+    """Seed and number of the first matrix of a sketch fit the schema and the generator."""
     for label, number in (("seed", seed), ("first", first)):
         require(isinstance(number, int) and 0 <= number < 2**63, f"{label} must be an integer from 0 to 2^63-1, got {number!r}")
 
@@ -213,9 +218,9 @@ def check_edge(product: Tensor, block: Tensor, previous: Tensor | None, edge: Te
         good = x is None or (x.shape == block.shape and x.dtype == torch.float32 and x.is_contiguous() and x.device == block.device)
         require(good, f"{label} must be contiguous float32 {tuple(block.shape)} on {block.device} like block, "
                 f"got {None if x is None else (x.dtype, tuple(x.shape), str(x.device))}")  # fmt: skip
-    require(edge.shape == block.shape[:1] and edge.dtype == torch.float32 and edge.device == block.device,
-            f"edge must be float32 ({len(block)},) on {block.device}, "
-            f"got {edge.dtype} {tuple(edge.shape)} on {edge.device}")  # fmt: skip
+    require(edge.shape == block.shape[:1] and edge.dtype == torch.float32 and edge.device == block.device and edge.is_contiguous(),
+            f"edge must be contiguous float32 ({len(block)},) on {block.device}, "
+            f"got {edge.dtype} {tuple(edge.shape)}, strides {edge.stride()}, on {edge.device}")  # fmt: skip
 
 
 def check_arena(tensors: Sequence[Tensor], indices: Tensor, offsets: Sequence[int], counts: Sequence[int], label: str) -> None:

@@ -134,6 +134,10 @@ def _native_cuda() -> Backend:
     if driver // 1000 < runtime // 1000:
         old = f"the driver serves CUDA {driver // 1000}, the extension holds CUDA {runtime // 1000}"
         return Backend(False, f"{old}; update the driver, or let Triton serve")
+    if not torch.ops.lift_kernels_native.cuda_has_code():
+        major, minor = torch.cuda.get_device_capability()
+        needs = f"build it again with LIFT_CUDA_ARCHS={major}{minor}, or let Triton and torch serve"
+        return Backend(False, f"the extension has no code for this device (sm_{major}{minor}); {needs}")
     return Backend(True, f"compiled CUDA {runtime // 1000}.{runtime % 1000 // 10}: {', '.join(NATIVE_CUDA_OPS)}")
 
 

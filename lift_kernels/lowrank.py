@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import mask_ops
 from .checks import check_finite, require
+from .precision import matmul_precision
 
 METHODS = ("auto", "gram", "chebyshev", "svd")
 TOLERANCE = 3e-5
@@ -199,12 +200,12 @@ def _svd(weight: Tensor, rank: int) -> LowRankFactors:
 
 
 def _gram(tall: Tensor, shape: torch.Size, rank: int, unit: float) -> LowRankFactors:
-    _, vectors = torch.linalg.eigh(tall.T @ tall)  # ascending eigenvalues
+    _, vectors = torch.linalg.eigh(_exact_product(tall.T, tall))  # ascending eigenvalues
     short = vectors[:, -rank:].contiguous()
     basis = None
     if cheapest_method(shape, rank, warm=True, device=tall.device.type) == "chebyshev":
         basis = vectors[:, -block_width(shape, rank) :].to(torch.bfloat16)
-    return _oriented(tall @ short, short, basis, shape, unit, "gram", 2, True)
+    return _oriented(_exact_product(tall, short), short, basis, shape, unit, "gram", 2, True)
 
 
 class _Ended(NamedTuple):
@@ -256,9 +257,9 @@ def _chebyshev(tall: Tensor, block: Tensor, rank: int, tolerance: float, max_deg
         if degree % _CYCLE == _CYCLE - 1:
             previous = None
     top = rotation[:, :, -rank:]
-    short, basis = block @ top, _product(block, rotation).to(torch.bfloat16)
+    short, basis = _exact_product(block, top), _product(block, rotation).to(torch.bfloat16)
     if tall.is_cuda:  # the image was formed in TF32: once more, for the factors
-        return _Ended(tall @ short, short, basis, [p + 1 for p in passes], settled)
+        return _Ended(_exact_product(tall, short), short, basis, [p + 1 for p in passes], settled)
     return _Ended(image @ top, short, basis, passes, settled)
 
 
@@ -280,11 +281,11 @@ def _repaired(block: Tensor, other: Tensor | None, status: Tensor) -> tuple[Tens
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b within the iteration: on a GPU in TF32, whose error stays below what stops it."""
-    if not a.is_cuda:  # nor is a setting of the whole process touched by the threads of a refresh on the CPU
+    with matmul_precision(a, "tf32"):
         return a @ b
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
+
+
+def _exact_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in full fp32, whatever the user's setting."""
+    with matmul_precision(a, "ieee"):
         return a @ b
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from . import bracket as brackets
 from . import dispatch, native_cuda, reference
-from .checks import check_bitmaps, check_edge, check_qr, check_sketch, check_topk, require
+from .checks import check_bitmaps, check_counter, check_edge, check_qr, check_sketch, check_topk, require
+from .precision import matmul_precision
 
 
 def lowrank_topk(
@@ -141,6 +142,7 @@ def gaussian_sketch(
     """
     for label, size in (("matrices", matrices), ("rows", rows), ("columns", columns)):
         require(isinstance(size, int) and size >= 0, f"{label} must be an integer of at least 0, got {size!r}")
+    check_counter(seed, first)
     block = torch.empty(matrices, rows, columns, dtype=dtype, device=device)
     torch.ops.lift_kernels.gaussian_sketch_(block, seed, first, backend=backend)
     return block
@@ -198,7 +200,8 @@ def _cholesky_qr(block, other, rounds, backend):
     check_qr(block, other, rounds)
     name = dispatch.choose(backend, block.device, "cholesky_qr_")
     if name == "reference" or block.numel() == 0:
-        return reference.cholesky_qr_ref_(block, other, rounds)
+        with matmul_precision(block, "ieee"):
+            return reference.cholesky_qr_ref_(block, other, rounds)
     torch.autograd.graph.increment_version([block] if other is None else [block, other])
     return native_cuda.cholesky_qr_(block, other, rounds)
 
@@ -241,11 +244,13 @@ def _chebyshev_step(product, block, previous, edge, backend):
     check_edge(product, block, previous, edge)
     name = dispatch.choose(backend, block.device, "chebyshev_step_")
     if name == "reference" or block.numel() == 0:
-        return reference.chebyshev_step_ref_(product, block, previous, edge)
+        with matmul_precision(block, "ieee"):
+            return reference.chebyshev_step_ref_(product, block, previous, edge)
     torch.autograd.graph.increment_version([block])
     return native_cuda.chebyshev_step_(product, block, previous, edge)
 
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether a call may pass by the dispatcher: nothing is recorded or traced, and a small block waits 0.1 ms for its layers."""
-    return type(tensor) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    quiet = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return quiet and type(tensor) is Tensor and not tensor.is_meta

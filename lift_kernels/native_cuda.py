@@ -21,7 +21,7 @@ def tile(width: int) -> int:
 
 
 def cholesky_qr_(block: Tensor, other: Tensor | None, rounds: int) -> Tensor:
-    """`mask_ops.cholesky_qr_`: four launches a round."""
+    """`mask_ops.cholesky_qr_`: four launches a round, five with ``other``."""
     status = block.new_empty(len(block), dtype=torch.int32)
     for _ in range(rounds):
         partials = _partials(block)

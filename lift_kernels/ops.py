@@ -80,13 +80,14 @@ def sparse_adamw_(
 
     Raises ValueError, TypeError or IndexError, before anything is written, with the position in ``weights`` and the value.
     """
+    beta1, beta2 = betas
     plain = type(indices) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if plain and indices.is_cpu and backend is None and not validate and type(lr) is float and _native_serves():
         try:
-            bias = None if births is None else scalars.bias_table(*betas, indices.device)
+            bias = None if births is None else scalars.bias_table(beta1, beta2, indices.device)
             done = torch.ops.lift_kernels_native.sparse_adamw_.default(
-                weights, grads, indices, offsets, counts, exp_avg, exp_avg_sq, steps, lr, *betas, eps, weight_decay, master, births,
-                bias, inv_scale, found_inf, packed_grads, maximize, stochastic, seed & 0xFFFFFFFF,
+                weights, grads, indices, offsets, counts, exp_avg, exp_avg_sq, steps, lr, beta1, beta2, eps, weight_decay, master,
+                births, bias, inv_scale, found_inf, packed_grads, maximize, stochastic, seed & 0xFFFFFFFF,
             )  # fmt: skip
         except (RuntimeError, ValueError, TypeError):  # arguments that the native op cannot take: below they are told so in words
             done = False
@@ -98,7 +99,7 @@ def sparse_adamw_(
     op = _sparse_adamw_op if plain else torch.ops.lift_kernels.sparse_adamw_.default
     op(
         weights, grads, indices, offsets, counts, exp_avg, exp_avg_sq, steps, lr, master, births, inv_scale, found_inf,
-        beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay, packed_grads=packed_grads, maximize=maximize,
+        beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, packed_grads=packed_grads, maximize=maximize,
         stochastic=stochastic, seed=seed, validate=validate, backend=backend,
     )  # fmt: skip
 
@@ -121,6 +122,7 @@ def _sparse_adamw_op(
     if not weights:
         return
     name = dispatch.choose(backend, indices.device, "sparse_adamw_")
+    steps = steps.contiguous()
     torch.autograd.graph.increment_version([*weights, exp_avg, exp_avg_sq, *([] if master is None else [master])])
     if name == "reference":
         return reference.sparse_adamw_ref(

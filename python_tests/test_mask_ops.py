@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -40,6 +42,7 @@ def test_gaussian_sketch_in_bf16_is_the_rounded_one():
 @pytest.mark.parametrize(
     "arguments, options, error, message",
     [
+        ((1, 2, 3), {"seed": 2**63}, ValueError, r"seed must be an integer from 0 to 2\^63-1, got 9223372036854775808"),
         ((1, 2, 3), {"seed": -1}, ValueError, r"seed must be an integer from 0 to 2\^63-1, got -1"),
         ((1, 2, 3), {"seed": 0, "first": -2}, ValueError, "first must be an integer from 0"),
         ((1, -2, 3), {"seed": 0}, ValueError, "rows must be an integer of at least 0, got -2"),
@@ -81,8 +84,10 @@ def test_cholesky_qr_bad_input(change, error, message, grad):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"edge": torch.ones(3)}, r"edge must be float32 \(2,\) on cpu, got torch.float32 \(3,\)"),
-        ({"edge": torch.ones(2).double()}, "edge must be float32"),
+        ({"edge": torch.ones(3)}, r"edge must be contiguous float32 \(2,\) on cpu, got torch.float32 \(3,\)"),
+        ({"edge": torch.ones(2).double()}, "edge must be contiguous float32"),
+        ({"edge": torch.ones(1).expand(2)}, r"edge must be contiguous float32 \(2,\) on cpu, .* strides \(0,\)"),
+        ({"edge": torch.ones(2, 3)[:, 0]}, r"strides \(3,\)"),
         ({"previous": torch.ones(2, 6, 3)}, r"previous must be contiguous float32 \(2, 6, 4\)"),
         ({"product": torch.ones(2, 5, 4)}, "product must be contiguous float32"),
         ({"block": torch.ones(2, 3, 4)}, "4 columns of 3 rows cannot be orthonormal"),
@@ -158,3 +163,46 @@ def test_the_doctor_compares_the_helpers_with_their_twins(monkeypatch):
     monkeypatch.setattr(doctor.ops, "cholesky_qr_", lambda block, *, backend: qr(block, backend=backend) if backend else None)
     error, limit = doctor._qr(None, "cpu")
     assert error > limit
+
+
+PRECISIONS = """
+import torch
+from types import SimpleNamespace
+from lift_kernels.precision import matmul_precision
+matmul = torch.backends.cuda.matmul
+{start}
+def read(get):
+    try:
+        return get()
+    except RuntimeError:
+        return "refused"
+def state():
+    return [read(get) for get in (lambda: matmul.allow_tf32, lambda: matmul.fp32_precision, torch.get_float32_matmul_precision)]
+before = state()
+on_a_gpu = SimpleNamespace(is_cuda=True)
+for precision in ("tf32", "ieee"):
+    try:
+        with matmul_precision(on_a_gpu, precision):
+            assert matmul.fp32_precision == precision
+            raise KeyError
+    except KeyError:
+        pass
+    assert state() == before, (state(), before)
+"""
+
+
+@pytest.mark.parametrize(
+    "start",
+    ["", "matmul.allow_tf32 = True", "torch.set_float32_matmul_precision('medium')", "matmul.fp32_precision = 'tf32'",
+     "torch.backends.fp32_precision = 'tf32'"],
+)  # fmt: skip
+def test_the_precision_of_products_comes_back(start):
+    """Whichever of torch's switches the user took: some of them cannot be read once another was set."""
+    done = subprocess.run([sys.executable, "-c", PRECISIONS.format(start=start)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_helpers_on_meta_tensors_give_shapes():
+    block = torch.empty(2, 6, 4, device="meta")
+    with torch.no_grad():
+        assert mask_ops.cholesky_qr_(block).shape == (2,)

@@ -68,6 +68,7 @@ BAD_STEPS = {
     "indices a matrix": (replaced("indices", lambda t: t.view(2, -1)), {}, ValueError, "contiguous vector"),
     "offset negative": (replaced("offsets", lambda o: -1, 1), {}, IndexError, r"segment 1 \(-1 \+ 72\)"),
     "count negative": (replaced("counts", lambda c: -2, 1), {}, IndexError, r"segment 1 .*-2\)"),
+    "segment at the end of all numbers": (replaced("offsets", lambda o: 2**63 - 1, 1), {}, IndexError, "segment 1 .* does not fit"),
     "segment past the arena": (replaced("offsets", lambda o: 10**6, 1), {}, IndexError, r"segment 1 \(1000000 \+ 72\)"),
     "offset missing": (replaced("offsets", lambda o: o[:-1]), {}, ValueError, "equally long, got 2, 1, 2"),
     "moments fp16": (both_moments_half, {}, TypeError, "moments .*float16"),

@@ -331,3 +331,14 @@ def test_sparse_adamw_four_gigabyte_weight(where):
     small.step(where)
     assert torch.equal(weight.view(-1)[index], small.weights[0].view(-1)[small.index(0)])
     assert torch.equal(weight.view(-1)[neighbours], torch.ones(5, dtype=BF16, device=where.device))
+
+
+def test_sparse_adamw_takes_packed_gradients_of_any_shape_and_strided_counts(where):
+    """As the reference does: only their numbers matter."""
+    plain, shaped = (make_problem(where, [((6, 7), 12), ((5, 4), 20)], packed=True) for _ in range(2))
+    shaped.grads = [grad.view(4, -1) for grad in shaped.grads]
+    plain.steps.fill_(8.0)
+    shaped.steps = plain.steps[:1].clone().expand(2)
+    plain.step(where, advance=False)
+    shaped.step(where, advance=False)
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(plain.weights, shaped.weights))

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "wide.cuh"
+
 namespace lift::cuda {
 
 using Candidate = unsigned long long;  // key << 32 | (2^31 - 1 - position); the key is an fp32 pattern without its sign
@@ -31,13 +33,6 @@ struct Bitmap {
     return (words + tile - 1) / tile;
   }
 };
-
-template <class T, int kCount>
-struct alignas(sizeof(T) * kCount) Pack {
-  T at[kCount];
-};
-
-__device__ inline bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 
 // Sum of `value` over the threads before this one; `total`: over all. `sums` may be written again after the next barrier.
 template <int kThreads>
@@ -67,8 +62,8 @@ __device__ void for_each(const Candidate* __restrict__ candidates, uint32_t coun
     done = count / 2 * 2;
     for (uint32_t i = threadIdx.x; i < count / 2; i += kThreads) {
       const auto pair = reinterpret_cast<const Pack<Candidate, 2>*>(candidates)[i];
-      f(pair.at[0]);
-      f(pair.at[1]);
+      f(pair.x[0]);
+      f(pair.x[1]);
     }
   }
   for (uint32_t i = done + threadIdx.x; i < count; i += kThreads) f(candidates[i]);
@@ -151,18 +146,18 @@ __device__ inline Pack<uint32_t, kWordsPerThread> load_words(const uint32_t* __r
     words = *reinterpret_cast<const Pack<uint32_t, kWordsPerThread>*>(bitmap + word);
   } else {
     for (int i = 0; i < kWordsPerThread; ++i)
-      if (word + i < form.words) words.at[i] = bitmap[word + i];
+      if (word + i < form.words) words.x[i] = bitmap[word + i];
   }
   if (form.columns % 32 != 0) {
     for (int i = 0; i < kWordsPerThread; ++i)
-      if ((word + i + 1) % form.width == 0) words.at[i] &= (1u << form.columns % 32) - 1;
+      if ((word + i + 1) % form.width == 0) words.x[i] &= (1u << form.columns % 32) - 1;
   }
   return words;
 }
 
 __device__ inline int count_bits(const Pack<uint32_t, kWordsPerThread>& words) {
   int sum = 0;
-  for (int i = 0; i < kWordsPerThread; ++i) sum += __popc(words.at[i]);
+  for (int i = 0; i < kWordsPerThread; ++i) sum += __popc(words.x[i]);
   return sum;
 }
 
@@ -221,11 +216,11 @@ bitmap_list_kernel(const uint32_t* __restrict__ bitmaps, Bitmap form, uint32_t t
   for (int start = 0; start < total; start += kStaged) {
     int place = before - start;
     for (int i = 0; i < kWordsPerThread; ++i) {
-      const int count = __popc(words.at[i]);
+      const int count = __popc(words.x[i]);
       if (place < kStaged && place + count > 0) {
         const uint32_t at = word + i, position = at / form.width * form.columns + at % form.width * 32;
         int slot = place;
-        for (uint32_t rest = words.at[i]; rest != 0; rest &= rest - 1, ++slot)
+        for (uint32_t rest = words.x[i]; rest != 0; rest &= rest - 1, ++slot)
           if (slot >= 0 && slot < kStaged) stage[phase + slot] = int32_t(position + uint32_t(__ffs(int(rest))) - 1);
       }
       place += count;

@@ -16,8 +16,8 @@ int gaussian_sketch_cuda(void* out, DType dtype, int64_t matrices, int64_t count
   const DeviceGuard guard(where.device);
   const auto launch = [&](auto type) {
     using T = decltype(type);
-    cuda::gaussian_sketch_kernel<<<blocks_for(matrices * divided(count, 16 / int64_t(sizeof(T)))), kThreads, 0, stream_of(where)>>>(
-        static_cast<T*>(out), matrices, count, seed, first);
+    const unsigned blocks = blocks_for(matrices * divided(count, 16 / int64_t(sizeof(T))));
+    cuda::gaussian_sketch_kernel<<<blocks, kThreads, 0, stream_of(where)>>>(static_cast<T*>(out), matrices, count, seed, first);
   };
   if (dtype == DType::f32) launch(float{});
   else launch(__nv_bfloat16{});
@@ -30,7 +30,8 @@ int gram_cuda(const float* product, const float* block, const float* previous, c
   const auto launch = [&](auto kernel, int64_t tile) {
     const int64_t tiles = divided(l, tile);
     const dim3 grid(unsigned(batch * (tiles * (tiles + 1) / 2)), unsigned(divided(rows, slab_rows)));
-    kernel<<<grid, cuda::kQrThreads, 0, stream_of(where)>>>(product, block, previous, edge, raised, rows, int(l), slab_rows, partials);
+    kernel<<<grid, cuda::kQrThreads, 0, stream_of(where)>>>(product, block, previous, edge, raised, rows, int(l), slab_rows,
+                                                            partials);
   };
   if (l <= cuda::kNarrow) launch(cuda::gram_kernel<cuda::kNarrow>, cuda::kNarrow);
   else launch(cuda::gram_kernel<cuda::kWide>, cuda::kWide);
@@ -48,6 +49,7 @@ int cholesky_inverse_cuda(const float* partials, int64_t batch, int64_t slabs, i
 
 int multiply_upper_cuda(float* x, const float* inverse, const int32_t* status, int64_t batch, int64_t rows, int64_t l,
                         Stream where) {
+  if (batch * rows == 0) return 0;
   const DeviceGuard guard(where.device);
   const auto launch = [&](auto kernel, int64_t tile) {
     kernel<<<unsigned(batch * divided(rows, tile)), cuda::kQrThreads, 0, stream_of(where)>>>(x, inverse, status, int(rows), int(l));

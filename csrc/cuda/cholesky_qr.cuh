@@ -1,11 +1,13 @@
 // Device code of cholesky_qr_ and chebyshev_step_: Gram matrix, Cholesky factor and its inverse, product with the inverse in place.
 // Torch-free, launch-free. All fp32, and every sum in an order that depends on the shapes alone.
 //
-// Blocks X are (batch, rows, l) row-major, of any l; tiles of 128 or (l up to 64) 64 columns. One round: partial Gram matrices of slabs of rows -> their sum G -> D = diag(G)^-1/2,
-// R^T R = D G D by panels, inverse D R^-1 -> X <- X D R^-1.
+// Blocks X are (batch, rows, l) row-major, of any l; tiles of 128 or (l up to 64) 64 columns. One round: partial Gram matrices of
+// slabs of rows -> their sum G -> D = diag(G)^-1/2, R^T R = D G D by panels, inverse D R^-1 -> X <- X D R^-1.
 #pragma once
 
 #include <cstdint>
+
+#include "wide.cuh"
 
 namespace lift::cuda {
 
@@ -16,20 +18,18 @@ constexpr int kRun = 128;   // rows of a Gram matrix that are added one by one: 
 constexpr int kPanel = 16;  // rows of a panel of the factorization
 constexpr int kDepth = 64;  // depth of one of its steps
 
-struct alignas(16) Float4 {
-  float x[4];
-};
+using Float4 = Pack<float, 4>;
 
 // Four neighbours of a row of `length` floats, zeros beyond its end; in one load where rows start on 16-byte boundaries.
-__device__ __forceinline__ Float4 load4(const float* __restrict__ row, int at, int length, bool aligned) {
-  if (aligned && at + 4 <= length) return *reinterpret_cast<const Float4*>(row + at);
+__device__ __forceinline__ Float4 load4(const float* __restrict__ row, int at, int length, bool wide) {
+  if (wide && at + 4 <= length) return *reinterpret_cast<const Float4*>(row + at);
   Float4 v;
   for (int i = 0; i < 4; ++i) v.x[i] = at + i < length ? row[at + i] : 0.0f;
   return v;
 }
 
-__device__ __forceinline__ void store4(float* __restrict__ row, int at, int length, bool aligned, Float4 v) {
-  if (aligned && at + 4 <= length) {
+__device__ __forceinline__ void store4(float* __restrict__ row, int at, int length, bool wide, Float4 v) {
+  if (wide && at + 4 <= length) {
     *reinterpret_cast<Float4*>(row + at) = v;
   } else {
     for (int i = 0; i < 4; ++i)
@@ -75,13 +75,13 @@ struct Recurrence {
   float* raised;          // where `block` is given
   float twice_inverse_edge;
 
-  __device__ __forceinline__ Float4 load(int64_t row, int at, int l, bool aligned) const {
-    Float4 v = load4(product + row * l, at, l, aligned);
+  __device__ __forceinline__ Float4 load(int64_t row, int at, int l, bool wide) const {
+    Float4 v = load4(product + row * l, at, l, wide);
     if (block == nullptr) return v;
-    const Float4 x = load4(block + row * l, at, l, aligned);
+    const Float4 x = load4(block + row * l, at, l, wide);
     for (int i = 0; i < 4; ++i) v.x[i] = twice_inverse_edge * v.x[i] - x.x[i];
     if (previous == nullptr) return v;
-    const Float4 p = load4(previous + row * l, at, l, aligned);
+    const Float4 p = load4(previous + row * l, at, l, wide);
     for (int i = 0; i < 4; ++i) v.x[i] = 2.0f * v.x[i] - p.x[i];
     return v;
   }
@@ -99,7 +99,7 @@ gram_kernel(const float* __restrict__ product, const float* __restrict__ block, 
   int ti = 0, tj = int(blockIdx.x % pairs);
   while (tj >= tiles - ti) tj -= tiles - ti++;  // pairs in the order (0,0), (0,1), .., (1,1), ..
   tj += ti;
-  const bool diagonal = ti == tj, aligned = l % 4 == 0;
+  const bool diagonal = ti == tj, wide = l % 4 == 0 && all_aligned(product, block, previous, raised);
   const int64_t size = rows * l;
   const Recurrence x{product + matrix * size, block == nullptr ? nullptr : block + matrix * size,
                      previous == nullptr ? nullptr : previous + matrix * size, raised == nullptr ? nullptr : raised + matrix * size,
@@ -114,9 +114,9 @@ gram_kernel(const float* __restrict__ product, const float* __restrict__ block, 
         const int r = quad / (kTile / 4), c = quad % (kTile / 4) * 4;
         Float4 a{}, b{};
         if (row + r < end) {
-          a = x.load(row + r, ti * kTile + c, l, aligned);
-          if (!diagonal) b = x.load(row + r, tj * kTile + c, l, aligned);
-          else if (x.block != nullptr) store4(x.raised + (row + r) * l, ti * kTile + c, l, aligned, a);
+          a = x.load(row + r, ti * kTile + c, l, wide);
+          if (!diagonal) b = x.load(row + r, tj * kTile + c, l, wide);
+          else if (x.block != nullptr) store4(x.raised + (row + r) * l, ti * kTile + c, l, wide, a);
         }
         *reinterpret_cast<Float4*>(&left[r][c]) = a;
         if (!diagonal) *reinterpret_cast<Float4*>(&right[r][c]) = b;
@@ -335,7 +335,7 @@ multiply_upper_kernel(float* __restrict__ x, const float* __restrict__ inverse, 
   const int row_tiles = (rows + kTile - 1) / kTile, first_row = int(blockIdx.x % unsigned(row_tiles)) * kTile;
   const int64_t matrix = blockIdx.x / unsigned(row_tiles);
   if (status[matrix] == kNotFinite) return;
-  const bool aligned = l % 4 == 0;
+  const bool wide = l % 4 == 0 && all_aligned(x, inverse);
   x += matrix * rows * l;
   inverse += matrix * l * l;
   for (int column = (l - 1) / kTile * kTile; column >= 0; column -= kTile) {
@@ -346,11 +346,11 @@ multiply_upper_kernel(float* __restrict__ x, const float* __restrict__ inverse, 
       for (int quad = int(threadIdx.x); quad < kStep * kTile / 4; quad += kQrThreads) {
         const int row = quad / (kStep / 4), c = quad % (kStep / 4) * 4;
         Float4 v{};
-        if (first_row + row < rows) v = load4(x + int64_t(first_row + row) * l, k + c, depth, aligned);
+        if (first_row + row < rows) v = load4(x + int64_t(first_row + row) * l, k + c, depth, wide);
         for (int i = 0; i < 4; ++i) left[c + i][row] = v.x[i];
         const int r = quad / (kTile / 4), d = quad % (kTile / 4) * 4;
         Float4 u{};
-        if (k + r < depth) u = load4(inverse + int64_t(k + r) * l, column + d, l, aligned);
+        if (k + r < depth) u = load4(inverse + int64_t(k + r) * l, column + d, l, wide);
         *reinterpret_cast<Float4*>(&right[r][d]) = u;
       }
       __syncthreads();
@@ -361,7 +361,7 @@ multiply_upper_kernel(float* __restrict__ x, const float* __restrict__ inverse, 
       const int row = first_row + share.place(share.ty, i);
       for (int q = 0; q < share.kQuads; ++q) {
         const float* s = &share.sum[i][4 * q];
-        if (row < rows) store4(x + int64_t(row) * l, column + 4 * share.tx + 64 * q, l, aligned, Float4{{s[0], s[1], s[2], s[3]}});
+        if (row < rows) store4(x + int64_t(row) * l, column + 4 * share.tx + 64 * q, l, wide, Float4{{s[0], s[1], s[2], s[3]}});
       }
     }
   }

@@ -20,12 +20,16 @@ class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
     cudaGetDevice(&previous_);
-    cudaSetDevice(device);
+    if (previous_ != device) cudaSetDevice(device);
+    changed_ = previous_ != device;
   }
-  ~DeviceGuard() { cudaSetDevice(previous_); }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
 
  private:
   int previous_ = 0;
+  bool changed_ = false;
 };
 
 inline cudaStream_t stream_of(Stream where) { return static_cast<cudaStream_t>(where.stream); }

@@ -47,6 +47,13 @@ int cuda_runtime_version() {
   return cudaRuntimeGetVersion(&version) == cudaSuccess ? version : CUDART_VERSION;
 }
 
+bool cuda_has_code() {
+  cudaFuncAttributes attributes;
+  const bool found = cudaFuncGetAttributes(&attributes, cuda::packed_migrate_kernel<uint32_t>) == cudaSuccess;
+  cudaGetLastError();  // it is told here, not by the next launch
+  return found;
+}
+
 int cuda_driver_version() {
   int version = 0;  // stays 0 where there is no driver
   cudaDriverGetVersion(&version);

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "wide.cuh"
+
 namespace lift::cuda {
 
 struct Philox {
@@ -33,13 +35,7 @@ __device__ __forceinline__ void box_muller(uint32_t a, uint32_t b, float* out) {
   out[1] = radius * sine;
 }
 
-// A vector of 16 bytes.
-template <class T>
-struct alignas(16) Wide {
-  T x[16 / sizeof(T)];
-};
-
-// `count` numbers a matrix, `matrices` of them; a thread fills 16 bytes at a time, aligned where `count` divides into such.
+// `count` numbers a matrix, `matrices` of them; a thread fills 16 bytes at a time, in one store where they lie on a boundary.
 template <class T>
 __global__ void gaussian_sketch_kernel(T* __restrict__ out, int64_t matrices, int64_t count, uint64_t seed, uint64_t first) {
   constexpr int kLanes = 16 / int(sizeof(T));
@@ -54,10 +50,10 @@ __global__ void gaussian_sketch_kernel(T* __restrict__ out, int64_t matrices, in
       box_muller(words.x[2], words.x[3], normal + 4 * part + 2);
     }
     T* const target = out + matrix * count + start;
-    if (count % kLanes == 0) {
-      Wide<T> wide;
+    if (aligned(target) && start + kLanes <= count) {
+      Pack<T, kLanes> wide;
       for (int i = 0; i < kLanes; ++i) wide.x[i] = T(normal[i]);
-      *reinterpret_cast<Wide<T>*>(target) = wide;
+      *reinterpret_cast<Pack<T, kLanes>*>(target) = wide;
     } else {
       for (int i = 0; i < kLanes; ++i)
         if (start + i < count) target[i] = T(normal[i]);

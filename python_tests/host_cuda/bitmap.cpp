@@ -27,6 +27,7 @@ template <int kMatrix, int kBits, int kTile, int kStaged>
 void run(uint32_t* bitmaps, Bitmap form, int64_t b, const Candidate* candidates, int64_t capacity, const int32_t* counts, int64_t k,
          int32_t* totals, int32_t* indices, uint32_t* thresholds, int32_t* status) {
   const unsigned tiles = unsigned(form.tiles(kTile)), matrices = unsigned(b);
+  if (matrices == 0) return;
   shim::launch(matrices, kMatrix, [&] {
     bitmap_choose_kernel<kMatrix, kBits>(bitmaps, form, candidates, capacity, counts, k, thresholds, status);
   });

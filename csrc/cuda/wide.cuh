@@ -1,0 +1,21 @@
+// Wide accesses of device code: several neighbours in one load or store, where addresses allow it.
+#pragma once
+
+#include <cstdint>
+
+namespace lift::cuda {
+
+// kCount neighbours, aligned so that they move in one access of up to 16 bytes.
+template <class T, int kCount>
+struct alignas(sizeof(T) * kCount) Pack {
+  T x[kCount];
+};
+
+__device__ inline bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
+
+template <class... Pointers>
+__device__ inline bool all_aligned(Pointers... pointers) {
+  return (aligned(pointers) && ...);
+}
+
+}  // namespace lift::cuda
