@@ -100,7 +100,8 @@ def gaussian_sketch(device: str) -> str:
     return ""
 
 
-BLOCKS = ((1, 1, 1), (2, 33, 7), (3, 600, 64), (2, 530, 65), (1, 1100, 130))  # around the widths of tiles and the rows of slabs
+# Around the widths of tiles, the rows of slabs and the threads of a block.
+BLOCKS = ((1, 1, 1), (2, 33, 7), (3, 600, 64), (2, 530, 65), (1, 1100, 130), (1, 600, 270))
 
 
 def cholesky_qr(device: str) -> str:
