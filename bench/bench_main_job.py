@@ -21,7 +21,6 @@ from pathlib import Path
 
 import bench_util
 import torch
-from safetensors.torch import load_file
 
 from lift_kernels import delta_info
 
@@ -56,6 +55,8 @@ def finetune(method: str, folder: Path, options: Sequence[str]) -> Path:
 
 def delta_row(run: Path) -> dict[str, object]:
     """The delta file between the base model and the run's: made, applied and reverted by the command line."""
+    from safetensors.torch import load_file
+
     delta, tuned, base = run / "tuned.delta", run / "tuned", run / "base"
     made = command("delta", "make", str(run / "model"), str(delta))
     applied = command("delta", "apply", str(delta), str(tuned))

@@ -44,6 +44,6 @@ def test_a_run_that_failed_or_began_elsewhere_is_refused(tmp_path):
 
 def test_a_delta_that_gives_other_weights_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_main_job, "command", lambda *arguments: 1.0)
-    monkeypatch.setattr(bench_main_job, "load_file", lambda path: {"w": torch.full((2,), float("tuned" in str(path)))})
+    monkeypatch.setattr("safetensors.torch.load_file", lambda path: {"w": torch.full((2,), float("tuned" in str(path)))})
     table = bench_main_job.rows(["lift"], tmp_path, [], fake_run({"lift": REPORT}))
     assert table[0]["status"] == "refused: the delta does not give the trained weights"
