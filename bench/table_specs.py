@@ -182,10 +182,21 @@ TABLES = {
             "after ": "{row.neutral_after:.3f}",
             "trained": "{row.entries/M:.2f} M, {row.density:.2%}",
             "optimizer state": "{row.state_bytes/MiB:.1f} MiB, {row.state_bytes/row.dense_state_bytes:.1%} of dense",
-            "forward and backward, step, refresh": "{row.forward_backward_s:.2f} s, {row.step_s/ms:.0f} ms, {row.refresh_s:.1f} s"
-            "||{row.forward_backward_s:.2f} s, {row.step_s/ms:.0f} ms",
+            "on top of the frozen model": "{row.extra_bytes/MiB:.1f} MiB, {row.extra_bytes_an_entry:.2f} bytes an entry",
         },
         each=[{"status": "ok"}],
+    ),
+    "main_job_delta": Table(
+        "main_job.csv",
+        {
+            "delta of the LIFT run": "{row.delta_entries/M:.2f} M entries",
+            "file": "{row.delta_bytes/MiB:.1f} MiB",
+            "model": "{row.model_bytes/MiB:.0f} MiB",
+            "make": "{row.delta_make_s:.1f} s",
+            "apply": "{row.delta_apply_s:.1f} s",
+            "revert": "{row.delta_revert_s:.1f} s",
+        },
+        each=[{"variant": "lift"}],
     ),
     "packed_ops": Table(
         "packed_ops.csv",
