@@ -311,10 +311,6 @@ def check_adamw(
     if not all_ordinary(weights, grads, counts, packed_grads, indices.device):
         check_grads(grads, weights, counts, packed_grads)
         check_weights(weights, grads, indices.device)
-    if not stochastic and _ordinary_step(
-        len(weights), indices, exp_avg, exp_avg_sq, steps, lr, master, births, inv_scale, found_inf
-    ):
-        return  # as at nearly every step: the messages below take longer to build than all checks
     require(exp_avg.dtype == exp_avg_sq.dtype and exp_avg.dtype in MOMENT_DTYPES,
             f"moments must both be float32 or bfloat16, got {exp_avg.dtype} and {exp_avg_sq.dtype}", TypeError)  # fmt: skip
     arenas = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "master": master, "births": births}
@@ -339,23 +335,3 @@ def check_adamw(
     if stochastic and weights:
         require(master is None and weights[0].dtype != torch.float32,
                 "stochastic rounding needs bfloat16 or float16 weights and no master")  # fmt: skip
-
-
-def _ordinary_step(n: int, indices, exp_avg, exp_avg_sq, steps, lr, master, births, inv_scale, found_inf) -> bool:
-    """Whether the arenas and scalars of a step are CPU tensors of the right form; in doubt False, and the checks find words."""
-    shape, moment = indices.shape, exp_avg_sq.dtype
-    for arena, dtype in ((exp_avg, moment), (exp_avg_sq, moment), (master, torch.float32), (births, torch.int32)):
-        if arena is not None and not (
-            arena.dtype is dtype and arena.shape == shape and arena.is_contiguous() and arena.device.type == "cpu"
-        ):
-            return False
-    for number in (inv_scale, found_inf):
-        if number is not None and not (
-            number.dtype is torch.float32 and number.numel() == 1 and number.device.type == "cpu"
-        ):
-            return False
-    return (
-        indices.device.type == "cpu" and moment in MOMENT_DTYPES
-        and lr.numel() == 1 and lr.device.type == "cpu"
-        and steps.dtype is torch.float32 and steps.shape == (n,) and steps.device.type == "cpu"
-    )  # fmt: skip
