@@ -61,6 +61,7 @@ class Sparse:
                 self.master[offset : offset + len(index)] = weight.view(-1)[index].float()
         self.steps = torch.full((len(weights),), 10.0, device=arena.indices.device)
 
+    @torch.no_grad()  # as in the step of any optimizer
     def __call__(self, backend: str | None = None) -> None:
         arena = self.arena
         ops.sparse_adamw_(
@@ -106,6 +107,7 @@ class Published:
             self.exp_avg.append(torch.zeros(len(index), dtype=weight.dtype, device=weight.device))
             self.exp_avg_sq.append(torch.zeros(len(index), dtype=weight.dtype, device=weight.device))
 
+    @torch.no_grad()
     def __call__(self) -> None:
         beta1, beta2 = HYPER["betas"]
         self.step += 1

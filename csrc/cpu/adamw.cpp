@@ -8,6 +8,7 @@
 //   loop that gives them.
 // - Within a block both loops jump about, presumably so that the hardware sees no stream and fetches no unwanted lines.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <vector>
 
@@ -21,6 +22,7 @@ namespace {
 constexpr int kBlock = 128;
 constexpr int kStride = 37;    // odd: comes by every entry of a block
 constexpr int64_t kAhead = 8;  // blocks
+constexpr int64_t kRun = 64;   // blocks
 constexpr int kL2 = 2;         // "locality" of __builtin_prefetch
 
 // What the update of a matrix needs, formed in fp64 and then rounded: 1 - beta2 formed in fp32 would triple the error.
@@ -120,25 +122,35 @@ struct Block {
 
 int64_t blocks_of(const Segment& segment) { return (segment.count + kBlock - 1) / kBlock; }
 
-// Walks over the blocks of all segments, from the one numbered `first`.
+// Walks over the blocks of all segments, by runs of kRun that the threads take from a common counter as they need them.
 class Cursor {
  public:
-  Cursor(const Segment* segments, int64_t first) : segment_(segments) {
-    for (; first >= blocks_of(*segment_); ++segment_) first -= blocks_of(*segment_);
-    at_ = first * kBlock;
-  }
+  Cursor(const Segment* segments, int64_t blocks, std::atomic<int64_t>& taken)
+      : segment_(segments), blocks_(blocks), taken_(taken) {}
 
-  // The caller knows that there is one more.
-  Block next() {
-    for (; at_ >= segment_->count; ++segment_) at_ = 0;
-    const Block block{segment_, at_, int(std::min<int64_t>(kBlock, segment_->count - at_))};
-    at_ += kBlock;
-    return block;
+  // False when no run is left.
+  bool next(Block& block) {
+    if (at_ == end_) {
+      at_ = taken_.fetch_add(kRun, std::memory_order_relaxed);
+      end_ = std::min(at_ + kRun, blocks_);
+      if (at_ >= end_) {
+        at_ = end_;
+        return false;
+      }
+    }
+    for (; at_ - first_ >= blocks_of(*segment_); ++segment_) first_ += blocks_of(*segment_);
+    const int64_t entry = (at_ - first_) * kBlock;
+    block = {segment_, entry, int(std::min<int64_t>(kBlock, segment_->count - entry))};
+    ++at_;
+    return true;
   }
 
  private:
   const Segment* segment_;
-  int64_t at_;
+  int64_t first_ = 0;          // number of the segment's first block
+  int64_t at_ = 0, end_ = 0;   // what is left of the run
+  const int64_t blocks_;
+  std::atomic<int64_t>& taken_;
 };
 
 // kBlock entries on the stack.
@@ -157,17 +169,22 @@ class Step {
   Step(const AdamW& adamw, const Segment* segments, const Scalars* scalars)
       : a_(adamw), segments_(segments), scalars_(scalars) {}
 
-  // Blocks begin .. end.
-  void run(int64_t begin, int64_t end) const {
-    Cursor ahead(segments_, begin), now(segments_, begin);
-    const int64_t lead = std::min(begin + kAhead, end);
-    for (int64_t b = begin; b < lead; ++b) {
-      const Block block = ahead.next();
+  // All blocks that `cursor` comes by.
+  void run(Cursor cursor) const {
+    Block ring[kAhead];
+    int64_t hinted = 0;
+    for (Block block; hinted < kAhead && cursor.next(block); ++hinted) {
       const int32_t* index = index_of(block);
       for (int j = 0; j < block.n; ++j) hint_weight(block, index, j);
       for (int j = 0; j < block.n && !a_.packed_grads; ++j) hint_grad(block, index, j);
+      ring[hinted] = block;
     }
-    for (int64_t b = begin; b < end; ++b) step(now.next(), b + kAhead < end ? ahead.next() : Block{segments_, 0, 0});
+    for (int64_t done = 0; done < hinted; ++done) {
+      const Block now = ring[done % kAhead];
+      Block later{segments_, 0, 0};
+      if (cursor.next(later)) ring[hinted++ % kAhead] = later;
+      step(now, later);
+    }
   }
 
  private:
@@ -256,7 +273,8 @@ void step_all(const Segment* segments, int64_t n, const AdamW& adamw, ParallelFo
     scalars.emplace_back(adamw, segments[i].step);
   }
   const Step<W, G, M> step(adamw, segments, scalars.data());
-  for_ranges(parallel_for, blocks, [&](int64_t begin, int64_t end) { step.run(begin, end); });
+  std::atomic<int64_t> taken{0};
+  for_ranges(parallel_for, blocks, [&](int64_t, int64_t) { step.run(Cursor(segments, blocks, taken)); });
 }
 
 template <class W, class G>
