@@ -67,8 +67,7 @@ def compare(m: int, n: int, dtype: torch.dtype, runs: int, mib: int = 256) -> li
             Contestant(f"{name}, plain PyTorch", lambda op=op: op("reference")),
             Contestant(name, lambda op=op: op(None), floor),
         ]
-        times = bench_util.alternate(entrants, runs)
-        bandwidth = bench_util.copy_bandwidth(mib=mib)
+        times, bandwidth = bench_util.alternate_with_copy(entrants, runs, mib=mib)
         table += [row | {"status": "ok"} for row in bench_util.rows(entrants, times, entrants[0].name, bandwidth, **labels)]
     bench_util.show(table, ["set", "variant", "median_ms", "q25_ms", "q75_ms", "ratio", "floor_ms", "share_of_floor", "status"])
     return table

@@ -219,8 +219,7 @@ def compare(
             "computed_bytes": round(1 + 2 * weights[0].element_size() * arena.entries / numel, 4)}  # fmt: skip
     found.append(("published LIFT step", Contestant("published LIFT step", published), said))
     entrants = [entrant for _, entrant, _ in found if entrant is not None]
-    bandwidth = bench_util.copy_bandwidth(device, mib=32, runs=5) if runs < 3 else bench_util.copy_bandwidth(device)
-    times = bench_util.alternate(entrants, runs, warmup=1, device=device)
+    times, bandwidth = bench_util.alternate_with_copy(entrants, runs, warmup=1, device=device, mib=32 if runs < 3 else 256)
     labels = {"op": "step", "set": f"{name}, {str(dtype).removeprefix('torch.')}", "matrices": len(weights), "parameters": numel}
     timed = {r["variant"]: r for r in bench_util.rows(entrants, times, "AdamW fused", bandwidth, **labels)}
     return [labels | {"variant": label} | timed.get(label, {}) | said for label, _, said in found]

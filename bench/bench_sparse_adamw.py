@@ -214,8 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arena = Arena.of(lists)
         for dtype in arguments.dtypes:
             entrants, wrong = contestants(weights, arena, {"fp32": FP32, "bf16": BF16}[dtype], not arguments.no_context)
-            bandwidth = bench_util.copy_bandwidth(mib=mib)
-            times = bench_util.alternate(entrants, runs)
+            times, bandwidth = bench_util.alternate_with_copy(entrants, runs, mib=mib)
             labels = {"op": "sparse_adamw_", "set": f"{name}, {dtype}", "masks": masks, "matrices": len(lists)}
             new = [row | {"status": "ok"} for row in bench_util.rows(entrants, times, entrants[0].name, bandwidth, **labels)]
             sparse = [row for row in new if "grads" in row["variant"]]

@@ -3,9 +3,9 @@
 Other work on a machine, its clock and its caches drift. So contestants are timed in turns, in a new random order each
 round, with the caches emptied before each run, and compared by the median of the ratios within a round.
 
-The machine model is the measured copy bandwidth (bytes read + bytes written over time) and, for training steps, the measured rate
-of matrix products; ``floor`` of a row is the time at which an op would move its bytes, or do its FLOPs and move its bytes, at these
-rates. Each bench says how it counts.
+The machine model is the copy bandwidth (bytes read + bytes written over time), measured in the same rounds where one bench times
+an op, and, for training steps, the measured rate of matrix products; ``floor`` of a row is the time at which an op would move its
+bytes, or do its FLOPs and move its bytes, at these rates. Each bench says how it counts.
 """
 
 from __future__ import annotations
@@ -116,6 +116,17 @@ def alternate(contestants: Sequence[Contestant], runs: int, warmup: int = 2, dev
             if round_ >= 0:
                 times[contestants[i].name].append(elapsed)
     return {name: np.array(values) for name, values in times.items()}
+
+
+def alternate_with_copy(
+    contestants: Sequence[Contestant], runs: int, warmup: int = 2, device: str = "cpu", mib: int = 256
+) -> tuple[dict[str, np.ndarray], float]:
+    """`alternate`, and the copy bandwidth of the same rounds, their median: on a shared CPU it changes by the second."""
+    if device != "cpu":
+        return alternate(contestants, runs, warmup, device), copy_bandwidth(device, mib)
+    values = torch.ones(mib * 2**18)
+    times = alternate([*contestants, Contestant("copy", lambda: values.mul_(1.0))], runs, warmup)
+    return times, 2 * values.nbytes / float(np.median(times.pop("copy")))
 
 
 def copy_bandwidth(device: str = "cpu", mib: int = 256, runs: int = 15) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lift_kernels.lowrank import low_rank_factors
+from lift_kernels.lowrank import LowRankFactors, low_rank_factors
 from lift_kernels.masks import Mask, MaskRequest, largest_indices, principal_masks
 
 DENSITY = 0.05
@@ -27,11 +27,13 @@ class Truth(NamedTuple):
     best: float
 
     @staticmethod
-    def of(weight: Tensor, rank: int) -> Truth:
-        f = low_rank_factors(weight, rank, method="gram")
-        magnitude = (f.left @ f.right.T).abs_()
+    def of(weight: Tensor, rank: int, exact: LowRankFactors | None = None) -> Truth:
+        """From ``exact`` factors of this rank or a higher one, or from new ones."""
+        f = exact or low_rank_factors(weight, rank, method="gram")
+        left, right = f.left[:, :rank].contiguous(), f.right[:, :rank].contiguous()  # singular values descend
+        magnitude = (left @ right.T).abs_()
         indices = largest_indices(magnitude, round(DENSITY * weight.numel()))
-        return Truth(indices, f.left, f.right, float(magnitude.view(-1)[indices.long()].double().sum()))
+        return Truth(indices, left, right, float(magnitude.view(-1)[indices.long()].double().sum()))
 
     def judge(self, indices: Tensor) -> tuple[float, float]:
         """Overlap and captured magnitude."""

@@ -41,6 +41,8 @@ def test_a_randomized_svd_of_full_width_gives_the_exact_mask(masks, monkeypatch)
     monkeypatch.setitem(sys.modules, "sklearn.utils.extmath", extmath)
     weight = torch.randn(80, 48, generator=torch.Generator().manual_seed(0))
     truth = masks.Truth.of(weight, 16)
+    of_more = masks.Truth.of(weight, 16, masks.exact_factors([weight], 32)[0])
+    assert torch.equal(of_more.indices, truth.indices) and of_more.best == pytest.approx(truth.best)
     overlap, captured = truth.judge(masks.sklearn_svd(weight, 16).indices)
     assert overlap >= 0.99 and captured == pytest.approx(1.0, abs=1e-4)
     assert masks.sklearn_problem() == ""
@@ -99,5 +101,5 @@ def test_wrong_masks_and_a_wrong_selection_are_refused(masks, tmp_path, monkeypa
 def test_a_list_that_is_no_mask_is_refused(masks, spoil):
     weight = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
     way = {"another way": lambda weights, rank: [Mask(spoil(masks.ours(weights, rank, "gram")[0].indices))]}
-    row = masks.compare("it", 4, [weight], way, masks.Machine(1e9, 1e9), 1)[0]
+    row = masks.compare("it", 4, [weight], way, masks.Machine(1e9, 1e9), 1, masks.exact_factors([weight], 4))[0]
     assert row["status"].startswith("refused, it is wrong: ") and "seconds" not in row
