@@ -30,7 +30,7 @@ class Truth(NamedTuple):
     def of(weight: Tensor, rank: int, exact: LowRankFactors | None = None) -> Truth:
         """From ``exact`` factors of this rank or a higher one, or from new ones."""
         f = exact or low_rank_factors(weight, rank, method="gram")
-        left, right = f.left[:, :rank].contiguous(), f.right[:, :rank].contiguous()  # singular values descend
+        left, right = f.left[:, -rank:].contiguous(), f.right[:, -rank:].contiguous()  # singular values ascend
         magnitude = (left @ right.T).abs_()
         indices = largest_indices(magnitude, round(DENSITY * weight.numel()))
         return Truth(indices, left, right, float(magnitude.view(-1)[indices.long()].double().sum()))
