@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))  # the package of this checkout is measured, whate
 
 LINE = 64  # bytes of a CPU's cache line
 SECTOR = 32  # bytes of what a GPU reads and writes
+SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE")
 SEGMENT_ALIGN = 64  # entries; arena segments start at multiples of it
 
 
@@ -208,11 +209,12 @@ def _digits(x: float) -> float:
 
 
 def environment(device: str = "cpu") -> dict[str, object]:
-    """Where a number comes from: device, threads, versions, commit."""
+    """Where a number comes from: device, threads, what the environment sets for torch on a CPU, versions, commit."""
     from lift_kernels import __version__
 
+    settings = " ".join(f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ)
     return {
-        "device": device_name(device), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "device": device_name(device), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "settings": settings,
         "torch": torch.__version__, "python": platform.python_version(), "lift_kernels": __version__, "commit": commit(),
     }  # fmt: skip
 
