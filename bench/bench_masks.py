@@ -251,9 +251,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if problem := sklearn_problem():
                 variants.pop(SKLEARN)
                 table.append({"op": "lowrank_topk, masks", "set": name, "rank": rank, "variant": SKLEARN, "status": problem})
-            if rank != arguments.ranks[-1]:  # the slowest peers at one rank only
+            if rank != ranks[-1]:  # the slowest peers at one rank only
                 variants.pop(SKLEARN, None)
-            if arguments.no_svd or rank != arguments.ranks[-1]:
+            if arguments.no_svd or rank != ranks[-1]:
                 variants.pop("svd + topk (published)")
             if not real:  # the basis of this matrix before a small change of the selected entries
                 mask = ours(weights, rank, "chebyshev")

@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 
 import bench_util
 import torch
-from bench_util import Arena, Contestant
+from bench_arena import Arena, clustered_indices
+from bench_util import Contestant
 from torch import Tensor
 
 from lift_kernels import ops
@@ -35,7 +36,7 @@ def neighbour(index: Tensor, numel: int, share: float = 0.95) -> Tensor:
 def cases(m: int, n: int, dtype: torch.dtype) -> list[tuple[str, Op, float]]:
     """Name, call and bytes of each op."""
     matrix = torch.randn(m, n, generator=torch.Generator().manual_seed(0)).to(dtype)
-    index = bench_util.clustered_indices(m, n, 0.05, seed=0)
+    index = clustered_indices(m, n, 0.05, seed=0)
     arena, new = Arena.of([index]), neighbour(index, m * n)
     k, width, lines = len(index), dtype.itemsize, Arena.of([index]).line_bytes(dtype.itemsize)
     values = ops.packed_gather(matrix, index)

@@ -26,8 +26,9 @@ from pathlib import Path
 
 import bench_util
 import torch
+from bench_arena import Arena, clustered_indices
 from bench_sparse_adamw import BF16, DENSITY, FP32, HYPER, RANK, Published, Sparse, model_weights
-from bench_util import Arena, Contestant
+from bench_util import Contestant
 from torch import Tensor, nn
 
 from lift_kernels.masks import MaskRequest, principal_masks
@@ -233,7 +234,7 @@ def shapes(name: str, model: str | None) -> tuple[list[Tensor], list[Tensor]]:
         return weights, [mask.indices for mask in principal_masks(requests)]
     m, n = map(int, name.split("x"))
     weights = [torch.randn(m, n, generator=torch.Generator().manual_seed(0)).mul_(0.02)]
-    return weights, [bench_util.clustered_indices(m, n, DENSITY, seed=0)]
+    return weights, [clustered_indices(m, n, DENSITY, seed=0)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,7 +26,8 @@ from dataclasses import replace
 import bench_util
 import numpy as np
 import torch
-from bench_util import Arena, Contestant
+from bench_arena import Arena, clustered_indices
+from bench_util import Contestant
 from torch import Tensor
 
 from lift_kernels import dispatch, ops
@@ -192,7 +193,7 @@ def shape_set(name: str, model: str | None) -> tuple[list[Tensor], list[Tensor],
         return weights, lists, refreshes, f"top 5 % of |W_r|, r = {RANK} or the smaller side"
     m, n = map(int, name.split("x"))
     weights = [torch.randn(m, n, generator=torch.Generator().manual_seed(0)).mul_(0.02)]
-    return weights, [bench_util.clustered_indices(m, n, DENSITY, seed=0)], {}, "random 5 % clustered by rows"
+    return weights, [clustered_indices(m, n, DENSITY, seed=0)], {}, "random 5 % clustered by rows"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -94,7 +94,7 @@ def train(trainers: Sequence[Trainer], runs: int) -> tuple[dict[str, list[Step]]
                 continue
             try:
                 step = trainer.step()
-            except Exception as error:
+            except Exception as error:  # the method's row says why, the others go on
                 broken[trainer.name] = training_methods.failed(trainer.name, error)
                 continue
             first.setdefault(trainer.name, step.optimizer)

@@ -29,10 +29,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the package of this checkout is measured, whatever else is installed
 
-LINE = 64  # bytes of a CPU's cache line
-SECTOR = 32  # bytes of what a GPU reads and writes
-SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE")
-SEGMENT_ALIGN = 64  # entries; arena segments start at multiples of it
+SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE")  # of the environment; they change times on a CPU
 
 
 @dataclass
@@ -42,62 +39,6 @@ class Contestant:
     name: str
     run: Callable[[], object]
     floor_bytes: float | None = None
-
-
-@dataclass
-class Arena:
-    """Index lists one behind the other, each padded to `SEGMENT_ALIGN` entries, as the ops take them."""
-
-    indices: Tensor
-    offsets: list[int]
-    counts: list[int]
-
-    @staticmethod
-    def of(lists: Sequence[Tensor]) -> Arena:
-        counts = [len(index) for index in lists]
-        padded = [-(-count // SEGMENT_ALIGN) * SEGMENT_ALIGN for count in counts]
-        offsets = [sum(padded[:i]) for i in range(len(lists))]
-        indices = torch.zeros(sum(padded), dtype=torch.int32, device=lists[0].device)
-        for offset, index in zip(offsets, lists):
-            indices[offset : offset + len(index)] = index
-        return Arena(indices, offsets, counts)
-
-    @property
-    def entries(self) -> int:
-        return sum(self.counts)
-
-    def zeros(self, dtype: torch.dtype) -> Tensor:
-        """A vector as long as the arena."""
-        return torch.zeros(len(self.indices), dtype=dtype, device=self.indices.device)
-
-    def lists(self) -> list[Tensor]:
-        return [self.indices[o : o + c] for o, c in zip(self.offsets, self.counts)]
-
-    def line_bytes(self, width: int) -> int:
-        """Bytes of the lines that the selected entries of all matrices lie on, ``width`` bytes an entry."""
-        line = LINE if self.indices.device.type == "cpu" else SECTOR
-        return line * sum(lines_touched(index, width, line) for index in self.lists())
-
-
-def lines_touched(index: Tensor, width: int, line: int = LINE) -> int:
-    """Distinct lines of ``line`` bytes that sorted flat positions lie on; the matrix starts on a line."""
-    number = index // (line // width)
-    return int((number[1:] != number[:-1]).sum()) + 1 if len(index) else 0
-
-
-def clustered_indices(m: int, n: int, density: float, seed: int, device: str = "cpu") -> Tensor:
-    """A random mask clustered by rows as principal masks are (FINDINGS 4): sorted flat int32 positions.
-
-    The largest entries of a Gaussian matrix with log-normal row scales of spread 0.45: the top 10 % of the rows hold about 42 %.
-    """
-    generator = torch.Generator(device).manual_seed(seed)
-    scale = torch.randn(m, 1, generator=generator, device=device).mul_(0.45).exp_()
-    magnitude = torch.randn(m, n, generator=generator, device=device).abs_().mul_(scale).view(-1)
-    k = round(density * m * n)
-    if device == "cpu":
-        threshold = float(np.partition(magnitude.numpy(), m * n - k)[m * n - k])
-        return (magnitude >= threshold).nonzero().flatten()[:k].int()
-    return magnitude.topk(k).indices.sort().values.int()
 
 
 def alternate(contestants: Sequence[Contestant], runs: int, warmup: int = 2, device: str = "cpu") -> dict[str, np.ndarray]:

@@ -77,7 +77,7 @@ def run_part(part: Part, device: str, rows: Path, budget: float, rates: dict[str
     try:
         module, function = part.target.split(":")
         getattr(importlib.import_module(module), function)(run)
-    except Exception as error:
+    except Exception as error:  # told in a row and in the part's exit status
         import traceback
 
         traceback.print_exc()

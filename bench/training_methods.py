@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_arena import Arena
 from bench_peers import attribute
-from bench_util import Arena
 from torch import Tensor, nn
 
 from lift_kernels import LiftAdamW, lift_param_groups, pack_gradients

@@ -28,7 +28,7 @@ def bench(monkeypatch):
 
 def small(bench) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     weights = [torch.randn(96, 64, generator=torch.Generator().manual_seed(i)) for i in range(2)]
-    return weights, [bench.bench_util.clustered_indices(96, 64, 0.05, seed=i) for i in range(2)]
+    return weights, [bench.clustered_indices(96, 64, 0.05, seed=i) for i in range(2)]
 
 
 @pytest.mark.native

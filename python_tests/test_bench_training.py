@@ -73,7 +73,7 @@ def test_counting(bench):
     assert methods.flops("GaLore, r = 64", model, tokens) == 6 * count * (inside + head) + attention + 4 * 32 * inside
     assert methods.optimizer_bytes(bench.Trainer(bench.FULL, model, tokens), model) == 28 * (inside + 2 * head + 5 * 32)
     lift = bench.Trainer(bench.MATRIX, tiny(bench), tokens)
-    lines = bench.bench_util.Arena.of(lift.lists).line_bytes(4)
+    lines = bench.training_methods.Arena.of(lift.lists).line_bytes(4)
     assert methods.optimizer_bytes(lift, model) == 3 * lines + 1020 * 20
 
 

@@ -275,8 +275,8 @@ def test_the_sanitizer_has_a_case_for_every_cuda_op(suite):
 
 
 def test_bound_counts_bytes(suite):
+    from bench_arena import Arena
     from bench_sparse_adamw import Sparse
-    from bench_util import Arena
 
     # Entries 0, 1, 40 and 99 of a 10 x 10 matrix: in bf16 three lines of 64 bytes, in fp32 three as well.
     arena = Arena.of([torch.tensor([0, 1, 40, 99], dtype=torch.int32)])

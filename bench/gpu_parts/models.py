@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import bench_util
 import torch
-from bench_util import Arena
+from bench_arena import Arena, clustered_indices
 from torch import Tensor
 
 DENSITY = 0.05
@@ -40,7 +39,7 @@ class Model:
         """Index lists, 5 % clustered by rows."""
         layers = layers or self.layers
         lists = [
-            bench_util.clustered_indices(*self.layer[i % len(self.layer)], DENSITY, i, device)
+            clustered_indices(*self.layer[i % len(self.layer)], DENSITY, i, device)
             for i in range(len(self.layer) * min(layers, DISTINCT))
         ]
         return [lists[i % len(lists)] for i in range(len(self.layer) * layers)]

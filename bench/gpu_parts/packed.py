@@ -11,8 +11,8 @@ from functools import partial
 
 import bench_util
 import torch
+from bench_arena import Arena, clustered_indices
 from bench_packed_ops import neighbour
-from bench_util import Arena
 from torch import Tensor
 
 from lift_kernels import dispatch, ops
@@ -29,7 +29,7 @@ class Case:
     def __init__(self, m: int, n: int, dtype: torch.dtype, seed: int, device: str):
         generator = torch.Generator(device).manual_seed(seed)
         self.matrix = torch.randn(m, n, generator=generator, device=device, dtype=dtype)
-        self.index = bench_util.clustered_indices(m, n, DENSITY, seed, device)
+        self.index = clustered_indices(m, n, DENSITY, seed, device)
         self.new = neighbour(self.index, m * n)
         self.values = ops.packed_gather(self.matrix, self.index, backend="reference").neg_()
 

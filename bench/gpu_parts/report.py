@@ -74,7 +74,7 @@ class Run:
         """What ``check`` finds wrong, an exception included; an empty string when all is well."""
         try:
             return check()
-        except Exception as error:
+        except Exception as error:  # told in the row, as any other mistake of the op
             traceback.print_exc()
             return one_line(error)
 
@@ -162,7 +162,7 @@ class Run:
                 taken = host = np.array(measured)
             else:
                 taken, host = self.measure(factories, waits, repeats or self.repeats)
-        except Exception as error:
+        except Exception as error:  # told in the row; what is timed next goes on
             traceback.print_exc()
             self.add(variant, **labels, correct=correct, status=f"failed: {one_line(error)}")
             return None

@@ -9,8 +9,9 @@ moments and masters are compared with the reference's.
 from __future__ import annotations
 
 import torch
+from bench_arena import Arena
 from bench_sparse_adamw import Sparse, dense
-from bench_util import Arena, difference
+from bench_util import difference
 from torch import Tensor
 
 from .models import BF16, FP32, LLAMA_2_7B, LLAMA_3_8B, Model, dtype_name

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import bench_util
 import torch
+from bench_arena import clustered_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -91,7 +91,7 @@ def full(model: nn.Module) -> torch.optim.Optimizer:
 
 def clustered(weight: Tensor, k: int) -> Tensor:
     """A selection for LiftAdamW that costs no refresh."""
-    return bench_util.clustered_indices(*weight.shape, DENSITY, 0, weight.device.type)[:k]
+    return clustered_indices(*weight.shape, DENSITY, 0, weight.device.type)[:k]
 
 
 def lift_dense(model: nn.Module) -> torch.optim.Optimizer:

@@ -122,7 +122,8 @@ struct Block {
 
 int64_t blocks_of(const Segment& segment) { return (segment.count + kBlock - 1) / kBlock; }
 
-// Walks over the blocks of all segments, by runs of kRun that the threads take from a common counter as they need them.
+// Walks over the blocks of all segments, by runs of kRun that the threads take from a common counter as they need them:
+// one that wakes late or shares its core gets fewer.
 class Cursor {
  public:
   Cursor(const Segment* segments, int64_t blocks, std::atomic<int64_t>& taken)
@@ -147,8 +148,8 @@ class Cursor {
 
  private:
   const Segment* segment_;
-  int64_t first_ = 0;          // number of the segment's first block
-  int64_t at_ = 0, end_ = 0;   // what is left of the run
+  int64_t first_ = 0;         // number of the segment's first block
+  int64_t at_ = 0, end_ = 0;  // what is left of the run
   const int64_t blocks_;
   std::atomic<int64_t>& taken_;
 };
