@@ -26,9 +26,12 @@ $(VENV)/.native: $(VENV)/.packages $(NATIVE)
 finetune: setup
 	$(BIN)/python -m lift_kernels finetune $(ARGS)
 
+# The interpreter's tests run beside the others, for most of both take one core; their output comes last.
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter $(ARGS)
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -p no:cacheprovider -m interpreter $(ARGS) > $(VENV)/interpreter.log 2>&1 & interpreter=$$!; \
+	$(BIN)/python -m pytest $(ARGS); plain=$$?; \
+	wait $$interpreter; interpreted=$$?; cat $(VENV)/interpreter.log; \
+	exit $$((plain ? plain : interpreted))
 
 # The peers of the extra [bench], one by one: one that cannot be had is named in its row. Nothing installed is replaced, torch least.
 PEERS := bitsandbytes flashoptim galore-torch apollo-torch torchao scikit-learn
