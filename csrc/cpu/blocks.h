@@ -1,0 +1,59 @@
+// The blocks of entries that the threads of a CPU step share out among them.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+#include "../launchers.h"
+
+namespace lift {
+
+constexpr int kBlock = 128;   // entries
+constexpr int64_t kRun = 64;  // blocks, the shortest run
+
+// Entries at .. at + n of a segment's list.
+struct Block {
+  const Segment* segment;
+  int64_t at;
+  int n;
+};
+
+inline int64_t blocks_of(const Segment& segment) { return (segment.count + kBlock - 1) / kBlock; }
+
+// Walks over the blocks of all segments, by runs that the threads take as they need them: one that wakes late or shares its
+// core gets fewer. A run is half of a thread's share of what is left. With runs of kRun all along a step took up to 6 % longer,
+// with shorter ones up to a half: cores that work next to each other disturb each other.
+class Cursor {
+ public:
+  Cursor(const Segment* segments, int64_t blocks, int64_t threads, std::atomic<int64_t>& taken)
+      : segment_(segments), blocks_(blocks), threads_(threads), taken_(taken) {}
+
+  // False when no run is left.
+  bool next(Block& block) {
+    if (at_ == end_ && !take_run()) return false;
+    for (; at_ - first_ >= blocks_of(*segment_); ++segment_) first_ += blocks_of(*segment_);
+    const int64_t entry = (at_ - first_) * kBlock;
+    block = {segment_, entry, int(std::min<int64_t>(kBlock, segment_->count - entry))};
+    ++at_;
+    return true;
+  }
+
+ private:
+  bool take_run() {
+    at_ = taken_.load(std::memory_order_relaxed);
+    do {
+      const int64_t left = blocks_ - at_;
+      end_ = at_ + std::min(left, std::max(kRun, left / (2 * threads_)));
+    } while (!taken_.compare_exchange_weak(at_, end_, std::memory_order_relaxed));
+    return at_ < end_;
+  }
+
+  const Segment* segment_;
+  int64_t first_ = 0;         // number of the segment's first block
+  int64_t at_ = 0, end_ = 0;  // what is left of the run
+  const int64_t blocks_, threads_;
+  std::atomic<int64_t>& taken_;
+};
+
+}  // namespace lift
