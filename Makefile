@@ -26,12 +26,13 @@ $(VENV)/.native: $(VENV)/.packages $(NATIVE)
 finetune: setup
 	$(BIN)/python -m lift_kernels finetune $(ARGS)
 
-# The interpreter's tests run beside the others, for most of both take one core; their output comes last.
+# Two passes at a time, for most tests take one core: the slow ones, whose output comes last, beside the rest and the interpreter's.
 test: setup
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -p no:cacheprovider -m interpreter $(ARGS) > $(VENV)/interpreter.log 2>&1 & interpreter=$$!; \
-	$(BIN)/python -m pytest $(ARGS); plain=$$?; \
-	wait $$interpreter; interpreted=$$?; cat $(VENV)/interpreter.log; \
-	exit $$((plain ? plain : interpreted))
+	@$(BIN)/python -m pytest -p no:cacheprovider -m slow $(ARGS) > $(VENV)/slow.log 2>&1 & slow=$$!; \
+	$(BIN)/python -m pytest -m "not slow" $(ARGS); plain=$$?; \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -p no:cacheprovider -m interpreter $(ARGS); interpreted=$$?; \
+	wait $$slow; slow=$$?; cat $(VENV)/slow.log; \
+	exit $$((plain ? plain : interpreted ? interpreted : slow))
 
 # The peers of the extra [bench], one by one: one that cannot be had is named in its row. Nothing installed is replaced, torch least.
 PEERS := bitsandbytes flashoptim galore-torch apollo-torch torchao scikit-learn

@@ -14,6 +14,7 @@ from host_helpers import HOST_CUDA, ROOT, address, compiled, library, numbers
 
 from lift_kernels import native_cuda
 
+pytestmark = pytest.mark.slow
 SOURCE = ROOT / "csrc" / "cuda" / "bitmap.cuh"
 BARRIERS = len(re.findall(r"__syncthreads\(\)", SOURCE.read_text()))
 

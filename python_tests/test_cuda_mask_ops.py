@@ -201,12 +201,14 @@ BARRIERS = [number for number, line in enumerate((ROOT / "csrc/cuda/cholesky_qr.
             if re.fullmatch(r" *__sync(threads|warp)\(\);", line)]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
 def test_mask_kernels_run_clean_under_sanitizers(tmp_path, sanitizer):
     done = run(compiled(HOST_CUDA / "mask_ops.cpp", tmp_path / "clean", f"-fsanitize={sanitizer}"))
     assert (done.returncode, done.stdout, done.stderr) == (0, 4 * "0 orthonormal, " + "1, 2, ", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nth", [1, 5, 8, 15])  # of the Gram matrix, the factor, between panels, the product
 def test_mask_kernels_without_a_barrier_are_a_race(tmp_path, nth):
     drop = f"-DSHIM_DROP_LINE={BARRIERS[nth]}"

@@ -14,6 +14,7 @@ from lift_kernels.finetune import modelio
 from lift_kernels.lowrank import low_rank_factors
 from lift_kernels.masks import largest_indices
 
+pytestmark = pytest.mark.slow
 RANK, DENSITY = 64, 0.05
 
 

@@ -17,6 +17,8 @@ from bench import kernel_compile, kernel_report
 from bench.kernel_cases import CASES, CUDA_LAUNCHES, TARGETS, Launch
 from bench.kernel_compile import ROOT, Compiled
 
+pytestmark = pytest.mark.slow
+
 # 64 values alive at once, and a stream of floats read one at a time where it could be four.
 WRONG_CUDA = """
 __global__ void __launch_bounds__(1024, 2) spilling_kernel(const float* in, float* out) {

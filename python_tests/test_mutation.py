@@ -41,7 +41,7 @@ class Mutant:
 REFERENCE, SCALARS = "lift_kernels/reference.py", "lift_kernels/scalars.py"
 TRITON, TABLES = "lift_kernels/triton_kernels/adamw.py", "lift_kernels/triton_kernels/tables.py"
 TRITON_PACKED = "lift_kernels/triton_kernels/packed.py"
-NATIVE, NATIVE_PACKED = "csrc/cpu/adamw.cpp", "csrc/cpu/packed.cpp"
+NATIVE, NATIVE_BLOCKS, NATIVE_PACKED = "csrc/cpu/adamw.cpp", "csrc/cpu/blocks.h", "csrc/cpu/packed.cpp"
 NATIVE_SELECT, TRITON_SELECT = "csrc/cpu/select.cpp", "lift_kernels/triton_kernels/select.py"
 TRITON_BITMAP = "lift_kernels/triton_kernels/bitmap.py"
 NATIVE_GRAD, TRITON_GRAD = "csrc/cpu/weight_grad.cpp", "lift_kernels/triton_kernels/linear_grad.py"
@@ -66,8 +66,10 @@ MUTANTS = [
     Mutant("no bias correction", "native-cpu", NATIVE, "* s.inv_sqrt_bc2 + s.eps", "+ s.eps"),
     Mutant("no decay", "native-cpu", NATIVE, "w[j] * s.decay - s.step_size * now.m", "w[j] - s.step_size * now.m"),
     Mutant("index shifted", "native-cpu", NATIVE, "weight[index[j]] = rounded[j]", "weight[index[j] + 1] = rounded[j]"),
-    Mutant("last block skipped", "native-cpu", NATIVE, "for_ranges(parallel_for, blocks,",
-           "for_ranges(parallel_for, std::max<int64_t>(blocks - 1, 0),"),
+    Mutant("last block skipped", "native-cpu", NATIVE_BLOCKS, "left = blocks_ - at_;",
+           "left = std::max<int64_t>(blocks_ - at_ - 1, 0);"),
+    Mutant("last block of a run done twice", "native-cpu", NATIVE_BLOCKS, "compare_exchange_weak(at_, end_,",
+           "compare_exchange_weak(at_, end_ < blocks_ ? end_ - 1 : end_,"),
     Mutant("noise of the segment", "native-cpu", NATIVE, "uint32_t(arena), scalars.key", "uint32_t(block.at), scalars.key"),
     Mutant("merge advances once", "native-cpu", NATIVE_PACKED, "while (at < last && *at < new_indices[j]) ++at;",
            "if (at < last && *at < new_indices[j]) ++at;"),
@@ -143,8 +145,8 @@ def build_copy(mutant: Mutant, objects: Path, copy: Path) -> None:
             f"{mutant.file}: {mutant.old!r} is there {text.count(mutant.old)} times; renew the mutant"
         )
         (copy / mutant.file).write_text(text.replace(mutant.old, mutant.new))
-        if mutant.file.endswith(".cpp"):
-            compile_native(copy, build, mutant.file)
+        if mutant.file.startswith("csrc"):
+            compile_native(copy, build, NATIVE if mutant.file == NATIVE_BLOCKS else mutant.file)
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
     target = ["-o", copy / "lift_kernels" / "_C.abi3.so"]
     subprocess.run([os.environ.get("CXX", "g++"), "-shared", *build.glob("*.o"), *libraries, *target], check=True)

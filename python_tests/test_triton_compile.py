@@ -7,6 +7,7 @@ import pytest
 
 from bench.kernel_cases import CASES, TARGETS
 
+pytestmark = pytest.mark.slow
 PASSES = [case for case in CASES if case.name.startswith("lowrank_topk")]
 
 
