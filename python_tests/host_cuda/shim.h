@@ -81,7 +81,7 @@ class Barrier {
 
 // A barrier that orders its threads by nothing but its rounds, so that ThreadSanitizer misses no race by chance: a thread that is
 // late to leave a round must learn nothing of what faster ones did since. With a mutex it would, and with std::barrier, whose
-// waiters share a few pools in libstdc++; hence counters of its own, and the kernel's wait, which no sanitizer sees.
+// waiters share a few pools in libstdc++; hence counters of its own and a bare futex, which no sanitizer sees.
 class Barrier {
  public:
   explicit Barrier(unsigned threads) : expected_(threads), missing_(threads) {}
