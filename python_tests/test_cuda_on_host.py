@@ -112,3 +112,36 @@ def test_shim_shuffles(tmp_path):
     assert torch.equal(out[:, 1].long(), first + torch.where(lanes < 3, lanes, lanes - 3))
     assert torch.equal(out[full, 2].long(), first[full] + torch.where(lanes[full] + 3 < 32, lanes[full] + 3, lanes[full]))
     assert torch.equal(out[:, 3].long(), first + 2)
+
+
+EARLY = r"""
+#include "shim.h"
+
+void rotate_kernel(int* out) {  // odd threads are off; the others pass their numbers round, twice
+  __shared__ int values[64];
+  const unsigned t = threadIdx.x;
+  if (t % 2 == 1) return;
+  values[t] = int(t);
+  for (int turn = 0; turn < 2; ++turn) {
+    __syncthreads();
+    const int next = values[(t + 2) % 64];
+    __syncthreads();
+    values[t] = next;
+  }
+  out[t / 2] = values[t];
+}
+
+int main() {
+  int out[32] = {};
+  shim::launch(1, 64, [&] { rotate_kernel(out); });
+  for (const int value : out) std::printf("%d ", value);
+}
+"""
+
+
+@pytest.mark.parametrize("flag", ["-fsanitize=thread", "-DSHIM_FIBERS"])
+def test_shim_threads_that_return_early_leave_their_barriers(tmp_path, flag):
+    (tmp_path / "early.cpp").write_text(EARLY)
+    done = run(compiled(tmp_path / "early.cpp", tmp_path / "early", flag))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(map(int, done.stdout.split())) == [(t + 4) % 64 for t in range(0, 64, 2)]
