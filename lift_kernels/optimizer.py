@@ -19,7 +19,7 @@ from .lowrank import METHODS
 from .masks import Mask
 from .packed import PackedState
 from .refresh import Due, RefreshReport, make_masks, report_on, spread_share, warm_part
-from .state_dict import check_state_dict, compact
+from .state_dict import check_state_dict, compact, in_own_order
 
 logger = logging.getLogger("lift_kernels")
 _SETTINGS = ("max_grad_norm", "selection", "seed", "backend", "mask_method", "warm_start", "last_refresh")  # of no group
@@ -410,8 +410,11 @@ class LiftAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict`; the masks in it replace any mask made before.
 
+        Parameters are matched by name where both sides have names, else by position. All state goes to its parameter's device.
+
         Raises ValueError, naming the parameter, for the state of another model or version; nothing is changed then.
         """
+        state_dict = in_own_order(state_dict, self.param_groups)
         parameters = self._all_parameters()
         sparse = [options.is_sparse(p, g) for g in self.param_groups for p in g["params"]]
         names = [name for g in self.param_groups for _, name in self._named(g)]
@@ -419,6 +422,9 @@ class LiftAdamW(Optimizer):
         # torch would cast floating state to the parameter's dtype, so only dense entries go its way.
         dense = {i: entry for i, entry in state_dict["state"].items() if not sparse[i]}
         super().load_state_dict({**state_dict, "state": dense})
+        for p, entry in self.state.items():  # torch leaves the step on the device it was loaded to; the fused step needs it here
+            if "step" in entry:
+                entry["step"] = torch.as_tensor(entry["step"], dtype=torch.float32, device=p.device)
         for group in self.param_groups:
             self.seed = group.pop("seed", self.seed)
         groups = [g for g in self.param_groups for _ in g["params"]]

@@ -1,7 +1,11 @@
-"""The saved form of LiftAdamW's state: compact copies of plain types, and the checks of a loaded one."""
+"""The saved form of LiftAdamW's state: compact copies of plain types; order and checks of a loaded one."""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,10 +25,73 @@ def compact(entry: dict[str, Any], shape: torch.Size | None = None) -> dict[str,
     return out if shape is None else {**out, "shape": list(shape), "version": VERSION}
 
 
-def check_state_dict(state_dict: dict[str, Any], parameters: list[Tensor], sparse: list[bool], names: list[str]) -> None:
-    """Raise ValueError, TypeError or IndexError unless the state fits the parameters, in order."""
+def in_own_order(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The state dict with groups and parameters in the order of ``groups``, those of the optimizer that loads it.
+
+    They are matched by name where both sides have ``param_names``, else by position, as torch does. ``values`` of a packed layer
+    and its ``weight`` are the same name, so that matrix mode and packed mode load into each other.
+
+    Raises ValueError, with the names that differ, for parameters of other names or in other groups.
+    """
     require("state" in state_dict and "param_groups" in state_dict,
             f"a state dict holds 'state' and 'param_groups', got {sorted(state_dict)}")  # fmt: skip
+    saved = state_dict["param_groups"]
+    if not all("param_names" in group for group in (*saved, *groups)):
+        return state_dict
+    theirs, ours = [_matrix_names(group) for group in saved], [_matrix_names(group) for group in groups]
+    for group, names in zip(saved, theirs):
+        require(len(names) == len(group["params"]),
+                f"a group of the state dict has {len(names)} param_names for {len(group['params'])} parameters")  # fmt: skip
+    if theirs == ours:
+        return {**state_dict, "param_groups": [{**g, "param_names": list(own["param_names"])} for g, own in zip(saved, groups)]}
+    _check_names(theirs, ours)
+    unknown = state_dict["state"].keys() - set(chain.from_iterable(group["params"] for group in saved))
+    require(not unknown, f"the state dict has an entry for parameter {min(unknown, default='')}, which is in none of its groups")
+    at: dict[frozenset[str], list[int]] = {}
+    for i, names in enumerate(theirs):
+        at.setdefault(frozenset(names), []).append(i)
+    ordered, entries = [], {}
+    for group, names in zip(groups, ours):
+        other = at[frozenset(names)].pop(0)  # more than one only for groups without parameters
+        keys = dict(zip(theirs[other], saved[other]["params"]))
+        first = sum(len(g["params"]) for g in ordered)
+        positions = list(range(first, first + len(names)))
+        ordered.append({**saved[other], "params": positions, "param_names": list(group["param_names"])})
+        entries.update({i: state_dict["state"][keys[n]] for i, n in zip(positions, names) if keys[n] in state_dict["state"]})
+    return {**state_dict, "state": entries, "param_groups": ordered}
+
+
+def _matrix_names(group: dict[str, Any]) -> list[str]:
+    return [re.sub(r"(^|\.)values$", r"\1weight", name) for name in group["param_names"]]
+
+
+def _check_names(theirs: list[list[str]], ours: list[list[str]]) -> None:
+    """Both sides have the same names, each once, in the same groups."""
+    for side, groups in (("the state dict", theirs), ("this optimizer", ours)):
+        repeated = [name for name, count in Counter(chain(*groups)).items() if count > 1]
+        require(not repeated, f"{side} has more than one parameter named {_some(repeated)}: parameters in another order can only "
+                "be matched by names that differ")  # fmt: skip
+    saved, own = set(chain(*theirs)), set(chain(*ours))
+    require(saved == own,
+            f"the state dict is of other parameters: only it has {_some(saved - own)}, only this optimizer has {_some(own - saved)}; "
+            "build the optimizer from the same named parameters, or rename those in the state dict's param_names")  # fmt: skip
+    together = {name: set(names) for names in theirs for name in names}
+    for names in ours:
+        for name in names:
+            require(together[name] == set(names),
+                    f"{name} shares its group of the state dict with {_some(together[name] - {name})}, its group of this optimizer "
+                    f"with {_some(set(names) - {name})}; build the optimizer with the groups that were saved")  # fmt: skip
+    require(len(theirs) == len(ours), f"the state dict has {len(theirs)} groups, this optimizer {len(ours)}")
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first few names in a message."""
+    listed = sorted(names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "") if listed else "none"
+
+
+def check_state_dict(state_dict: dict[str, Any], parameters: list[Tensor], sparse: list[bool], names: list[str]) -> None:
+    """Raise ValueError, TypeError or IndexError unless the state fits the parameters, in order."""
     saved = sum(len(group["params"]) for group in state_dict["param_groups"])
     require(saved == len(parameters), f"the state dict is of a model with {saved} parameters, this optimizer has {len(parameters)}")
     for group in state_dict["param_groups"]:
@@ -36,8 +103,9 @@ def check_state_dict(state_dict: dict[str, Any], parameters: list[Tensor], spars
         p, name = parameters[i], names[i]
         if not sparse[i]:
             require("indices" not in entry, f"{name}: the state dict holds a LIFT mask, but this parameter is trained densely")
-            for key in ("exp_avg", "exp_avg_sq"):
-                held = tuple(entry[key].shape) if key in entry else tuple(p.shape)
+            for key in ("step", "exp_avg", "exp_avg_sq") if entry else ():
+                require(key in entry, f"{name}: the state dict holds no {key}")
+                held = tuple(p.shape) if key == "step" else tuple(entry[key].shape)
                 require(held == tuple(p.shape),
                         f"{name}: {key} of the state dict has shape {held}, this parameter {tuple(p.shape)}")  # fmt: skip
             continue

@@ -236,7 +236,10 @@ def swap_order(saved):
 
 BAD_STATES = [
     (lambda saved: saved.pop("state"), ValueError, r"holds 'state' and 'param_groups', got \['param_groups'\]"),
-    (lambda saved: saved["param_groups"][0]["params"].pop(), ValueError, "of a model with 2 parameters, this .* has 3"),
+    (lambda saved: saved["param_groups"][0]["params"].pop(), ValueError, "has 3 param_names for 2 parameters"),
+    (lambda saved: [saved["param_groups"][0].pop("param_names"), saved["param_groups"][0]["params"].pop()], ValueError,
+     "of a model with 2 parameters, this .* has 3"),
+    (lambda saved: saved["state"][2].pop("step"), ValueError, r"norm\.weight: the state dict holds no step"),
     (lambda saved: saved["state"].update({7: {}}), ValueError, "entry for parameter 7 of 3"),
     (swap_order, ValueError, r"up\.weight: .* matrix of shape \(33, 17\), this one is \(24, 40\)"),
     (entry_change("shape", lambda s: [17, 33]), ValueError, r"down\.weight: .* shape \(17, 33\), this one is \(33, "),
