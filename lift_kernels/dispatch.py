@@ -96,6 +96,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def native_library() -> Path | None:
     """Path of the compiled extension, or None when this installation has none."""
     spec = importlib.util.find_spec("lift_kernels._C")

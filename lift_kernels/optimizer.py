@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from . import dispatch, options, owners
 from .checks import check_gradient, require
 from .dense import dense_adamw_
+from .distributed.replicas import Replicas
 from .jobs import Job, any_infinite, clipping
 from .lowrank import METHODS
 from .masks import Mask
@@ -22,7 +23,9 @@ from .refresh import Due, RefreshReport, make_masks, report_on, spread_share, wa
 from .state_dict import check_state_dict, compact, in_own_order
 
 logger = logging.getLogger("lift_kernels")
-_SETTINGS = ("max_grad_norm", "selection", "seed", "backend", "mask_method", "warm_start", "last_refresh")  # of no group
+_SETTINGS = (  # of no group
+    "max_grad_norm", "selection", "seed", "backend", "mask_method", "warm_start", "last_refresh", "_replicas",
+)  # fmt: skip
 
 
 class LiftAdamW(Optimizer):
@@ -51,6 +54,9 @@ class LiftAdamW(Optimizer):
         warm_start: where bases for warm starts are kept, ``"device"`` or ``"cpu"``; None: every refresh starts cold.
         seed: of random masks and of stochastic rounding.
         backend: one of `lift_kernels.backends`, None for the fastest usable one.
+        process_group: with several ranks, those that hold replicas and so must train the same entries: a torch process group; None:
+            the ranks of the default group that train a parameter of the same name; ``"independent"``: ranks are meant to differ.
+            Index lists are compared at the first step after each mask, and a difference is a RuntimeError on every rank.
 
     Raises ValueError or TypeError, naming the parameter and the value, for options and parameters that cannot work.
     """
@@ -59,6 +65,7 @@ class LiftAdamW(Optimizer):
     _places: dict[Tensor, tuple[PackedState, int]]  # where each matrix lies
     _kept: dict[Tensor, dict[str, Tensor]]  # of each matrix's last mask: basis and threshold, for a warm start
     _layers: dict[Tensor, Any]  # a packed layer of each ``values`` that has its place
+    _uncompared: dict[Tensor, None]  # whose index lists the other ranks have not seen
     _skipped: dict[int, Tensor | int]  # by id of the group: steps that found_inf skipped, not yet settled
     writes_weights = True  # beside the values of packed layers
     _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf, no host synchronization
@@ -88,6 +95,7 @@ class LiftAdamW(Optimizer):
         warm_start: str | None = "device",
         seed: int = 0,
         backend: str | None = None,
+        process_group: torch.distributed.ProcessGroup | str | None = None,
     ) -> None:
         require(callable(selection) or selection in options.SELECTIONS,
                 f"selection must be one of {', '.join(options.SELECTIONS)} or a callable, got {selection!r}")  # fmt: skip
@@ -100,6 +108,7 @@ class LiftAdamW(Optimizer):
         self.mask_method, self.warm_start = mask_method, warm_start
         self.last_refresh: RefreshReport | None = None
         self.grad_norm: Tensor | None = None  # norm over trained entries at the last step, when it was needed for clipping
+        self._replicas = Replicas(process_group)
         self._reset_arenas()
         defaults = dict(
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, density=density, budget_rank=budget_rank,
@@ -135,6 +144,7 @@ class LiftAdamW(Optimizer):
         except (ValueError, TypeError, RuntimeError):
             self.param_groups.pop()
             raise
+        self._replicas.announce(name for p, name in self._named(group) if options.is_sparse(p, group))
 
     def _named(self, group: dict[str, Any]) -> list[tuple[Tensor, str]]:
         """The group's parameters with names for messages."""
@@ -161,6 +171,7 @@ class LiftAdamW(Optimizer):
                 loss = closure()
         self._check_gradients()
         self._make_first_masks()
+        self._compare_ranks()
         jobs = self._sparse_jobs()
         for job in jobs:
             job.arena.check_weights(job.rows)
@@ -256,6 +267,8 @@ class LiftAdamW(Optimizer):
         self._settle_skipped()
         if not self._make_first_masks():
             self._refresh(self.param_groups)
+        if any(group["capturable"] for group in self.param_groups):
+            self._compare_ranks()  # a captured step is replayed without this code
 
     def _check_packed(self, drop_gradients: bool) -> None:
         """Nothing packed stands in the way of new masks."""
@@ -271,6 +284,17 @@ class LiftAdamW(Optimizer):
         if drop_gradients:
             for p, _, _ in self._sparse_parameters():
                 owners.drop_gradient(p)
+
+    def _compare_ranks(self) -> None:
+        """Replicas have the same new index lists, or each of them raises. What was refused is compared again at the next step."""
+        if not self._uncompared or dispatch.capturing():
+            return
+        lists = defaultdict(list)
+        for p in self._uncompared:
+            arena, row = self._places[p]
+            lists[arena.names[row]].append(arena.views(row)["indices"])
+        self._replicas.compare(lists, 0.0 if self.last_refresh is None else self.last_refresh.seconds)
+        self._uncompared.clear()
 
     def _refresh(self, groups: Sequence[dict[str, Any]]) -> None:
         chosen = {id(group) for group in groups}
@@ -297,6 +321,7 @@ class LiftAdamW(Optimizer):
             arena.migrate(numbers, lists, backend=self.backend)
         self._kept.update({d.parameter: warm_part(mask._asdict(), d.parameter, self.warm_start) for d, mask in zip(due, masks)})
         self.last_refresh = report_on(due, masks, stayed)
+        self._uncompared.update({d.parameter: None for d in due})
         self._publish()
 
     def _masks(self, due: list[Due]) -> list[Mask]:
@@ -338,6 +363,7 @@ class LiftAdamW(Optimizer):
             self._kept.update({p: warm_part(entry, p, self.warm_start) for p, entry in zip(parameters, lists)})
             self._places.update({p: (arena, first + i) for i, p in enumerate(parameters)})
             self._layers.update({p: layer for p in parameters for layer in owners.layers_of(p)[:1]})
+            self._uncompared.update(dict.fromkeys(parameters))
         self._publish()
 
     def _publish(self) -> None:
@@ -353,7 +379,7 @@ class LiftAdamW(Optimizer):
             group["steps_since_refresh"] += 1
             if found_inf is not None and group["refresh_schedule"] == "all":  # GradScaler adds up the flags of all devices
                 self._skipped[id(group)] = self._skipped.get(id(group), 0) + (found_inf != 0).int()
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if dispatch.capturing():
             return  # a graph replays kernels, not this schedule: refresh by hand between replays
         turn = [due for group in groups if group["refresh_schedule"] == "spread" for due in self._turn(group)]
         if turn:
@@ -440,6 +466,7 @@ class LiftAdamW(Optimizer):
 
     def _reset_arenas(self) -> None:
         self._arenas, self._places, self._kept, self._layers, self._skipped = {}, {}, {}, {}, {}
+        self._uncompared = {}
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle_skipped()

@@ -54,7 +54,10 @@ def pack_gradients(
         chosen = dict(lift_param_groups(model, include, exclude, freeze_rest=freeze_rest)[0]["params"])
         chosen |= _extra_parameters(model, extra, chosen)
         options = {"rank": rank, "density": density, "budget_rank": budget_rank}
-        masks = LiftAdamW([{"params": list(chosen.items()), "lift": True, **options}], selection=selection, seed=seed)
+        masks = LiftAdamW(
+            [{"params": list(chosen.items()), "lift": True, **options}], selection=selection, seed=seed,
+            process_group="independent",  # the optimizer that trains them compares them
+        )  # fmt: skip
         masks.refresh()
         lists = {name: masks.state[p]["indices"].clone() for name, p in chosen.items()}
         warm = {name: warm_part(masks.state[p], p, "device") for name, p in chosen.items()}

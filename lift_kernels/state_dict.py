@@ -45,12 +45,14 @@ def in_own_order(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -
     if theirs == ours:
         return {**state_dict, "param_groups": [{**g, "param_names": list(own["param_names"])} for g, own in zip(saved, groups)]}
     _check_names(theirs, ours)
-    unknown = state_dict["state"].keys() - set(chain.from_iterable(group["params"] for group in saved))
-    require(not unknown, f"the state dict has an entry for parameter {min(unknown, default='')}, which is in none of its groups")
+    known = set(chain.from_iterable(group["params"] for group in saved))
+    for i in state_dict["state"]:
+        require(i in known, f"the state dict has an entry for parameter {i}, which is in none of its groups")
     at: dict[frozenset[str], list[int]] = {}
     for i, names in enumerate(theirs):
         at.setdefault(frozenset(names), []).append(i)
-    ordered, entries = [], {}
+    ordered: list[dict[str, Any]] = []
+    entries: dict[int, Any] = {}
     for group, names in zip(groups, ours):
         other = at[frozenset(names)].pop(0)  # more than one only for groups without parameters
         keys = dict(zip(theirs[other], saved[other]["params"]))
@@ -73,8 +75,9 @@ def _check_names(theirs: list[list[str]], ours: list[list[str]]) -> None:
                 "be matched by names that differ")  # fmt: skip
     saved, own = set(chain(*theirs)), set(chain(*ours))
     require(saved == own,
-            f"the state dict is of other parameters: only it has {_some(saved - own)}, only this optimizer has {_some(own - saved)}; "
-            "build the optimizer from the same named parameters, or rename those in the state dict's param_names")  # fmt: skip
+            f"the state dict is of other parameters: only it has {_some(saved - own)}, only this optimizer has "
+            f"{_some(own - saved)}; build the optimizer from the same named parameters, or rename those in the state dict's "
+            "param_names")  # fmt: skip
     together = {name: set(names) for names in theirs for name in names}
     for names in ours:
         for name in names:

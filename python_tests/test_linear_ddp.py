@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import torch
+from rank_helpers import run_ranks
+from torch import nn
+
+from lift_kernels import LiftAdamW, lift_param_groups
 
 WORKER = """
-import os, sys, torch, torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from lift_kernels import LiftAdamW, pack_gradients
-
-rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 6))
+join()
+model = build()
 groups = pack_gradients(model, rank=3, density=0.2, freeze_rest=True)
 entries = sum(p.numel() for _, p in groups[0]["params"])
 sizes = []
@@ -42,20 +35,7 @@ dist.destroy_process_group()
 
 def test_ddp_averages_packed_gradients(tmp_path):
     """Two processes end with the weights that one gets from both halves of each batch; the buckets hold k values."""
-    import torch
-    from torch import nn
-
-    from lift_kernels import LiftAdamW, lift_param_groups
-
-    root = str(Path(__file__).resolve().parents[1])
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"PYTHONPATH": root}
-    workers = [
-        subprocess.Popen([sys.executable, "-c", WORKER, str(rank), str(tmp_path)], env=environment, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in range(2)
-    ]  # fmt: skip
-    for worker in workers:
-        output, _ = worker.communicate(timeout=120)
-        assert worker.returncode == 0, output
+    run_ranks(WORKER, 2, tmp_path)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 6))
     groups = lift_param_groups(model, freeze_rest=True)

@@ -1,0 +1,211 @@
+"""Replicas must train the same entries: digests of their index lists are compared through torch's store.
+
+Averaged gradients of ranks with different index lists mix different weights, and nothing would say so. No collective takes part
+in the comparison, because some ranks may have no optimizer at all: another stage of a pipeline, a critic, an inference rank.
+Instead each rank announces which parameters it trains when its optimizer is built. Replicas average gradients before a step, so
+every replica has announced itself by the first comparison, and a rank waits for those that train its parameters and for no other.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import time
+import weakref
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from .checksums import index_digests
+
+logger = logging.getLogger("lift_kernels")
+
+PATIENCE_S = 60.0
+"""Seconds to wait for a rank that trains the same parameters."""
+FAREWELL_S = 10.0
+"""Seconds that a rank with an error gives the others to see it too: the store may end with its process."""
+POLL_S = 0.005
+WAYS_OUT = (
+    "name the ranks that hold replicas by LiftAdamW(process_group=...), or say process_group='independent' if ranks are meant to "
+    "differ"
+)
+_DIFFERENT = (
+    "ranks {low} and {high} would train different entries of {name}{more}: their masks were made from different weights, options "
+    "or seeds. Give every rank the same weights before its first mask is made (seed them alike, or broadcast rank 0's before "
+    f"pack_gradients and the first step); or {WAYS_OUT}"
+)
+_ABSENT = (
+    "{ranks} trains {name} too, but has shown no new index list for {patience:.0f} s: it made no new mask, or it stopped. Refresh "
+    f"on all ranks at the same step; or {WAYS_OUT}"
+)
+
+
+class Replicas:
+    """Which ranks train the same entries as this one, and the comparison of their index lists.
+
+    Args:
+        process_group: a torch process group, all of whose ranks hold replicas; None: the ranks of the default group that announce
+            a parameter of the same name; ``"independent"``: no rank, and nothing is compared.
+
+    Raises TypeError for anything else and ValueError for a group without this rank.
+    """
+
+    def __init__(self, process_group: Any = None) -> None:
+        self._independent = process_group == "independent" if isinstance(process_group, str) else False
+        self._ranks = None if process_group is None or self._independent else _ranks_of(process_group)
+        self._board: Board | None = None
+
+    def announce(self, names: Iterable[str]) -> None:
+        """Tell the other ranks that this one trains these parameters; before init_process_group nothing can be told."""
+        board = None if self._independent or self._ranks is not None else Board.of_default_group()
+        if board is not None:
+            self._board = board
+            board.announce(names)
+
+    def compare(self, lists: Mapping[str, list[Tensor]], masks_took: float = 0.0) -> None:
+        """Raise RuntimeError on every rank, naming a parameter, where replicas have different index lists.
+
+        Args:
+            lists: the new index lists of each name, int32, on any device.
+            masks_took: seconds that the masks took here. A rank ten times as slow is still waited for.
+        """
+        board = None if self._independent else Board.of_default_group()
+        if board is None:
+            return
+        patience = max(PATIENCE_S, 10 * masks_took)
+        if self._board is not board and self._ranks is None:  # the process group is younger than the optimizer
+            board.announce(lists)
+            board.wait_for_announcements(patience)
+        self._board = board
+        board.compare(index_digests(lists), self._ranks, patience)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_board": None}  # belongs to this process
+
+
+def _ranks_of(group: Any) -> tuple[int, ...]:
+    """Global ranks of a group that this rank belongs to."""
+    if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        outside = dist.is_available() and group == dist.GroupMember.NON_GROUP_MEMBER
+        if outside:
+            raise ValueError("process_group does not contain this rank; give LiftAdamW the group that this rank belongs to")
+        raise TypeError(f"process_group must be a torch process group, None or 'independent', got {group!r}")
+    return tuple(sorted(dist.get_process_group_ranks(group)))
+
+
+class Board:
+    """This rank's view of what all ranks of the default group have put into its store.
+
+    ``names/RANK/I``: the I-th announcement of a rank, names of parameters. ``lists/GROUP/RANK/N/NAME``: the digest of the index
+    list in the N-th comparison of that name within a group; the ranks that train a parameter compare it equally often.
+    """
+
+    _current: Board | None = None
+
+    def __init__(self, store: Any, rank: int, world: int) -> None:
+        self._of = weakref.ref(store)  # destroy_process_group must be able to end it
+        self._rank, self._world = rank, world
+        self._announced = 0
+        self._read = [0] * self._world  # announcements read, by rank
+        self._holders: defaultdict[str, set[int]] = defaultdict(set)  # ranks that announced a name
+        self._compared: Counter[tuple[str, str]] = Counter()  # by group and name
+
+    @classmethod
+    def of_default_group(cls) -> Board | None:
+        """The one of this process, or None where there is no more than one rank."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return None
+        store = dist.distributed_c10d._get_default_store()
+        if cls._current is None or cls._current._of() is not store:
+            if store is None or dist.get_backend() in ("fake", "mpi"):
+                _warn_once_of_no_store(dist.get_backend())
+                return None
+            cls._current = cls(store, dist.get_rank(), dist.get_world_size())
+        return cls._current
+
+    @property
+    def _store(self) -> Any:
+        store = self._of()
+        assert store is not None, "the process group was destroyed"
+        return dist.PrefixStore("lift_kernels", store)
+
+    def announce(self, names: Iterable[str]) -> None:
+        self._store.set(f"names/{self._rank}/{self._announced}", zlib.compress(json.dumps(list(names)).encode()))
+        self._announced += 1
+
+    def wait_for_announcements(self, patience: float) -> None:
+        """Of every rank; those that stay away are named in a warning and count as ranks that train nothing."""
+        missing = self._missing({rank: [f"names/{rank}/0"] for rank in range(self._world)}, patience)
+        if missing:
+            logger.warning("%s built no LiftAdamW within %.0f s of its first step here, so index lists are not compared with it. "
+                           "Build the optimizer after init_process_group, or %s", _ranks(missing), patience, WAYS_OUT)  # fmt: skip
+
+    def compare(self, digests: Mapping[str, str], ranks: tuple[int, ...] | None, patience: float) -> None:
+        """Wait for the digests of all ranks that train these names; RuntimeError where they differ or a rank stays away."""
+        self._read_announcements()
+        group = "" if ranks is None else hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
+
+        def key(rank: int, name: str, back: int = 0) -> str:
+            return f"lists/{group}/{rank}/{self._compared[group, name] - back}/{name}"
+
+        self._store.multi_set([key(self._rank, name) for name in digests], list(digests.values()))
+        shared: dict[int, list[str]] = defaultdict(list)  # names by rank
+        for name in digests:
+            for rank in (self._holders[name] if ranks is None else ranks):
+                if rank != self._rank:
+                    shared[rank].append(name)
+        missing = self._missing({rank: [key(rank, name) for name in names] for rank, names in shared.items()}, patience)
+        differing: dict[int, list[str]] = {}
+        for rank in sorted(shared.keys() - set(missing)):
+            theirs = self._store.multi_get([key(rank, name) for name in shared[rank]])
+            if names := [name for name, digest in zip(shared[rank], theirs) if digest.decode() != digests[name]]:
+                differing[rank] = names
+        if differing:
+            rank, names = next(iter(differing.items()))
+            self._take_leave(lambda r: f"{key(r, names[0])}/refused", [r for r in shared if names[0] in shared[r]])
+        elif missing:
+            raise RuntimeError(_ABSENT.format(ranks=_ranks(missing), name=shared[missing[0]][0], patience=patience))
+        for name in digests:  # the next comparison is another one, whether or not this one went well
+            if self._compared[group, name] > 0 and not missing:  # all have shown this one: they are done with the one before
+                self._store.delete_key(key(self._rank, name, 1))
+            self._compared[group, name] += 1
+        if differing:
+            more = f" and of {len(names) - 1} more matrices" if len(names) > 1 else ""
+            raise RuntimeError(_DIFFERENT.format(low=min(rank, self._rank), high=max(rank, self._rank), name=names[0], more=more))
+
+    def _read_announcements(self) -> None:
+        for rank in range(self._world):
+            while self._store.check([key := f"names/{rank}/{self._read[rank]}"]):
+                for name in json.loads(zlib.decompress(self._store.get(key))):
+                    self._holders[name].add(rank)
+                self._read[rank] += 1
+
+    def _missing(self, keys: Mapping[int, list[str]], patience: float) -> list[int]:
+        """Ranks whose keys are not all there after ``patience`` seconds. Asked again and again: a wait would lock the store."""
+        deadline = time.monotonic() + patience
+        left = sorted(keys)
+        while left := [rank for rank in left if not self._store.check(keys[rank])]:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(POLL_S)
+        return left
+
+    def _take_leave(self, key: Callable[[int], str], ranks: list[int]) -> None:
+        """Wait until the others have read what differs, or until they have had the time."""
+        self._store.set(key(self._rank), "")
+        self._missing({rank: [key(rank)] for rank in ranks}, FAREWELL_S)
+
+
+@functools.cache
+def _warn_once_of_no_store(backend: str) -> None:
+    logger.warning("a process group of backend %s has no store, so index lists are not compared among ranks", backend)
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
