@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from . import dispatch
 from .checks import require
 
 _layers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # values -> WeakSet of the layers that share them
@@ -73,11 +74,14 @@ def gradient_of(parameter: Tensor, layer: Any = None) -> tuple[Tensor | None, bo
 
 
 def check_hooked_gradient(parameter: Tensor, name: str) -> None:
-    """Raise, naming the parameter, unless what its hook packed fits its index list."""
+    """Raise, naming the parameter, unless what its hook packed fits its index list and can be stepped now."""
     grad = hooked_gradient(parameter)
     if grad is None:
         return
     indices: Tensor = parameter.lift_indices  # type: ignore[attr-defined]
+    require(not dispatch.capturing(),
+            f"{name}: a CUDA graph cannot follow its packed gradient lift_grad, a new tensor at every step; capture a model of packed "
+            "layers, or unpack(model) and keep gradients in place with zero_grad(set_to_none=False)", RuntimeError)  # fmt: skip
     require(parameter.grad is None, f"{name} has a packed lift_grad and a dense grad; clear one of them", RuntimeError)
     require(grad.shape == indices.shape and grad.dtype == torch.float32 and grad.device == indices.device,
             f"{name}: lift_grad must be {indices.numel()} float32 numbers on {indices.device}, got {tuple(grad.shape)} "

@@ -6,12 +6,12 @@ on the device that holds the step counts, so a step never waits for the host and
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
 from torch import Tensor
 
+from .device_tables import DeviceTables, Table
 from .reference import stochastic_key
 
 MAX_AGE = 2**24
@@ -49,9 +49,18 @@ def last_age(beta1: float, beta2: float) -> int:
     return age
 
 
-@functools.lru_cache(maxsize=16)
 def bias_table(beta1: float, beta2: float, device: torch.device) -> Tensor:
-    """(2, T + 1) fp32: 1/bc1 and 1/sqrt(bc2) for an entry's age 0..T, T = `last_age`."""
-    age = torch.arange(last_age(beta1, beta2) + 1, dtype=torch.float64, device=device)
-    age[0] = 1  # age 0 never occurs in a step; 1 keeps the table finite
-    return torch.stack([(1 - beta1**age).reciprocal(), (1 - beta2**age).rsqrt()]).float()
+    """(2, T + 1) fp32: 1/bc1 and 1/sqrt(bc2) for an entry's age 0..T, T = `last_age`.
+
+    Raises RuntimeError inside a CUDA-graph capture for betas that no step before it used.
+    """
+
+    def build() -> Table:
+        age = torch.arange(last_age(beta1, beta2) + 1, dtype=torch.float64, device="cpu")
+        age[0] = 1  # age 0 never occurs in a step; 1 keeps the table finite
+        return Table(torch.stack([(1 - beta1**age).reciprocal(), (1 - beta2**age).rsqrt()]).float(), True)
+
+    return _bias_tables.get((beta1, beta2), device, build).data
+
+
+_bias_tables = DeviceTables("betas", 16, "run the step once before the capture with the same betas")

@@ -168,9 +168,12 @@ def test_the_doctor_compares_the_helpers_with_their_twins(monkeypatch):
 PRECISIONS = """
 import torch
 from types import SimpleNamespace
-from lift_kernels.precision import matmul_precision
+from lift_kernels.precision import matmul_precision, tf32_allowed
 matmul = torch.backends.cuda.matmul
+tuned = [True]  # TunableOp, which a CPU build of torch lacks
+torch.cuda.tunable.is_enabled, torch.cuda.tunable.enable = lambda: tuned[-1], tuned.append
 {start}
+assert tf32_allowed() == {tf32}
 def read(get):
     try:
         return get()
@@ -183,22 +186,25 @@ on_a_gpu = SimpleNamespace(is_cuda=True)
 for precision in ("tf32", "ieee"):
     try:
         with matmul_precision(on_a_gpu, precision):
-            assert matmul.fp32_precision == precision
+            assert matmul.fp32_precision == precision and not torch.cuda.tunable.is_enabled()
             raise KeyError
     except KeyError:
         pass
     assert state() == before, (state(), before)
+    assert torch.cuda.tunable.is_enabled()
 """
 
 
 @pytest.mark.parametrize(
-    "start",
-    ["", "matmul.allow_tf32 = True", "torch.set_float32_matmul_precision('medium')", "matmul.fp32_precision = 'tf32'",
-     "torch.backends.fp32_precision = 'tf32'"],
+    ("start", "tf32"),
+    [("", False), ("torch.set_float32_matmul_precision('highest')", False), ("matmul.allow_tf32 = True", True),
+     ("torch.set_float32_matmul_precision('medium')", True), ("matmul.fp32_precision = 'tf32'", True),
+     ("torch.backends.fp32_precision = 'tf32'", True),
+     ("torch.backends.fp32_precision = 'tf32'; matmul.fp32_precision = 'ieee'", False)],
 )  # fmt: skip
-def test_the_precision_of_products_comes_back(start):
+def test_the_precision_of_products_comes_back(start, tf32):
     """Whichever of torch's switches the user took: some of them cannot be read once another was set."""
-    done = subprocess.run([sys.executable, "-c", PRECISIONS.format(start=start)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", PRECISIONS.format(start=start, tf32=tf32)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

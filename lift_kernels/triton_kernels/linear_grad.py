@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import dispatch
+from ..precision import tf32_allowed
 from .numerics import bits, narrow
 from .packed import packed_gather_triton
 
@@ -85,7 +86,7 @@ def packed_weight_grad_triton(grad_output: Tensor, input: Tensor, indices: Tenso
     """Fill ``out`` (k,) with grad_output^T @ input at ``indices`` (k,) int32, without a dense gradient.
 
     ``grad_output`` (t, m) and ``input`` (t, n) are of one dtype and are made contiguous. Sums are fp32; fp32 products are exact
-    or TF32, as `torch.set_float32_matmul_precision` says.
+    or TF32, as torch's own products on the GPU.
     """
     count = indices.numel()
     if count == 0:
@@ -94,7 +95,7 @@ def packed_weight_grad_triton(grad_output: Tensor, input: Tensor, indices: Tenso
     if dispatch.interpreting():  # its dot knows no bf16; widening changes no value
         grad_output, input = grad_output.float(), input.float()
     (tokens, m), n = grad_output.shape, input.shape[1]
-    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    precision = "tf32" if tf32_allowed() else "ieee"
     with torch.cuda.device_of(indices):
         _packed_weight_grad_kernel[(triton.cdiv(m, ROWS), triton.cdiv(n, COLUMNS))](
             grad_output, input, indices, bits(out), tokens, m, n, count, 1 << (count.bit_length() - 1), PRECISION=precision,

@@ -1,31 +1,20 @@
 """Launch tables on the device: addresses of a launch's tensors, and which piece of which matrix a program works on.
 
-Both are built on the host and cached, so that a step with the same tensors copies nothing. They are never built inside
-a CUDA-graph capture, where the copy would be recorded with a host buffer that is soon gone.
+Both are built on the host and cached, so that a step with the same tensors copies nothing.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..device_tables import DeviceTables, Table
 
 ALIGNMENT = 64
 """Entries to which segments must be aligned and padded for wide loads; at least 128 bytes in every dtype."""
-
-
-class Table(NamedTuple):
-    """A device table, and whether what it describes may be read and written 128 bits at a time."""
-
-    data: Tensor
-    aligned: bool
 
 
 def block_size() -> int:
@@ -71,57 +60,8 @@ def _padded(offset: Tensor, count: Tensor, arena_length: int) -> bool:
     return bool((start % ALIGNMENT == 0).all() and (end <= limit[: len(end)]).all())
 
 
-@dataclass
-class _Entry:
-    table: Table
-    stream: torch.cuda.Stream | None = None
-    ready: torch.cuda.Event | None = None
-    captured: bool = False
-
-
-class _Cache:
-    """A small LRU of tables. Those in a captured CUDA graph stay for good: it reads them at every replay."""
-
-    def __init__(self, name: str, size: int) -> None:
-        self._name, self._size = name, size
-        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: Hashable, device: torch.device, build: Callable[[], Table]) -> Table:
-        """The table under ``key`` on ``device``, which must be the current one; built when it is not there."""
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        with self._lock:
-            entry = self._entries.get((key, device))
-            if entry is None:
-                if capturing:
-                    raise RuntimeError(
-                        f"the {self._name} of a launch changed inside a CUDA graph capture, where their table cannot "
-                        "be built: run the step once before the capture with the same tensors, and keep gradients in "
-                        "place with zero_grad(set_to_none=False)"
-                    )
-                entry = self._entries[key, device] = self._upload(build(), device)
-                self._evict()
-            self._entries.move_to_end((key, device))
-            entry.captured |= capturing
-        if entry.ready is not None and not capturing and entry.stream != torch.cuda.current_stream():
-            torch.cuda.current_stream().wait_event(entry.ready)
-            entry.table.data.record_stream(torch.cuda.current_stream())
-        return entry.table
-
-    @staticmethod
-    def _upload(table: Table, device: torch.device) -> _Entry:
-        if device.type != "cuda":
-            return _Entry(table)
-        # From pinned memory the copy waits for nothing; the allocator keeps the host buffer until it is done.
-        uploaded = Table(table.data.pin_memory().to(device, non_blocking=True), table.aligned)
-        stream = torch.cuda.current_stream()
-        return _Entry(uploaded, stream, stream.record_event())
-
-    def _evict(self) -> None:
-        idle = [key for key, entry in self._entries.items() if not entry.captured]
-        for key in idle[: max(len(idle) - self._size, 0)]:
-            del self._entries[key]
-
-
-_pointers = _Cache("addresses of weights or gradients", 128)
-_blocks = _Cache("segments", 64)
+_pointers = DeviceTables(
+    "addresses of weights or gradients", 128,
+    "run the step once before the capture with the same tensors, and keep gradients in place with zero_grad(set_to_none=False)",
+)  # fmt: skip
+_blocks = DeviceTables("segments", 64, "run the step once before the capture with the same matrices")
