@@ -17,7 +17,7 @@ def scaled_step(optimizer, scaler, weights, step, bad=None):
         w.grad *= scaler.get_scale() if scaler.is_enabled() else 1.0
     if bad is not None:
         weights[-1].grad.view(-1)[-1] = bad
-    scaler.scale(torch.ones(1))  # what backward needs: it readies the scale
+    scaler.scale(torch.ones(1, device=weights[0].device))  # what backward needs: it readies the scale, on the loss's device
     scaler.step(optimizer)
     scaler.update()
 
@@ -77,7 +77,7 @@ def test_unscaling_before_the_step(where):
         set_gradients(weights, step)
         for w in weights:
             w.grad *= 256.0
-        scaler.scale(torch.ones(1))
+        scaler.scale(torch.ones(1, device=where.device))
         scaler.unscale_(optimizer)
         scaler.step(optimizer)
         scaler.update()
