@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -53,19 +54,21 @@ def static_runtime(toolkit: Path) -> Path | None:
 
 
 def compile_cuda(toolkit: Path, build_dir: Path) -> list[str]:
-    """Objects of the CUDA sources, machine code for each target and PTX of the last for cards to come."""
+    """Objects of the CUDA sources, machine code for each target and PTX of the last for cards to come; side by side."""
     archs = os.environ.get("LIFT_CUDA_ARCHS", "80;90;100").split(";")
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     build_dir.mkdir(parents=True, exist_ok=True)
-    objects = []
-    for source in CUDA_SOURCES:
-        target = build_dir / (Path(source).stem + ".cu.o")
-        command = [str(toolkit / "bin" / "nvcc"), "-c", *NVCC_FLAGS]
-        print(*command, *targets, source, flush=True)
-        subprocess.run([*command, *targets, source, "-o", str(target)], check=True)
-        objects.append(str(target))
-    return objects
+
+    def compile_one(source: str) -> str:
+        target = str(build_dir / (Path(source).stem + ".cu.o"))
+        command = [str(toolkit / "bin" / "nvcc"), "-c", *NVCC_FLAGS, *targets, source, "-o", target]
+        print(*command, flush=True)
+        subprocess.run(command, check=True)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, CUDA_SOURCES))
 
 
 def add_cuda(ext: Extension, build_dir: Path) -> None:

@@ -1,26 +1,33 @@
-"""One command for a machine with a GPU: build, test, sanitize, then time everything. One CSV, one log, under 8 minutes.
+"""Two commands for a machine with a GPU: ``--part check`` builds and tests, ``--part time`` times everything.
 
-Every part of `PARTS` runs in a process of its own, with a budget after which the process and its children are killed; a part that
-fails, hangs or crashes the card leaves a row that says so, and the others go on. What a part has measured by then stays. The last
-thing printed is a table of all rows. Every variant is checked before it is timed; a wrong one is refused, and its row says why.
-How each part counts its floor and checks its results stands in its module (bench/gpu_parts/), how time is taken in
-gpu_parts/report.py. Needs torch, triton, numpy, pytest and ninja, a plain checkout, no network; nvcc and compute-sanitizer are used
-when present, and named when missing.
+    python bench/gpu_suite.py --part check --out FOLDER     at most 4 minutes on 16 cores: extension, gpu tests, compute-sanitizer
+    python bench/gpu_suite.py --part time --out FOLDER      at most 6 minutes: timings
+    python bench/gpu_suite.py --dry-run                     both on the CPU, with tiny shapes and without build; no limit of time
+
+Each writes ``FOLDER/gpu_check.csv`` or ``gpu_time.csv`` with a log beside it, and prints a table of all rows last. Without
+``--part`` one follows the other. ``--only STAGE ...`` takes some stages; ``--commit HASH`` names that of a checkout without git.
+
+Every stage of `STAGES` runs in a process of its own, with a budget after which the process and its children are killed; a stage
+that fails, hangs or crashes the card leaves a row that says so, and the others go on. What a stage has measured by then stays.
+Every variant is checked before it is timed; a wrong one is refused, and its row says why. How each stage counts its floor and
+checks its results stands in its module (bench/gpu_parts/), how time is taken in gpu_parts/report.py. Needs torch, triton, numpy,
+pytest and ninja, a plain checkout, no network; nvcc and compute-sanitizer are used when present, and named when missing.
 
 Columns: ``median_ms``, quartiles, extremes and ``repeats`` of the time on the card; ``host_ms`` what a call costs the host;
 ``ratio``: seconds of ``baseline`` over its own; ``floor_ms``: the time of its bytes or FLOPs (``floor_of``) at the rates that the
-part ``machine`` measured; ``share_of_floor``; ``tests``: what the gpu tests of this run said; where it ran, versions, commit.
-
-    python bench/gpu_suite.py --out FOLDER [--only PART ...] [--commit HASH]     (--dry-run: tiny shapes on the CPU, no build)
+stage ``machine`` measured; ``share_of_floor``; ``tests``: what the gpu tests said, of this run or of the check in FOLDER; where it
+ran, versions, commit.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import importlib
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -36,48 +43,51 @@ import bench_util
 import torch
 from gpu_parts.report import Run, environment, one_line
 
-LIMIT_S = 480
-WHOLE = "(whole part)"
+WHOLE = "(whole stage)"
 
 
 @dataclass(frozen=True)
-class Part:
-    """``target``: module:function, called with a `Run`; ``budget``: seconds for the whole process."""
+class Stage:
+    """``target``: module:function, called with a `Run`; ``budget``: seconds for the whole process, imports included."""
 
     name: str
     target: str
     budget: float
 
 
-PARTS = [
-    Part("build", "gpu_parts.checks:build", 55),
-    Part("machine", "gpu_parts.report:machine", 15),
-    Part("tests", "gpu_parts.checks:tests", 85),
-    Part("sanitizer", "gpu_parts.checks:sanitizer", 40),
-    Part("step LLaMA-2-7B", "gpu_parts.step:llama2", 40),
-    Part("step Llama-3-8B", "gpu_parts.step:llama3", 40),
-    Part("packed ops", "gpu_parts.packed:work", 22),
-    Part("gradients", "gpu_parts.grads:work", 30),
-    Part("selection", "gpu_parts.masks:selection", 20),
-    Part("bitmaps", "gpu_parts.bitmaps:work", 10),
-    Part("refresh", "gpu_parts.masks:refresh", 60),
-    Part("factorizations", "gpu_parts.factors:work", 20),
-    Part("training", "gpu_parts.train:work", 35),
-]
-DRY_BUDGET = 30.0
-SUMMARY = ["part", "variant", "model", "dtype", "shape", "median_ms", "host_ms", "ratio", "floor_of", "share_of_floor", "status"]
+STAGES = {
+    "check": [
+        Stage("build", "gpu_parts.checks:build", 45),
+        Stage("tests", "gpu_parts.checks:tests", 150),
+        Stage("sanitizer", "gpu_parts.checks:sanitizer", 45),
+    ],
+    "time": [
+        Stage("machine", "gpu_parts.report:machine", 15),
+        Stage("step LLaMA-2-7B", "gpu_parts.step:llama2", 40),
+        Stage("step Llama-3-8B", "gpu_parts.step:llama3", 40),
+        Stage("packed ops", "gpu_parts.packed:work", 40),
+        Stage("gradients", "gpu_parts.grads:work", 30),
+        Stage("selection", "gpu_parts.masks:selection", 30),
+        Stage("bitmaps", "gpu_parts.bitmaps:work", 25),
+        Stage("refresh", "gpu_parts.masks:refresh", 60),
+        Stage("factorizations", "gpu_parts.factors:work", 30),
+        Stage("training", "gpu_parts.train:work", 35),
+    ],
+}
+LIMITS_S = {"check": 240, "time": 360}
+SUMMARY = ["stage", "variant", "model", "dtype", "shape", "median_ms", "host_ms", "ratio", "floor_of", "share_of_floor", "status"]
 
 
-def run_part(part: Part, device: str, rows: Path, budget: float, rates: dict[str, float]) -> int:
-    """In the part's own process; the exit status."""
-    run = Run(part.name, device, rows, time.monotonic() + budget, repeats=3 if device == "cpu" else 20, rates=rates)
+def run_stage(stage: Stage, device: str, rows: Path, deadline: float, rates: dict[str, float]) -> int:
+    """In the stage's own process; the exit status. ``deadline``: of `time.monotonic`, which all processes share."""
+    run = Run(stage.name, device, rows, deadline, repeats=3 if device == "cpu" else 20, rates=rates)
     torch.manual_seed(0)
     if run.dry:
         torch.set_num_threads(1)
     try:
-        module, function = part.target.split(":")
+        module, function = stage.target.split(":")
         getattr(importlib.import_module(module), function)(run)
-    except Exception as error:  # told in a row and in the part's exit status
+    except Exception as error:  # told in a row and in the stage's exit status
         import traceback
 
         traceback.print_exc()
@@ -86,15 +96,25 @@ def run_part(part: Part, device: str, rows: Path, budget: float, rates: dict[str
     return 0
 
 
-class Suite:
-    """The parts' parent: starts them, collects rows, writes the CSV anew after each. It never touches the card itself."""
+def ended(process: subprocess.Popen, deadline: float) -> bool:
+    """Wait for a stage; whether it ended before the deadline."""
+    try:
+        process.wait(None if deadline == math.inf else max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
-    def __init__(self, out: Path, dry: bool, commit: str | None = None):
+
+class Suite:
+    """The parent of the stages of one part: starts them, collects rows, writes the CSV again after each. It uses no card itself."""
+
+    def __init__(self, part: str, out: Path, dry: bool, commit: str | None = None):
         out.mkdir(parents=True, exist_ok=True)
-        self.csv, self.log = out / "gpu_suite.csv", out / "gpu_suite.log"
+        self.part, self.csv, self.log = part, out / f"gpu_{part}.csv", out / f"gpu_{part}.log"
+        self.checked = out / "gpu_check.csv"
         self.log.write_bytes(b"")
         self.dry, self.found, self.lock = dry, {}, threading.Lock()
-        self.environment = environment("cpu") | {"device": "not asked"}  # until a part has said more
+        self.environment = environment("cpu") | {"device": "not asked"}  # until a stage has said more
         self.commit = {"commit": commit or self.environment["commit"]}
 
     def say(self, text: str) -> None:
@@ -103,44 +123,51 @@ class Suite:
             print(text, flush=True)
             file.write(text + "\n")
 
-    def run(self, parts: list[Part]) -> None:
-        """One after the other; two at a time in the dry run, whose timings mean nothing."""
-        self.found = {part.name: [] for part in parts}
+    def run(self, stages: list[Stage]) -> bool:
+        """One after the other, in the dry run two at a time behind the first. Whether all were green."""
+        together = "no limit" if self.dry else f"{sum(stage.budget for stage in stages):g} of {LIMITS_S[self.part]}"
+        self.say(f"{self.part}, budgets in seconds: {', '.join(f'{s.name} {s.budget:g}' for s in stages)}; together {together}")
+        self.found = {stage.name: [] for stage in stages}
+        self.run_one(stages[0])  # what it builds or measures, the others use
         with ThreadPoolExecutor(2 if self.dry else 1) as pool:
-            list(pool.map(self.run_one, parts))
+            list(pool.map(self.run_one, stages[1:]))
+        with contextlib.redirect_stdout(io.StringIO()) as table:
+            bench_util.show([{k: str(v)[:60] for k, v in row.items()} for row in self.rows], SUMMARY)
+        self.say(f"\n{table.getvalue()}\n{self.csv}, {self.log}")
+        return all(row["status"] == "ok" for row in self.rows if row["variant"] == WHOLE)
 
-    def run_one(self, part: Part) -> None:
-        """One part in a process group of its own; its rows, then one for the whole of it."""
-        budget = min(part.budget, DRY_BUDGET) if self.dry else part.budget
-        self.say(f"--- {part.name}, at most {budget:g} s")
+    def run_one(self, stage: Stage) -> None:
+        """One stage in a process group of its own; its rows, then one for the whole of it."""
+        budget = math.inf if self.dry else stage.budget  # how long a dry run takes says nothing, least on a busy machine
+        self.say(f"--- {stage.name}, at most {budget:g} s")
         start = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "rows.jsonl"
             path.touch()
-            given = json.dumps({"part": vars(part), "device": "cpu" if self.dry else "cuda", "rows": str(path), "budget": budget,
-                                "rates": self.rates()})  # fmt: skip
+            given = json.dumps({"stage": vars(stage), "device": "cpu" if self.dry else "cuda", "rows": str(path),
+                                "deadline": start + budget, "rates": self.rates()})  # fmt: skip
             process = subprocess.Popen([sys.executable, Path(__file__).resolve(), "--child", given], stdin=subprocess.DEVNULL,
                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
                                        start_new_session=True)  # fmt: skip
             reader = threading.Thread(target=lambda: [self.say(line.rstrip("\n")) for line in process.stdout], daemon=True)
             reader.start()
             try:
-                code = process.wait(budget)
-                status = "ok" if code == 0 else f"failed: exit status {code}"
-            except subprocess.TimeoutExpired:
-                status = f"killed after {budget:g} s"
+                in_time = ended(process, start + budget)
             finally:
-                end_group(process)  # also what the part has left behind
+                end_group(process)  # also what the stage has left behind
             reader.join(5)
             rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        status = f"killed after {budget:g} s"
+        if in_time:
+            status = "ok" if process.returncode == 0 else f"failed: exit status {process.returncode}"
         for noted in (row for row in rows if "environment" in row):
             self.environment = noted["environment"]
         rows = [row for row in rows if "environment" not in row]
         bad = sum(row["status"].startswith(("failed", "refused", "killed")) for row in rows)
         if status == "ok" and bad:
             status = f"failed: {bad} of {len(rows)} rows"
-        whole = {"part": part.name, "variant": WHOLE, "status": status, "seconds": round(time.monotonic() - start, 1)}
-        self.found[part.name] = [*rows, whole | {"budget_s": budget}]
+        whole = {"stage": stage.name, "variant": WHOLE, "status": status, "seconds": round(time.monotonic() - start, 1)}
+        self.found[stage.name] = [*rows, whole | ({} if self.dry else {"budget_s": budget})]
         self.write()
 
     @property
@@ -150,17 +177,24 @@ class Suite:
     def rates(self) -> dict[str, float]:
         return {row["rate_name"]: row["rate"] for row in self.rows if "rate_name" in row}
 
+    def tests(self) -> str:
+        """What the gpu tests said: in this run, or in the check of this commit in the same folder."""
+        rows = self.rows
+        if self.part != "check" and self.checked.exists():
+            with self.checked.open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if row["commit"] == self.commit["commit"]]
+        return next((row["status"] for row in rows if row["variant"] == "gpu tests"), "not run")
+
     def write(self) -> None:
         """All rows so far, with where they come from and what the tests said."""
-        said = next((row["status"] for row in self.rows if row["variant"] == "gpu tests"), "not run")
         rates = {f"{name}_rate": float(f"{rate:.4g}") for name, rate in self.rates().items()}
-        last = {"tests": said} | self.environment | self.commit | rates
+        last = {"tests": self.tests()} | self.environment | self.commit | rates
         with self.lock, contextlib.redirect_stdout(io.StringIO()):
             bench_util.write_csv(self.csv, [row | last for row in self.rows])
 
 
 def end_group(process: subprocess.Popen) -> None:
-    """Kill a part and all that it has started."""
+    """Kill a stage and all that it has started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -168,31 +202,31 @@ def end_group(process: subprocess.Popen) -> None:
     try:
         process.wait(10)
     except subprocess.TimeoutExpired:
-        pass  # stuck in the driver: the next part is not to wait for it
+        pass  # stuck in the driver: the next stage is not to wait for it
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status: 0 when every part was green."""
+    """The exit status: 0 when every stage was green."""
+    names = [stage.name for stages in STAGES.values() for stage in stages]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("gpu_suite"), help="folder of the CSV and the log")
-    parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS], help="these parts alone")
+    parser.add_argument("--part", choices=STAGES, help="check: build and gpu tests; time: timings; without it both")
+    parser.add_argument("--out", type=Path, default=Path("gpu_suite"), help="folder of CSVs and logs")
+    parser.add_argument("--only", nargs="+", choices=names, help="these stages alone")
     parser.add_argument("--commit", help="of a checkout without git")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, without build, tests and sanitizer")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.child:
-        part = Part(**given.child["part"])
-        return run_part(part, given.child["device"], Path(given.child["rows"]), given.child["budget"], given.child["rates"])
+        child = given.child
+        return run_stage(Stage(**child["stage"]), child["device"], Path(child["rows"]), child["deadline"], child["rates"])
     if not given.dry_run and not torch.cuda.is_available():
         raise SystemExit("torch sees no CUDA device; --dry-run tries the suite on the CPU")
-    suite, parts = Suite(given.out, given.dry_run, given.commit), [p for p in PARTS if not given.only or p.name in given.only]
-    suite.say("budgets, in seconds: " + ", ".join(f"{part.name} {part.budget:g}" for part in parts)
-              + f"; together {sum(part.budget for part in parts):g} of {LIMIT_S}")  # fmt: skip
-    suite.run(parts)
-    with contextlib.redirect_stdout(io.StringIO()) as table:
-        bench_util.show([{k: str(v)[:60] for k, v in row.items()} for row in suite.rows], SUMMARY)
-    suite.say(f"\n{table.getvalue()}\n{suite.csv}, {suite.log}")
-    return int(any(row["status"] != "ok" and row["variant"] == WHOLE for row in suite.rows))
+    green = True
+    for part in [given.part] if given.part else STAGES:
+        stages = [stage for stage in STAGES[part] if not given.only or stage.name in given.only]
+        if stages:
+            green &= Suite(part, given.out, given.dry_run, given.commit).run(stages)
+    return int(not green)
 
 
 if __name__ == "__main__":

@@ -80,8 +80,8 @@ def check_hooked_gradient(parameter: Tensor, name: str) -> None:
         return
     indices: Tensor = parameter.lift_indices  # type: ignore[attr-defined]
     require(not dispatch.capturing(),
-            f"{name}: a CUDA graph cannot follow its packed gradient lift_grad, a new tensor at every step; capture a model of packed "
-            "layers, or unpack(model) and keep gradients in place with zero_grad(set_to_none=False)", RuntimeError)  # fmt: skip
+            f"{name}: a CUDA graph cannot follow its packed gradient lift_grad, a new tensor at every step; capture a model of "
+            "packed layers, or unpack(model) and zero_grad(set_to_none=False)", RuntimeError)  # fmt: skip
     require(parameter.grad is None, f"{name} has a packed lift_grad and a dense grad; clear one of them", RuntimeError)
     require(grad.shape == indices.shape and grad.dtype == torch.float32 and grad.device == indices.device,
             f"{name}: lift_grad must be {indices.numel()} float32 numbers on {indices.device}, got {tuple(grad.shape)} "

@@ -72,8 +72,10 @@ MISSING = {
 collect_ignore = [file for file, names in MISSING.items() if names]
 
 
-def pytest_report_header():
-    return [f"{file} is left out: {' and '.join(names)} not installed" for file, names in MISSING.items() if names]
+def pytest_terminal_summary(terminalreporter):
+    for file, names in MISSING.items():
+        if names:
+            terminalreporter.write_line(f"{file} is left out: {' and '.join(names)} not installed")
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def card(monkeypatch, tmp_path):
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     (tmp_path / "rows").touch()
-    run = OnCard("it", "cpu", tmp_path / "rows", time.monotonic() + 60, 4, {"copy": 1e9, "bf16": 1e9, "tf32": 1e9})
+    run = OnCard("it", "cpu", tmp_path / "rows", time.monotonic() + 1e6, 4, {"copy": 1e9, "bf16": 1e9, "tf32": 1e9})
     run.asleep = asleep
     yield run
     for name in set(sys.modules) - before:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -19,10 +20,12 @@ from bench_util import ROOT
 from .report import Run
 
 BENCH = ROOT / "bench"
+MARGIN_S = 10.0
+"""What a stage keeps of its budget, so that its rows are written before it is killed."""
 
 
 def child(arguments: Sequence[str], folder: Path = ROOT, **environment: str) -> tuple[subprocess.Popen, Path]:
-    """A process and the file that takes its output. It belongs to the part's group, which is killed as a whole."""
+    """A process and the file that takes its output. It belongs to the stage's group, which is killed as a whole."""
     handle, name = tempfile.mkstemp(suffix=".log")
     process = subprocess.Popen(arguments, cwd=folder, env=os.environ | environment, stdout=handle, stderr=subprocess.STDOUT)
     os.close(handle)
@@ -30,9 +33,9 @@ def child(arguments: Sequence[str], folder: Path = ROOT, **environment: str) -> 
 
 
 def finish(process: subprocess.Popen, log: Path, seconds: float) -> tuple[str, bool]:
-    """Output of a process after at most ``seconds``, and whether it had to be killed."""
+    """Output of a process after at most ``seconds``, which may be infinite, and whether it had to be killed."""
     try:
-        process.wait(max(0.1, seconds))
+        process.wait(None if seconds == math.inf else max(0.1, seconds))
         killed = False
     except subprocess.TimeoutExpired:
         process.kill()
@@ -59,7 +62,7 @@ def build(run: Run) -> None:
     start = time.perf_counter()
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     process, log = child(command, LIFT_CUDA_ARCHS=arch, LIFT_REQUIRE_NATIVE="1")
-    output, killed = finish(process, log, run.left() - 5)
+    output, killed = finish(process, log, run.left() - MARGIN_S)
     print(output[-6000:], flush=True)
     if process.returncode != 0:
         run.add(f"extension for sm_{arch}", status="killed, it took too long" if killed else f"failed: {last_line(output)}")
@@ -73,16 +76,17 @@ def build(run: Run) -> None:
 
 def tests(run: Run) -> None:
     """The ``gpu`` tests in several processes, each every n-th test; one row a file with a failure, one for all."""
-    shards = 1 if run.dry else max(1, min(8, (os.cpu_count() or 2) // 2))
+    shards = 1 if run.dry else max(1, min(14, (os.cpu_count() or 2) - 2))
     mode = ["--collect-only", "python_tests/test_packed_ops.py"] if run.dry else ["python_tests"]
     # A package is imported only when its plugin is; what is installed here beside pytest is not ours to load.
     path = os.pathsep.join(filter(None, [str(BENCH), os.environ.get("PYTHONPATH")]))
     environment = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": path}
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--tb=short", "-p", "gpu_parts.shard", "-p", "no:cacheprovider"]
+    command.append("--continue-on-collection-errors")  # one file must not take all others along
     children = [child([*command, *mode], LIFT_SHARD=f"{i}/{shards}", **environment) for i in range(shards)]
     done, red, late = Counter(), Counter(), 0
     for process, log in children:
-        output, killed = finish(process, log, run.left() - 8)
+        output, killed = finish(process, log, run.left() - MARGIN_S)
         print(output[-3000:], flush=True)
         late += killed
         if process.returncode not in (0, 1) and not killed:
@@ -111,7 +115,7 @@ def sanitizer(run: Run) -> None:
     """memcheck and racecheck, side by side, on every case of `cuda_ops`, which also compares results with the reference."""
     driver = [sys.executable, "-m", "gpu_parts.cuda_ops", run.device]
     if run.dry:
-        output, _ = finish(*child(driver, BENCH), run.left() - 3)
+        output, _ = finish(*child(driver, BENCH), run.left())
         print(output, flush=True)
         status = "ok" if output.count(": right") == cases() else f"failed: {last_line(output)}"
         run.add("the ops' small cases on the CPU", status=status)
@@ -128,7 +132,7 @@ def sanitizer(run: Run) -> None:
         for name, options in tools.items()
     }
     for name, (process, log) in children.items():
-        output, killed = finish(process, log, run.left() - 5)
+        output, killed = finish(process, log, run.left() - MARGIN_S)
         print(output[-4000:], flush=True)
         said = re.findall(r"=+ ((?:ERROR|RACECHECK) SUMMARY: .+)", output)
         right = output.count(": right")

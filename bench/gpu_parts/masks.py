@@ -8,7 +8,7 @@ Refresh (`principal_masks`, Chebyshev iteration, r = 128, weights with a slowly 
 2 m n r for the selection at the TF32 rate, or one read of the weights a pass. ``eigh_share`` and ``orth_share``: the time between
 events around torch.linalg.eigh, and around the ops that orthonormalize, over that of the refreshes. Checked: overlap of the
 first matrix's mask with the reference's exact one above 0.9. Refreshes wait for the card, and touch gigabytes: they are timed from
-one synchronization to the next. One layer comes first; its time says how many layers fit into the part's budget.
+one synchronization to the next. One layer comes first; its time says how many layers fit into the stage's budget.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def refresh(run: Run) -> None:
     exact = principal_masks([first], method="gram", backend="reference")[0].indices
     principal_masks([replace(first, weight=w, k=round(DENSITY * w.numel())) for w in weights], method="chebyshev")  # compiles
     one = refresh_rows(run, model, weights, exact, 3)
-    layers = min(model.layers, int((run.left() - 8) / one))
+    layers = model.layers if run.dry else min(model.layers, int((run.left() - 8) / one))
     if layers > 1:
         weights += [slow_spectrum(m, n, rank, generator) for m, n in model.layer * (layers - 1)]
         refresh_rows(run, model, weights, exact, 1)

@@ -1,4 +1,4 @@
-"""What the parts of the GPU suite share: timing by CUDA events, the machine's rates, rows.
+"""What the stages of the GPU suite share: timing by CUDA events, the machine's rates, rows.
 
 Timing on a card. Each repetition is preceded by a kernel that only waits (5 ms), so that the host has queued the whole call
 before the card reaches it; two events around the call then measure the card alone, and ``host_ms`` says what the call cost the
@@ -40,12 +40,12 @@ def one_line(error: BaseException) -> str:
 
 @dataclass
 class Run:
-    """One part in its process: the device, the time it may take, and where its rows go."""
+    """One stage in its process: the device, the time it may take, and where its rows go."""
 
-    part: str
+    stage: str
     device: str
     rows: Path
-    deadline: float  # on `time.monotonic`
+    deadline: float  # on `time.monotonic`, which all processes share; infinite in the dry run
     repeats: int = 20
     rates: dict[str, float] = field(default_factory=dict)  # "copy": bytes a second; "bf16", "tf32", "fp32": FLOP a second
 
@@ -54,19 +54,19 @@ class Run:
         return self.device == "cpu"
 
     def left(self) -> float:
-        """Seconds until the part is killed."""
+        """Seconds until the stage is killed."""
         return self.deadline - time.monotonic()
 
     def add(self, variant: str, **columns: object) -> dict:
-        """Write a row at once: what a part has found stays when it is killed."""
-        row = {"part": self.part, "variant": variant, "status": "ok"} | columns
+        """Write a row at once: what a stage has found stays when it is killed."""
+        row = {"stage": self.stage, "variant": variant, "status": "ok"} | columns
         with self.rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print("  ".join(f"{key}={value}" for key, value in row.items() if value != ""), flush=True)
         return row
 
     def note_environment(self) -> None:
-        """Tell the suite what the rows of all parts were measured on."""
+        """Tell the suite what the rows of all stages were measured on."""
         with self.rows.open("a") as file:
             file.write(json.dumps({"environment": environment(self.device)}) + "\n")
 
@@ -194,7 +194,7 @@ def environment(device: str) -> dict[str, object]:
 
 
 def machine(run: Run) -> None:
-    """The part ``machine``: the rates that floors are made of, the best of several runs each."""
+    """The stage ``machine``: the rates that floors are made of, the best of several runs each."""
     run.note_environment()
     mib, side = (8, 256) if run.dry else (1024, 8192)
     bandwidth = bench_util.copy_bandwidth(run.device, mib)
