@@ -22,6 +22,7 @@ from lift_kernels import dispatch, ops, reference
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 GAP_INDEX, GAP_BIRTH = -123456789, 2**30
 BORDER = 64
+HANG_S = 1800  # a limit for processes that hang: a busy machine may take many times as long as a quiet one
 HYPER = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
+from helpers import HANG_S
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +43,7 @@ def size(tensor: Tensor) -> ctypes.c_int64:
 
 
 def run(program: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([program], capture_output=True, text=True, timeout=300)
+    return subprocess.run([program], capture_output=True, text=True, timeout=HANG_S)
 
 
 def mask_kernels(folder: Path) -> SimpleNamespace:

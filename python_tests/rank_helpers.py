@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from helpers import HANG_S
+
 ROOT = Path(__file__).resolve().parents[1]
 PREAMBLE = """
 import sys, torch, torch.distributed as dist
@@ -31,17 +33,14 @@ def backward(model, step, rank=rank):
 
 
 def run_ranks(worker: str, world: int, folder: Path) -> list[str]:
-    """What each of ``world`` processes printed; every one ended well. ``worker`` is code that follows `PREAMBLE`.
-
-    The limit is for a hang: ranks on a busy machine may take minutes to start.
-    """
+    """What each of ``world`` processes printed; every one ended well. ``worker`` is code that follows `PREAMBLE`."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     processes = [
         subprocess.Popen([sys.executable, "-c", PREAMBLE + worker, str(rank), str(world), str(folder)], env=environment, text=True,
                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in range(world)
     ]  # fmt: skip
     try:
-        outputs = [process.communicate(timeout=1800)[0] for process in processes]
+        outputs = [process.communicate(timeout=HANG_S)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from bitmap_cases import CASES, random_keys, selection
+from helpers import HANG_S
 from host_helpers import HOST_CUDA, ROOT, address, compiled, library, numbers
 
 from lift_kernels import native_cuda
@@ -43,7 +44,7 @@ def run(program, calls, *barrier):
     """The finished process and the numbers that it wrote."""
     output = calls.with_name("results")
     command = [program, calls, output, *map(str, barrier)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={"TSAN_OPTIONS": "halt_on_error=1"})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, env={"TSAN_OPTIONS": "halt_on_error=1"})
     return done, torch.from_numpy(np.fromfile(output, dtype=np.int32))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import HANG_S
 
 import lift_kernels
 from lift_kernels import LiftAdamW, dispatch
@@ -47,7 +48,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
     inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     path = os.pathsep.join([str(Path(lift_kernels.__file__).parents[1]), inherited.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, "-c", code], env=inherited | {"PYTHONPATH": path} | environment,
-                          capture_output=True, text=True, timeout=120)  # fmt: skip
+                          capture_output=True, text=True, timeout=HANG_S)  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import accelerate.utils.memory
 import pytest
 import torch
+from helpers import HANG_S
 from safetensors.torch import load_file, save_file
 from tiny_llama import save_tiny
 
@@ -142,7 +143,7 @@ def test_resuming_in_a_later_epoch(tiny, tmp_path, monkeypatch, undisturbed):
 def test_sigkill_at_ten_random_points_changes_no_bit(tiny, tmp_path):
     command = [sys.executable, str(Path(__file__).with_name("killed_runs.py")), str(tiny), str(tmp_path), "0"]
     # One thread: on a busy machine two of them wait for each other at every one of the tiny operations.
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    result = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stdout + result.stderr
     assert "10 kills, 5 runs ended with the bits of the undisturbed one" in result.stdout
 

@@ -57,18 +57,17 @@ def in_process(suite, tmp_path: Path, target: str) -> list[dict]:
 def dry_run(tmp_path_factory):
     """The whole command, where nothing but the standard library and the five packages (and their needs) can be imported.
 
-    Busy processes keep both cores and more from it, for nothing in it may depend on the clock.
+    A busy process keeps a core from it, for nothing in it may depend on the clock.
     """
     folder = tmp_path_factory.mktemp("dry")
     environment = only_allowed_imports(tmp_path_factory.mktemp("blocked"), FIVE)
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 2)]
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         done = subprocess.run([sys.executable, BENCH / "gpu_suite.py", "--dry-run", "--out", folder, "--commit", "abc1234"],
                               env=environment, capture_output=True, text=True)  # fmt: skip
     finally:
-        for process in busy:
-            process.kill()
-            process.wait()
+        busy.kill()
+        busy.wait()
     return done, folder
 
 
@@ -376,27 +375,34 @@ def test_the_floor_is_the_longer_of_bytes_and_flops(suite, tmp_path):
 
 
 PACKAGES = {"five packages": FIVE, "target machine": TARGET}
+COLLECT = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", "python_tests"]
+NO_PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+
+@pytest.fixture(scope="module")
+def all_gpu_tests():
+    """Those that are collected where everything is installed."""
+    from conftest import MISSING
+
+    assert not any(MISSING.values()), f"everything should be installed here: {MISSING}"
+    return listed(subprocess.run(COLLECT, cwd=ROOT, env=os.environ | NO_PLUGINS, capture_output=True, text=True).stdout)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("packages", PACKAGES)
-def test_gpu_tests_are_collected(tmp_path, packages):
+def test_gpu_tests_are_collected(all_gpu_tests, tmp_path, packages):
     """With five packages and with those of a card's machine: every gpu test whose file needs no other, and no error.
 
     A file that needs more is left out with a line that says so.
     """
-    from conftest import MISSING, extras_of
+    from conftest import extras_of
 
-    assert not any(MISSING.values()), "everything is installed here"
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", "python_tests"]
-    quiet = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    everything = subprocess.run(command, cwd=ROOT, env=os.environ | quiet, capture_output=True, text=True)
-    environment = only_allowed_imports(tmp_path, PACKAGES[packages]) | quiet
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    environment = only_allowed_imports(tmp_path, PACKAGES[packages]) | NO_PLUGINS
+    done = subprocess.run(COLLECT, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     blocked = blocked_by(PACKAGES[packages])
     left_out = {f"{file.stem}.py" for file in (ROOT / "python_tests").glob("test_*.py") if extras_of(file.stem) & blocked}
-    expected = {test for test in listed(everything.stdout) if test.split("/")[1].split("::")[0] not in left_out}
+    expected = {test for test in all_gpu_tests if test.split("/")[1].split("::")[0] not in left_out}
     assert listed(done.stdout) == expected and len(expected) > 700
     for file in ("test_finetune.py", "test_readme.py", "test_integrations_trl.py"):
         assert file in left_out and f"{file} is left out: " in done.stdout, done.stdout[:3000]

@@ -6,64 +6,85 @@ import pytest
 import torch
 from rank_helpers import run_ranks
 
-# DDP gives every rank the weights of rank 0, but the packed masks come before it and a callable chooses as it likes.
+# All cases of one number of ranks run in the same processes, one after the other.
+CASES = {  # number of ranks, those that choose another entry, from which mask on
+    "two": (2, (1,), 0),
+    "three, the last": (3, (2,), 0),
+    "three, the first": (3, (0,), 0),
+    "refresh": (2, (1,), 1),
+    "alike": (2, (), 0),
+}
+MODES = ("matrix", "packed")
 WORKER = """
-mode, different, refresh = {mode!r}, {different!r}, {refresh!r}
 join()
-unlike = rank in different
 
-def selection(weight, k):  # one entry of one matrix differs
-    chosen = torch.arange(k, dtype=torch.int32)
-    chosen[-1] += int(unlike and weight.shape == (6, 20) and len(refreshes) >= refresh)
-    refreshes.append(1)
-    return chosen
+def run(mode, different, first):
+    masks = []
 
-refreshes = []
-options = dict(rank=3, density=0.2, selection=selection)
-model = build()
-groups = pack_gradients(model, freeze_rest=True, **options) if mode == "packed" else lift_param_groups(model, freeze_rest=True)
-parallel = DistributedDataParallel(model)
-optimizer = LiftAdamW(groups, lr=0.1, refresh_interval=2, **options)
-said = []
-for step in range(6):
-    backward(parallel, step)
-    before = [p.detach().clone() for p in model.parameters()]
-    try:
-        optimizer.step()
-    except RuntimeError as error:
-        said.append(f"step {{step}}: {{error}}")
-        assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before)), "refused, but something changed"
-        break
-    optimizer.zero_grad()
-torch.save([p.detach() for p in model.parameters()], f"{{folder}}/{{rank}}.pt")
-print(*said, sep="")
+    def selection(weight, k):  # one entry of one matrix differs
+        chosen = torch.arange(k, dtype=torch.int32)
+        chosen[-1] += int(rank in different and weight.shape == (6, 20) and len(masks) >= 2 * first)
+        masks.append(1)
+        return chosen
+
+    options = dict(rank=3, density=0.2, selection=selection)
+    model = build()
+    groups = pack_gradients(model, freeze_rest=True, **options) if mode == "packed" else lift_param_groups(model, freeze_rest=True)
+    parallel = DistributedDataParallel(model)
+    optimizer = LiftAdamW(groups, lr=0.1, refresh_interval=2, **options)
+    said = ""
+    for step in range(6):
+        backward(parallel, step)
+        before = [p.detach().clone() for p in model.parameters()]
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            said = f"step {step}: {error}"
+            assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before)), "refused, but something changed"
+            break
+        optimizer.zero_grad()
+    return said, [p.detach() for p in model.parameters()]
+
+found = {(name, mode): run(mode, different, first)
+         for name, (ranks, different, first) in CASES.items() if ranks == world for mode in ("matrix", "packed")}
+torch.save(found, f"{folder}/{rank}.pt")
 dist.destroy_process_group()
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["matrix", "packed"])
-@pytest.mark.parametrize(("world", "different"), [(2, (1,)), (3, (2,)), (3, (0,))])
-def test_one_other_entry_is_refused_by_every_rank(tmp_path, mode, world, different):
-    worker = WORKER.format(mode=mode, different=different, refresh=0)
-    for output in run_ranks(worker, world, tmp_path):
-        assert output.startswith("step 0: ranks "), output
-        assert f"different entries of 2.{'values' if mode == 'packed' else 'weight'}: " in output
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each rank said in each case, and the parameters that it ended with."""
+    results = {}
+    for world in (2, 3):
+        folder = tmp_path_factory.mktemp("ranks")
+        run_ranks(f"CASES = {CASES!r}\n{WORKER}", world, folder)
+        of_ranks = [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+        results |= {case: [of_rank[case] for of_rank in of_ranks] for case in of_ranks[0]}
+    return results
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["matrix", "packed"])
-def test_a_refresh_that_differs_is_refused_at_the_next_step(tmp_path, mode):
-    for output in run_ranks(WORKER.format(mode=mode, different=(1,), refresh=2), 2, tmp_path):  # two matrices a refresh
-        assert output.startswith("step 2: ranks 0 and 1 would train different entries"), output
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", ["two", "three, the last", "three, the first"])
+def test_one_other_entry_is_refused_by_every_rank(found, case, mode):
+    for said, _ in found[case, mode]:
+        assert said.startswith("step 0: ranks "), said
+        assert f"different entries of 2.{'values' if mode == 'packed' else 'weight'}: " in said
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["matrix", "packed"])
-def test_equal_masks_train_alike(tmp_path, mode):
-    assert [output.strip() for output in run_ranks(WORKER.format(mode=mode, different=(), refresh=0), 2, tmp_path)] == ["", ""]
-    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(one, other))
+@pytest.mark.parametrize("mode", MODES)
+def test_a_refresh_that_differs_is_refused_at_the_next_step(found, mode):
+    for said, _ in found["refresh", mode]:
+        assert said.startswith("step 2: ranks 0 and 1 would train different entries"), said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_equal_masks_train_alike(found, mode):
+    (said, one), (also_said, other) = found["alike", mode]
+    assert said == also_said == "" and all(torch.equal(a, b) for a, b in zip(one, other))
 
 
 UNSEEDED = """
@@ -109,9 +130,14 @@ for _ in range(2):
     backward(alone, 0)
     optimizer.step()
     optimizer.refresh()
-dist.barrier()
+
+# A second process group has another store, where everything starts from zero.
+server = dist.TCPStore("127.0.0.1", 0, world, True, wait_for_workers=False) if rank == 0 else None
+port = [None if server is None else server.port]
+dist.broadcast_object_list(port)
+store = server or dist.TCPStore("127.0.0.1", port[0], world, False)
 dist.destroy_process_group()
-dist.init_process_group("gloo", init_method=f"file://{folder}/second", rank=rank, world_size=world)  # a new store, a new start
+dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
 optimizer = LiftAdamW(lift_param_groups(build(seed=0)), rank=3, density=0.2)
 optimizer.refresh()
 dist.barrier()
