@@ -482,4 +482,6 @@ class LiftAdamW(Optimizer):
             for p, layers in self.__dict__.pop("_packed_layers", {}).items():
                 for layer in layers:
                     owners.register(p, layer)  # a copied parameter does not know
-            self._adopt([(p, g, name, self.state[p]) for p, g, name in self._sparse_parameters() if self.state.get(p)])
+            named = self._sparse_parameters()
+            self._replicas.announce(name for _, _, name in named)  # a loaded state may have brought other names
+            self._adopt([(p, g, name, self.state[p]) for p, g, name in named if self.state.get(p)])

@@ -99,8 +99,8 @@ def test_ranks_that_share_some_parameters_compare_those():
 def test_two_optimizers_of_the_same_names_are_compared_in_turn():
     """An actor and a critic of one architecture, both on both ranks; one more that never steps changes nothing."""
     ranks = Ranks(2)
-    for _ in range(3):
-        ranks.announce(["w"], ["w"])
+    for names in (["w"], ["w"], ["v"], ["w", "u"]):
+        ranks.announce(names, names)
     actor, critic = {"w": "1"}, {"w": "2"}
     for digests in (actor, critic, critic, actor):
         assert ranks.compare(digests, digests) == ["", ""]
@@ -247,10 +247,49 @@ def test_every_new_mask_is_compared_once(one_rank):
     assert [names for names, _ in one_rank] == [names] * 2 and steps(captured, 2) == []
 
 
+LISTS = {"w": [torch.arange(3, dtype=torch.int32)]}
+
+
 def test_slow_masks_are_given_time(one_rank):
-    lists = {"w": [torch.arange(3, dtype=torch.int32)]}
-    announced = Replicas()
-    announced.announce(lists)
-    announced.compare(lists, masks_took=100.0)
-    announced.compare(lists, masks_took=1.0)
+    replicas = Replicas()
+    replicas.announce(LISTS)
+    replicas.compare(LISTS, masks_took=100.0)
+    replicas.compare(LISTS, masks_took=1.0)
     assert [patience for _, patience in one_rank] == [1000.0, 60.0]
+
+
+def test_others_are_waited_for_when_names_are_new(monkeypatch):
+    """Where the process group came later, or a new one did: all names are announced, then the others' are waited for."""
+    waited = []
+    monkeypatch.setattr(Board, "wait_for_announcements", lambda board, patience: waited.append(sorted(board._announced)))
+    store, second = dist.HashStore(), dist.HashStore()
+    boards = [None, Board(store, 0, 2), Board(store, 0, 2), Board(second, 0, 2), Board(second, 0, 2)]
+    boards[2], boards[4] = boards[1], boards[3]
+    now = iter([*boards, boards[3]])
+    monkeypatch.setattr(replicas.Board, "of_default_group", classmethod(lambda cls: next(now)))
+    optimizer = Replicas()
+    optimizer.announce(["v", "w"])
+    for _ in range(3):  # announced late, known, another process group
+        optimizer.compare(LISTS)
+    pickle.loads(pickle.dumps(optimizer)).compare(LISTS)  # a copy trains what was announced
+    optimizer.compare({"new": LISTS["w"]})
+    assert waited == [["v", "w"], ["v", "w"], ["new", "v", "w"]]
+
+
+def test_names_of_a_loaded_state_are_announced(one_rank, monkeypatch):
+    """An optimizer without names takes those of the state: what it compares was announced before the step, copies included."""
+    named = LiftAdamW([("deep.weight", parameter())], rank=3, density=0.2)
+    named.refresh()
+    told = []
+    announce = Replicas.announce
+    monkeypatch.setattr(Replicas, "announce", lambda self, names: announce(self, told.append(names := list(names)) or names))
+    p = parameter()
+    unnamed = LiftAdamW([p], rank=3, density=0.2)
+    unnamed.load_state_dict(named.state_dict())
+    copied, q = copy.deepcopy((unnamed, p))
+    announced = sum(told, [])
+    for optimizer, weight in ((unnamed, p), (copied, q)):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    assert [names for names, _ in one_rank] == [["parameter 0 of group 0"], ["deep.weight"]]
+    assert {name for names, _ in one_rank for name in names} <= set(announced)

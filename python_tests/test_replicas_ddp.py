@@ -170,3 +170,38 @@ dist.destroy_process_group()
 def test_an_optimizer_older_than_the_process_group(tmp_path):
     for output in run_ranks(LATE, 2, tmp_path):
         assert "ranks 0 and 1 would train different entries of 0.weight" in output
+
+
+LEAVING = """
+import os, time
+from pathlib import Path
+from lift_kernels.distributed import replicas
+replicas.FAREWELL_S = 1e6
+address = Path(folder, "port")
+if rank == 0:  # the store lives in this process
+    store = dist.TCPStore("127.0.0.1", 0, world, True, wait_for_workers=False)
+    address.with_suffix(".new").write_text(str(store.port))
+    address.with_suffix(".new").rename(address)
+else:
+    while not address.exists():
+        time.sleep(0.01)
+    store = dist.TCPStore("127.0.0.1", int(address.read_text()), world, False)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+model = build()
+optimizer = LiftAdamW(lift_param_groups(model), rank=3, density=0.2, seed=rank, selection="random")
+backward(DistributedDataParallel(model), 0)
+if rank == 1:
+    missing = replicas.Board._missing
+    replicas.Board._missing = lambda *arguments: (missing(*arguments), time.sleep(1))[0]  # slow to read what differs
+try:
+    optimizer.step()
+except RuntimeError as error:
+    print(error, flush=True)
+os._exit(0)
+"""
+
+
+def test_the_rank_that_holds_the_store_leaves_last(tmp_path):
+    """Its error ends the process, and the store with it: the others must have seen the difference by then."""
+    for output in run_ranks(LEAVING, 2, tmp_path):
+        assert "ranks 0 and 1 would train different entries of 0.weight" in output, output

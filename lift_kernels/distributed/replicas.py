@@ -59,14 +59,14 @@ class Replicas:
     def __init__(self, process_group: Any = None) -> None:
         self._independent = process_group == "independent" if isinstance(process_group, str) else False
         self._ranks = None if process_group is None or self._independent else _ranks_of(process_group)
-        self._board: Board | None = None
+        self._names: set[str] = set()
 
     def announce(self, names: Iterable[str]) -> None:
-        """Tell the other ranks that this one trains these parameters; before init_process_group nothing can be told."""
+        """Tell the other ranks that this one trains these parameters; before init_process_group nobody can be told."""
+        self._names.update(names)
         board = None if self._independent or self._ranks is not None else Board.of_default_group()
         if board is not None:
-            self._board = board
-            board.announce(names)
+            board.announce(self._names)
 
     def compare(self, lists: Mapping[str, list[Tensor]], masks_took: float = 0.0) -> None:
         """Raise RuntimeError on every rank, naming a parameter, where replicas have different index lists.
@@ -79,14 +79,10 @@ class Replicas:
         if board is None:
             return
         patience = max(PATIENCE_S, 10 * masks_took)
-        if self._board is not board and self._ranks is None:  # the process group is younger than the optimizer
-            board.announce(lists)
+        self._names.update(lists)
+        if self._ranks is None and board.announce(self._names):  # the process group is younger than the optimizer
             board.wait_for_announcements(patience)
-        self._board = board
         board.compare(index_digests(lists), self._ranks, patience)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_board": None}  # belongs to this process
 
 
 def _ranks_of(group: Any) -> tuple[int, ...]:
@@ -111,7 +107,8 @@ class Board:
     def __init__(self, store: Any, rank: int, world: int) -> None:
         self._of = weakref.ref(store)  # destroy_process_group must be able to end it
         self._rank, self._world = rank, world
-        self._announced = 0
+        self._announced: set[str] = set()
+        self._announcements = 0
         self._read = [0] * self._world  # announcements read, by rank
         self._holders: defaultdict[str, set[int]] = defaultdict(set)  # ranks that announced a name
         self._compared: Counter[tuple[str, str]] = Counter()  # by group and name
@@ -135,9 +132,14 @@ class Board:
         assert store is not None, "the process group was destroyed"
         return dist.PrefixStore("lift_kernels", store)
 
-    def announce(self, names: Iterable[str]) -> None:
-        self._store.set(f"names/{self._rank}/{self._announced}", zlib.compress(json.dumps(list(names)).encode()))
-        self._announced += 1
+    def announce(self, names: Iterable[str]) -> bool:
+        """Put up the names that this rank has not announced before; whether there was one."""
+        new = sorted(set(names) - self._announced)
+        if new:
+            self._store.set(f"names/{self._rank}/{self._announcements}", zlib.compress(json.dumps(new).encode()))
+            self._announced.update(new)
+            self._announcements += 1
+        return bool(new)
 
     def wait_for_announcements(self, patience: float) -> None:
         """Of every rank; those that stay away are named in a warning and count as ranks that train nothing."""
