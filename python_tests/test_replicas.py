@@ -16,39 +16,38 @@ import torch
 import torch.distributed as dist
 
 from lift_kernels import LiftAdamW
-from lift_kernels.distributed import replicas
 from lift_kernels.distributed.checksums import index_digests
-from lift_kernels.distributed.replicas import Board, Replicas
+from lift_kernels.distributed.replicas import DigestExchange, Replicas
 
 LONG, SHORT = 1e6, 0.05  # seconds: nobody may wait that long; nobody comes
 
 
 class Ranks:
-    """The boards of several ranks over one store."""
+    """Several ranks over one store."""
 
     def __init__(self, world: int) -> None:
         self.store = dist.HashStore()
-        self.boards = [Board(self.store, rank, world) for rank in range(world)]
+        self.exchanges = [DigestExchange(self.store, rank, world) for rank in range(world)]
 
     def announce(self, *names_of_ranks) -> None:
-        for board, names in zip(self.boards, names_of_ranks, strict=True):
+        for exchange, names in zip(self.exchanges, names_of_ranks, strict=True):
             if names:
-                board.announce(names)
+                exchange.announce(names)
 
     def compare(self, *digests_of_ranks, ranks=None, patience=LONG) -> list[str]:
         """All at once, each with its digests by name, None for a rank that does not take part: what each one says."""
 
-        def one(board, digests) -> str:
+        def one(exchange, digests) -> str:
             if digests is None:
                 return ""
             try:
-                board.compare(digests, ranks, patience)
+                exchange.compare(digests, ranks, patience)
             except RuntimeError as error:
                 return str(error)
             return ""
 
-        with ThreadPoolExecutor(len(self.boards)) as pool:
-            return list(pool.map(one, self.boards, digests_of_ranks))
+        with ThreadPoolExecutor(len(self.exchanges)) as pool:
+            return list(pool.map(one, self.exchanges, digests_of_ranks))
 
 
 def test_equal_lists_pass_again_and_again():
@@ -138,12 +137,12 @@ def test_announcements_are_waited_for_where_the_process_group_is_younger(caplog)
     ranks = Ranks(3)
     ranks.announce(["w"], ["w"], None)
     with caplog.at_level(logging.WARNING, "lift_kernels"):
-        ranks.boards[0].wait_for_announcements(SHORT)
+        ranks.exchanges[0].wait_for_announcements(SHORT)
     assert "rank 2 built no LiftAdamW within 0 s" in caplog.text and "process_group=" in caplog.text
     caplog.clear()
-    waiting = threading.Thread(target=ranks.boards[0].wait_for_announcements, args=(LONG,))
+    waiting = threading.Thread(target=ranks.exchanges[0].wait_for_announcements, args=(LONG,))
     waiting.start()
-    ranks.boards[2].announce(["w"])
+    ranks.exchanges[2].announce(["w"])
     waiting.join()
     assert not caplog.text
 
@@ -208,12 +207,12 @@ def one_rank(monkeypatch):
     """This process as a rank of two by the look of it; what is compared is noted."""
     compared = []
 
-    class Noted(Board):
+    class Noted(DigestExchange):
         def compare(self, digests, ranks, patience):
             compared.append((sorted(digests), patience))
 
-    board = Noted(store := dist.HashStore(), 0, 2)
-    monkeypatch.setattr(replicas.Board, "of_default_group", classmethod(lambda cls: board))
+    exchange = Noted(store := dist.HashStore(), 0, 2)
+    monkeypatch.setattr(DigestExchange, "of_default_group", classmethod(lambda cls: exchange))
     yield compared
     del store
 
@@ -261,12 +260,15 @@ def test_slow_masks_are_given_time(one_rank):
 def test_others_are_waited_for_when_names_are_new(monkeypatch):
     """Where the process group came later, or a new one did: all names are announced, then the others' are waited for."""
     waited = []
-    monkeypatch.setattr(Board, "wait_for_announcements", lambda board, patience: waited.append(sorted(board._announced)))
+
+    class Waiting(DigestExchange):
+        def wait_for_announcements(self, patience):
+            waited.append(sorted(self._announced))
+
     store, second = dist.HashStore(), dist.HashStore()
-    boards = [None, Board(store, 0, 2), Board(store, 0, 2), Board(second, 0, 2), Board(second, 0, 2)]
-    boards[2], boards[4] = boards[1], boards[3]
-    now = iter([*boards, boards[3]])
-    monkeypatch.setattr(replicas.Board, "of_default_group", classmethod(lambda cls: next(now)))
+    first, other = Waiting(store, 0, 2), Waiting(second, 0, 2)
+    now = iter([None, first, first, other, other, other])
+    monkeypatch.setattr(DigestExchange, "of_default_group", classmethod(lambda cls: next(now)))
     optimizer = Replicas()
     optimizer.announce(["v", "w"])
     for _ in range(3):  # announced late, known, another process group

@@ -176,7 +176,7 @@ LEAVING = """
 import os, time
 from pathlib import Path
 from lift_kernels.distributed import replicas
-replicas.FAREWELL_S = 1e6
+replicas.LINGER_S = 1e6
 address = Path(folder, "port")
 if rank == 0:  # the store lives in this process
     store = dist.TCPStore("127.0.0.1", 0, world, True, wait_for_workers=False)
@@ -191,8 +191,8 @@ model = build()
 optimizer = LiftAdamW(lift_param_groups(model), rank=3, density=0.2, seed=rank, selection="random")
 backward(DistributedDataParallel(model), 0)
 if rank == 1:
-    missing = replicas.Board._missing
-    replicas.Board._missing = lambda *arguments: (missing(*arguments), time.sleep(1))[0]  # slow to read what differs
+    missing = replicas.DigestExchange._missing
+    replicas.DigestExchange._missing = lambda *arguments: (missing(*arguments), time.sleep(1))[0]  # slow to read what differs
 try:
     optimizer.step()
 except RuntimeError as error:

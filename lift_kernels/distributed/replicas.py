@@ -28,7 +28,7 @@ logger = logging.getLogger("lift_kernels")
 
 PATIENCE_S = 60.0
 """Seconds to wait for a rank that trains the same parameters."""
-FAREWELL_S = 10.0
+LINGER_S = 10.0
 """Seconds that a rank with an error gives the others to see it too: the store may end with its process."""
 POLL_S = 0.005
 WAYS_OUT = (
@@ -64,9 +64,9 @@ class Replicas:
     def announce(self, names: Iterable[str]) -> None:
         """Tell the other ranks that this one trains these parameters; before init_process_group nobody can be told."""
         self._names.update(names)
-        board = None if self._independent or self._ranks is not None else Board.of_default_group()
-        if board is not None:
-            board.announce(self._names)
+        exchange = None if self._independent or self._ranks is not None else DigestExchange.of_default_group()
+        if exchange is not None:
+            exchange.announce(self._names)
 
     def compare(self, lists: Mapping[str, list[Tensor]], masks_took: float = 0.0) -> None:
         """Raise RuntimeError on every rank, naming a parameter, where replicas have different index lists.
@@ -75,14 +75,14 @@ class Replicas:
             lists: the new index lists of each name, int32, on any device.
             masks_took: seconds that the masks took here. A rank ten times as slow is still waited for.
         """
-        board = None if self._independent else Board.of_default_group()
-        if board is None:
+        exchange = None if self._independent else DigestExchange.of_default_group()
+        if exchange is None:
             return
         patience = max(PATIENCE_S, 10 * masks_took)
         self._names.update(lists)
-        if self._ranks is None and board.announce(self._names):  # the process group is younger than the optimizer
-            board.wait_for_announcements(patience)
-        board.compare(index_digests(lists), self._ranks, patience)
+        if self._ranks is None and exchange.announce(self._names):  # the process group is younger than the optimizer
+            exchange.wait_for_announcements(patience)
+        exchange.compare(index_digests(lists), self._ranks, patience)
 
 
 def _ranks_of(group: Any) -> tuple[int, ...]:
@@ -95,14 +95,14 @@ def _ranks_of(group: Any) -> tuple[int, ...]:
     return tuple(sorted(dist.get_process_group_ranks(group)))
 
 
-class Board:
+class DigestExchange:
     """This rank's view of what all ranks of the default group have put into its store.
 
     ``names/RANK/I``: the I-th announcement of a rank, names of parameters. ``lists/GROUP/RANK/N/NAME``: the digest of the index
     list in the N-th comparison of that name within a group; the ranks that train a parameter compare it equally often.
     """
 
-    _current: Board | None = None
+    _current: DigestExchange | None = None
 
     def __init__(self, store: Any, rank: int, world: int) -> None:
         self._of = weakref.ref(store)  # destroy_process_group must be able to end it
@@ -114,7 +114,7 @@ class Board:
         self._compared: Counter[tuple[str, str]] = Counter()  # by group and name
 
     @classmethod
-    def of_default_group(cls) -> Board | None:
+    def of_default_group(cls) -> DigestExchange | None:
         """The one of this process, or None where there is no more than one rank."""
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return None
@@ -170,7 +170,7 @@ class Board:
                 differing[rank] = names
         if differing:
             rank, names = next(iter(differing.items()))
-            self._take_leave(lambda r: f"{key(r, names[0])}/refused", [r for r in shared if names[0] in shared[r]])
+            self._linger(lambda r: f"{key(r, names[0])}/refused", [r for r in shared if names[0] in shared[r]])
         elif missing:
             raise RuntimeError(_ABSENT.format(ranks=_ranks(missing), name=shared[missing[0]][0], patience=patience))
         for name in digests:  # the next comparison is another one, whether or not this one went well
@@ -198,10 +198,10 @@ class Board:
             time.sleep(POLL_S)
         return left
 
-    def _take_leave(self, key: Callable[[int], str], ranks: list[int]) -> None:
+    def _linger(self, key: Callable[[int], str], ranks: list[int]) -> None:
         """Wait until the others have read what differs, or until they have had the time."""
         self._store.set(key(self._rank), "")
-        self._missing({rank: [key(rank)] for rank in ranks}, FAREWELL_S)
+        self._missing({rank: [key(rank)] for rank in ranks}, LINGER_S)
 
 
 @functools.cache
