@@ -58,8 +58,8 @@ class Stage:
 STAGES = {
     "check": [
         Stage("build", "gpu_parts.checks:build", 45),
-        Stage("tests", "gpu_parts.checks:tests", 150),
-        Stage("sanitizer", "gpu_parts.checks:sanitizer", 45),
+        Stage("tests", "gpu_parts.checks:tests", 140),
+        Stage("sanitizer", "gpu_parts.checks:sanitizer", 55),
     ],
     "time": [
         Stage("machine", "gpu_parts.report:machine", 15),
