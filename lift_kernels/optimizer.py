@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -287,7 +287,7 @@ class LiftAdamW(Optimizer):
 
     def _compare_ranks(self) -> None:
         """Replicas have the same new index lists, or each of them raises. What was refused is compared again at the next step."""
-        if not self._uncompared or dispatch.capturing():
+        if not self._uncompared or dispatch.capturing() or not self._replicas.active():
             return
         lists = defaultdict(list)
         for p in self._uncompared:
@@ -430,6 +430,8 @@ class LiftAdamW(Optimizer):
         shapes = {i: owners.matrix_of(p).shape for i, p in enumerate(self._all_parameters()) if p in self._places}
         packed["state"] = {i: compact(entry, shapes.get(i)) for i, entry in packed["state"].items()}
         for group in packed["param_groups"]:
+            if "param_names" in group:
+                group["param_names"] = list(group["param_names"])  # torch's shares the list with the optimizer
             group["seed"] = self.seed  # in the groups, which is what every tool that moves optimizer state about keeps
         return packed
 
@@ -440,17 +442,31 @@ class LiftAdamW(Optimizer):
 
         Raises ValueError, naming the parameter, for the state of another model or version; nothing is changed then.
         """
+        state_dict = state_dict.copy()
+        hooks: tuple[Any, Any] = (self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks)
+        for hook in hooks[0].values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         state_dict = in_own_order(state_dict, self.param_groups)
         parameters = self._all_parameters()
         sparse = [options.is_sparse(p, g) for g in self.param_groups for p in g["params"]]
         names = [name for g in self.param_groups for _, name in self._named(g)]
         check_state_dict(state_dict, [owners.matrix_of(p) for p in parameters], sparse, names)
-        # torch would cast floating state to the parameter's dtype, so only dense entries go its way.
+        for p, name, was, group in zip(parameters, names, sparse, (g for g in state_dict["param_groups"] for _ in g["params"])):
+            require(options.is_sparse(p, group) == was,
+                    f"{name}: lift={group['lift']} in the state dict, but this optimizer trains it "
+                    f"{'sparsely' if was else 'densely'}; build the optimizer with the groups that were saved")  # fmt: skip
+        # torch would cast floating state to the parameter's dtype, so only dense entries go its way. The hooks have run, or run
+        # when the state is complete.
         dense = {i: entry for i, entry in state_dict["state"].items() if not sparse[i]}
-        super().load_state_dict({**state_dict, "state": dense})
+        self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks = OrderedDict(), OrderedDict()
+        try:
+            super().load_state_dict({**state_dict, "state": dense})
+        finally:
+            self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks = hooks
         for p, entry in self.state.items():  # torch leaves the step on the device it was loaded to; the fused step needs it here
             if "step" in entry:
-                entry["step"] = torch.as_tensor(entry["step"], dtype=torch.float32, device=p.device)
+                entry["step"] = torch.as_tensor(entry["step"], dtype=torch.float32, device=p.device).reshape(())
         for group in self.param_groups:
             self.seed = group.pop("seed", self.seed)
         groups = [g for g in self.param_groups for _ in g["params"]]
@@ -460,6 +476,9 @@ class LiftAdamW(Optimizer):
         self._adopt([
             (parameters[i], groups[i], names[i], entry) for i, entry in state_dict["state"].items() if sparse[i]
         ])  # fmt: skip
+        self._replicas.announce(name for _, _, name in self._sparse_parameters())  # the state may have brought names
+        for hook in hooks[1].values():
+            hook(self)
 
     def _all_parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

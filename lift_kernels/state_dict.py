@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,7 @@ from .checks import MOMENT_DTYPES, check_index_list, require
 from .lowrank import check_basis
 from .options import OPTIONS, check_group
 
+logger = logging.getLogger("lift_kernels")
 VERSION = 1
 """Of the saved form; stored with each matrix, where every tool that moves optimizer state about keeps it."""
 
@@ -28,43 +30,58 @@ def compact(entry: dict[str, Any], shape: torch.Size | None = None) -> dict[str,
 def in_own_order(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The state dict with groups and parameters in the order of ``groups``, those of the optimizer that loads it.
 
-    They are matched by name where both sides have ``param_names``, else by position, as torch does. ``values`` of a packed layer
-    and its ``weight`` are the same name, so that matrix mode and packed mode load into each other.
+    Parameters are matched by name where both sides have ``param_names``, else by position, as torch does; entries are found by the
+    ids or names in the saved groups' ``params``, and are returned by position. ``values`` of a packed layer and its ``weight`` are
+    the same name, so that matrix mode and packed mode load into each other.
 
     Raises ValueError, with the names that differ, for parameters of other names or in other groups.
     """
     require("state" in state_dict and "param_groups" in state_dict,
             f"a state dict holds 'state' and 'param_groups', got {sorted(state_dict)}")  # fmt: skip
-    saved = state_dict["param_groups"]
-    if not all("param_names" in group for group in (*saved, *groups)):
-        return state_dict
-    theirs, ours = [_matrix_names(group) for group in saved], [_matrix_names(group) for group in groups]
+    saved, ordered = state_dict["param_groups"], [dict(group) for group in state_dict["param_groups"]]
+    if saved and all("param_names" in group for group in (*saved, *groups)):
+        ordered = _by_name(saved, groups)
+    count, own = (sum(len(group["params"]) for group in side) for side in (saved, groups))
+    require(count == own, f"the state dict is of a model with {count} parameters, this optimizer has {own}")
+    ids = list(chain.from_iterable(group["params"] for group in ordered))
+    for key in state_dict["state"]:
+        require(key in ids, f"the state dict has an entry for parameter {key}, which is in none of its groups")
+    positions = iter(range(len(ids)))
+    for group in ordered:
+        group["params"] = [next(positions) for _ in group["params"]]
+    entries = {i: state_dict["state"][key] for i, key in enumerate(ids) if key in state_dict["state"]}
+    return {**state_dict, "state": entries, "param_groups": ordered}
+
+
+def _by_name(saved: list[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Copies of the ``saved`` groups, in the order of ``groups`` and each with its parameters in the order of these."""
+    ours = [list(group["param_names"]) for group in groups]
+    own = set(chain(*ours))
+    theirs = [[_own_name(name, own) for name in group["param_names"]] for group in saved]
     for group, names in zip(saved, theirs):
         require(len(names) == len(group["params"]),
                 f"a group of the state dict has {len(names)} param_names for {len(group['params'])} parameters")  # fmt: skip
     if theirs == ours:
-        return {**state_dict, "param_groups": [{**g, "param_names": list(own["param_names"])} for g, own in zip(saved, groups)]}
+        return [{**group, "param_names": names} for group, names in zip(saved, ours)]
     _check_names(theirs, ours)
-    known = set(chain.from_iterable(group["params"] for group in saved))
-    for i in state_dict["state"]:
-        require(i in known, f"the state dict has an entry for parameter {i}, which is in none of its groups")
     at: dict[frozenset[str], list[int]] = {}
     for i, names in enumerate(theirs):
         at.setdefault(frozenset(names), []).append(i)
-    ordered: list[dict[str, Any]] = []
-    entries: dict[int, Any] = {}
-    for group, names in zip(groups, ours):
-        other = at[frozenset(names)].pop(0)  # more than one only for groups without parameters
-        keys = dict(zip(theirs[other], saved[other]["params"]))
-        first = sum(len(g["params"]) for g in ordered)
-        positions = list(range(first, first + len(names)))
-        ordered.append({**saved[other], "params": positions, "param_names": list(group["param_names"])})
-        entries.update({i: state_dict["state"][keys[n]] for i, n in zip(positions, names) if keys[n] in state_dict["state"]})
-    return {**state_dict, "state": entries, "param_groups": ordered}
+    places = [at[frozenset(names)].pop(0) for names in ours]  # more than one only for groups without parameters
+    if places != sorted(places) and any("initial_lr" in group for group in saved):
+        logger.warning("the groups of the state dict come in another order: options follow the names of their parameters, but a "
+                       "learning rate scheduler's own state goes by position")  # fmt: skip
+    ordered = []
+    for place, names in zip(places, ours):
+        keys = dict(zip(theirs[place], saved[place]["params"]))
+        ordered.append({**saved[place], "params": [keys[name] for name in names], "param_names": names})
+    return ordered
 
 
-def _matrix_names(group: dict[str, Any]) -> list[str]:
-    return [re.sub(r"(^|\.)values$", r"\1weight", name) for name in group["param_names"]]
+def _own_name(name: str, own: set[str]) -> str:
+    """The name that a saved one has here: that of a packed layer's ``values`` may be its ``weight``, and the other way round."""
+    other = re.sub(r"(?<![^.])(values|weight)$", lambda found: {"values": "weight", "weight": "values"}[found[0]], str(name))
+    return other if name not in own and other in own else name
 
 
 def _check_names(theirs: list[list[str]], ours: list[list[str]]) -> None:
@@ -89,21 +106,25 @@ def _check_names(theirs: list[list[str]], ours: list[list[str]]) -> None:
 
 def _some(names: Iterable[str]) -> str:
     """The first few names in a message."""
-    listed = sorted(names)
+    listed = sorted(map(str, names))
     return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "") if listed else "none"
 
 
 def check_state_dict(state_dict: dict[str, Any], parameters: list[Tensor], sparse: list[bool], names: list[str]) -> None:
-    """Raise ValueError, TypeError or IndexError unless the state fits the parameters, in order."""
-    saved = sum(len(group["params"]) for group in state_dict["param_groups"])
-    require(saved == len(parameters), f"the state dict is of a model with {saved} parameters, this optimizer has {len(parameters)}")
+    """Raise ValueError, TypeError or IndexError unless the state, `in_own_order`, fits the parameters."""
     for group in state_dict["param_groups"]:
         missing = sorted(OPTIONS - group.keys())
         require(not missing, f"a group of the state dict lacks {', '.join(missing)}; was it saved by another optimizer?")
         check_group(group)
     for i, entry in state_dict["state"].items():
-        require(0 <= i < len(parameters), f"the state dict has an entry for parameter {i} of {len(parameters)}")
         p, name = parameters[i], names[i]
+        for key, value in entry.items():
+            number = key in ("step", "version") and isinstance(value, (int, float))
+            require(isinstance(value, Tensor) or number or key == "shape",
+                    f"{name}: {key} of the state dict must be a tensor, got {type(value).__name__}", TypeError)  # fmt: skip
+        if "step" in entry:
+            step = torch.as_tensor(entry["step"])
+            require(step.numel() == 1, f"{name}: step must be one number, got shape {tuple(step.shape)}")
         if not sparse[i]:
             require("indices" not in entry, f"{name}: the state dict holds a LIFT mask, but this parameter is trained densely")
             for key in ("step", "exp_avg", "exp_avg_sq") if entry else ():
@@ -116,7 +137,9 @@ def check_state_dict(state_dict: dict[str, Any], parameters: list[Tensor], spars
         version = entry.get("version", VERSION)
         require(version == VERSION,
                 f"{name}: the state dict has version {version}, this package reads {VERSION}; update lift_kernels")  # fmt: skip
-        shape = tuple(entry.get("shape", p.shape))
+        shape = entry.get("shape", p.shape)
+        require(isinstance(shape, (list, tuple)), f"{name}: shape of the state dict must be a list, got {shape!r}", TypeError)
+        shape = tuple(shape)
         require(shape == tuple(p.shape), f"{name}: the state dict is of a matrix of shape {shape}, this one is {tuple(p.shape)}")
         check_index_list(entry["indices"], p.numel(), name)
         basis, threshold = entry.get("basis"), entry.get("threshold")
@@ -126,8 +149,6 @@ def check_state_dict(state_dict: dict[str, Any], parameters: list[Tensor], spars
         require(threshold is None or threshold.numel() == numbers,
                 f"{name}: threshold must hold {numbers} numbers, got {getattr(threshold, 'shape', threshold)}")  # fmt: skip
         require("step" in entry, f"{name}: the state dict holds no step")
-        step = torch.as_tensor(entry["step"])
-        require(step.numel() == 1, f"{name}: step must be one number, got shape {tuple(step.shape)}")
         for key, dtypes in {"exp_avg": MOMENT_DTYPES, "exp_avg_sq": MOMENT_DTYPES, "master": (torch.float32,),
                             "births": (torch.int32,)}.items():  # fmt: skip
             value = entry.get(key)

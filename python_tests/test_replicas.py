@@ -65,7 +65,7 @@ def test_a_difference_is_an_error_on_every_rank(odd):
     ranks.announce(*[["a", "b", "c"]] * 3)
     same, other = {"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "4", "c": "5"}
     assert ranks.compare(same, same, same) == ["", "", ""]
-    for _ in range(2):  # what was refused is refused again
+    for _ in range(3):  # what was refused is refused again
         said = ranks.compare(*[other if rank == odd else same for rank in range(3)])
         for rank, message in enumerate(said):
             assert "different entries of b and of 1 more matrices: " in message
@@ -133,16 +133,48 @@ def test_a_rank_that_makes_no_new_mask_is_named():
         assert "process_group='independent'" in message
 
 
-def test_announcements_are_waited_for_where_the_process_group_is_younger(caplog):
+def test_a_step_that_one_rank_makes_alone_is_no_comparison():
+    """Before the others have built their optimizers: nothing is left that they could mistake for a replica's list."""
+    ranks = Ranks(2)
+    ranks.announce(["w"], None)
+    assert ranks.compare({"w": "sanity"}, None) == ["", ""]
+    ranks.announce(None, ["w"])
+    assert ranks.compare({"w": "1"}, {"w": "1"}) == ["", ""]
+    assert all("different entries of w" in message for message in ranks.compare({"w": "1"}, {"w": "2"}))
+
+
+def test_a_store_may_outlive_its_process_group():
+    """The next process group starts from zero: digests of the last one are not taken for new ones."""
+    ranks = Ranks(2)
+    ranks.announce(["w"], ["w"])
+    assert ranks.compare({"w": "1"}, {"w": "1"}) == ["", ""]
+    ranks.exchanges = [DigestExchange(ranks.store, rank, 2) for rank in range(2)]
+    ranks.announce(["w"], ["w"])
+    said = ranks.compare({"w": "2"}, None, patience=SHORT)
+    assert said[0].startswith("rank 1 trains w too, but has shown no new index list")
+    assert ranks.compare({"w": "2"}, {"w": "2"}) == ["", ""]
+
+
+def test_late_ranks_are_waited_for(caplog):
+    """Optimizers older than the process group, for the first and the second time; a rank without one only once."""
     ranks = Ranks(3)
-    ranks.announce(["w"], ["w"], None)
+    first, second, without = ranks.exchanges
+    second.announce(["early"])  # of another optimizer, which says nothing about this one
+
+    def late(exchange, patience):
+        exchange.announce(["w"])
+        exchange.wait_for_late_ranks(patience)
+
     with caplog.at_level(logging.WARNING, "lift_kernels"):
-        ranks.exchanges[0].wait_for_announcements(SHORT)
-    assert "rank 2 built no LiftAdamW within 0 s" in caplog.text and "process_group=" in caplog.text
+        late(first, SHORT)
+    assert "ranks 1, 2 built no LiftAdamW within 0 s" in caplog.text and "process_group=" in caplog.text
     caplog.clear()
-    waiting = threading.Thread(target=ranks.exchanges[0].wait_for_announcements, args=(LONG,))
+    late(second, SHORT)
+    assert "rank 2 built no LiftAdamW" in caplog.text and "rank 0" not in caplog.text
+    caplog.clear()
+    waiting = threading.Thread(target=first.wait_for_late_ranks, args=(LONG,))  # rank 1 came after all, rank 2 is given up
     waiting.start()
-    ranks.exchanges[2].announce(["w"])
+    second.wait_for_late_ranks(LONG)
     waiting.join()
     assert not caplog.text
 
@@ -262,7 +294,7 @@ def test_others_are_waited_for_when_names_are_new(monkeypatch):
     waited = []
 
     class Waiting(DigestExchange):
-        def wait_for_announcements(self, patience):
+        def wait_for_late_ranks(self, patience):
             waited.append(sorted(self._announced))
 
     store, second = dist.HashStore(), dist.HashStore()
@@ -295,3 +327,26 @@ def test_names_of_a_loaded_state_are_announced(one_rank, monkeypatch):
         optimizer.step()
     assert [names for names, _ in one_rank] == [["parameter 0 of group 0"], ["deep.weight"]]
     assert {name for names, _ in one_rank for name in names} <= set(announced)
+
+
+def test_masks_older_than_the_process_group_are_compared(one_rank, monkeypatch):
+    """A step and a refresh before init_process_group: their lists are compared at the first step after it."""
+    joined = []
+    exchange = DigestExchange.of_default_group()
+    monkeypatch.setattr(DigestExchange, "of_default_group", classmethod(lambda cls: exchange if joined else None))
+    monkeypatch.setattr(DigestExchange, "wait_for_late_ranks", lambda exchange, patience: None)
+    p = parameter()
+    optimizer = LiftAdamW([("w", p)], rank=3, density=0.2, refresh_interval=None, capturable=True)
+
+    def step():
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+
+    step()
+    optimizer.refresh()
+    step()
+    assert one_rank == []
+    joined.append(True)
+    step()
+    step()
+    assert [names for names, _ in one_rank] == [["w"]]

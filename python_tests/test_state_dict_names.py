@@ -233,3 +233,88 @@ def test_a_file_keeps_names():
     loaded = LiftAdamW(list(other.items())[::-1], **OPTIONS)
     loaded.load_state_dict(torch.load(file, weights_only=True))
     same_state(weights, other, optimizer, loaded)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_entries_are_found_by_the_ids_of_their_groups(named):
+    """A user may put the saved groups into the order of the optimizer by hand, as torch asks for; ids go along with them."""
+
+    def grouped(weights, order):
+        params = list(weights.items()) if named else list(weights.values())
+        groups = [{"params": params[:1]}, {"params": params[1:2]}]
+        return LiftAdamW([groups[i] for i in order], **OPTIONS, refresh_interval=None)
+
+    weights = dict(list(zip(NAMES, make_weights(SHAPES)))[:2])
+    optimizer = grouped(weights, (0, 1))
+    train(optimizer, range(2))
+    saved = optimizer.state_dict()
+    saved["param_groups"].reverse()
+    other = copies(weights)
+    loaded = grouped(other, (1, 0))
+    loaded.load_state_dict(saved)
+    for name in NAMES[:2]:
+        expected, found = optimizer.state[weights[name]], loaded.state[other[name]]
+        assert all(torch.equal(expected[key], found[key]) for key in expected), name
+
+
+def test_groups_that_move_are_named_where_a_scheduler_is(caplog):
+    """A scheduler's own state goes by position, in torch."""
+    weights, optimizer = saved_run()
+    named = list(weights.items())
+    optimizer = LiftAdamW([{"params": named[:1], "lr": 0.1}, {"params": named[1:], "lr": 0.2}], **OPTIONS)
+    saved = optimizer.state_dict()
+    loaded = LiftAdamW([{"params": named[1:]}, {"params": named[:1]}], **OPTIONS)
+    loaded.load_state_dict(saved)
+    assert not caplog.text
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    loaded.load_state_dict(optimizer.state_dict())
+    assert "a learning rate scheduler's own state goes by position" in caplog.text
+
+
+def test_hooks_see_and_change_the_whole_state():
+    """register_load_state_dict_pre_hook is torch's way to rename parameters; a post-hook sees the loaded masks."""
+    weights, optimizer = saved_run()
+    other = copies(weights)
+    loaded = LiftAdamW([(f"module.{name}", w) for name, w in other.items()], **OPTIONS)
+    seen = []
+
+    def rename(optimizer, state_dict):
+        for group in state_dict["param_groups"]:
+            group["param_names"] = [f"module.{name}" for name in group["param_names"]]
+        for entry in state_dict["state"].values():
+            entry["exp_avg"] = entry["exp_avg"] + 1
+        return state_dict
+
+    loaded.register_load_state_dict_pre_hook(rename)
+    loaded.register_load_state_dict_post_hook(lambda o: seen.append({name: set(o.state[w]) for name, w in other.items()}))
+    loaded.load_state_dict(optimizer.state_dict())
+    assert len(seen) == 1 and all({"step", "exp_avg"} <= keys for keys in seen[0].values())
+    assert {"indices", "exp_avg_sq"} <= seen[0][NAMES[0]]
+    for name in NAMES:
+        assert torch.equal(loaded.state[other[name]]["exp_avg"], optimizer.state[weights[name]]["exp_avg"] + 1)
+    assert optimizer.param_groups[0]["param_names"] == list(NAMES), "a saved state shares no list with its optimizer"
+
+
+def test_a_module_with_values_of_its_own():
+    """``a.values`` and ``a.weight`` are two parameters here, and no other name for each other."""
+    names = ("a.values", "a.weight")
+    weights = make_weights(SHAPES[:2])
+    optimizer = LiftAdamW(list(zip(names, weights)), **OPTIONS, refresh_interval=None)
+    train(optimizer, range(2))
+    other = make_weights(SHAPES[:2])
+    loaded = LiftAdamW([(names[1], other[1]), (names[0], other[0])], **OPTIONS)
+    loaded.load_state_dict(optimizer.state_dict())
+    for p, q in zip(weights, other):
+        assert all(torch.equal(value, loaded.state[q][key]) for key, value in optimizer.state[p].items())
+
+
+def test_a_state_whose_keys_are_names():
+    """What torch.distributed.checkpoint hands over: names in place of ids."""
+    weights, optimizer = saved_run()
+    saved = optimizer.state_dict()
+    saved["state"] = {NAMES[i]: entry for i, entry in saved["state"].items()}
+    saved["param_groups"][0]["params"] = list(NAMES)
+    other = copies(weights)
+    loaded = LiftAdamW(list(other.items())[::-1], **OPTIONS, refresh_interval=None)
+    loaded.load_state_dict(saved)
+    same_state(weights, other, optimizer, loaded)

@@ -4,6 +4,7 @@ Averaged gradients of ranks with different index lists mix different weights, an
 in the comparison, because some ranks may have no optimizer at all: another stage of a pipeline, a critic, an inference rank.
 Instead each rank announces which parameters it trains when its optimizer is built. Replicas average gradients before a step, so
 every replica has announced itself by the first comparison, and a rank waits for those that train its parameters and for no other.
+An optimizer that is older than the process group is announced at its first step, where every rank is waited for.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 import weakref
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -68,6 +69,10 @@ class Replicas:
         if exchange is not None:
             exchange.announce(self._names)
 
+    def active(self) -> bool:
+        """Whether there is anybody to compare with: False also before init_process_group."""
+        return not self._independent and DigestExchange.of_default_group() is not None
+
     def compare(self, lists: Mapping[str, list[Tensor]], masks_took: float = 0.0) -> None:
         """Raise RuntimeError on every rank, naming a parameter, where replicas have different index lists.
 
@@ -80,8 +85,8 @@ class Replicas:
             return
         patience = max(PATIENCE_S, 10 * masks_took)
         self._names.update(lists)
-        if self._ranks is None and exchange.announce(self._names):  # the process group is younger than the optimizer
-            exchange.wait_for_announcements(patience)
+        if self._ranks is None and exchange.announce(self._names):
+            exchange.wait_for_late_ranks(patience)
         exchange.compare(index_digests(lists), self._ranks, patience)
 
 
@@ -100,6 +105,8 @@ class DigestExchange:
 
     ``names/RANK/I``: the I-th announcement of a rank, names of parameters. ``lists/GROUP/RANK/N/NAME``: the digest of the index
     list in the N-th comparison of that name within a group; the ranks that train a parameter compare it equally often.
+    ``late/RANK/N`` and ``refused/RANK/N``: a rank announced names at a step, or raised, for the N-th time. All of it lies under a
+    number that counts the process groups, for a store may outlive one.
     """
 
     _current: DigestExchange | None = None
@@ -107,11 +114,14 @@ class DigestExchange:
     def __init__(self, store: Any, rank: int, world: int) -> None:
         self._of = weakref.ref(store)  # destroy_process_group must be able to end it
         self._rank, self._world = rank, world
+        self._prefix = f"lift_kernels/{dist.PrefixStore('lift_kernels', store).add(f'lives/{rank}', 1)}"
         self._announced: set[str] = set()
         self._announcements = 0
         self._read = [0] * self._world  # announcements read, by rank
         self._holders: defaultdict[str, set[int]] = defaultdict(set)  # ranks that announced a name
         self._compared: Counter[tuple[str, str]] = Counter()  # by group and name
+        self._late = self._refused = 0
+        self._absent: set[int] = set()  # ranks that were waited for in vain and have announced nothing
 
     @classmethod
     def of_default_group(cls) -> DigestExchange | None:
@@ -130,7 +140,7 @@ class DigestExchange:
     def _store(self) -> Any:
         store = self._of()
         assert store is not None, "the process group was destroyed"
-        return dist.PrefixStore("lift_kernels", store)
+        return dist.PrefixStore(self._prefix, store)
 
     def announce(self, names: Iterable[str]) -> bool:
         """Put up the names that this rank has not announced before; whether there was one."""
@@ -141,9 +151,14 @@ class DigestExchange:
             self._announcements += 1
         return bool(new)
 
-    def wait_for_announcements(self, patience: float) -> None:
-        """Of every rank; those that stay away are named in a warning and count as ranks that train nothing."""
-        missing = self._missing({rank: [f"names/{rank}/0"] for rank in range(self._world)}, patience)
+    def wait_for_late_ranks(self, patience: float) -> None:
+        """Until every rank has announced names at a step as often as this one; those that stay away are named in a warning."""
+        self._store.set(f"late/{self._rank}/{self._late}", "")
+        self._read_announcements()
+        others = set(range(self._world)) - self._absent
+        missing = self._missing({rank: [f"late/{rank}/{self._late}"] for rank in others}, patience)
+        self._late += 1
+        self._absent.update(missing)
         if missing:
             logger.warning("%s built no LiftAdamW within %.0f s of its first step here, so index lists are not compared with it. "
                            "Build the optimizer after init_process_group, or %s", _ranks(missing), patience, WAYS_OUT)  # fmt: skip
@@ -156,12 +171,15 @@ class DigestExchange:
         def key(rank: int, name: str, back: int = 0) -> str:
             return f"lists/{group}/{rank}/{self._compared[group, name] - back}/{name}"
 
-        self._store.multi_set([key(self._rank, name) for name in digests], list(digests.values()))
         shared: dict[int, list[str]] = defaultdict(list)  # names by rank
         for name in digests:
             for rank in (self._holders[name] if ranks is None else ranks):
                 if rank != self._rank:
                     shared[rank].append(name)
+        digests = {name: digest for name, digest in digests.items() if any(name in names for names in shared.values())}
+        if not digests:
+            return  # a step that one rank makes alone is no comparison
+        self._store.multi_set([key(self._rank, name) for name in digests], list(digests.values()))
         missing = self._missing({rank: [key(rank, name) for name in names] for rank, names in shared.items()}, patience)
         differing: dict[int, list[str]] = {}
         for rank in sorted(shared.keys() - set(missing)):
@@ -170,7 +188,7 @@ class DigestExchange:
                 differing[rank] = names
         if differing:
             rank, names = next(iter(differing.items()))
-            self._linger(lambda r: f"{key(r, names[0])}/refused", [r for r in shared if names[0] in shared[r]])
+            self._linger(list(shared))
         elif missing:
             raise RuntimeError(_ABSENT.format(ranks=_ranks(missing), name=shared[missing[0]][0], patience=patience))
         for name in digests:  # the next comparison is another one, whether or not this one went well
@@ -187,6 +205,7 @@ class DigestExchange:
                 for name in json.loads(zlib.decompress(self._store.get(key))):
                     self._holders[name].add(rank)
                 self._read[rank] += 1
+                self._absent.discard(rank)
 
     def _missing(self, keys: Mapping[int, list[str]], patience: float) -> list[int]:
         """Ranks whose keys are not all there after ``patience`` seconds. Asked again and again: a wait would lock the store."""
@@ -198,10 +217,11 @@ class DigestExchange:
             time.sleep(POLL_S)
         return left
 
-    def _linger(self, key: Callable[[int], str], ranks: list[int]) -> None:
-        """Wait until the others have read what differs, or until they have had the time."""
-        self._store.set(key(self._rank), "")
-        self._missing({rank: [key(rank)] for rank in ranks}, LINGER_S)
+    def _linger(self, ranks: list[int]) -> None:
+        """Wait until the others have read what differs and raise too, or until they have had the time."""
+        self._store.set(f"refused/{self._rank}/{self._refused}", "")
+        self._missing({rank: [f"refused/{rank}/{self._refused}"] for rank in ranks}, LINGER_S)
+        self._refused += 1
 
 
 @functools.cache
