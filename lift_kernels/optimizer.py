@@ -287,7 +287,7 @@ class LiftAdamW(Optimizer):
 
     def _compare_ranks(self) -> None:
         """Replicas have the same new index lists, or each of them raises. What was refused is compared again at the next step."""
-        if not self._uncompared or dispatch.capturing() or not self._replicas.active():
+        if not self._uncompared or not self._replicas.active() or dispatch.capturing():
             return
         lists = defaultdict(list)
         for p in self._uncompared:
