@@ -63,6 +63,7 @@ report: setup
 
 lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # CPU ops and CUDA ops for sm_80, sm_90 and sm_100 in one abi3 file; LIFT_CUDA=0 make wheel where there is no nvcc.

@@ -1,13 +1,16 @@
-"""Builds lift_kernels._C: the CPU ops always, the CUDA ops when nvcc is found (also under a CPU-only torch).
+"""Builds lift_kernels._C: the CPU ops always, the CUDA ops when nvcc is found (also under a
+CPU-only torch).
 
-One abi3 file serves Python 3.11 and later and, through torch's stable ABI, torch 2.11 and later. The CUDA sources know
-nothing of torch, so plain ``nvcc -c`` compiles them and the runtime is linked statically. Environment:
+One abi3 file serves Python 3.11 and later and, through torch's stable ABI, torch 2.11 and later.
+The CUDA sources know nothing of torch, so plain ``nvcc -c`` compiles them and the runtime is linked
+statically. Environment:
 
 - ``LIFT_CUDA=0`` leaves CUDA out, ``LIFT_CUDA=1`` makes its absence an error;
 - ``LIFT_CUDA_ARCHS`` names the targets, by default ``80;90;100``;
 - ``CUDA_HOME`` names a toolkit; without it the one that ``nvcc`` on PATH belongs to is asked.
 
-Without a C++ compiler the package still installs: Triton and the PyTorch reference serve, and the first op says so.
+Without a C++ compiler the package still installs: Triton and the PyTorch reference serve, and the
+first op says so.
 """
 
 import os
@@ -24,13 +27,24 @@ from setuptools.errors import CCompilerError, CompileError, ExecError, PlatformE
 ROOT = Path(__file__).parent
 CPU_SOURCES = ["csrc/bindings.cpp", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))]
 CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cuda").glob("*.cu"))
-# No errno and no traps, or the loops around sqrt do not vectorize; no contraction, so that all instruction sets agree.
-CXX_FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fvisibility=hidden", "-g0"]
+# No errno and no traps, or the loops around sqrt do not vectorize; no contraction, so that all
+# instruction sets agree.
+CXX_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+    "-g0",
+]
 NVCC_FLAGS = ["-std=c++20", "-O3", "--fmad=false", "-Xcompiler=-fPIC", "-Xptxas=-v"]
 
 
 def cuda_toolkit() -> Path | None:
-    """The toolkit to compile with. nvcc itself is asked where it lives: on PATH it is often a wrapper script."""
+    """The toolkit to compile with. nvcc itself is asked where it lives: on PATH it is often a
+    wrapper script.
+    """
     if os.environ.get("LIFT_CUDA", "auto") == "0":
         return None
     home = os.environ.get("CUDA_HOME")
@@ -54,7 +68,9 @@ def static_runtime(toolkit: Path) -> Path | None:
 
 
 def compile_cuda(toolkit: Path, build_dir: Path) -> list[str]:
-    """Objects of the CUDA sources, machine code for each target and PTX of the last for cards to come; side by side."""
+    """Objects of the CUDA sources, machine code for each target and PTX of the last for cards to
+    come; side by side.
+    """
     archs = os.environ.get("LIFT_CUDA_ARCHS", "80;90;100").split(";")
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
@@ -72,7 +88,9 @@ def compile_cuda(toolkit: Path, build_dir: Path) -> list[str]:
 
 
 def add_cuda(ext: Extension, build_dir: Path) -> None:
-    """Compile the CUDA sources into the extension when a working toolkit is found; the CPU ops never depend on it."""
+    """Compile the CUDA sources into the extension when a working toolkit is found; the CPU ops
+    never depend on it.
+    """
     toolkit = cuda_toolkit()
     runtime = static_runtime(toolkit) if toolkit is not None else None
     if runtime is None:
@@ -90,12 +108,17 @@ def add_cuda(ext: Extension, build_dir: Path) -> None:
 
 
 def native_extension() -> tuple[list[Extension], dict]:
-    """The extension and its build command; both empty when torch's headers are absent (an isolated build)."""
+    """The extension and its build command; both empty when torch's headers are absent (an isolated
+    build).
+    """
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
-        print("lift_kernels: torch is not visible to the build, so the native extension is left out; "
-              "use pip install --no-build-isolation", file=sys.stderr)  # fmt: skip
+        print(
+            "lift_kernels: torch is not visible to the build, so the native extension is left out; "
+            "use pip install --no-build-isolation",
+            file=sys.stderr,
+        )
         return [], {}
 
     class Build(BuildExtension):
@@ -106,8 +129,12 @@ def native_extension() -> tuple[list[Extension], dict]:
             except (CCompilerError, CompileError, ExecError, PlatformError, RuntimeError, OSError) as error:
                 if os.environ.get("LIFT_REQUIRE_NATIVE") == "1":
                     raise
-                print(f"lift_kernels: the native extension was not built ({error}). CPU tensors will be served by the slow "
-                      "PyTorch reference; Triton on GPUs is not affected.", file=sys.stderr)  # fmt: skip
+                print(
+                    f"lift_kernels: the native extension was not built ({error}). CPU tensors will be "
+                    "served by the slow "
+                    "PyTorch reference; Triton on GPUs is not affected.",
+                    file=sys.stderr,
+                )
 
         def copy_extensions_to_source(self):
             if (Path(self.build_lib) / self.get_ext_filename("lift_kernels._C")).exists():
@@ -125,4 +152,8 @@ def native_extension() -> tuple[list[Extension], dict]:
 
 if __name__ == "__main__":  # false where bench/kernel_compile.py reads the sources and flags
     extensions, commands = native_extension()
-    setup(ext_modules=extensions, cmdclass=commands, options={"bdist_wheel": {"py_limited_api": "cp311"}} if extensions else {})
+    setup(
+        ext_modules=extensions,
+        cmdclass=commands,
+        options={"bdist_wheel": {"py_limited_api": "cp311"}} if extensions else {},
+    )

@@ -1,4 +1,6 @@
-"""What the benches' ops work on: arenas of index lists, random masks as principal masks lie, and the lines that entries lie on."""
+"""What the benches' ops work on: arenas of index lists, random masks as principal masks lie, and
+the lines that entries lie on.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ SEGMENT_ALIGN = 64  # entries; arena segments start at multiples of it
 
 @dataclass
 class Arena:
-    """Index lists one behind the other, each padded to `SEGMENT_ALIGN` entries, as the ops take them."""
+    """Index lists one behind the other, each padded to `SEGMENT_ALIGN` entries, as the ops take
+    them.
+    """
 
     indices: Tensor
     offsets: list[int]
@@ -44,21 +48,27 @@ class Arena:
         return [self.indices[o : o + c] for o, c in zip(self.offsets, self.counts)]
 
     def line_bytes(self, width: int) -> int:
-        """Bytes of the lines that the selected entries of all matrices lie on, ``width`` bytes an entry."""
+        """Bytes of the lines that the selected entries of all matrices lie on, ``width`` bytes an
+        entry.
+        """
         line = LINE if self.indices.device.type == "cpu" else SECTOR
         return line * sum(lines_touched(index, width, line) for index in self.lists())
 
 
 def lines_touched(index: Tensor, width: int, line: int = LINE) -> int:
-    """Distinct lines of ``line`` bytes that sorted flat positions lie on; the matrix starts on a line."""
+    """Distinct lines of ``line`` bytes that sorted flat positions lie on; the matrix starts on a
+    line.
+    """
     number = index // (line // width)
     return int((number[1:] != number[:-1]).sum()) + 1 if len(index) else 0
 
 
 def clustered_indices(m: int, n: int, density: float, seed: int, device: str = "cpu") -> Tensor:
-    """A random mask clustered by rows as principal masks are (FINDINGS 4): sorted flat int32 positions.
+    """A random mask clustered by rows as principal masks are (FINDINGS 4): sorted flat int32
+    positions.
 
-    The largest entries of a Gaussian matrix with log-normal row scales of spread 0.45: the top 10 % of the rows hold about 42 %.
+    The largest entries of a Gaussian matrix with log-normal row scales of spread 0.45: the top 10 %
+    of the rows hold about 42 %.
     """
     generator = torch.Generator(device).manual_seed(seed)
     scale = torch.randn(m, 1, generator=generator, device=device).mul_(0.45).exp_()

@@ -1,22 +1,29 @@
-"""Delta files of SmolLM2-135M (or ``--model``): save, apply and revert, beside safetensors' save and load of the whole model.
+"""Delta files of SmolLM2-135M (or ``--model``): save, apply and revert, beside safetensors' save
+and load of the whole model.
 
-The fine-tuned model differs from the base in the top 5 % of |W_r|, r = 64, of every linear layer. Everything is done in fp32 and
-in bf16, timed in turns in a new random order each round, on the file system of the temporary folder. First each way is checked:
-what was applied equals the fine-tuned model, and what was reverted the base, bit for bit. A wrong one is refused; the exit status
-is then 1.
+The fine-tuned model differs from the base in the top 5 % of |W_r|, r = 64, of every linear layer.
+Everything is done in fp32 and in bf16, timed in turns in a new random order each round, on the file
+system of the temporary folder. First each way is checked: what was applied equals the fine-tuned
+model, and what was reverted the base, bit for bit. A wrong one is refused; the exit status is then
+1.
 
-- ``save_delta``: both models in memory to a file, which is complete on the disk at the end (fsync). ``apply`` and ``revert``: of a
-  module in memory, in place. ``apply to a checkpoint``: a safetensors file, copied and patched, complete on the disk at the end.
-- safetensors: ``save_file`` of the whole model and an fsync, which it leaves out itself; ``load_file``, every page read into memory
-  of its own. They are the baselines of ``ratio``, save of save and load of the others.
-- ``bytes_per_entry``: of the file, of each entry that changed, measured; ``computed_bytes``: 4 of the index and two values.
-- Floor: bytes over measured rates. Files written at the rate of a write with fsync, files read, which were just written, at that of
-  a read from the page cache, tensors in memory at the copy bandwidth. save_delta reads both models and writes the file; apply and
-  revert read the model and the file; of a checkpoint, base and file are read and the copy is written.
-- Most of the distance to the floor is the SHA-256 by which a delta knows its base; its time over the model has a row of its own.
-  save_delta takes it of both models, apply and revert of one.
+- ``save_delta``: both models in memory to a file, which is complete on the disk at the end (fsync).
+  ``apply`` and ``revert``: of a module in memory, in place. ``apply to a checkpoint``: a
+  safetensors file, copied and patched, complete on the disk at the end.
+- safetensors: ``save_file`` of the whole model and an fsync, which it leaves out itself;
+  ``load_file``, every page read into memory of its own. They are the baselines of ``ratio``, save
+  of save and load of the others.
+- ``bytes_per_entry``: of the file, of each entry that changed, measured; ``computed_bytes``: 4 of
+  the index and two values.
+- Floor: bytes over measured rates. Files written at the rate of a write with fsync, files read,
+  which were just written, at that of a read from the page cache, tensors in memory at the copy
+  bandwidth. save_delta reads both models and writes the file; apply and revert read the model and
+  the file; of a checkpoint, base and file are read and the copy is written.
+- Most of the distance to the floor is the SHA-256 by which a delta knows its base; its time over
+  the model has a row of its own. save_delta takes it of both models, apply and revert of one.
 
-    python bench/bench_delta.py [--model DIR] [--dtypes fp32 bf16] [--runs 3] [--dry-run] [--out DIR]
+    python bench/bench_delta.py [--model DIR] [--dtypes fp32 bf16] [--runs 3] [--dry-run] [--out
+    DIR]
 """
 
 from __future__ import annotations
@@ -41,14 +48,26 @@ from lift_kernels import apply_delta, delta_info, revert_delta, save_delta
 from lift_kernels.masks import MaskRequest, principal_masks
 from lift_kernels.weights import ModuleWeights, fingerprint
 
-COLUMNS = ["set", "variant", "median_ms", "ratio", "file_bytes", "bytes_per_entry", "computed_bytes", "share_of_floor", "status"]
+COLUMNS = [
+    "set",
+    "variant",
+    "median_ms",
+    "ratio",
+    "file_bytes",
+    "bytes_per_entry",
+    "computed_bytes",
+    "share_of_floor",
+    "status",
+]
 SAVE, LOAD, SHA = "safetensors save_file + fsync", "safetensors load_file", "SHA-256 of the model, for comparison"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
 class Rates:
-    """Measured bytes per second: of a copy in memory, of writing a file to the disk, of reading it from the page cache."""
+    """Measured bytes per second: of a copy in memory, of writing a file to the disk, of reading it
+    from the page cache.
+    """
 
     copy: float
     write: float
@@ -95,7 +114,9 @@ def same(model: nn.Module | dict[str, Tensor], expected: nn.Module) -> str:
 
 
 def tune(model: nn.Module) -> nn.Module:
-    """A copy with other values at the principal entries of its matrices; changes that both dtypes can hold."""
+    """A copy with other values at the principal entries of its matrices; changes that both dtypes
+    can hold.
+    """
     model = copy.deepcopy(model)
     weights = training_methods.matrices(model)
     rank, density = training_methods.RANK, training_methods.DENSITY
@@ -108,7 +129,9 @@ def tune(model: nn.Module) -> nn.Module:
 
 
 class Files:
-    """Base and fine-tuned model of one dtype, their files in ``folder``, and every way between them."""
+    """Base and fine-tuned model of one dtype, their files in ``folder``, and every way between
+    them.
+    """
 
     def __init__(self, base: nn.Module, tuned: nn.Module, folder: Path) -> None:
         self.base, self.tuned = base, tuned
@@ -142,7 +165,12 @@ class Files:
         """By variant, what is wrong with it; nothing for right ones. Leaves all as it was."""
         found = {}
 
-        def note(variant: str, run: Callable[[], object], result: Callable[[], nn.Module | dict[str, Tensor]], right: nn.Module):
+        def note(
+            variant: str,
+            run: Callable[[], object],
+            result: Callable[[], nn.Module | dict[str, Tensor]],
+            right: nn.Module,
+        ):
             try:
                 run()
                 problem = same(result(), right)
@@ -161,8 +189,12 @@ class Files:
         return found
 
 
-def rounds(units: Sequence[dict[str, Callable[[], object]]], runs: int, after: Callable[[], None]) -> dict[str, np.ndarray]:
-    """Seconds of every run by variant; units in shuffled order, the ways of one in theirs. ``after`` each unit, untimed."""
+def rounds(
+    units: Sequence[dict[str, Callable[[], object]]], runs: int, after: Callable[[], None]
+) -> dict[str, np.ndarray]:
+    """Seconds of every run by variant; units in shuffled order, the ways of one in theirs.
+    ``after`` each unit, untimed.
+    """
     rng = np.random.default_rng(0)
     times: dict[str, list[float]] = {name: [] for unit in units for name in unit}
     for _ in range(runs):
@@ -182,32 +214,47 @@ def compare(label: str, base: nn.Module, tuned: nn.Module, runs: int, rates: Rat
     info, width = delta_info(files.delta), next(base.parameters()).element_size()
     size, delta = sum(t.nbytes for t in tensors(base).values()), info.file_bytes
     floors = {
-        SAVE: rates.seconds(size, written=size), LOAD: rates.seconds(size, read=size),
+        SAVE: rates.seconds(size, written=size),
+        LOAD: rates.seconds(size, read=size),
         "save_delta": rates.seconds(2 * size, written=delta),
-        "apply": rates.seconds(size, read=delta), "revert": rates.seconds(size, read=delta),
+        "apply": rates.seconds(size, read=delta),
+        "revert": rates.seconds(size, read=delta),
         "apply to a checkpoint": rates.seconds(read=size + delta, written=size),
         SHA: rates.seconds(size),
-    }  # fmt: skip
+    }
     units: list[dict[str, Callable[[], object]]] = [
-        {SAVE: files.save_whole}, {LOAD: files.load_whole}, {"save_delta": files.save},
-        {"apply": files.apply, "revert": files.revert}, {"apply to a checkpoint": files.apply_to_file},
+        {SAVE: files.save_whole},
+        {LOAD: files.load_whole},
+        {"save_delta": files.save},
+        {"apply": files.apply, "revert": files.revert},
+        {"apply to a checkpoint": files.apply_to_file},
         {SHA: lambda: fingerprint(files.base)},
-    ]  # fmt: skip
+    ]
     units = [unit for unit in units if not unit.keys() & status.keys()]
     times = rounds(units, runs, lambda: files.copy.unlink(missing_ok=True))
     sizes = {SAVE: size, "save_delta": delta}
-    labels = {"op": "delta", "set": label, "tensors": len(tensors(base)), "parameters": size // width, "entries": info.entries}
+    labels = {
+        "op": "delta",
+        "set": label,
+        "tensors": len(tensors(base)),
+        "parameters": size // width,
+        "entries": info.entries,
+    }
     table = []
     for name, floor in floors.items():
         said: dict = {"variant": name, "status": status.get(name, "ok")}
         baseline = SAVE if name in (SAVE, "save_delta") else LOAD
         if name in times and baseline in times:
-            said |= bench_util.row(name, times[name], times[baseline], floor * rates.copy, rates.copy) | {"baseline": baseline}
+            said |= bench_util.row(name, times[name], times[baseline], floor * rates.copy, rates.copy) | {
+                "baseline": baseline
+            }
         if name in sizes:
             said["file_bytes"] = sizes[name]
         if name == "save_delta":
             said |= {"bytes_per_entry": round(delta / info.entries, 4), "computed_bytes": 4 + 2 * width}
-        table.append(labels | said | {"write_gb_s": round(rates.write / 1e9, 3), "read_gb_s": round(rates.read / 1e9, 3)})
+        table.append(
+            labels | said | {"write_gb_s": round(rates.write / 1e9, 3), "read_gb_s": round(rates.read / 1e9, 3)}
+        )
     return table
 
 
@@ -216,13 +263,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="directory, GGUF file or hub id in place of the bundled SmolLM2-135M")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--runs", type=int, default=3, help="rounds of alternating runs")
-    parser.add_argument("--dry-run", action="store_true", help="a tiny random Llama, files in a temporary folder unless --out")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="a tiny random Llama, files in a temporary folder unless --out"
+    )
     parser.add_argument("--out", type=Path, help="folder for the results in place of bench/results/<device>")
     given = parser.parse_args(argv)
     if given.dry_run:
         given.out = given.out or Path(tempfile.mkdtemp())
         label = "random Llama"
-        base = training_methods.random_model(training_methods.llama_config(*training_methods.TINY), torch.float32, "cpu")
+        base = training_methods.random_model(
+            training_methods.llama_config(*training_methods.TINY), torch.float32, "cpu"
+        )
     else:
         from lift_kernels.finetune import modelio
 

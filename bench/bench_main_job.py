@@ -1,11 +1,15 @@
-"""The main job with each method: quality before and after, bytes, seconds, and the delta file of the LIFT run.
+"""The main job with each method: quality before and after, bytes, seconds, and the delta file of
+the LIFT run.
 
-Every method is one run of ``python -m lift_kernels finetune`` in a process of its own, one after the other, with the defaults of
-the command; what is before training (model, problems, prompt) is the same for all. A run that fails has a row whose ``status`` says
-so, and the exit status is 1. The first row's exact match before training must be that of all others: the runs are not comparable
-otherwise, and are refused. There is no floor: forward and backward passes, the most of it, are torch's.
+Every method is one run of ``python -m lift_kernels finetune`` in a process of its own, one after
+the other, with the defaults of the command; what is before training (model, problems, prompt) is
+the same for all. A run that fails has a row whose ``status`` says so, and the exit status is 1. The
+first row's exact match before training must be that of all others: the runs are not comparable
+otherwise, and are refused. There is no floor: forward and backward passes, the most of it, are
+torch's.
 
-    python bench/bench_main_job.py [--methods lift random lora full] [--eval-problems 300] [--steps 60] [--out DIR]    (25 minutes)
+    python bench/bench_main_job.py [--methods lift random lora full] [--eval-problems 300] [--steps
+    60] [--out DIR]    (25 minutes)
 """
 
 from __future__ import annotations
@@ -25,23 +29,43 @@ import torch
 from lift_kernels import delta_info
 
 COLUMNS = {  # of the CSV: keys of report.json
-    "exact_before": "exact_match.before", "exact_after": "exact_match.after", "exact_low": "exact_match.after_low",
-    "exact_high": "exact_match.after_high", "exact_before_low": "exact_match.before_low",
-    "exact_before_high": "exact_match.before_high", "problems": "exact_match.problems", "loss_before": "heldout_loss.before",
-    "loss_after": "heldout_loss.after", "neutral_before": "neutral_loss.before", "neutral_after": "neutral_loss.after",
-    "entries": "entries", "density": "density", "state_bytes": "optimizer_state_bytes.measured",
-    "dense_state_bytes": "optimizer_state_bytes.dense", "extra_bytes": "extra_bytes.measured",
-    "extra_bytes_an_entry": "extra_bytes.an_entry", "forward_backward_s": "seconds.forward_backward", "step_s": "seconds.step",
-    "refresh_s": "seconds.refresh", "total_s": "seconds.total", "model": "model.name", "dtype": "settings.dtype",
-    "steps": "settings.steps", "seed": "settings.seed",
-}  # fmt: skip
+    "exact_before": "exact_match.before",
+    "exact_after": "exact_match.after",
+    "exact_low": "exact_match.after_low",
+    "exact_high": "exact_match.after_high",
+    "exact_before_low": "exact_match.before_low",
+    "exact_before_high": "exact_match.before_high",
+    "problems": "exact_match.problems",
+    "loss_before": "heldout_loss.before",
+    "loss_after": "heldout_loss.after",
+    "neutral_before": "neutral_loss.before",
+    "neutral_after": "neutral_loss.after",
+    "entries": "entries",
+    "density": "density",
+    "state_bytes": "optimizer_state_bytes.measured",
+    "dense_state_bytes": "optimizer_state_bytes.dense",
+    "extra_bytes": "extra_bytes.measured",
+    "extra_bytes_an_entry": "extra_bytes.an_entry",
+    "forward_backward_s": "seconds.forward_backward",
+    "step_s": "seconds.step",
+    "refresh_s": "seconds.refresh",
+    "total_s": "seconds.total",
+    "model": "model.name",
+    "dtype": "settings.dtype",
+    "steps": "settings.steps",
+    "seed": "settings.seed",
+}
 Run = Callable[..., Path]
 
 
 def command(*arguments: str) -> float:
-    """Seconds of ``python -m lift_kernels ...``; raises RuntimeError with its last words when it fails."""
+    """Seconds of ``python -m lift_kernels ...``; raises RuntimeError with its last words when it
+    fails.
+    """
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "lift_kernels", *arguments], cwd=bench_util.ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "lift_kernels", *arguments], cwd=bench_util.ROOT, capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError((done.stderr or done.stdout).strip().splitlines()[-1][:160])
     return time.perf_counter() - start
@@ -54,7 +78,9 @@ def finetune(method: str, folder: Path, options: Sequence[str]) -> Path:
 
 
 def delta_row(run: Path) -> dict[str, object]:
-    """The delta file between the base model and the run's: made, applied and reverted by the command line."""
+    """The delta file between the base model and the run's: made, applied and reverted by the
+    command line.
+    """
     from safetensors.torch import load_file
 
     delta, tuned, base = run / "tuned.delta", run / "tuned", run / "base"
@@ -64,9 +90,14 @@ def delta_row(run: Path) -> dict[str, object]:
     trained, again = (load_file(directory / "model.safetensors") for directory in (run / "model", tuned))
     if any(not torch.equal(weight, again[name]) for name, weight in trained.items()):
         raise RuntimeError("the delta does not give the trained weights")
-    return {"delta_entries": delta_info(delta).entries, "delta_bytes": delta.stat().st_size,
-            "model_bytes": sum(weight.nbytes for weight in trained.values()), "delta_make_s": round(made, 2),
-            "delta_apply_s": round(applied, 2), "delta_revert_s": round(reverted, 2)}  # fmt: skip
+    return {
+        "delta_entries": delta_info(delta).entries,
+        "delta_bytes": delta.stat().st_size,
+        "model_bytes": sum(weight.nbytes for weight in trained.values()),
+        "delta_make_s": round(made, 2),
+        "delta_apply_s": round(applied, 2),
+        "delta_revert_s": round(reverted, 2),
+    }
 
 
 def rows(methods: Sequence[str], folder: Path, options: Sequence[str], run: Run = finetune) -> list[dict]:
@@ -79,7 +110,9 @@ def rows(methods: Sequence[str], folder: Path, options: Sequence[str], run: Run 
             row |= {column: report.get(key, "") for column, key in COLUMNS.items()}
             before = [other["exact_before"] for other in table if "exact_before" in other]
             if before and row["exact_before"] != before[0]:
-                raise RuntimeError(f"exact match before training is {row['exact_before']}, of the first run {before[0]}")
+                raise RuntimeError(
+                    f"exact match before training is {row['exact_before']}, of the first run {before[0]}"
+                )
             if method == "lift":
                 row |= delta_row(directory)
             row["status"] = "ok"
@@ -99,7 +132,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = ["--eval-problems", str(arguments.eval_problems), "--steps", str(arguments.steps)]
     with tempfile.TemporaryDirectory() as folder:
         table = [row | bench_util.environment() for row in rows(arguments.methods, Path(folder), options)]
-    bench_util.show(table, ["variant", "loss_after", "exact_after", "neutral_after", "state_bytes", "total_s", "status"])
+    bench_util.show(
+        table, ["variant", "loss_after", "exact_after", "neutral_after", "state_bytes", "total_s", "status"]
+    )
     bench_util.write_csv((arguments.out or bench_util.results_folder()) / "main_job.csv", table)
     return int(any(row["status"] != "ok" for row in table))
 

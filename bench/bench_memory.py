@@ -1,19 +1,27 @@
-"""Bytes per parameter that training takes beside the weights: gradients, moments, masters, index lists; measured and computed.
+"""Bytes per parameter that training takes beside the weights: gradients, moments, masters, index
+lists; measured and computed.
 
-The matrices of two layers of SmolLM2-135M's form, with random weights (bytes depend on shapes alone), are trained by every method,
-one real backward pass and step; nothing else is trained. Columns, each in bytes per parameter of these matrices, counted as the
-distinct tensor storages behind them:
+The matrices of two layers of SmolLM2-135M's form, with random weights (bytes depend on shapes
+alone), are trained by every method, one real backward pass and step; nothing else is trained.
+Columns, each in bytes per parameter of these matrices, counted as the distinct tensor storages
+behind them:
 
-- ``added``: trained vectors or factors beside the base's weights, and their index lists where the method keeps them in the model;
-- ``gradients``: what the backward pass leaves. SHiRA also makes a dense one for each matrix on its way, which is freed again;
-- ``indices``, ``master`` (in packed mode the trained values), ``moments`` (with everything else in the optimizer's state);
-- ``warm_start``: bases from which LIFT's next masks start; ``warm_start=None`` keeps none, ``"cpu"`` none on a GPU;
-- ``total`` of these, measured; ``computed``: what the method's form should take. Not computed: step counters, padding of LIFT's
-  segments to 64 entries, block-wise forms' tables. GaLore keeps the whole factor of the SVD that its projection is a view into.
+- ``added``: trained vectors or factors beside the base's weights, and their index lists where the
+  method keeps them in the model;
+- ``gradients``: what the backward pass leaves. SHiRA also makes a dense one for each matrix on its
+  way, which is freed again;
+- ``indices``, ``master`` (in packed mode the trained values), ``moments`` (with everything else in
+  the optimizer's state);
+- ``warm_start``: bases from which LIFT's next masks start; ``warm_start=None`` keeps none,
+  ``"cpu"`` none on a GPU;
+- ``total`` of these, measured; ``computed``: what the method's form should take. Not computed: step
+  counters, padding of LIFT's segments to 64 entries, block-wise forms' tables. GaLore keeps the
+  whole factor of the SVD that its projection is a view into.
 - ``share_of_adamw``: total over that of torch.optim.AdamW on weights of this dtype.
 
-Ours is refused when measured and computed differ by more than 3 %; the exit status is 1 then. A method that cannot be had here has
-a row whose status begins with ``missing:``, a form that we have not one with ``not offered:``.
+Ours is refused when measured and computed differ by more than 3 %; the exit status is 1 then. A
+method that cannot be had here has a row whose status begins with ``missing:``, a form that we have
+not one with ``not offered:``.
 
     python bench/bench_memory.py [--dry-run] [--out DIR]
 """
@@ -91,7 +99,9 @@ def computed(name: str, weights: Sequence[Tensor], options: dict[str, Any], rank
 
 
 def extra(model: nn.Module, known: set[int]) -> Iterator[Tensor]:
-    """Tensors of the model that it did not have before, index lists that modules keep as attributes too."""
+    """Tensors of the model that it did not have before, index lists that modules keep as attributes
+    too.
+    """
     for module in model.modules():
         held = [*module._parameters.values(), *module._buffers.values()]
         held += [t for value in vars(module).values() if isinstance(value, dict) for t in value.values()]
@@ -99,7 +109,9 @@ def extra(model: nn.Module, known: set[int]) -> Iterator[Tensor]:
 
 
 def measure(build: Callable[[nn.Module], torch.optim.Optimizer], model: nn.Module) -> tuple[dict[str, int], int]:
-    """Bytes of each of `PARTS` once the model was trained for one step, and those that the bases for warm starts should take."""
+    """Bytes of each of `PARTS` once the model was trained for one step, and those that the bases
+    for warm starts should take.
+    """
     known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     model.requires_grad_(False)
     for weight in matrices(model):
@@ -124,7 +136,9 @@ def measure(build: Callable[[nn.Module], torch.optim.Optimizer], model: nn.Modul
     return found, bases
 
 
-def row(name: str, build: Callable, dtype: torch.dtype, options: dict[str, Any], shape: tuple[int, int, int, int]) -> dict:
+def row(
+    name: str, build: Callable, dtype: torch.dtype, options: dict[str, Any], shape: tuple[int, int, int, int]
+) -> dict:
     """The row of a method without its share."""
     model = training_methods.random_model(training_methods.llama_config(*shape), dtype, "cpu")
     weights = [w.detach() for w in matrices(model)]
@@ -139,7 +153,9 @@ def row(name: str, build: Callable, dtype: torch.dtype, options: dict[str, Any],
         right += bases / numel
     total = sum(parts.values()) / numel
     off = right is not None and abs(total - right) > 0.03 * right
-    status = f"refused, it is wrong: {total:.4f} bytes measured, {right:.4f} computed" if off and "LIFT" in name else "ok"
+    status = (
+        f"refused, it is wrong: {total:.4f} bytes measured, {right:.4f} computed" if off and "LIFT" in name else "ok"
+    )
     said = {"total": round(total, 4), "computed": "" if right is None else round(right, 4), "parameters": numel}
     measured = {part: round(size / numel, 4) for part, size in parts.items()} | said
     return {"variant": name} | ({} if status != "ok" else measured) | {"status": status}
@@ -169,7 +185,9 @@ def plot(path: Path, table: Sequence[dict]) -> None:
     import matplotlib.pyplot as plt
 
     counts = {form: len([r for r in table if r["set"] == form]) for form in FORMS}
-    figure, axes = plt.subplots(len(FORMS), 1, figsize=(9, 0.4 * len(table) + 2), height_ratios=list(counts.values()), sharex=True)
+    figure, axes = plt.subplots(
+        len(FORMS), 1, figsize=(9, 0.4 * len(table) + 2), height_ratios=list(counts.values()), sharex=True
+    )
     for form, axis in zip(FORMS, axes):
         chosen = [r for r in table if r["set"] == form][::-1]
         left = [0.0] * len(chosen)
@@ -191,7 +209,9 @@ def plot(path: Path, table: Sequence[dict]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dry-run", action="store_true", help="smaller matrices, files in a temporary folder unless --out")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="smaller matrices, files in a temporary folder unless --out"
+    )
     parser.add_argument("--out", type=Path, help="folder for the file in place of bench/results/<device>")
     given = parser.parse_args(argv)
     if given.dry_run:

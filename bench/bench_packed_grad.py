@@ -1,18 +1,24 @@
-"""Packed against dense weight gradients on SmolLM2-135M (or ``--model``): memory, backward pass, and the step that follows.
+"""Packed against dense weight gradients on SmolLM2-135M (or ``--model``): memory, backward pass,
+and the step that follows.
 
-Two models share their weights. In one the matrices of the linear layers have dense gradients, in the other packed ones
-(`pack_gradients`, 5 %, top of |W_r| with r = 64, or ``--random`` masks); all else is frozen in both. Packed gradients are first
-compared with the dense ones; wrong ones have a row without a time, nothing else is measured, and the exit status is 1.
+Two models share their weights. In one the matrices of the linear layers have dense gradients, in
+the other packed ones (`pack_gradients`, 5 %, top of |W_r| with r = 64, or ``--random`` masks); all
+else is frozen in both. Packed gradients are first compared with the dense ones; wrong ones have a
+row without a time, nothing else is measured, and the exit status is 1.
 
-- memory: bytes allocated within one backward pass and still there at its end, which are the gradients, and the peak of all that
-  was allocated within it; scratch: what the largest layer allocates beside its result, with the panel that the thread keeps.
-  Counted by the profiler's record of torch's allocations, and the panel by its size.
-- backward: timed in turns with the dense model, in a new random order each round, each after an untimed forward pass. Shown is the
-  median of the ratios within a round, and the interval that holds the true median with 95 % (order statistics).
-- step: LiftAdamW from packed gradients, the same + a hundredth of a refresh, against torch.optim.AdamW(fused=True) on the dense
-  ones, likewise; the learning rate is 0, so that nothing drifts.
+- memory: bytes allocated within one backward pass and still there at its end, which are the
+  gradients, and the peak of all that was allocated within it; scratch: what the largest layer
+  allocates beside its result, with the panel that the thread keeps. Counted by the profiler's
+  record of torch's allocations, and the panel by its size.
+- backward: timed in turns with the dense model, in a new random order each round, each after an
+  untimed forward pass. Shown is the median of the ratios within a round, and the interval that
+  holds the true median with 95 % (order statistics).
+- step: LiftAdamW from packed gradients, the same + a hundredth of a refresh, against
+  torch.optim.AdamW(fused=True) on the dense ones, likewise; the learning rate is 0, so that nothing
+  drifts.
 
-    python bench/bench_packed_grad.py [--model DIR] [--batch 4] [--length 128] [--runs 20] [--random] [--no-files] [--out DIR]
+    python bench/bench_packed_grad.py [--model DIR] [--batch 4] [--length 128] [--runs 20]
+    [--random] [--no-files] [--out DIR]
         (--dry-run: a tiny model, seconds)
 """
 
@@ -38,7 +44,9 @@ LIMIT_MEMORY, LIMIT_BACKWARD = 0.06, 1.03
 
 
 def allocations(run: Callable[[], object]) -> tuple[int, int]:
-    """Bytes that ``run`` allocated and left behind, and the most that was there at once of what it allocated."""
+    """Bytes that ``run`` allocated and left behind, and the most that was there at once of what it
+    allocated.
+    """
     from torch._C._profiler import _EventType
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -85,7 +93,9 @@ def loaded(name: str | None) -> nn.Module:
 
 
 class Models:
-    """The dense model and a packed one on the same weights, and their loss on one batch of random tokens."""
+    """The dense model and a packed one on the same weights, and their loss on one batch of random
+    tokens.
+    """
 
     def __init__(self, dense: nn.Module, batch: int, length: int, random: bool):
         self.dense = dense
@@ -120,7 +130,9 @@ class Models:
 
 
 def alternate(contestants: dict[str, Callable[[], Callable[[], object]]], runs: int) -> dict[str, np.ndarray]:
-    """Seconds of each run; every contestant is first made ready, untimed. Rounds in shuffled order, one to warm up."""
+    """Seconds of each run; every contestant is first made ready, untimed. Rounds in shuffled order,
+    one to warm up.
+    """
     rng = np.random.default_rng(0)
     names = list(contestants)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -135,7 +147,9 @@ def alternate(contestants: dict[str, Callable[[], Callable[[], object]]], runs: 
 
 
 def median_interval(values: np.ndarray) -> tuple[float, float]:
-    """The order statistics that hold the true median with a probability of at least 95 % (all values when there are few)."""
+    """The order statistics that hold the true median with a probability of at least 95 % (all
+    values when there are few).
+    """
     from math import comb
 
     ordered, n, tail, rank = np.sort(values), len(values), 0.0, 0
@@ -147,7 +161,9 @@ def median_interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def timing_rows(part: str, times: dict[str, np.ndarray], bandwidth: float) -> list[dict]:
-    """One row a contestant; ``cost``: seconds over those of the first one in the same round, with its interval."""
+    """One row a contestant; ``cost``: seconds over those of the first one in the same round, with
+    its interval.
+    """
     baseline = next(iter(times.values()))
     table = []
     for name, taken in times.items():
@@ -163,8 +179,15 @@ def memory_rows(models: Models) -> list[dict]:
     table, dense_bytes = [], sum(w.nbytes for w in models.weights)
     for name, model in (("dense gradients", models.dense), ("packed gradients", models.packed)):
         kept, peak = allocations(models.backward(model))
-        table.append({"part": "memory", "variant": name, "kept_bytes": kept, "peak_bytes": peak,
-                      "share_of_dense": round(kept / dense_bytes, 5)})  # fmt: skip
+        table.append(
+            {
+                "part": "memory",
+                "variant": name,
+                "kept_bytes": kept,
+                "peak_bytes": peak,
+                "share_of_dense": round(kept / dense_bytes, 5),
+            }
+        )
         model.zero_grad()
     layer = max(models.layers, key=lambda layer: layer.weight.numel())
     m, n = layer.weight.shape
@@ -172,7 +195,9 @@ def memory_rows(models: Models) -> list[dict]:
     grad_output, input = torch.randn(tokens, m), torch.randn(tokens, n)
     result: list[Tensor] = []
     kept, peak = allocations(lambda: result.append(ops.packed_weight_grad(grad_output, input, layer.indices)))
-    panel = min(4 * m * n, max(4 * 2**20, 4 * n))  # kept by the thread, outside torch's allocator, which counts the rest
+    panel = min(
+        4 * m * n, max(4 * 2**20, 4 * n)
+    )  # kept by the thread, outside torch's allocator, which counts the rest
     table.append({"part": "memory", "variant": f"scratch of one layer, {m} x {n}", "peak_bytes": peak - kept + panel})
     return table
 
@@ -231,8 +256,10 @@ def measured(models: Models, runs: int, mib: int) -> list[dict]:
     backward += step_rows(models, runs, bandwidth)
     bench_util.show(backward, ["part", "variant", "median_ms", "q25_ms", "q75_ms", "cost", "cost_low", "cost_high"])
     share, cost = table[1]["share_of_dense"], backward[1]["cost"]
-    print(f"gradients: {share:.2%} of dense (limit {LIMIT_MEMORY:.0%} and one layer's scratch); "
-          f"backward: {cost:.3f} x dense (limit {LIMIT_BACKWARD})")  # fmt: skip
+    print(
+        f"gradients: {share:.2%} of dense (limit {LIMIT_MEMORY:.0%} and one layer's scratch); "
+        f"backward: {cost:.3f} x dense (limit {LIMIT_BACKWARD})"
+    )
     return [row | {"status": "ok"} for row in table + backward]
 
 

@@ -1,12 +1,15 @@
-"""Times packed_gather, packed_scatter_, packed_migrate and packed_l2_norm on the CPU against plain PyTorch (the reference).
+"""Times packed_gather, packed_scatter_, packed_migrate and packed_l2_norm on the CPU against plain
+PyTorch (the reference).
 
-One 4096 x 11008 matrix with a random 5 % mask clustered by rows; the migration goes to a list that shares about 95 % with the old
-one. Each op is first checked against the reference; a wrong one has a row without a time, and the exit status is 1.
+One 4096 x 11008 matrix with a random 5 % mask clustered by rows; the migration goes to a list that
+shares about 95 % with the old one. Each op is first checked against the reference; a wrong one has
+a row without a time, and the exit status is 1.
 
-Bytes of the floor: distinct 64-byte lines of the matrix (gather and norm: read; scatter: read and written), 4 an entry of each
-index list, and packed values read or written.
+Bytes of the floor: distinct 64-byte lines of the matrix (gather and norm: read; scatter: read and
+written), 4 an entry of each index list, and packed values read or written.
 
-    python bench/bench_packed_ops.py [--runs 20] [--out DIR]     (--dry-run: a tiny matrix, no files without --out)
+    python bench/bench_packed_ops.py [--runs 20] [--out DIR]     (--dry-run: a tiny matrix, no files
+    without --out)
 """
 
 from __future__ import annotations
@@ -69,8 +72,12 @@ def compare(m: int, n: int, dtype: torch.dtype, runs: int, mib: int = 256) -> li
             Contestant(name, lambda op=op: op(None), floor),
         ]
         times, bandwidth = bench_util.alternate_with_copy(entrants, runs, mib=mib)
-        table += [row | {"status": "ok"} for row in bench_util.rows(entrants, times, entrants[0].name, bandwidth, **labels)]
-    bench_util.show(table, ["set", "variant", "median_ms", "q25_ms", "q75_ms", "ratio", "floor_ms", "share_of_floor", "status"])
+        table += [
+            row | {"status": "ok"} for row in bench_util.rows(entrants, times, entrants[0].name, bandwidth, **labels)
+        ]
+    bench_util.show(
+        table, ["set", "variant", "median_ms", "q25_ms", "q75_ms", "ratio", "floor_ms", "share_of_floor", "status"]
+    )
     return table
 
 
@@ -80,7 +87,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench_util.add_output_options(parser)
     arguments = parser.parse_args(argv)
     m, n, runs, mib = (96, 128, 2, 8) if arguments.dry_run else (4096, 11008, arguments.runs, 256)
-    table = [row | bench_util.environment() for dtype in (torch.float32, torch.bfloat16) for row in compare(m, n, dtype, runs, mib)]
+    table = [
+        row | bench_util.environment()
+        for dtype in (torch.float32, torch.bfloat16)
+        for row in compare(m, n, dtype, runs, mib)
+    ]
     if folder := bench_util.output_folder(arguments):
         bench_util.write_csv(folder / "packed_ops.csv", table)
         timed = [row for row in table if row["status"] == "ok"]

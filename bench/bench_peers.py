@@ -1,18 +1,23 @@
-"""The step beside every peer: milliseconds and bytes of optimizer state, for all matrices, on shared weights and gradients.
+"""The step beside every peer: milliseconds and bytes of optimizer state, for all matrices, on
+shared weights and gradients.
 
-Peers come from the extra ``[bench]``. One that is not installed, does not run on this device or is switched off has a row without
-a time whose ``status`` says why; none is left out. Our variants are first checked against `lift_kernels.reference`; a wrong one has
-a row without a time too, and the exit status is 1.
+Peers come from the extra ``[bench]``. One that is not installed, does not run on this device or is
+switched off has a row without a time whose ``status`` says why; none is left out. Our variants are
+first checked against `lift_kernels.reference`; a wrong one has a row without a time too, and the
+exit status is 1.
 
-- ``state_bytes``: bytes of all distinct tensor storages behind an optimizer's state after its first step, per parameter of the
-  matrices; ``computed_bytes`` is what its documented form should take, where we can say. Ours counts indices, moments and master.
-- ``first_step_s``: the first step, untimed otherwise: GaLore makes its projections there (again every 200 steps; its projection
-  is a view into a whole factor of the SVD, which therefore stays) and torchao compiles there.
-  The published step's and our masks are made before.
-- SHiRA: the packed fp32 values that peft trains, under torch's fused AdamW. Its forward pass builds the weight anew; not counted.
+- ``state_bytes``: bytes of all distinct tensor storages behind an optimizer's state after its first
+  step, per parameter of the matrices; ``computed_bytes`` is what its documented form should take,
+  where we can say. Ours counts indices, moments and master.
+- ``first_step_s``: the first step, untimed otherwise: GaLore makes its projections there (again
+  every 200 steps; its projection is a view into a whole factor of the SVD, which therefore stays)
+  and torchao compiles there. The published step's and our masks are made before.
+- SHiRA: the packed fp32 values that peft trains, under torch's fused AdamW. Its forward pass builds
+  the weight anew; not counted.
 - Floor: as in `bench_sparse_adamw` for ours and for dense AdamW; empty for others.
 
-    python bench/bench_peers.py [--sets 2048x2048 smollm2] [--dtypes fp32 bf16] [--runs 6] [--only NAME ...]
+    python bench/bench_peers.py [--sets 2048x2048 smollm2] [--dtypes fp32 bf16] [--runs 6] [--only
+    NAME ...]
         [--device cpu] [--out DIR]
 """
 
@@ -33,12 +38,24 @@ from torch import Tensor, nn
 
 from lift_kernels.masks import MaskRequest, principal_masks
 
-COLUMNS = ["set", "variant", "median_ms", "ratio", "state_bytes", "computed_bytes", "first_step_s", "share_of_floor", "status"]
+COLUMNS = [
+    "set",
+    "variant",
+    "median_ms",
+    "ratio",
+    "state_bytes",
+    "computed_bytes",
+    "first_step_s",
+    "share_of_floor",
+    "status",
+]
 BLOCK = 256  # entries that share a scale in bitsandbytes and torchao
 
 
 def storages(value: object, seen: set[int]) -> Iterator[int]:
-    """Bytes of each tensor storage within nested containers, tensor subclasses and plain objects, every storage once."""
+    """Bytes of each tensor storage within nested containers, tensor subclasses and plain objects,
+    every storage once.
+    """
     if isinstance(value, nn.Parameter):
         return  # the weights themselves, as a group holds them
     if isinstance(value, Tensor):
@@ -94,7 +111,9 @@ def torch_adamw(**flags: bool) -> Callable:
 def shira(weights: Sequence[Tensor], grads: Sequence[Tensor], arena: Arena) -> torch.optim.Optimizer:
     flat = [index.long() for index in arena.lists()]
     values = [torch.zeros(len(index), device=index.device) for index in flat]
-    return torch.optim.AdamW(parameters(values, [g.view(-1)[i].float() for g, i in zip(grads, flat)]), **HYPER, fused=True)
+    return torch.optim.AdamW(
+        parameters(values, [g.view(-1)[i].float() for g, i in zip(grads, flat)]), **HYPER, fused=True
+    )
 
 
 class IndexedTriton:
@@ -122,11 +141,15 @@ PEERS: dict[str, Callable] = {
     "torchao AdamW8bit": optimizer("torchao", "torchao.optim", "AdamW8bit"),
     "flashoptim FlashAdamW": optimizer("flashoptim", "flashoptim", "FlashAdamW"),
     f"GaLore, r = {RANK}": optimizer("galore-torch", "galore_torch", "GaLoreAdamW", LOW_RANK | {"scale": 0.25}),
-    f"APOLLO, r = {RANK}": optimizer("apollo-torch", "apollo_torch", "APOLLOAdamW",
-                                     LOW_RANK | {"scale": 1.0, "proj": "random", "scale_type": "channel"}),
+    f"APOLLO, r = {RANK}": optimizer(
+        "apollo-torch",
+        "apollo_torch",
+        "APOLLOAdamW",
+        LOW_RANK | {"scale": 1.0, "proj": "random", "scale_type": "channel"},
+    ),
     "SHiRA's values, AdamW fused": shira,
     "one indexed Triton launch a parameter": IndexedTriton,
-}  # fmt: skip
+}
 
 
 def computed_bytes(name: str, weights: Sequence[Tensor], arena: Arena) -> float | None:
@@ -146,7 +169,9 @@ def computed_bytes(name: str, weights: Sequence[Tensor], arena: Arena) -> float 
 
 
 def peer(name: str, weights: Sequence[Tensor], grads: Sequence[Tensor], arena: Arena) -> tuple[Contestant | None, dict]:
-    """The peer after its first step and what its row says beside the time, or None and why it cannot run."""
+    """The peer after its first step and what its row says beside the time, or None and why it
+    cannot run.
+    """
     try:
         built = PEERS[name](weights, grads, arena)
         start = time.perf_counter()
@@ -162,9 +187,13 @@ def peer(name: str, weights: Sequence[Tensor], grads: Sequence[Tensor], arena: A
     computed = computed_bytes(name, weights, arena)
     floor = 7.0 * numel * weights[0].element_size() if name.startswith("AdamW") else None
     return Contestant(name, built.step, floor), {
-        "state_bytes": round(state_bytes(list(built.state) if isinstance(built.state, list) else dict(built.state)) / numel, 4),
-        "computed_bytes": "" if computed is None else round(computed, 4), "first_step_s": round(first, 3), "status": "ok",
-    }  # fmt: skip
+        "state_bytes": round(
+            state_bytes(list(built.state) if isinstance(built.state, list) else dict(built.state)) / numel, 4
+        ),
+        "computed_bytes": "" if computed is None else round(computed, 4),
+        "first_step_s": round(first, 3),
+        "status": "ok",
+    }
 
 
 def forms(dtype: torch.dtype) -> dict[str, dict]:
@@ -174,7 +203,9 @@ def forms(dtype: torch.dtype) -> dict[str, dict]:
 
 
 def ours(weights, grads, arena: Arena, dtype: torch.dtype) -> Iterator[tuple[str, Contestant | None, dict]]:
-    """`sparse_adamw_` from dense and packed gradients, by the default backend and the others; checked."""
+    """`sparse_adamw_` from dense and packed gradients, by the default backend and the others;
+    checked.
+    """
     numel = sum(w.numel() for w in weights)
     for packed in (False, True):
         for label, options in forms(dtype).items():
@@ -185,8 +216,11 @@ def ours(weights, grads, arena: Arena, dtype: torch.dtype) -> Iterator[tuple[str
                 continue
             held = [arena.indices, sparse.exp_avg, sparse.exp_avg_sq, sparse.master, sparse.steps]
             entry = 4 + 2 * sparse.exp_avg.element_size() + 4 * bool(options.get("master"))
-            said = {"state_bytes": round(state_bytes(held) / numel, 4), "status": "ok",
-                    "computed_bytes": round(entry * arena.entries / numel, 4)}  # fmt: skip
+            said = {
+                "state_bytes": round(state_bytes(held) / numel, 4),
+                "status": "ok",
+                "computed_bytes": round(entry * arena.entries / numel, 4),
+            }
             yield name, Contestant(name, sparse, sparse.floor_bytes()), said
             if not packed and not label:
                 name = "sparse_adamw_, dense grads, reference"
@@ -216,18 +250,30 @@ def compare(
             found.append((label, None, {"status": "switched off by --only"}))
     published, numel = Published(list(weights), grads, arena), sum(w.numel() for w in weights)
     held = [published.masks, published.exp_avg, published.exp_avg_sq]
-    said = {"state_bytes": round(state_bytes(held) / numel, 4), "status": "ok",
-            "computed_bytes": round(1 + 2 * weights[0].element_size() * arena.entries / numel, 4)}  # fmt: skip
+    said = {
+        "state_bytes": round(state_bytes(held) / numel, 4),
+        "status": "ok",
+        "computed_bytes": round(1 + 2 * weights[0].element_size() * arena.entries / numel, 4),
+    }
     found.append(("published LIFT step", Contestant("published LIFT step", published), said))
     entrants = [entrant for _, entrant, _ in found if entrant is not None]
-    times, bandwidth = bench_util.alternate_with_copy(entrants, runs, warmup=1, device=device, mib=32 if runs < 3 else 256)
-    labels = {"op": "step", "set": f"{name}, {str(dtype).removeprefix('torch.')}", "matrices": len(weights), "parameters": numel}
+    times, bandwidth = bench_util.alternate_with_copy(
+        entrants, runs, warmup=1, device=device, mib=32 if runs < 3 else 256
+    )
+    labels = {
+        "op": "step",
+        "set": f"{name}, {str(dtype).removeprefix('torch.')}",
+        "matrices": len(weights),
+        "parameters": numel,
+    }
     timed = {r["variant"]: r for r in bench_util.rows(entrants, times, "AdamW fused", bandwidth, **labels)}
     return [labels | {"variant": label} | timed.get(label, {}) | said for label, _, said in found]
 
 
 def shapes(name: str, model: str | None) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights and index lists: SmolLM2's (or ``model``'s) with their real masks, or one random matrix with a clustered mask."""
+    """Weights and index lists: SmolLM2's (or ``model``'s) with their real masks, or one random
+    matrix with a clustered mask.
+    """
     if name == "smollm2":
         weights = model_weights(model)
         requests = [MaskRequest(w, min(RANK, *w.shape), round(DENSITY * w.numel())) for w in weights]
@@ -240,7 +286,9 @@ def shapes(name: str, model: str | None) -> tuple[list[Tensor], list[Tensor]]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="directory, GGUF file or hub id in place of the bundled SmolLM2-135M")
-    parser.add_argument("--sets", nargs="+", default=["2048x2048"], help="smollm2 (minutes: GaLore factors 210 matrices) or MxN")
+    parser.add_argument(
+        "--sets", nargs="+", default=["2048x2048"], help="smollm2 (minutes: GaLore factors 210 matrices) or MxN"
+    )
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--runs", type=int, default=6)
     parser.add_argument("--only", nargs="*", help="peers to run; the others' rows say that they were switched off")
@@ -251,13 +299,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in arguments.sets:
         weights, lists = shapes(name, arguments.model)
         for dtype in arguments.dtypes:
-            new = compare(name, weights, lists, {"fp32": FP32, "bf16": BF16}[dtype], arguments.runs, arguments.only,
-                          arguments.device)  # fmt: skip
+            new = compare(
+                name,
+                weights,
+                lists,
+                {"fp32": FP32, "bf16": BF16}[dtype],
+                arguments.runs,
+                arguments.only,
+                arguments.device,
+            )
             bench_util.show(new, COLUMNS)
             table += [row | bench_util.environment(arguments.device) for row in new]
     folder = arguments.out or bench_util.results_folder(arguments.device)
     bench_util.write_csv(folder / "peers.csv", table)
-    bench_util.plot_ratios(folder / "peers.png", [r for r in table if r["status"] == "ok"], "set", "the step beside its peers")
+    bench_util.plot_ratios(
+        folder / "peers.png", [r for r in table if r["status"] == "ok"], "set", "the step beside its peers"
+    )
     return int(any(row["status"].startswith("refused") for row in table))
 
 

@@ -1,19 +1,25 @@
-"""Times `sparse_adamw_` on the CPU, all matrices in one call, against torch.optim.AdamW(fused=True) on the same tensors.
+"""Times `sparse_adamw_` on the CPU, all matrices in one call, against torch.optim.AdamW(fused=True)
+on the same tensors.
 
-Shape sets: the 210 linear matrices of SmolLM2-135M (or of ``--model``) with their real masks (exact top 5 % of |W_r|, r = 64),
-and one 4096 x 4096 and one 4096 x 11008 matrix with a random mask clustered by rows. All contestants of a shape set and
-dtype share weights and dense gradients and are timed in turns. Peers: torch's fused, foreach and for-loop AdamW, whose moments
-have the weight's dtype, and a plain rewrite of the published LIFT step. Rows with ``+ refresh/100`` add a hundredth of a
-refresh of all masks, as LiftAdamW makes it from the bases of the last one, ``+ cold refresh/100`` one without them.
+Shape sets: the 210 linear matrices of SmolLM2-135M (or of ``--model``) with their real masks (exact
+top 5 % of |W_r|, r = 64), and one 4096 x 4096 and one 4096 x 11008 matrix with a random mask
+clustered by rows. All contestants of a shape set and dtype share weights and dense gradients and
+are timed in turns. Peers: torch's fused, foreach and for-loop AdamW, whose moments have the
+weight's dtype, and a plain rewrite of the published LIFT step. Rows with ``+ refresh/100`` add a
+hundredth of a refresh of all masks, as LiftAdamW makes it from the bases of the last one,
+``+ cold refresh/100`` one without them.
 
-Every variant is first checked against `lift_kernels.reference`; a wrong one has a row without a time, and the exit status is 1.
+Every variant is first checked against `lift_kernels.reference`; a wrong one has a row without a
+time, and the exit status is 1.
 
-Bytes of the floor, per step. Sparse: each distinct 64-byte line that selected entries lie on, weights read and written,
-dense gradients read; per entry 4 (index) + 2 moments read and written + 8 (master read and written) + a packed gradient. A
-weight that has a master is only written, but its lines must be read too, since they are written in part. Dense: weight and
-moments read and written, gradient read. The floor is these bytes over the measured copy bandwidth.
+Bytes of the floor, per step. Sparse: each distinct 64-byte line that selected entries lie on,
+weights read and written, dense gradients read; per entry 4 (index) + 2 moments read and written + 8
+(master read and written) + a packed gradient. A weight that has a master is only written, but its
+lines must be read too, since they are written in part. Dense: weight and moments read and written,
+gradient read. The floor is these bytes over the measured copy bandwidth.
 
-    python bench/bench_sparse_adamw.py [--model DIR] [--runs 20] [--sets smollm2 4096x4096 4096x11008] [--out DIR] [--dry-run]
+    python bench/bench_sparse_adamw.py [--model DIR] [--runs 20] [--sets smollm2 4096x4096
+    4096x11008] [--out DIR] [--dry-run]
 """
 
 from __future__ import annotations
@@ -66,10 +72,21 @@ class Sparse:
     def __call__(self, backend: str | None = None) -> None:
         arena = self.arena
         ops.sparse_adamw_(
-            self.weights, self.grads, arena.indices, arena.offsets, arena.counts, self.exp_avg, self.exp_avg_sq,
-            self.steps, master=self.master, packed_grads=self.packed, stochastic=self.stochastic, seed=1, backend=backend,
+            self.weights,
+            self.grads,
+            arena.indices,
+            arena.offsets,
+            arena.counts,
+            self.exp_avg,
+            self.exp_avg_sq,
+            self.steps,
+            master=self.master,
+            packed_grads=self.packed,
+            stochastic=self.stochastic,
+            seed=1,
+            backend=backend,
             **HYPER,
-        )  # fmt: skip
+        )
 
     def floor_bytes(self) -> float:
         """As the module's docstring counts them."""
@@ -82,7 +99,9 @@ class Sparse:
         return lines + self.arena.entries * stream
 
     def check(self) -> str:
-        """What is wrong with two steps, or an empty string; whole weights are compared. Leaves all as it was."""
+        """What is wrong with two steps, or an empty string; whole weights are compared. Leaves all
+        as it was.
+        """
         state = [*self.weights, self.exp_avg, self.exp_avg_sq, *([] if self.master is None else [self.master])]
         saved = [tensor.clone() for tensor in state]
         results = []
@@ -96,7 +115,9 @@ class Sparse:
 
 
 class Published:
-    """The published step, rewritten: a dense bool mask per parameter, boolean indexing, a dense update, a Python loop."""
+    """The published step, rewritten: a dense bool mask per parameter, boolean indexing, a dense
+    update, a Python loop.
+    """
 
     def __init__(self, weights: list[Tensor], grads: list[Tensor], arena: Arena):
         self.weights, self.grads, self.step = weights, grads, 10
@@ -137,7 +158,9 @@ def sparse_name(packed: bool, label: str) -> str:
 def contestants(
     weights: list[Tensor], arena: Arena, dtype: torch.dtype, context: bool
 ) -> tuple[list[Contestant], dict[str, str]]:
-    """The baseline first; and what is wrong with the sparse ones that are not among them, which are checked here."""
+    """The baseline first; and what is wrong with the sparse ones that are not among them, which are
+    checked here.
+    """
     weights = [weight.to(dtype, copy=True) for weight in weights]
     generator = torch.Generator().manual_seed(0)
     grads = [torch.randn(w.shape, generator=generator).mul_(1e-3).to(dtype) for w in weights]
@@ -168,7 +191,9 @@ def contestants(
 
 
 def refresh_seconds(weights: list[Tensor]) -> tuple[list[Tensor], dict[str, float]]:
-    """Index lists, and the seconds of a cold refresh of all masks and of one from the bases of the last; medians of three."""
+    """Index lists, and the seconds of a cold refresh of all masks and of one from the bases of the
+    last; medians of three.
+    """
     cold = [MaskRequest(w, min(RANK, *w.shape), round(DENSITY * w.numel())) for w in weights]
     masks = principal_masks(cold)  # the first touch of new memory is not timed
     warm = [replace(r, basis=m.basis, threshold=m.threshold) for r, m in zip(cold, masks)]
@@ -182,7 +207,9 @@ def refresh_seconds(weights: list[Tensor]) -> tuple[list[Tensor], dict[str, floa
 
 
 def shape_set(name: str, model: str | None) -> tuple[list[Tensor], list[Tensor], dict[str, float], str]:
-    """Weights, index lists, seconds of refreshes (none without real masks), description of the masks."""
+    """Weights, index lists, seconds of refreshes (none without real masks), description of the
+    masks.
+    """
     if name == "smollm2":
         weights = model_weights(model)
         lists, refreshes = refresh_seconds(weights)
@@ -217,7 +244,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             entrants, wrong = contestants(weights, arena, {"fp32": FP32, "bf16": BF16}[dtype], not arguments.no_context)
             times, bandwidth = bench_util.alternate_with_copy(entrants, runs, mib=mib)
             labels = {"op": "sparse_adamw_", "set": f"{name}, {dtype}", "masks": masks, "matrices": len(lists)}
-            new = [row | {"status": "ok"} for row in bench_util.rows(entrants, times, entrants[0].name, bandwidth, **labels)]
+            new = [
+                row | {"status": "ok"}
+                for row in bench_util.rows(entrants, times, entrants[0].name, bandwidth, **labels)
+            ]
             sparse = [row for row in new if "grads" in row["variant"]]
             new += [with_refresh(row, new[0], *refresh) for refresh in refreshes.items() for row in sparse]
             new += [labels | {"variant": variant, "status": status} for variant, status in wrong.items()]
@@ -228,7 +258,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if folder:
         bench_util.write_csv(folder / "sparse_adamw.csv", table)
         timed = [row for row in table if row["status"] == "ok"]
-        bench_util.plot_ratios(folder / "sparse_adamw.png", timed, "set", "sparse_adamw_ on the CPU, 5 % of the entries")
+        bench_util.plot_ratios(
+            folder / "sparse_adamw.png", timed, "set", "sparse_adamw_ on the CPU, 5 % of the entries"
+        )
     return bench_util.exit_status(table)
 
 
@@ -236,9 +268,14 @@ def with_refresh(row: dict, baseline: dict, name: str, seconds: float) -> dict:
     """The row of a sparse step with a hundredth of a refresh added."""
     median = float(f"{row['median_ms'] + 1e3 * seconds / 100:.4g}")
     return row | {
-        "variant": f"{row['variant']} + {name}/100", "median_ms": median, "q25_ms": "", "q75_ms": "",
-        "ratio": float(f"{baseline['median_ms'] / median:.4g}"), "floor_ms": "", "share_of_floor": "",
-    }  # fmt: skip
+        "variant": f"{row['variant']} + {name}/100",
+        "median_ms": median,
+        "q25_ms": "",
+        "q75_ms": "",
+        "ratio": float(f"{baseline['median_ms'] / median:.4g}"),
+        "floor_ms": "",
+        "share_of_floor": "",
+    }
 
 
 if __name__ == "__main__":

@@ -1,32 +1,42 @@
-"""Fine-tuning end to end: tokens per second and peak memory of LIFT beside full fine-tuning, LoRA, SHiRA and GaLore.
+"""Fine-tuning end to end: tokens per second and peak memory of LIFT beside full fine-tuning, LoRA,
+SHiRA and GaLore.
 
-Two models: SmolLM2-135M (or ``--model``) and a random Llama that fits the device. Every method trains a copy of the same weights on
-the same batch of random tokens, fp32 on the CPU and bf16 on a GPU; training steps are timed in turns, in a new random order each
-round, after two untimed ones. It is no contest of losses: the learning rates are customary ones.
+Two models: SmolLM2-135M (or ``--model``) and a random Llama that fits the device. Every method
+trains a copy of the same weights on the same batch of random tokens, fp32 on the CPU and bf16 on a
+GPU; training steps are timed in turns, in a new random order each round, after two untimed ones. It
+is no contest of losses: the learning rates are customary ones.
 
-- A method that is not installed or cannot run here has a row without a time whose ``status`` begins with ``missing:``.
-- Correctness, of all steps: losses are finite and fall, and the first one is the plain model's. The first three losses of full
-  fine-tuning and of both LIFT modes equal those of plain torch code (for-loop AdamW, for LIFT on vectors of the first masks'
-  entries), and those of both modes equal each other, to 1 % (bf16: 5 %) of what the loss fell. A wrong method is refused:
-  ``status`` says why, its row has no time, and the exit status is 1.
-- ``median_ms``: of a whole step, with new masks in it: LIFT's refresh is spread over 200 steps (``refresh_interval``). A model of
-  fewer matrices renews one at each timed step all the same, and of the seconds of that counts matrices / 200. GaLore's projections
-  are made in its first step; a 200th of what that took longer is added to each of its steps. ``refresh_ms``, the mean of these
-  parts; ``step_ms``, the rest of the optimizer's step; ``forward_backward_ms``; ``tokens_s``: tokens of a batch over the median;
-  ``setup_s``: adapters, first masks or projections.
-- ``peak_over_model_mib``: what setup and two steps take beyond the weights; ``steps_peak_mib``: the steps alone. A process of its
-  own for each method makes a random model of the same form (memory depends on shapes only), and the peak of its resident memory, or
-  of what CUDA has allocated, is counted from there.
-- Floor: FLOPs at the measured rate of products plus the bytes of the optimizer's step at the measured copy bandwidth, each the
-  better of a measurement before and one after the steps. FLOPs, for T tokens in sequences of length L: 4 T for each entry of the
-  linear layers and of the head (forward, and backward to the inputs); 2 T for each whose weight gradient is made (full fine-tuning
-  and GaLore: all; SHiRA and both LIFT modes: the linear layers', made dense by all of them whatever they keep; LoRA instead 6 T for
-  each entry of its factors); 6 T L x heads x head size a layer for the causal half of attention; 4 r m n for GaLore's projections
-  to and fro. Bytes: AdamW 7 values of each trained entry; GaLore the same but for the matrices, of which gradient and weight are
-  read and the weight written; LIFT as in `bench_sparse_adamw`, packed mode with a master. Not counted: norms, softmax, activations,
-  the loss, peft's dense sums of weight and adapter, refreshes.
+- A method that is not installed or cannot run here has a row without a time whose ``status`` begins
+  with ``missing:``.
+- Correctness, of all steps: losses are finite and fall, and the first one is the plain model's. The
+  first three losses of full fine-tuning and of both LIFT modes equal those of plain torch code
+  (for-loop AdamW, for LIFT on vectors of the first masks' entries), and those of both modes equal
+  each other, to 1 % (bf16: 5 %) of what the loss fell. A wrong method is refused: ``status`` says
+  why, its row has no time, and the exit status is 1.
+- ``median_ms``: of a whole step, with new masks in it: LIFT's refresh is spread over 200 steps
+  (``refresh_interval``). A model of fewer matrices renews one at each timed step all the same, and
+  of the seconds of that counts matrices / 200. GaLore's projections are made in its first step; a
+  200th of what that took longer is added to each of its steps. ``refresh_ms``, the mean of these
+  parts; ``step_ms``, the rest of the optimizer's step; ``forward_backward_ms``; ``tokens_s``:
+  tokens of a batch over the median; ``setup_s``: adapters, first masks or projections.
+- ``peak_over_model_mib``: what setup and two steps take beyond the weights; ``steps_peak_mib``: the
+  steps alone. A process of its own for each method makes a random model of the same form (memory
+  depends on shapes only), and the peak of its resident memory, or of what CUDA has allocated, is
+  counted from there.
+- Floor: FLOPs at the measured rate of products plus the bytes of the optimizer's step at the
+  measured copy bandwidth, each the better of a measurement before and one after the steps. FLOPs,
+  for T tokens in sequences of length L: 4 T for each entry of the linear layers and of the head
+  (forward, and backward to the inputs); 2 T for each whose weight gradient is made (full
+  fine-tuning and GaLore: all; SHiRA and both LIFT modes: the linear layers', made dense by all of
+  them whatever they keep; LoRA instead 6 T for each entry of its factors); 6 T L x heads x head
+  size a layer for the causal half of attention; 4 r m n for GaLore's projections to and fro. Bytes:
+  AdamW 7 values of each trained entry; GaLore the same but for the matrices, of which gradient and
+  weight are read and the weight written; LIFT as in `bench_sparse_adamw`, packed mode with a
+  master. Not counted: norms, softmax, activations, the loss, peft's dense sums of weight and
+  adapter, refreshes.
 
-    python bench/bench_training.py [--sets smollm2 random] [--batch 2] [--length 64] [--runs 5] [--only NAME ...] [--no-memory]
+    python bench/bench_training.py [--sets smollm2 random] [--batch 2] [--length 64] [--runs 5]
+    [--only NAME ...] [--no-memory]
                                    [--model DIR] [--dry-run] [--out DIR]
 """
 
@@ -48,9 +58,19 @@ from torch import Tensor, nn
 from training_methods import FULL, INTERVAL, MATRIX, METHODS, PACKED, Step, Trainer
 
 COLUMNS = [
-    "set", "variant", "median_ms", "tokens_s", "ratio", "forward_backward_ms", "step_ms", "refresh_ms", "peak_over_model_mib",
-    "trained", "share_of_floor", "status",
-]  # fmt: skip
+    "set",
+    "variant",
+    "median_ms",
+    "tokens_s",
+    "ratio",
+    "forward_backward_ms",
+    "step_ms",
+    "refresh_ms",
+    "peak_over_model_mib",
+    "trained",
+    "share_of_floor",
+    "status",
+]
 WARMUP, CHECKED = 2, 3  # steps
 BYTES_OF_ALL = 40  # bytes a parameter, of all methods together in bf16, which are in memory at once
 SIZES = [(512, 1376, 8, 8192), (1024, 2816, 16, 32000), (2048, 5632, 22, 32000), (2560, 6912, 32, 32000)]
@@ -58,7 +78,9 @@ SIZES = [(512, 1376, 8, 8192), (1024, 2816, 16, 32000), (2048, 5632, 22, 32000),
 
 
 def size_for(device: str) -> tuple[int, int, int, int]:
-    """The largest of `SIZES` of which all methods fit the GPU at once; on the CPU, where time is what is short, the smallest."""
+    """The largest of `SIZES` of which all methods fit the GPU at once; on the CPU, where time is
+    what is short, the smallest.
+    """
     if device == "cpu":
         return SIZES[0]
 
@@ -82,7 +104,9 @@ def build(kind: str, name: str | None, dtype: torch.dtype, device: str) -> tuple
 
 
 def train(trainers: Sequence[Trainer], runs: int) -> tuple[dict[str, list[Step]], dict[str, str]]:
-    """``runs`` timed steps of each, in turns; by name, and a status of those that cannot run, found at their first step."""
+    """``runs`` timed steps of each, in turns; by name, and a status of those that cannot run, found
+    at their first step.
+    """
     rng = np.random.default_rng(0)
     steps: dict[str, list[Step]] = {trainer.name: [] for trainer in trainers}
     broken: dict[str, str] = {}
@@ -114,7 +138,9 @@ def train(trainers: Sequence[Trainer], runs: int) -> tuple[dict[str, list[Step]]
 
 
 def gap(losses: Sequence[float], expected: Sequence[float], tolerance: float) -> str:
-    """What is wrong with losses, compared with the expected ones as far as these go, or an empty string."""
+    """What is wrong with losses, compared with the expected ones as far as these go, or an empty
+    string.
+    """
     fall = abs(expected[0] - min(expected))
     for i, (got, right) in enumerate(zip(losses, expected)):
         if not abs(got - right) <= tolerance * fall:
@@ -123,7 +149,9 @@ def gap(losses: Sequence[float], expected: Sequence[float], tolerance: float) ->
 
 
 def problem(name: str, losses: dict[str, list[float]], plain: dict[str, list[float]], tolerance: float) -> str:
-    """What is wrong with the losses of a method, or an empty string. ``plain``: of reference loops, by name of the method."""
+    """What is wrong with the losses of a method, or an empty string. ``plain``: of reference loops,
+    by name of the method.
+    """
     own, start = losses[name], next(iter(plain.values()))[0]
     if not all(map(math.isfinite, own)) or not own[-1] < own[0]:
         return f"the loss does not fall: {own[0]:.6g} to {own[-1]:.6g}"
@@ -132,7 +160,11 @@ def problem(name: str, losses: dict[str, list[float]], plain: dict[str, list[flo
     if name in plain and (found := gap(own, plain[name], tolerance)):
         return found
     other = {MATRIX: PACKED, PACKED: MATRIX}.get(name)
-    if other in losses and not gap(losses[other], plain[other], tolerance) and (found := gap(own, losses[other], tolerance)):
+    if (
+        other in losses
+        and not gap(losses[other], plain[other], tolerance)
+        and (found := gap(own, losses[other], tolerance))
+    ):
         return f"{found} as in {other}"
     return ""
 
@@ -161,7 +193,12 @@ def machine(device: str, dtype: torch.dtype, quick: bool) -> tuple[float, float]
 
 
 def compare(
-    label: str, model: nn.Module, shape: tuple[int, int], runs: int, only: Sequence[str] | None = None, memory: bool = True
+    label: str,
+    model: nn.Module,
+    shape: tuple[int, int],
+    runs: int,
+    only: Sequence[str] | None = None,
+    memory: bool = True,
 ) -> list[dict]:
     """A row for each method, those without a time included."""
     parameter = next(model.parameters())
@@ -182,17 +219,24 @@ def compare(
     steps, broken = train(trainers, runs)
     status |= broken
     losses = {trainer.name: trainer.losses for trainer in trainers if trainer.name not in broken}
-    status |= {name: f"refused, it is wrong: {found}" for name in losses if (found := problem(name, losses, plain, tolerance))}
+    status |= {
+        name: f"refused, it is wrong: {found}" for name in losses if (found := problem(name, losses, plain, tolerance))
+    }
     rates = np.maximum(before, machine(device, dtype, runs < 3))
-    labels = {"op": "training", "set": f"{label}, {str(dtype).removeprefix('torch.')}, {shape[0]} x {shape[1]} tokens",
-              "parameters": sum(p.numel() for p in model.parameters())}  # fmt: skip
+    labels = {
+        "op": "training",
+        "set": f"{label}, {str(dtype).removeprefix('torch.')}, {shape[0]} x {shape[1]} tokens",
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
     baseline = None if FULL in status else np.array([step.total for step in steps[FULL]])
     rows = {t.name: row(t, steps[t.name], model, rates, baseline) for t in trainers if t.name not in status}
     found = {name: rows.get(name, {}) | peak.get(name, {}) | {"status": status.get(name, "ok")} for name in METHODS}
     return [labels | {"variant": name} | columns for name, columns in found.items()]
 
 
-def row(trainer: Trainer, steps: Sequence[Step], model: nn.Module, rates: Sequence[float], baseline: np.ndarray | None) -> dict:
+def row(
+    trainer: Trainer, steps: Sequence[Step], model: nn.Module, rates: Sequence[float], baseline: np.ndarray | None
+) -> dict:
     """The columns of a method that was timed."""
     bandwidth, products = rates
     taken = np.array([step.total for step in steps])
@@ -201,17 +245,30 @@ def row(trainer: Trainer, steps: Sequence[Step], model: nn.Module, rates: Sequen
     forward_backward, optimizer, refresh = np.array([astuple(step) for step in steps]).T
     found = bench_util.row(trainer.name, taken, taken if baseline is None else baseline, floor * bandwidth, bandwidth)
     said = {
-        "tokens_s": trainer.tokens.numel() / np.median(taken), "forward_backward_ms": 1e3 * np.median(forward_backward),
-        "step_ms": 1e3 * np.median(optimizer), "refresh_ms": 1e3 * np.mean(refresh), "setup_s": trainer.setup,
-        "gflop": work / 1e9, "product_gflop_s": products / 1e9,
-        "loss_first": trainer.losses[0], "loss_last": trainer.losses[-1],
-    }  # fmt: skip
+        "tokens_s": trainer.tokens.numel() / np.median(taken),
+        "forward_backward_ms": 1e3 * np.median(forward_backward),
+        "step_ms": 1e3 * np.median(optimizer),
+        "refresh_ms": 1e3 * np.mean(refresh),
+        "setup_s": trainer.setup,
+        "gflop": work / 1e9,
+        "product_gflop_s": products / 1e9,
+        "loss_first": trainer.losses[0],
+        "loss_last": trainer.losses[-1],
+    }
     renews = trainer.lists is not None or trainer.name.startswith("GaLore")
     ratio = "" if baseline is None else found["ratio"]
-    return found | {key: float(f"{value:.4g}") for key, value in said.items()} | {
-        "trained": sum(p.numel() for p in trainer.trained()) if trainer.lists is None else sum(map(len, trainer.lists)),
-        "refresh_interval": INTERVAL if renews else "", "ratio": ratio, "baseline": FULL,
-    }  # fmt: skip
+    return (
+        found
+        | {key: float(f"{value:.4g}") for key, value in said.items()}
+        | {
+            "trained": sum(p.numel() for p in trainer.trained())
+            if trainer.lists is None
+            else sum(map(len, trainer.lists)),
+            "refresh_interval": INTERVAL if renews else "",
+            "ratio": ratio,
+            "baseline": FULL,
+        }
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -224,7 +281,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=5, help="timed steps of each method")
     parser.add_argument("--only", nargs="*", help="methods to run; the others' rows say that they were switched off")
     parser.add_argument("--no-memory", action="store_true", help="no processes that measure peak memory")
-    parser.add_argument("--dry-run", action="store_true", help="a tiny Llama on the CPU, files in a temporary folder unless --out")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="a tiny Llama on the CPU, files in a temporary folder unless --out"
+    )
     parser.add_argument("--out", type=Path, help="folder for the files in place of bench/results/<device>")
     given = parser.parse_args(argv)
     if given.dry_run:
@@ -241,7 +300,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     bench_util.write_csv(folder / "training.csv", table)
     if drawn := [row for row in table if row["status"] == "ok" and row["ratio"] != ""]:
-        bench_util.plot_ratios(folder / "training.png", drawn, "set", "training steps, against full fine-tuning", "the floor")
+        bench_util.plot_ratios(
+            folder / "training.png", drawn, "set", "training steps, against full fine-tuning", "the floor"
+        )
     return int(any(str(row.get(key)).startswith("refused") for row in table for key in ("status", "memory_status")))
 
 

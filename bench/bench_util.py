@@ -1,11 +1,13 @@
 """What the benches share: alternating timing in one process, a small machine model, CSV and plots.
 
-Other work on a machine, its clock and its caches drift. So contestants are timed in turns, in a new random order each
-round, with the caches emptied before each run, and compared by the median of the ratios within a round.
+Other work on a machine, its clock and its caches drift. So contestants are timed in turns, in a new
+random order each round, with the caches emptied before each run, and compared by the median of the
+ratios within a round.
 
-The machine model is the copy bandwidth (bytes read + bytes written over time), measured in the same rounds where one bench times
-an op, and, for training steps, the measured rate of matrix products; ``floor`` of a row is the time at which an op would move its
-bytes, or do its FLOPs and move its bytes, at these rates. Each bench says how it counts.
+The machine model is the copy bandwidth (bytes read + bytes written over time), measured in the same
+rounds where one bench times an op, and, for training steps, the measured rate of matrix products;
+``floor`` of a row is the time at which an op would move its bytes, or do its FLOPs and move its
+bytes, at these rates. Each bench says how it counts.
 """
 
 from __future__ import annotations
@@ -29,7 +31,11 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the package of this checkout is measured, whatever else is installed
 
-SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE")  # of the environment; they change times on a CPU
+SETTINGS = (
+    "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
+    "THP_MEM_ALLOC_ENABLE",
+)  # of the environment; they change times on a CPU
 
 
 @dataclass
@@ -41,9 +47,15 @@ class Contestant:
     floor_bytes: float | None = None
 
 
-def alternate(contestants: Sequence[Contestant], runs: int, warmup: int = 2, device: str = "cpu") -> dict[str, np.ndarray]:
-    """Seconds of every run of every contestant, ``runs`` rounds in shuffled order with emptied caches; a GPU is waited for."""
-    evict = torch.ones(24 * 2**20, device=device)  # 96 MiB; read, it leaves nothing else in the caches and nothing to write back
+def alternate(
+    contestants: Sequence[Contestant], runs: int, warmup: int = 2, device: str = "cpu"
+) -> dict[str, np.ndarray]:
+    """Seconds of every run of every contestant, ``runs`` rounds in shuffled order with emptied
+    caches; a GPU is waited for.
+    """
+    evict = torch.ones(
+        24 * 2**20, device=device
+    )  # 96 MiB; read, it leaves nothing else in the caches and nothing to write back
     wait = torch.cuda.synchronize if evict.is_cuda else lambda: None
     rng = np.random.default_rng(0)
     times: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
@@ -63,7 +75,9 @@ def alternate(contestants: Sequence[Contestant], runs: int, warmup: int = 2, dev
 def alternate_with_copy(
     contestants: Sequence[Contestant], runs: int, warmup: int = 2, device: str = "cpu", mib: int = 256
 ) -> tuple[dict[str, np.ndarray], float]:
-    """`alternate`, and the copy bandwidth of the same rounds, their median: on a shared CPU it changes by the second."""
+    """`alternate`, and the copy bandwidth of the same rounds, their median: on a shared CPU it
+    changes by the second.
+    """
     if device != "cpu":
         return alternate(contestants, runs, warmup, device), copy_bandwidth(device, mib)
     values = torch.ones(mib * 2**18)
@@ -72,9 +86,11 @@ def alternate_with_copy(
 
 
 def copy_bandwidth(device: str = "cpu", mib: int = 256, runs: int = 15) -> float:
-    """Bytes per second of a large copy onto itself (read, scale, write back), reads and writes counted; the best of ``runs``.
+    """Bytes per second of a large copy onto itself (read, scale, write back), reads and writes
+    counted; the best of ``runs``.
 
-    In place, because a copy to another place also reads the lines that it overwrites, which nobody counts.
+    In place, because a copy to another place also reads the lines that it overwrites, which nobody
+    counts.
     """
     values = torch.ones(mib * 2**18, device=device)
     seconds = min(float(t) for t in timed(lambda: values.mul_(1.0), device, runs))
@@ -108,7 +124,8 @@ def timed(run: Callable[[], object], device: str, runs: int, warmup: int = 2) ->
 def difference(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> str:
     """What is wrong with a result, or an empty string.
 
-    fp32 within 1e-6 of the largest entry; bf16 and fp16 equal but for one unit in the last place in one entry of a thousand.
+    fp32 within 1e-6 of the largest entry; bf16 and fp16 equal but for one unit in the last place in
+    one entry of a thousand.
     """
     for i, (right, got) in enumerate(zip(expected, actual)):
         gap = (right.double() - got.double()).abs()
@@ -119,7 +136,9 @@ def difference(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> str:
         else:
             same = float(gap.max()) <= 1e-6 * largest
         if not same or right.shape != got.shape:
-            return f"result {i} differs by up to {float(gap.max()):.3g} from the reference (largest entry {largest:.3g})"
+            return (
+                f"result {i} differs by up to {float(gap.max()):.3g} from the reference (largest entry {largest:.3g})"
+            )
     return ""
 
 
@@ -134,15 +153,22 @@ def rows(
 
 
 def row(name: str, taken: np.ndarray, baseline: np.ndarray, floor_bytes: float | None, bandwidth: float) -> dict:
-    """Milliseconds and their quartiles, median ratio to the baseline's run of the same round, floor and share of it."""
+    """Milliseconds and their quartiles, median ratio to the baseline's run of the same round, floor
+    and share of it.
+    """
     low, middle, high = (1e3 * float(np.quantile(taken, q)) for q in (0.25, 0.5, 0.75))
     floor = None if floor_bytes is None else 1e3 * floor_bytes / bandwidth
     return {
-        "variant": name, "median_ms": _digits(middle), "q25_ms": _digits(low), "q75_ms": _digits(high),
-        "runs": len(taken), "ratio": _digits(float(np.median(baseline / taken))),
+        "variant": name,
+        "median_ms": _digits(middle),
+        "q25_ms": _digits(low),
+        "q75_ms": _digits(high),
+        "runs": len(taken),
+        "ratio": _digits(float(np.median(baseline / taken))),
         "floor_ms": "" if floor is None else _digits(floor),
-        "share_of_floor": "" if floor is None else _digits(floor / middle), "copy_gb_s": _digits(bandwidth / 1e9),
-    }  # fmt: skip
+        "share_of_floor": "" if floor is None else _digits(floor / middle),
+        "copy_gb_s": _digits(bandwidth / 1e9),
+    }
 
 
 def _digits(x: float) -> float:
@@ -150,14 +176,22 @@ def _digits(x: float) -> float:
 
 
 def environment(device: str = "cpu") -> dict[str, object]:
-    """Where a number comes from: device, threads, what the environment sets for torch on a CPU, versions, commit."""
+    """Where a number comes from: device, threads, what the environment sets for torch on a CPU,
+    versions, commit.
+    """
     from lift_kernels import __version__
 
     settings = " ".join(f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ)
     return {
-        "device": device_name(device), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "settings": settings,
-        "torch": torch.__version__, "python": platform.python_version(), "lift_kernels": __version__, "commit": commit(),
-    }  # fmt: skip
+        "device": device_name(device),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "settings": settings,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "lift_kernels": __version__,
+        "commit": commit(),
+    }
 
 
 def device_name(device: str = "cpu") -> str:
@@ -173,13 +207,17 @@ def device_name(device: str = "cpu") -> str:
 
 
 def commit() -> str:
-    """Short hash of the checkout, with ``+`` when tracked files were changed since; ``unknown`` without git."""
+    """Short hash of the checkout, with ``+`` when tracked files were changed since; ``unknown``
+    without git.
+    """
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout
 
     try:
-        return git("rev-parse", "--short", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno").strip() else "")
+        return git("rev-parse", "--short", "HEAD").strip() + (
+            "+" if git("status", "--porcelain", "-uno").strip() else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -229,8 +267,12 @@ def show(table: Sequence[dict], columns: Sequence[str]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)), flush=True)
 
 
-def plot_ratios(path: Path, table: Sequence[dict], panel: str, title: str, floor: str = "at the measured copy bandwidth") -> None:
-    """Bars of ``ratio`` by variant, one panel a value of column ``panel``; a tick where the floor would put the bar."""
+def plot_ratios(
+    path: Path, table: Sequence[dict], panel: str, title: str, floor: str = "at the measured copy bandwidth"
+) -> None:
+    """Bars of ``ratio`` by variant, one panel a value of column ``panel``; a tick where the floor
+    would put the bar.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

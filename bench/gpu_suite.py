@@ -1,22 +1,28 @@
-"""Two commands for a machine with a GPU: ``--part check`` builds and tests, ``--part time`` times everything.
+"""Two commands for a machine with a GPU: ``--part check`` builds and tests, ``--part time`` times
+everything.
 
-    python bench/gpu_suite.py --part check --out FOLDER     at most 4 minutes on 16 cores: extension, gpu tests, compute-sanitizer
-    python bench/gpu_suite.py --part time --out FOLDER      at most 6 minutes: timings
-    python bench/gpu_suite.py --dry-run                     both on the CPU, with tiny shapes and without build; no limit of time
+    python bench/gpu_suite.py --part check --out FOLDER     at most 4 minutes on 16 cores:
+    extension, gpu tests, compute-sanitizer python bench/gpu_suite.py --part time --out FOLDER
+    at most 6 minutes: timings python bench/gpu_suite.py --dry-run                     both on the
+    CPU, with tiny shapes and without build; no limit of time
 
-Each writes ``FOLDER/gpu_check.csv`` or ``gpu_time.csv`` with a log beside it, and prints a table of all rows last. Without
-``--part`` one follows the other. ``--only STAGE ...`` takes some stages; ``--commit HASH`` names that of a checkout without git.
+Each writes ``FOLDER/gpu_check.csv`` or ``gpu_time.csv`` with a log beside it, and prints a table of
+all rows last. Without ``--part`` one follows the other. ``--only STAGE ...`` takes some stages;
+``--commit HASH`` names that of a checkout without git.
 
-Every stage of `STAGES` runs in a process of its own, with a budget after which the process and its children are killed; a stage
-that fails, hangs or crashes the card leaves a row that says so, and the others go on. What a stage has measured by then stays.
-Every variant is checked before it is timed; a wrong one is refused, and its row says why. How each stage counts its floor and
-checks its results stands in its module (bench/gpu_parts/), how time is taken in gpu_parts/report.py. Needs torch, triton, numpy,
-pytest and ninja, a plain checkout, no network; nvcc and compute-sanitizer are used when present, and named when missing.
+Every stage of `STAGES` runs in a process of its own, with a budget after which the process and its
+children are killed; a stage that fails, hangs or crashes the card leaves a row that says so, and
+the others go on. What a stage has measured by then stays. Every variant is checked before it is
+timed; a wrong one is refused, and its row says why. How each stage counts its floor and checks its
+results stands in its module (bench/gpu_parts/), how time is taken in gpu_parts/report.py. Needs
+torch, triton, numpy, pytest and ninja, a plain checkout, no network; nvcc and compute-sanitizer are
+used when present, and named when missing.
 
-Columns: ``median_ms``, quartiles, extremes and ``repeats`` of the time on the card; ``host_ms`` what a call costs the host;
-``ratio``: seconds of ``baseline`` over its own; ``floor_ms``: the time of its bytes or FLOPs (``floor_of``) at the rates that the
-stage ``machine`` measured; ``share_of_floor``; ``tests``: what the gpu tests said, of this run or of the check in FOLDER; where it
-ran, versions, commit.
+Columns: ``median_ms``, quartiles, extremes and ``repeats`` of the time on the card; ``host_ms``
+what a call costs the host; ``ratio``: seconds of ``baseline`` over its own; ``floor_ms``: the time
+of its bytes or FLOPs (``floor_of``) at the rates that the stage ``machine`` measured;
+``share_of_floor``; ``tests``: what the gpu tests said, of this run or of the check in FOLDER; where
+it ran, versions, commit.
 """
 
 from __future__ import annotations
@@ -48,7 +54,9 @@ WHOLE = "(whole stage)"
 
 @dataclass(frozen=True)
 class Stage:
-    """``target``: module:function, called with a `Run`; ``budget``: seconds for the whole process, imports included."""
+    """``target``: module:function, called with a `Run`; ``budget``: seconds for the whole process,
+    imports included.
+    """
 
     name: str
     target: str
@@ -75,11 +83,25 @@ STAGES = {
     ],
 }
 LIMITS_S = {"check": 240, "time": 360}
-SUMMARY = ["stage", "variant", "model", "dtype", "shape", "median_ms", "host_ms", "ratio", "floor_of", "share_of_floor", "status"]
+SUMMARY = [
+    "stage",
+    "variant",
+    "model",
+    "dtype",
+    "shape",
+    "median_ms",
+    "host_ms",
+    "ratio",
+    "floor_of",
+    "share_of_floor",
+    "status",
+]
 
 
 def run_stage(stage: Stage, device: str, rows: Path, deadline: float, rates: dict[str, float]) -> int:
-    """In the stage's own process; the exit status. ``deadline``: of `time.monotonic`, which all processes share."""
+    """In the stage's own process; the exit status. ``deadline``: of `time.monotonic`, which all
+    processes share.
+    """
     run = Run(stage.name, device, rows, deadline, repeats=3 if device == "cpu" else 20, rates=rates)
     torch.manual_seed(0)
     if run.dry:
@@ -106,7 +128,9 @@ def ended(process: subprocess.Popen, deadline: float) -> bool:
 
 
 class Suite:
-    """The parent of the stages of one part: starts them, collects rows, writes the CSV again after each. It uses no card itself."""
+    """The parent of the stages of one part: starts them, collects rows, writes the CSV again after
+    each. It uses no card itself.
+    """
 
     def __init__(self, part: str, out: Path, dry: bool, commit: str | None = None):
         out.mkdir(parents=True, exist_ok=True)
@@ -124,9 +148,14 @@ class Suite:
             file.write(text + "\n")
 
     def run(self, stages: list[Stage]) -> bool:
-        """One after the other, in the dry run two at a time behind the first. Whether all were green."""
+        """One after the other, in the dry run two at a time behind the first. Whether all were
+        green.
+        """
         together = "no limit" if self.dry else f"{sum(stage.budget for stage in stages):g} of {LIMITS_S[self.part]}"
-        self.say(f"{self.part}, budgets in seconds: {', '.join(f'{s.name} {s.budget:g}' for s in stages)}; together {together}")
+        self.say(
+            f"{self.part}, budgets in seconds: {', '.join(f'{s.name} {s.budget:g}' for s in stages)}; "
+            f"together {together}"
+        )
         self.found = {stage.name: [] for stage in stages}
         self.run_one(stages[0])  # what it builds or measures, the others use
         with ThreadPoolExecutor(2 if self.dry else 1) as pool:
@@ -138,18 +167,35 @@ class Suite:
 
     def run_one(self, stage: Stage) -> None:
         """One stage in a process group of its own; its rows, then one for the whole of it."""
-        budget = math.inf if self.dry else stage.budget  # how long a dry run takes says nothing, least on a busy machine
+        budget = (
+            math.inf if self.dry else stage.budget
+        )  # how long a dry run takes says nothing, least on a busy machine
         self.say(f"--- {stage.name}, at most {budget:g} s")
         start = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "rows.jsonl"
             path.touch()
-            given = json.dumps({"stage": vars(stage), "device": "cpu" if self.dry else "cuda", "rows": str(path),
-                                "deadline": start + budget, "rates": self.rates()})  # fmt: skip
-            process = subprocess.Popen([sys.executable, Path(__file__).resolve(), "--child", given], stdin=subprocess.DEVNULL,
-                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-                                       start_new_session=True)  # fmt: skip
-            reader = threading.Thread(target=lambda: [self.say(line.rstrip("\n")) for line in process.stdout], daemon=True)
+            given = json.dumps(
+                {
+                    "stage": vars(stage),
+                    "device": "cpu" if self.dry else "cuda",
+                    "rows": str(path),
+                    "deadline": start + budget,
+                    "rates": self.rates(),
+                }
+            )
+            process = subprocess.Popen(
+                [sys.executable, Path(__file__).resolve(), "--child", given],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
+            reader = threading.Thread(
+                target=lambda: [self.say(line.rstrip("\n")) for line in process.stdout], daemon=True
+            )
             reader.start()
             try:
                 in_time = ended(process, start + budget)
@@ -178,7 +224,9 @@ class Suite:
         return {row["rate_name"]: row["rate"] for row in self.rows if "rate_name" in row}
 
     def tests(self) -> str:
-        """What the gpu tests said: in this run, or in the check of this commit in the same folder."""
+        """What the gpu tests said: in this run, or in the check of this commit in the same
+        folder.
+        """
         rows = self.rows
         if self.part != "check" and self.checked.exists():
             with self.checked.open(newline="") as file:
@@ -213,12 +261,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu_suite"), help="folder of CSVs and logs")
     parser.add_argument("--only", nargs="+", choices=names, help="these stages alone")
     parser.add_argument("--commit", help="of a checkout without git")
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, without build, tests and sanitizer")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="tiny shapes on the CPU, without build, tests and sanitizer"
+    )
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.child:
         child = given.child
-        return run_stage(Stage(**child["stage"]), child["device"], Path(child["rows"]), child["deadline"], child["rates"])
+        return run_stage(
+            Stage(**child["stage"]), child["device"], Path(child["rows"]), child["deadline"], child["rates"]
+        )
     if not given.dry_run and not torch.cuda.is_available():
         raise SystemExit("torch sees no CUDA device; --dry-run tries the suite on the CPU")
     green = True

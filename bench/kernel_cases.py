@@ -1,4 +1,6 @@
-"""What `bench.kernel_report` compiles, and what each kernel is held to: variants of Triton kernels, launches of CUDA kernels."""
+"""What `bench.kernel_report` compiles, and what each kernel is held to: variants of Triton kernels,
+launches of CUDA kernels.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +17,23 @@ BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int32": 4}
 class Case:
     """One variant of a Triton kernel.
 
-    ``types`` holds Triton's types of the runtime arguments; every argument that is not there is a constant, and None
-    unless ``constants`` says otherwise. ``loads`` and ``stores`` are the dtypes of the contiguous streams.
-    ``multiples`` are integers that 16 divides.
+    ``types`` holds Triton's types of the runtime arguments; every argument that is not there is a
+    constant, and None unless ``constants`` says otherwise. ``loads`` and ``stores`` are the dtypes
+    of the contiguous streams. ``multiples`` are integers that 16 divides.
     """
 
     name: str
     kernel: str  # module.function in lift_kernels.triton_kernels
     types: dict[str, str]
     constants: dict[str, object] = field(default_factory=dict)
-    loads: tuple[str, ...] | None = ()  # None: not counted, for the compiler may copy to shared memory past the registers
+    loads: (
+        tuple[str, ...] | None
+    ) = ()  # None: not counted, for the compiler may copy to shared memory past the registers
     stores: tuple[str, ...] | None = ()
     multiples: tuple[str, ...] = ()  # of 16
-    options: dict[str, object] = field(default_factory=dict)  # of the compiler, in place of those of the streaming kernels
+    options: dict[str, object] = field(
+        default_factory=dict
+    )  # of the compiler, in place of those of the streaming kernels
     tensor_cores: bool = False
     wide_copies: bool = False  # all copies to shared memory past the registers are to move 128 bits
 
@@ -38,7 +44,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Launch:
-    """How a CUDA kernel is launched, and how many 128-bit accesses its machine code must have at least."""
+    """How a CUDA kernel is launched, and how many 128-bit accesses its machine code must have at
+    least.
+    """
 
     threads: int = 256  # a block
     dynamic_shared: int = 0  # bytes a block; what is declared in the kernel is read from the machine code
@@ -46,8 +54,9 @@ class Launch:
     wide_stores: int = 0
 
 
-# By the kernel's name, for all of its template instances, or with template arguments for one of them. A kernel without an entry
-# is taken for `Launch()` and still checked for spills. The sources are setup.py's CUDA_SOURCES.
+# By the kernel's name, for all of its template instances, or with template arguments for one of
+# them. A kernel without an entry is taken for `Launch()` and still checked for spills. The sources
+# are setup.py's CUDA_SOURCES.
 CUDA_LAUNCHES = {
     "gaussian_sketch_kernel": Launch(wide_stores=1),
     "gram_kernel<64>": Launch(wide_loads=6, wide_stores=5),  # of the tile and, once, of the block that it raises
@@ -64,7 +73,9 @@ CUDA_LAUNCHES = {
 def adamw_case(
     weight, grad, moments, *, master=False, births=False, packed=False, stochastic=False, scaled=False, aligned=True
 ):
-    """A variant of the AdamW kernel; dtypes as keys of `FORMATS`, ``scaled``: with inv_scale and found_inf."""
+    """A variant of the AdamW kernel; dtypes as keys of `FORMATS`, ``scaled``: with inv_scale and
+    found_inf.
+    """
     types = dict.fromkeys(("weights", "grads", "blocks"), "*i64")
     types |= {"indices": "*i32", "table": "*fp32", "last_age": "i32"}
     types |= dict.fromkeys(("exp_avg", "exp_avg_sq"), f"*{FORMATS[moments]}")
@@ -114,22 +125,37 @@ def packed_cases():
 
 
 def weight_grad_case(dtype, out, precision="tf32", one=None):
-    """The fused product of a weight gradient with the launcher's tile; an fp32 one by TF32 or exact. ``one``: the side "m" or "n"
-    that is 1, which the compiler takes for a constant."""
+    """The fused product of a weight gradient with the launcher's tile; an fp32 one by TF32 or
+    exact. ``one``: the side "m" or "n" that is 1, which the compiler takes for a constant.
+    """
     from lift_kernels.triton_kernels import linear_grad
 
     types = {name: f"*{dtype}" for name in ("grad_output", "input")} | {"indices": "*i32", "out": f"*{FORMATS[out]}"}
     types |= dict.fromkeys(("tokens", "count", "stride"), "i32") | dict.fromkeys({"m", "n"} - {one}, "i32")
     constants = {name: getattr(linear_grad, name) for name in ("ROWS", "COLUMNS", "TOKENS", "ENTRIES")}
     constants |= {"PRECISION": precision} | ({one: 1} if one else {})
-    name = f"packed_weight_grad: {dtype}{f' by {precision}' if dtype == 'fp32' else ''} to {out}{f', {one} = 1' if one else ''}"
+    name = (
+        f"packed_weight_grad: {dtype}{f' by {precision}' if dtype == 'fp32' else ''} to "
+        f"{out}{f', {one} = 1' if one else ''}"
+    )
     options = {"num_warps": linear_grad.WARPS, "num_stages": linear_grad.STAGES, "enable_fp_fusion": True}
-    return Case(name, "linear_grad._packed_weight_grad_kernel", types, constants, None, None,
-                multiples=tuple(sorted({"m", "n"} - {one})), options=options, tensor_cores=precision != "ieee")  # fmt: skip
+    return Case(
+        name,
+        "linear_grad._packed_weight_grad_kernel",
+        types,
+        constants,
+        None,
+        None,
+        multiples=tuple(sorted({"m", "n"} - {one})),
+        options=options,
+        tensor_cores=precision != "ieee",
+    )
 
 
 def select_cases():
-    """The passes over the tiles of a low-rank product, and the kernels that fill and list a bitmap."""
+    """The passes over the tiles of a low-rank product, and the kernels that fill and list a
+    bitmap.
+    """
     from lift_kernels.triton_kernels import bitmap, select
 
     factors = {"left": "*fp32", "right": "*fp32", "m": "i32", "n": "i32", "r": "i32", "bracket": "*i32"}
@@ -148,12 +174,20 @@ def select_cases():
     yield Case("set_bits", "bitmap._set_bits_kernel", types, block, ("int32",))
     words = {"bitmaps": "*i32", "length": "i32", "n": "i32"}
     twice = ("int32", "int32")  # a whole block or the last one, whose length 16 divides too
-    yield Case("count_bits", "bitmap._count_bits_kernel", words | {"totals": "*i32"}, block, twice, multiples=("length",))
+    yield Case(
+        "count_bits", "bitmap._count_bits_kernel", words | {"totals": "*i32"}, block, twice, multiples=("length",)
+    )
     types = words | {"ends": "*i32", "out": "*i32", "count": "i32"}
     yield Case("list_bits", "bitmap._list_bits_kernel", types, block, twice, multiples=("length",))
     types = dict.fromkeys(("bitmaps", "counts", "thresholds", "status"), "*i32") | {"candidates": "*i64"}
     types |= dict.fromkeys(("m", "n", "capacity", "k"), "i32")
-    yield Case("bitmap_choose", "bitmap._bitmap_choose_kernel", types, bitmap.CHOOSE, options={"num_warps": bitmap.CHOOSE_WARPS})
+    yield Case(
+        "bitmap_choose",
+        "bitmap._bitmap_choose_kernel",
+        types,
+        bitmap.CHOOSE,
+        options={"num_warps": bitmap.CHOOSE_WARPS},
+    )
 
 
 CASES = (

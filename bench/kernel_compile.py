@@ -1,7 +1,9 @@
-"""Ahead-of-time compilation of the Triton and CUDA kernels, and what their machine code holds. Needs no GPU.
+"""Ahead-of-time compilation of the Triton and CUDA kernels, and what their machine code holds.
+Needs no GPU.
 
-`survey` compiles in processes of their own, because TRITON_INTERPRET=1 replaces the compiler when triton is imported. Everything is
-read from the machine code by the disassembler in triton's wheel, so both kinds of kernels are counted alike.
+`survey` compiles in processes of their own, because TRITON_INTERPRET=1 replaces the compiler when
+triton is imported. Everything is read from the machine code by the disassembler in triton's wheel,
+so both kinds of kernels are counted alike.
 """
 
 from __future__ import annotations
@@ -34,8 +36,9 @@ SYSTEM_SHARED = 1024  # bytes that the system takes of each block
 class Compiled:
     """What became of a kernel on a target.
 
-    Wide accesses are 128-bit units in the machine code of one thread, a 256-bit access counts twice; ``needed`` ones are those that
-    its declaration asks for. Copies go to shared memory past the registers. ``spills`` counts loads and stores of local memory.
+    Wide accesses are 128-bit units in the machine code of one thread, a 256-bit access counts
+    twice; ``needed`` ones are those that its declaration asks for. Copies go to shared memory past
+    the registers. ``spills`` counts loads and stores of local memory.
     """
 
     kernel: str
@@ -61,7 +64,9 @@ class Compiled:
 
 
 def compile_case(case: Case, target: int) -> Compiled:
-    """Compile for one CUDA target (80, 90, 100) as the launcher would for tensors at multiples of 16 bytes."""
+    """Compile for one CUDA target (80, 90, 100) as the launcher would for tensors at multiples of
+    16 bytes.
+    """
     import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
@@ -85,15 +90,24 @@ def compile_case(case: Case, target: int) -> Compiled:
         file.write_bytes(compiled.asm["cubin"])
         (counts,) = _machine_code(file, target).values()
     return Compiled(
-        kernel=case.name, language="triton", target=target, threads=32 * compiled.metadata.num_warps,
-        dynamic_shared=compiled.metadata.shared, needed_loads=case.needed(case.loads), needed_stores=case.needed(case.stores),
-        needs_wide_copies=case.wide_copies, needs_tensor_cores=case.tensor_cores,
-        products=_count(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*", compiled.asm["ptx"]), **counts,
-    )  # fmt: skip
+        kernel=case.name,
+        language="triton",
+        target=target,
+        threads=32 * compiled.metadata.num_warps,
+        dynamic_shared=compiled.metadata.shared,
+        needed_loads=case.needed(case.loads),
+        needed_stores=case.needed(case.stores),
+        needs_wide_copies=case.wide_copies,
+        needs_tensor_cores=case.tensor_cores,
+        products=_count(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*", compiled.asm["ptx"]),
+        **counts,
+    )
 
 
 def compile_cuda(source: Path | str, target: int, launches: dict[str, Launch] = CUDA_LAUNCHES) -> list[Compiled]:
-    """Every kernel of a CUDA source, with the flags of setup.py, for one target; RuntimeError with nvcc's words when it fails."""
+    """Every kernel of a CUDA source, with the flags of setup.py, for one target; RuntimeError with
+    nvcc's words when it fails.
+    """
     compiler = nvcc()
     if compiler is None:
         raise RuntimeError(no_nvcc())
@@ -109,18 +123,27 @@ def compile_cuda(source: Path | str, target: int, launches: dict[str, Launch] = 
         launch = launches.get(name) or launches.get(name.split("<")[0]) or Launch()
         records.append(
             Compiled(
-                kernel=name, language="cuda", target=target, threads=launch.threads, dynamic_shared=launch.dynamic_shared,
-                needed_loads=launch.wide_loads, needed_stores=launch.wide_stores, needs_wide_copies=False,
-                needs_tensor_cores=False, **counts,
-            )  # fmt: skip
+                kernel=name,
+                language="cuda",
+                target=target,
+                threads=launch.threads,
+                dynamic_shared=launch.dynamic_shared,
+                needed_loads=launch.wide_loads,
+                needed_stores=launch.wide_stores,
+                needs_wide_copies=False,
+                needs_tensor_cores=False,
+                **counts,
+            )
         )
     return records
 
 
 def survey(only: str = "") -> list[Compiled]:
-    """Every kernel whose name contains ``only`` on every target. CUDA kernels are left out where `nvcc` finds no compiler.
+    """Every kernel whose name contains ``only`` on every target. CUDA kernels are left out where
+    `nvcc` finds no compiler.
 
-    RuntimeError with the compiler's words when one does not compile."""
+    RuntimeError with the compiler's words when one does not compile.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
 
@@ -147,7 +170,11 @@ def no_nvcc() -> str:
     """Why no CUDA kernel was compiled; empty where nvcc is present."""
     if nvcc() is not None:
         return ""
-    place = f"in CUDA_HOME ({os.environ['CUDA_HOME']})" if os.environ.get("CUDA_HOME") else "on PATH, and CUDA_HOME is not set"
+    place = (
+        f"in CUDA_HOME ({os.environ['CUDA_HOME']})"
+        if os.environ.get("CUDA_HOME")
+        else "on PATH, and CUDA_HOME is not set"
+    )
     return f"nvcc is not {place}: {', '.join(build().CUDA_SOURCES)} not compiled"
 
 
@@ -175,16 +202,23 @@ def _machine_code(cubin: Path, target: int) -> dict[str, dict]:
     for name, line in re.findall(r"^ Function (\S+):\n(.*)$", usage, re.MULTILINE):
         resources = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", line)}
         text = code[name]
-        reserved = SYSTEM_SHARED if target >= 90 and resources["SHARED"] else 0  # counted among a block's own from sm_90 on
+        reserved = (
+            SYSTEM_SHARED if target >= 90 and resources["SHARED"] else 0
+        )  # counted among a block's own from sm_90 on
         copies = re.findall(r"\bLDGSTS[\w.]*", text)
         wide = sum(copy.endswith(".128") for copy in copies)
         found[name] = {
-            "registers": resources["REG"], "static_shared": resources["SHARED"] - reserved,
-            "stack_bytes": resources["STACK"], "local_bytes": resources["LOCAL"],
+            "registers": resources["REG"],
+            "static_shared": resources["SHARED"] - reserved,
+            "stack_bytes": resources["STACK"],
+            "local_bytes": resources["LOCAL"],
             "spills": len(re.findall(r"\b(?:LDL|STL)\b", text)),
-            "wide_loads": _wide("LDG", text), "wide_stores": _wide("STG", text),
-            "wide_copies": wide, "narrow_copies": len(copies) - wide, "tensor_cores": _count(r"(?<![\w.])[A-Z]*MMA\b[\w.]*", text),
-        }  # fmt: skip
+            "wide_loads": _wide("LDG", text),
+            "wide_stores": _wide("STG", text),
+            "wide_copies": wide,
+            "narrow_copies": len(copies) - wide,
+            "tensor_cores": _count(r"(?<![\w.])[A-Z]*MMA\b[\w.]*", text),
+        }
     return found
 
 
@@ -200,7 +234,9 @@ def _count(pattern: str, text: str) -> str:
 
 
 def _demangled(names: list[str]) -> list[str]:
-    """C++ names with their template arguments, without parameters and namespaces; as they are where no demangler is found."""
+    """C++ names with their template arguments, without parameters and namespaces; as they are where
+    no demangler is found.
+    """
     tool = shutil.which("c++filt") or shutil.which("cu++filt")
     if tool is None:
         return names

@@ -1,19 +1,25 @@
-"""Every Triton and CUDA kernel compiled for sm_80, sm_90 and sm_100, and what the machine code holds. Needs no GPU.
+"""Every Triton and CUDA kernel compiled for sm_80, sm_90 and sm_100, and what the machine code
+holds. Needs no GPU.
 
     python -m bench.kernel_report [--only TEXT] [--markdown] [--csv PATH]
 
-The exit status is 1 when a kernel spills, uses local memory, fits on no multiprocessor, lost wide accesses that
-`bench.kernel_cases` declares, or multiplies by other units than declared. Without nvcc a row says so and Triton is reported alone.
+The exit status is 1 when a kernel spills, uses local memory, fits on no multiprocessor, lost wide
+accesses that `bench.kernel_cases` declares, or multiplies by other units than declared. Without
+nvcc a row says so and Triton is reported alone.
 
 - ``regs``: registers a thread. ``shared``: bytes a block, static + dynamic.
-- ``spills``: loads and stores of local memory in the code. ``local``: bytes of stack and local memory a thread.
-- ``blocks``: those that fit on a multiprocessor, by registers / shared memory / threads; the smallest counts. ``occupancy``: their
-  warps, of all that the multiprocessor holds. A bound, not a measurement: `occupancy` says how it is counted.
-- ``loads``, ``stores``: 128-bit accesses to global memory in the code of one thread, found and, after the slash, declared.
-  ``copies``: those past the registers into shared memory, 128-bit and, after the plus, narrower.
-- ``in flight``: KiB that the resident threads of a multiprocessor ask for when each has issued every 128-bit load and copy of its
-  code once: 16 bytes x (loads + copies) x resident threads. Narrow and gathered accesses are not in it, so it is 0 for a kernel
-  that has no others; a copy pipeline counts with all of its stages.
+- ``spills``: loads and stores of local memory in the code. ``local``: bytes of stack and local
+  memory a thread.
+- ``blocks``: those that fit on a multiprocessor, by registers / shared memory / threads; the
+  smallest counts. ``occupancy``: their warps, of all that the multiprocessor holds. A bound, not a
+  measurement: `occupancy` says how it is counted.
+- ``loads``, ``stores``: 128-bit accesses to global memory in the code of one thread, found and,
+  after the slash, declared. ``copies``: those past the registers into shared memory, 128-bit and,
+  after the plus, narrower.
+- ``in flight``: KiB that the resident threads of a multiprocessor ask for when each has issued
+  every 128-bit load and copy of its code once: 16 bytes x (loads + copies) x resident threads.
+  Narrow and gathered accesses are not in it, so it is 0 for a kernel that has no others; a copy
+  pipeline counts with all of its stages.
 """
 
 from __future__ import annotations
@@ -29,13 +35,29 @@ from pathlib import Path
 from bench import bench_util, kernel_compile
 from bench.kernel_compile import SYSTEM_SHARED, Compiled
 
-COLUMNS = ("kernel", "target", "regs", "shared", "spills", "local", "blocks", "occupancy", "loads", "stores", "copies",
-           "tensor cores", "in flight", "verdict")  # fmt: skip
+COLUMNS = (
+    "kernel",
+    "target",
+    "regs",
+    "shared",
+    "spills",
+    "local",
+    "blocks",
+    "occupancy",
+    "loads",
+    "stores",
+    "copies",
+    "tensor cores",
+    "in flight",
+    "verdict",
+)
 
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """What the blocks of one multiprocessor share. Source: CUDA C++ Programming Guide, compute capabilities; cuda_occupancy.h."""
+    """What the blocks of one multiprocessor share. Source: CUDA C++ Programming Guide, compute
+    capabilities; cuda_occupancy.h.
+    """
 
     shared: int  # bytes, with those that the system takes of each block
     registers: int = 65536
@@ -75,10 +97,12 @@ class Occupancy:
 
 
 def occupancy(target: int, threads: int, registers: int, shared: int) -> Occupancy:
-    """How many blocks of ``threads`` threads with ``registers`` a thread and ``shared`` bytes a block fit on a multiprocessor.
+    """How many blocks of ``threads`` threads with ``registers`` a thread and ``shared`` bytes a
+    block fit on a multiprocessor.
 
-    A warp takes registers in units of 256 from one of four partitions; a block takes shared memory in units of 128 bytes and 1 KiB
-    more for the system; no more than 32 blocks and 64 warps are resident. KeyError for a target without limits.
+    A warp takes registers in units of 256 from one of four partitions; a block takes shared memory
+    in units of 128 bytes and 1 KiB more for the system; no more than 32 blocks and 64 warps are
+    resident. KeyError for a target without limits.
     """
     unit = MULTIPROCESSORS[target]
     warps = -(-threads // 32)
@@ -118,24 +142,35 @@ def line(record: Compiled) -> dict[str, str]:
     fit = occupancy_of(record)
     return {
         "kernel": record.kernel if record.language == "triton" else f"{record.kernel} (CUDA)",
-        "target": f"sm_{record.target}", "regs": str(record.registers),
-        "shared": f"{record.static_shared} + {record.dynamic_shared}", "spills": str(record.spills),
+        "target": f"sm_{record.target}",
+        "regs": str(record.registers),
+        "shared": f"{record.static_shared} + {record.dynamic_shared}",
+        "spills": str(record.spills),
         "local": str(record.stack_bytes + record.local_bytes),
-        "blocks": f"{fit.by_registers}/{fit.by_shared}/{fit.by_threads}", "occupancy": f"{100 * fit.share:.0f} %",
-        "loads": f"{record.wide_loads}/{record.needed_loads}", "stores": f"{record.wide_stores}/{record.needed_stores}",
-        "copies": f"{record.wide_copies} + {record.narrow_copies}", "tensor cores": record.tensor_cores,
-        "in flight": f"{bytes_in_flight(record) / 1024:.0f} KiB", "verdict": ", ".join(faults(record)).upper() or "ok",
-    }  # fmt: skip
+        "blocks": f"{fit.by_registers}/{fit.by_shared}/{fit.by_threads}",
+        "occupancy": f"{100 * fit.share:.0f} %",
+        "loads": f"{record.wide_loads}/{record.needed_loads}",
+        "stores": f"{record.wide_stores}/{record.needed_stores}",
+        "copies": f"{record.wide_copies} + {record.narrow_copies}",
+        "tensor cores": record.tensor_cores,
+        "in flight": f"{bytes_in_flight(record) / 1024:.0f} KiB",
+        "verdict": ", ".join(faults(record)).upper() or "ok",
+    }
 
 
 def csv_row(record: Compiled, compiler: str, commit: str) -> dict:
     """All counts, and where they come from."""
     fit = occupancy_of(record)
     return asdict(record) | {
-        "blocks_by_registers": fit.by_registers, "blocks_by_shared": fit.by_shared, "blocks_by_threads": fit.by_threads,
-        "occupancy": round(fit.share, 4), "bytes_in_flight": bytes_in_flight(record), "verdict": ", ".join(faults(record)) or "ok",
-        "compiler": compiler, "commit": commit,
-    }  # fmt: skip
+        "blocks_by_registers": fit.by_registers,
+        "blocks_by_shared": fit.by_shared,
+        "blocks_by_threads": fit.by_threads,
+        "occupancy": round(fit.share, 4),
+        "bytes_in_flight": bytes_in_flight(record),
+        "verdict": ", ".join(faults(record)) or "ok",
+        "compiler": compiler,
+        "commit": commit,
+    }
 
 
 def nvcc_version() -> str:
@@ -172,7 +207,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         compilers = {"triton": f"triton {metadata.version('triton')}", "cuda": nvcc_version()}
         commit = bench_util.commit()
         bench_util.write_csv(arguments.csv, [csv_row(record, compilers[record.language], commit) for record in records])
-    wrong = [f"{record.kernel}, sm_{record.target}: {', '.join(faults(record))}" for record in records if faults(record)]
+    wrong = [
+        f"{record.kernel}, sm_{record.target}: {', '.join(faults(record))}" for record in records if faults(record)
+    ]
     print("\n".join(wrong) or f"{len(records)} compilations, no faults", file=sys.stderr)
     return 1 if wrong else 0
 

@@ -1,4 +1,6 @@
-"""Every way to make a mask that bench_masks.py compares, the measure of its faithfulness, and the matrices."""
+"""Every way to make a mask that bench_masks.py compares, the measure of its faithfulness, and the
+matrices.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ DENSITY = 0.05
 
 
 class Truth(NamedTuple):
-    """The exact mask, and what is needed to judge another one: the exact factors and the best possible sum."""
+    """The exact mask, and what is needed to judge another one: the exact factors and the best
+    possible sum.
+    """
 
     indices: Tensor
     left: Tensor
@@ -48,7 +52,9 @@ class Truth(NamedTuple):
 
 def ours(weights: Sequence[Tensor], rank: int, method: str, before: Sequence[Mask] | None = None) -> list[Mask]:
     """Masks in one call, cold, or warm from those ``before``."""
-    kept: list[dict] = [{} if b is None else {"basis": b.basis, "threshold": b.threshold} for b in before or [None] * len(weights)]
+    kept: list[dict] = [
+        {} if b is None else {"basis": b.basis, "threshold": b.threshold} for b in before or [None] * len(weights)
+    ]
     return principal_masks(
         [MaskRequest(w, rank, round(DENSITY * w.numel()), **k) for w, k in zip(weights, kept)], method=method
     )
@@ -88,7 +94,9 @@ def svd_lowrank(weight: Tensor, rank: int, niter: int = 2) -> Mask:
 
 
 def sklearn_svd(weight: Tensor, rank: int) -> Mask:
-    """scikit-learn's randomized_svd with as many directions and iterations as the published call, its other defaults."""
+    """scikit-learn's randomized_svd with as many directions and iterations as the published call,
+    its other defaults.
+    """
     from sklearn.utils.extmath import randomized_svd
 
     width = min(2 * rank, *weight.shape)
@@ -118,11 +126,15 @@ def minilm_weights() -> list[Tensor]:
     from safetensors.torch import load_file
 
     tensors = load_file(Path(next(iter(spec.submodule_search_locations))) / "model" / "model.safetensors")
-    return [t.float() for name, t in tensors.items() if t.dim() == 2 and "embeddings" not in name and "pooler" not in name]
+    return [
+        t.float() for name, t in tensors.items() if t.dim() == 2 and "embeddings" not in name and "pooler" not in name
+    ]
 
 
 def slow_spectrum(m: int, n: int) -> Tensor:
-    """sigma_i = i^-0.15 for half of the directions, over Gaussian noise: as flat around the rank as trained weights."""
+    """sigma_i = i^-0.15 for half of the directions, over Gaussian noise: as flat around the rank as
+    trained weights.
+    """
     generator = torch.Generator().manual_seed(0)
     half = min(m, n) // 2
     u, v = (torch.linalg.qr(torch.randn(size, half, generator=generator)).Q for size in (m, n))
@@ -131,7 +143,9 @@ def slow_spectrum(m: int, n: int) -> Tensor:
 
 
 def trained(steps: int, lr: float) -> tuple[list[Tensor], list[Tensor]]:
-    """The linear weights of SmolLM2-135M before and after real steps of LiftAdamW on word problems."""
+    """The linear weights of SmolLM2-135M before and after real steps of LiftAdamW on word
+    problems.
+    """
     from lift_kernels import LiftAdamW, lift_param_groups
     from lift_kernels.finetune import modelio, wordproblems
 

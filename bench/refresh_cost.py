@@ -1,19 +1,25 @@
-"""Bytes, FLOPs and launches of one warm refresh of LLaMA-2-7B, with the torch twins of the helpers and with the CUDA helpers.
+"""Bytes, FLOPs and launches of one warm refresh of LLaMA-2-7B, with the torch twins of the helpers
+and with the CUDA helpers.
 
-Computed, not timed: the factorization of one matrix of each shape runs on the CPU under a dispatch mode that counts, with a basis
-from which one degree suffices, and is counted for the batches that `masks.MEMORY_BUDGET` makes on a GPU. Counted are
+Computed, not timed: the factorization of one matrix of each shape runs on the CPU under a dispatch
+mode that counts, with a basis from which one degree suffices, and is counted for the batches that
+`masks.MEMORY_BUDGET` makes on a GPU. Counted are
 
-- launches: torch calls that compute something (a view is none), at one launch each, although a library call may make more;
-- bytes: every tensor that a call reads or writes, once; of a helper what its kernels move to and from memory, tiles that they
-  read again from the L2 cache not counted again;
-- FLOPs: of products and triangular solves as executed, tiles below the diagonal included, in TF32 where a GPU takes it, else fp32.
-  Of eigenproblems there is one call a batch and degree, and no count.
+- launches: torch calls that compute something (a view is none), at one launch each, although a
+  library call may make more;
+- bytes: every tensor that a call reads or writes, once; of a helper what its kernels move to and
+  from memory, tiles that they read again from the L2 cache not counted again;
+- FLOPs: of products and triangular solves as executed, tiles below the diagonal included, in TF32
+  where a GPU takes it, else fp32. Of eigenproblems there is one call a batch and degree, and no
+  count.
 
 The selection is left out: it reads the factors and writes lists in both.
 
-    python -m bench.refresh_cost [--rank 128] [--scale 8] [--csv bench/results/computed/refresh_cost.csv]
+    python -m bench.refresh_cost [--rank 128] [--scale 8] [--csv
+    bench/results/computed/refresh_cost.csv]
 
-``--scale`` divides all sides and the rank for a quick run; bytes and FLOPs are then of the smaller model.
+``--scale`` divides all sides and the rank for a quick run; bytes and FLOPs are then of the smaller
+model.
 """
 
 from __future__ import annotations
@@ -47,7 +53,9 @@ class Cost(Counter):
 
 
 class Counting(TorchDispatchMode):
-    """Adds every torch call to a `Cost`: a product with a whole matrix, an eigenproblem, or the rest."""
+    """Adds every torch call to a `Cost`: a product with a whole matrix, an eigenproblem, or the
+    rest.
+    """
 
     def __init__(self, cost: Cost, numel: int) -> None:
         super().__init__()
@@ -66,7 +74,13 @@ class Counting(TorchDispatchMode):
         elif func is torch.ops.aten.linalg_solve_triangular.default:
             flops = args[1].numel() * args[0].shape[-1]
         large = any(t.numel() >= self.numel for t in tensors)
-        part = "eigenproblems" if func is torch.ops.aten._linalg_eigh.default else "whole matrices" if large else "tall blocks"
+        part = (
+            "eigenproblems"
+            if func is torch.ops.aten._linalg_eigh.default
+            else "whole matrices"
+            if large
+            else "tall blocks"
+        )
         self.cost.add(part, 1, moved, flops, self.tf32)
         return out
 
@@ -80,7 +94,9 @@ class Counting(TorchDispatchMode):
 
 
 def helper_cost(cost: Cost, rows: int, width: int, blocks_read: int, multiplied: int) -> None:
-    """One round: the Gram matrix of X (``blocks_read`` 1) or of a combination of blocks, and ``multiplied`` blocks times R^-1."""
+    """One round: the Gram matrix of X (``blocks_read`` 1) or of a combination of blocks, and
+    ``multiplied`` blocks times R^-1.
+    """
     tile = native_cuda.tile(width)
     tiles = -(-width // tile)
     pairs, slabs, block = tiles * (tiles + 1) // 2, -(-rows // native_cuda.slab_rows(rows)), 4 * rows * width
@@ -123,7 +139,11 @@ def refresh(shape: tuple[int, int], rank: int, matrices: int, with_helpers: bool
     basis = torch.linalg.qr(right if shape[0] >= shape[1] else left).Q.bfloat16()
     cost = Cost()
     counting = Counting(cost, weight.numel())
-    with counting, mock.patch.object(lowrank, "_product", counting.product), helpers(cost) if with_helpers else nullcontext():
+    with (
+        counting,
+        mock.patch.object(lowrank, "_product", counting.product),
+        helpers(cost) if with_helpers else nullcontext(),
+    ):
         factors = lowrank.batched_factors(
             [weight] * matrices, rank, method="chebyshev", warm_starts=[basis] * matrices, tolerance=1e-2
         )
@@ -132,7 +152,9 @@ def refresh(shape: tuple[int, int], rank: int, matrices: int, with_helpers: bool
 
 
 def model_cost(rank: int, scale: int, with_helpers: bool) -> Cost:
-    """Cost of all 224 matrices. Launches come from small batches of one and two matrices: they depend on no size."""
+    """Cost of all 224 matrices. Launches come from small batches of one and two matrices: they
+    depend on no size.
+    """
     whole = Cost()
     for (m, n), count in SHAPES.items():
         one = refresh((m // scale, n // scale), rank // scale, 1, with_helpers)
@@ -158,7 +180,9 @@ def main() -> None:
         cost = model_cost(options.rank, options.scale, way == "helpers")
         for part in PARTS:
             quantities = {quantity: f"{cost[part, quantity]:.4g}" for quantity in QUANTITIES}
-            rows.append({"model": "LLaMA-2-7B, 224 matrices", "rank": options.rank, "way": way, "part": part} | quantities)
+            rows.append(
+                {"model": "LLaMA-2-7B, 224 matrices", "rank": options.rank, "way": way, "part": part} | quantities
+            )
             print(*rows[-1].values(), sep="\t")
     if options.csv:
         bench_util.write_csv(options.csv, [row | {"commit": bench_util.environment()["commit"]} for row in rows])

@@ -1,4 +1,6 @@
-"""What each table of the README shows, for `bench.tables`: rows of a CSV and the format of the cells."""
+"""What each table of the README shows, for `bench.tables`: rows of a CSV and the format of the
+cells.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from bench.tables import Selection, Table
 
 
 def _step_rows() -> list[tuple[str, Mapping[str, Selection]]]:
-    """The step of all matrices of a set: dense and packed gradients beside fused AdamW and the published step."""
+    """The step of all matrices of a set: dense and packed gradients beside fused AdamW and the
+    published step.
+    """
     rows = []
     for name, label in (
         ("smollm2", "SmolLM2-135M (210, real masks, 5 %)"),
@@ -32,24 +36,51 @@ def _refresh_rows() -> list[tuple[str, Mapping[str, Selection]]]:
     """What a step takes on average with new masks every 100 steps."""
     rows = [("AdamW fused, no masks", ("AdamW fused", "AdamW fused"))]
     for grads in ("dense", "packed"):
-        for words, suffix in (("", ""), (" + warm refresh", " + refresh/100"), (" + cold refresh", " + cold refresh/100")):
+        for words, suffix in (
+            ("", ""),
+            (" + warm refresh", " + refresh/100"),
+            (" + cold refresh", " + cold refresh/100"),
+        ):
             variants = f"{grads} grads{suffix}", f"{grads} grads, fp32 moments, fp32 master{suffix}"
             rows.append((f"{grads} gradients{words}", variants))
     sets = "smollm2, fp32", "smollm2, bf16"
     return [
-        (label, {dtype: {"set": set_, "variant": variant} for dtype, set_, variant in zip(("fp32", "bf16"), sets, variants)})
+        (
+            label,
+            {
+                dtype: {"set": set_, "variant": variant}
+                for dtype, set_, variant in zip(("fp32", "bf16"), sets, variants)
+            },
+        )
         for label, variants in rows
     ]
 
 
 def _peer_rows() -> list[tuple[str, Mapping[str, Selection]]]:
     ours = {
-        "**ours**, dense gradients": ("sparse_adamw_, dense grads", "sparse_adamw_, dense grads, fp32 moments and master"),
-        "**ours**, packed gradients": ("sparse_adamw_, packed grads", "sparse_adamw_, packed grads, fp32 moments and master"),
+        "**ours**, dense gradients": (
+            "sparse_adamw_, dense grads",
+            "sparse_adamw_, dense grads, fp32 moments and master",
+        ),
+        "**ours**, packed gradients": (
+            "sparse_adamw_, packed grads",
+            "sparse_adamw_, packed grads, fp32 moments and master",
+        ),
     }
-    others = ["AdamW fused", "AdamW foreach", "AdamW for-loop", "SHiRA's values, AdamW fused", "APOLLO, r = 64", "GaLore, r = 64",
-              "bitsandbytes AdamW", "bitsandbytes AdamW8bit", "torchao AdamW8bit", "flashoptim FlashAdamW",
-              "one indexed Triton launch a parameter", "published LIFT step"]  # fmt: skip
+    others = [
+        "AdamW fused",
+        "AdamW foreach",
+        "AdamW for-loop",
+        "SHiRA's values, AdamW fused",
+        "APOLLO, r = 64",
+        "GaLore, r = 64",
+        "bitsandbytes AdamW",
+        "bitsandbytes AdamW8bit",
+        "torchao AdamW8bit",
+        "flashoptim FlashAdamW",
+        "one indexed Triton launch a parameter",
+        "published LIFT step",
+    ]
     return [
         (label, {"fp32": {"set": "*, float32", "variant": fp32}, "bf16": {"set": "*, bfloat16", "variant": bf16}})
         for label, (fp32, bf16) in (ours | {name: (name, name) for name in others}).items()
@@ -68,7 +99,9 @@ def _mask_rows() -> list[tuple[str, Mapping[str, Selection]]]:
         *rows("SmolLM2, r = 32", "smollm2", 32, "default, cold"),
         *rows("SmolLM2, r = 32, after 25 steps at lr 1e-4", "smollm2 after 25 steps at lr 0.0001", 32, "warm"),
         *rows("MiniLM, r = 32", "minilm", 32, "default, cold"),
-        *rows("4096 x 11008, slow spectrum, r = 64", "4096x11008", 64, *published, "Gram + eigh + topk", "default, cold"),
+        *rows(
+            "4096 x 11008, slow spectrum, r = 64", "4096x11008", 64, *published, "Gram + eigh + topk", "default, cold"
+        ),
         *rows("the same, selected entries moved by 3 %", "4096x11008, changed by 3 %", 64, "warm"),
     ]
 
@@ -124,7 +157,8 @@ TABLES = {
             "dense gradients": "{dense.median_ms:.3g} ms, **{dense.ratio:.2f} x**",
             "packed gradients": "{packed.median_ms:.3g} ms, **{packed.ratio:.2f} x**",
             "published step": "{published.median_ms:.3g} ms",
-            "over ours, dense / packed": "{published.median_ms/dense.median_ms:.1f} / {published.median_ms/packed.median_ms:.1f} x",
+            "over ours, dense / packed": "{published.median_ms/dense.median_ms:.1f} / "
+            "{published.median_ms/packed.median_ms:.1f} x",
             "of the floor, dense / packed": "{dense.share_of_floor:.0%} / {packed.share_of_floor:.0%}",
         },
         _step_rows(),
@@ -182,7 +216,8 @@ TABLES = {
             "after ": "{row.neutral_after:.3f}",
             "trained": "{row.entries/M:.2f} M, {row.density:.2%}",
             "optimizer state": "{row.state_bytes/MiB:.1f} MiB, {row.state_bytes/row.dense_state_bytes:.1%} of dense",
-            "on top of the frozen model": "{row.extra_bytes/MiB:.1f} MiB, {row.extra_bytes_an_entry:.2f} bytes an entry",
+            "on top of the frozen model": "{row.extra_bytes/MiB:.1f} MiB, "
+            "{row.extra_bytes_an_entry:.2f} bytes an entry",
         },
         each=[{"status": "ok"}],
     ),
@@ -313,7 +348,9 @@ TABLES = {
             "GB, helpers": "{helpers.bytes/GB:.1f}",
             "TFLOP, helpers": "{helpers.tf32_flops/T:.2f}, {helpers.fp32_flops/T:.2f}",
         },
-        [(part, {way: {"part": part, "way": way} for way in ("twins", "helpers")})
-         for part in ("whole matrices", "tall blocks", "eigenproblems")],
+        [
+            (part, {way: {"part": part, "way": way} for way in ("twins", "helpers")})
+            for part in ("whole matrices", "tall blocks", "eigenproblems")
+        ],
     ),
 }

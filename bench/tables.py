@@ -2,10 +2,11 @@
 
     python -m bench.tables [--check] [README ...]
 
-Between ``<!-- table: NAME (from bench/results/DEVICE/FILE.csv; python -m bench.tables) -->`` and ``<!-- end -->`` stands the table
-NAME of `bench.table_specs`, made of that file, and below it where the rows come from. Without ``--check`` the READMEs are
-rewritten, with it nothing is written and the exit status is 1 with a diff where one says something else. The exit status is 2 when
-a marked table cannot be made: its file, a row or a column of it is missing, or no such table is described.
+Between ``<!-- table: NAME (from bench/results/DEVICE/FILE.csv; python -m bench.tables) -->`` and
+``<!-- end -->`` stands the table NAME of `bench.table_specs`, made of that file, and below it where
+the rows come from. Without ``--check`` the READMEs are rewritten, with it nothing is written and
+the exit status is 1 with a diff where one says something else. The exit status is 2 when a marked
+table cannot be made: its file, a row or a column of it is missing, or no such table is described.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(r"^(<!-- table: (\S+) \(from (\S+\.csv); python -m bench\.tables\) -->\n)(.*?)^<!-- end -->$", re.M | re.S)
+BLOCK = re.compile(
+    r"^(<!-- table: (\S+) \(from (\S+\.csv); python -m bench\.tables\) -->\n)(.*?)^<!-- end -->$", re.M | re.S
+)
 UNITS = {"ms": 1e-3, "KiB": 2.0**10, "MiB": 2.0**20, "M": 1e6, "GB": 1e9, "T": 1e12}
 ORIGIN = {"device": "{}", "torch": "torch {}", "compiler": "{}", "runs": "repeats: {}", "commit": "commit {}"}
 
@@ -42,9 +45,10 @@ class Missing(Exception):
 class Table:
     """A Markdown table made of the rows of a CSV.
 
-    ``columns``: headers and the format of their cells, as `Cell` reads it. ``rows``: one line each, its ``label`` (a field of that
-    name) and which rows of the CSV its other fields mean, by alias. ``each``: a line for every selected row of the CSV, under
-    the alias ``row``. A first cell like the one above it is left blank.
+    ``columns``: headers and the format of their cells, as `Cell` reads it. ``rows``: one line each,
+    its ``label`` (a field of that name) and which rows of the CSV its other fields mean, by alias.
+    ``each``: a line for every selected row of the CSV, under the alias ``row``. A first cell like
+    the one above it is left blank.
     """
 
     csv: str
@@ -56,9 +60,9 @@ class Table:
 class Cell(string.Formatter):
     """Formats cells: ``{alias.column:format}``, numbers where the CSV has numbers.
 
-    A quotient is ``{a.x/b.y}``; the divisor may be a unit of `UNITS`. Where an alias means several rows, the least and the largest
-    number are given, or the different texts. ``||`` separates alternatives; the first one without an empty field is taken, else the
-    cell is empty.
+    A quotient is ``{a.x/b.y}``; the divisor may be a unit of `UNITS`. Where an alias means several
+    rows, the least and the largest number are given, or the different texts. ``||`` separates
+    alternatives; the first one without an empty field is taken, else the cell is empty.
     """
 
     def cell(self, text: str, picks: Mapping[str, Sequence[Mapping[str, str]]], label: str) -> str:
@@ -82,7 +86,9 @@ class Cell(string.Formatter):
             return value
         if isinstance(value[0], str):
             return ", ".join(dict.fromkeys(value)).replace("|", r"\|")
-        return "..".join(dict.fromkeys(format(number, format_spec or "g").replace("%", " %") for number in (value[0], value[-1])))
+        return "..".join(
+            dict.fromkeys(format(number, format_spec or "g").replace("%", " %") for number in (value[0], value[-1]))
+        )
 
     def _values(self, name: str, picks: Mapping) -> list:
         """Sorted numbers or, if one of them is none, texts in their order."""
@@ -120,7 +126,9 @@ def render(table: Table, rows: Sequence[dict]) -> str:
         cells.append([first if first != above else "", *others])
         above = first
     body = [list(table.columns), ["---"] * len(table.columns), *cells]
-    origin = [text.format(" and ".join(distinct(used, column))) for column, text in ORIGIN.items() if distinct(used, column)]
+    origin = [
+        text.format(" and ".join(distinct(used, column))) for column, text in ORIGIN.items() if distinct(used, column)
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in body) + f"\n\n*{'; '.join(origin)}*\n"
 
 
@@ -129,7 +137,9 @@ def distinct(rows: Sequence[dict], column: str) -> list[str]:
 
 
 def rewrite(text: str, tables: Mapping[str, Table], root: Path = ROOT) -> str:
-    """The text with every marked table made anew. TableError names the table that cannot be made."""
+    """The text with every marked table made anew. TableError names the table that cannot be
+    made.
+    """
 
     def replace(match: re.Match) -> str:
         marker, name, path, _ = match.groups()
@@ -154,7 +164,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("readmes", nargs="*", type=Path, default=[ROOT / "README.md", ROOT / "csrc" / "README.md"])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 when a README differs from the CSVs")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit status 1 when a README differs from the CSVs"
+    )
     arguments = parser.parse_args(argv)
     differs = False
     for readme in arguments.readmes:
@@ -166,7 +178,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         differs |= old != new
         if arguments.check:
-            sys.stdout.writelines(difflib.unified_diff(old.splitlines(True), new.splitlines(True), str(readme), "from the CSVs"))
+            sys.stdout.writelines(
+                difflib.unified_diff(old.splitlines(True), new.splitlines(True), str(readme), "from the CSVs")
+            )
             continue
         if old != new:
             readme.write_text(new)

@@ -1,8 +1,9 @@
-"""Ways of fine-tuning a causal language model, for `bench_training` and `bench_memory`: ours and its peers.
+"""Ways of fine-tuning a causal language model, for `bench_training` and `bench_memory`: ours and
+its peers.
 
-The adapters get about as many trained entries as LIFT: their rank is density * sum of m n / sum of (m + n) over the matrices.
-LIFT, LoRA and SHiRA train the matrices of the linear layers but the head; full fine-tuning and GaLore every parameter, GaLore's
-projections being those of the matrices.
+The adapters get about as many trained entries as LIFT: their rank is density * sum of m n / sum of
+(m + n) over the matrices. LIFT, LoRA and SHiRA train the matrices of the linear layers but the
+head; full fine-tuning and GaLore every parameter, GaLore's projections being those of the matrices.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ def lift(packed: bool) -> Callable[..., torch.optim.Optimizer]:
 
     def build(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
         if packed:
-            groups = pack_gradients(model, density=DENSITY, freeze_rest=True)  # the default rank, 64 or the smaller side
+            groups = pack_gradients(
+                model, density=DENSITY, freeze_rest=True
+            )  # the default rank, 64 or the smaller side
         else:
             groups = lift_param_groups(model, freeze_rest=True)
         interval = min(INTERVAL, len(groups[0]["params"]))
@@ -103,7 +106,9 @@ def failed(name: str, error: BaseException) -> str:
 
 @dataclass
 class Step:
-    """Seconds of the parts of one training step. ``refresh``: of new masks, not counted in ``optimizer``."""
+    """Seconds of the parts of one training step. ``refresh``: of new masks, not counted in
+    ``optimizer``.
+    """
 
     forward_backward: float
     optimizer: float
@@ -116,7 +121,9 @@ class Step:
 
 @dataclass
 class Trainer:
-    """``model``, trained by one method on one batch. ``losses``: of each step before its update; ``setup``: seconds to here."""
+    """``model``, trained by one method on one batch. ``losses``: of each step before its update;
+    ``setup``: seconds to here.
+    """
 
     name: str
     model: nn.Module
@@ -160,8 +167,11 @@ class Trainer:
         return time.perf_counter()
 
 
-def reference_losses(model: nn.Module, tokens: Tensor, steps: int, lists: Sequence[Tensor] | None = None) -> list[float]:
-    """Losses of plain torch code on a copy of ``model``: AdamW's for-loop over all weights, or over the entries in ``lists``.
+def reference_losses(
+    model: nn.Module, tokens: Tensor, steps: int, lists: Sequence[Tensor] | None = None
+) -> list[float]:
+    """Losses of plain torch code on a copy of ``model``: AdamW's for-loop over all weights, or over
+    the entries in ``lists``.
 
     Those entries of the matrices are gathered as fp32 vectors, which are then the parameters.
     """
@@ -186,11 +196,15 @@ def reference_losses(model: nn.Module, tokens: Tensor, steps: int, lists: Sequen
 
 
 def flops(name: str, model: nn.Module, tokens: Tensor) -> float:
-    """FLOPs of a step of ``name`` on the plain ``model``, as the docstring of `bench_training` counts them."""
+    """FLOPs of a step of ``name`` on the plain ``model``, as the docstring of `bench_training`
+    counts them.
+    """
     config, count, length = model.config, tokens.numel(), tokens.shape[1]
     inside = sum(w.numel() for w in matrices(model))
     head = config.vocab_size * config.hidden_size
-    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     attention = 6 * length * width * config.num_hidden_layers * count
     everything = name == FULL or name.startswith("GaLore")
     total = 4 * count * (inside + head) + attention + (2 * count * head if everything else 0)
@@ -220,9 +234,16 @@ def llama_config(hidden: int, inner: int, layers: int, vocabulary: int) -> Any:
 
     heads = max(2, hidden // 64)
     return LlamaConfig(
-        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, vocab_size=vocabulary, num_attention_heads=heads,
-        num_key_value_heads=heads, pad_token_id=None, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        vocab_size=vocabulary,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
 
 
 TINY = (32, 64, 2, 64)
@@ -260,8 +281,11 @@ def random_tokens(vocabulary: int, shape: tuple[int, int], device: str) -> Tenso
     return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def peak_memory(name: str, config: Any, dtype: torch.dtype, shape: tuple[int, int], device: str, threads: int) -> list[int]:
-    """Bytes of a random model, and what preparing it for ``name`` and two steps each take beyond them at their peak.
+def peak_memory(
+    name: str, config: Any, dtype: torch.dtype, shape: tuple[int, int], device: str, threads: int
+) -> list[int]:
+    """Bytes of a random model, and what preparing it for ``name`` and two steps each take beyond
+    them at their peak.
 
     For a process of its own.
     """
@@ -280,17 +304,29 @@ def peak_memory(name: str, config: Any, dtype: torch.dtype, shape: tuple[int, in
     return [size, preparing, peak(device) - before]
 
 
-def peaks(names: Sequence[str], config: Any, dtype: torch.dtype, shape: tuple[int, int], device: str) -> dict[str, dict]:
-    """`peak_memory` of each method in a process of its own, one at a time; columns of its row, or a status that says why not."""
-    context = multiprocessing.get_context("forkserver")  # imports once; its children have no thread and no CUDA to inherit
+def peaks(
+    names: Sequence[str], config: Any, dtype: torch.dtype, shape: tuple[int, int], device: str
+) -> dict[str, dict]:
+    """`peak_memory` of each method in a process of its own, one at a time; columns of its row, or a
+    status that says why not.
+    """
+    context = multiprocessing.get_context(
+        "forkserver"
+    )  # imports once; its children have no thread and no CUDA to inherit
     context.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", "peft", "lift_kernels"])
     found: dict[str, dict] = {}
     for name in names:
         with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
             arguments = (name, config, dtype, shape, device, torch.get_num_threads())
             try:
-                model, preparing, steps = (round(size / 2**20, 1) for size in pool.submit(peak_memory, *arguments).result())
-                found[name] = {"model_mib": model, "peak_over_model_mib": max(preparing, steps), "steps_peak_mib": steps}
+                model, preparing, steps = (
+                    round(size / 2**20, 1) for size in pool.submit(peak_memory, *arguments).result()
+                )
+                found[name] = {
+                    "model_mib": model,
+                    "peak_over_model_mib": max(preparing, steps),
+                    "steps_peak_mib": steps,
+                }
             except Exception as error:  # whatever a foreign package raises, or a process that was killed
                 found[name] = {"memory_status": failed(name, error)}
     return found

@@ -1,4 +1,6 @@
-"""lift_kernels: fused kernels for LIFT fine-tuning, which trains only the principal weights of a model."""
+"""lift_kernels: fused kernels for LIFT fine-tuning, which trains only the principal weights of a
+model.
+"""
 
 from .delta import apply_delta, delta_info, revert_delta, save_delta, switch_delta
 from .dispatch import Backend, backends

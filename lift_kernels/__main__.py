@@ -26,7 +26,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--data", metavar="JSONL", help='lines of {"question": ..., "answer": ...}; a fifth at most is held out')
     add("--method", help="lift, full, lora or random: as many entries as lift, but chosen at random (default: lift)")
-    add("--gradients", help="packed or dense, of methods lift and random: the same training, other memory (default: packed)")
+    add(
+        "--gradients",
+        help="packed or dense, of methods lift and random: the same training, other memory (default: packed)",
+    )
     add("--density", type=float, help="share of each matrix that is trained (default: 0.05)")
     add("--rank", type=int, help="rank of the approximation that selects the entries (default: 64)")
     add("--budget-rank", type=int, help="train (rows + columns) x this many entries a matrix, instead of --density")
@@ -42,7 +45,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--name", help="directory of the run inside --output (default: method and time)")
     add("--output", metavar="DIR", help="directory of all runs (default: runs)")
     add("--save-steps", type=int, metavar="STEPS", help="steps between checkpoints, 0 for none (default: 20)")
-    add("--resume", metavar="DIR", help="go on with the interrupted run in this directory, to the same bits; no other option")
+    add(
+        "--resume",
+        metavar="DIR",
+        help="go on with the interrupted run in this directory, to the same bits; no other option",
+    )
     add_commands(commands)
     return parser
 

@@ -1,4 +1,6 @@
-"""Where the k-th largest |W_r| is expected: intervals that let `lowrank_topk` choose in one sweep."""
+"""Where the k-th largest |W_r| is expected: intervals that let `lowrank_topk` choose in one
+sweep.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from torch import Tensor
 from .reference import counter_hash
 
 WIDTH = 0.02
-"""Half width, relative, of the interval around the threshold of the last refresh: its rms error is 0.1 %, 0.6 % at most."""
+"""Half width, relative, of the interval around the threshold of the last refresh: its rms error is
+0.1 %, 0.6 % at most.
+"""
 _MIN_SAMPLES, _MAX_SAMPLES, _SHARE = 1024, 16384, 16
 _DEVIATIONS = 3.0  # of the sampled quantile: misses one bracket in four hundred, which costs three sweeps more
 
@@ -19,9 +23,11 @@ def around(threshold: Tensor) -> Tensor:
 
 
 def sampled(left: Tensor, right: Tensor, k: int) -> Tensor:
-    """(2,) fp32 interval from quantiles of drawn entries of |left right^T|; the same for the same factors.
+    """(2,) fp32 interval from quantiles of drawn entries of |left right^T|; the same for the same
+    factors.
 
-    Entries are drawn one by one, one in each of S equal stretches of the matrix: whole tiles would be correlated.
+    Entries are drawn one by one, one in each of S equal stretches of the matrix: whole tiles would
+    be correlated.
     """
     m, n = left.shape[0], right.shape[0]
     numel = m * n
@@ -34,6 +40,8 @@ def sampled(left: Tensor, right: Tensor, k: int) -> Tensor:
     share = k / numel
     spread = _DEVIATIONS * (share * (1 - share) / count) ** 0.5
     low, high = int((1 - share - spread) * count) - 1, int((1 - share + spread) * count) + 2
-    edges = [magnitude[low] if low >= 0 else magnitude.new_zeros(()),
-             magnitude[high] if high < count else magnitude.new_full((), torch.inf)]  # fmt: skip
+    edges = [
+        magnitude[low] if low >= 0 else magnitude.new_zeros(()),
+        magnitude[high] if high < count else magnitude.new_full((), torch.inf),
+    ]
     return torch.stack(edges)

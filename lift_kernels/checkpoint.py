@@ -1,4 +1,6 @@
-"""Checkpoints of training: any nest of tensors and plain values in one sealed file, and the state of all random generators."""
+"""Checkpoints of training: any nest of tensors and plain values in one sealed file, and the state
+of all random generators.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,12 @@ KIND = "checkpoint"
 
 
 def save_checkpoint(path: str | Path, state: Any) -> None:
-    """Write ``state``, a nest of dicts, lists and tuples of tensors, numbers, strings, dtypes and None, to one file.
+    """Write ``state``, a nest of dicts, lists and tuples of tensors, numbers, strings, dtypes and
+    None, to one file.
 
-    What ``torch.save`` does for a training loop, but without pickle, with a checksum, and atomically: until the new file is
-    complete and on the disk, an old one of that name stays. Raises TypeError for a value of another type, and FileError where
-    the disk refuses.
+    What ``torch.save`` does for a training loop, but without pickle, with a checksum, and
+    atomically: until the new file is complete and on the disk, an old one of that name stays.
+    Raises TypeError for a value of another type, and FileError where the disk refuses.
     """
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_encode(state, "state", tensors))
@@ -33,7 +36,9 @@ def save_checkpoint(path: str | Path, state: Any) -> None:
 
 
 def load_checkpoint(path: str | Path) -> Any:
-    """What `save_checkpoint` wrote, to the bit, tensors on the CPU. Raises FileError for a damaged file or one of another kind."""
+    """What `save_checkpoint` wrote, to the bit, tensors on the CPU. Raises FileError for a damaged
+    file or one of another kind.
+    """
     with SealedFile(path, KIND) as file:
         try:
             return _decode(file.json("tree"), file)
@@ -42,7 +47,9 @@ def load_checkpoint(path: str | Path) -> Any:
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of the random generators of Python, NumPy and torch on every device, for `save_checkpoint`."""
+    """The state of the random generators of Python, NumPy and torch on every device, for
+    `save_checkpoint`.
+    """
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     state = np.random.get_state()
     assert isinstance(state, tuple)
@@ -62,7 +69,9 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def _encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON for a nest; its tensors go to ``tensors``. Containers and what JSON lacks become {"kind": content}."""
+    """JSON for a nest; its tensors go to ``tensors``. Containers and what JSON lacks become
+    {"kind": content}.
+    """
     if isinstance(value, Tensor):
         tensors[place] = value
         return {"tensor": place}

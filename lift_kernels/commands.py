@@ -1,4 +1,6 @@
-"""The commands beside ``finetune``: their arguments and what they print. Heavy imports wait until a command runs."""
+"""The commands beside ``finetune``: their arguments and what they print. Heavy imports wait until a
+command runs.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,17 @@ def add_commands(commands: Any) -> None:
     delta = commands.add_parser("delta", help="make, apply, revert or describe a delta file: what fine-tuning changed")
     actions = delta.add_subparsers(dest="action", required=True)
     make = actions.add_parser("make", help="write every entry that differs from the base")
-    make.add_argument("model", metavar="MODEL", help="the fine-tuned model: a directory with safetensors or one such file")
+    make.add_argument(
+        "model", metavar="MODEL", help="the fine-tuned model: a directory with safetensors or one such file"
+    )
     make.add_argument("output", metavar="DELTA", help="the file to write")
     make.add_argument("--base", metavar="MODEL", help=MODEL_HELP)
     apply = actions.add_parser("apply", help="write the fine-tuned model: the base with a delta")
     apply.add_argument("--base", metavar="MODEL", help=MODEL_HELP)
     revert = actions.add_parser("revert", help="write the base again: the fine-tuned model without the delta")
-    revert.add_argument("model", metavar="MODEL", help="the fine-tuned model: a directory with safetensors or one such file")
+    revert.add_argument(
+        "model", metavar="MODEL", help="the fine-tuned model: a directory with safetensors or one such file"
+    )
     for parser in (apply, revert):
         parser.add_argument("delta", metavar="DELTA")
         parser.add_argument("output", metavar="OUTPUT", help="the model to write; must not exist")
@@ -36,7 +42,9 @@ def add_commands(commands: Any) -> None:
     mask.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
     mask.add_argument("--density", type=float, default=0.05, help="share of each matrix that is chosen (default: 0.05)")
     mask.add_argument("--rank", type=int, default=64, help="rank of the approximation that chooses (default: 64)")
-    mask.add_argument("--budget-rank", type=int, help="choose (rows + columns) x this many entries, instead of --density")
+    mask.add_argument(
+        "--budget-rank", type=int, help="choose (rows + columns) x this many entries, instead of --density"
+    )
     mask.add_argument("--output", metavar="DIR", default="mask_report", help="where to write (default: mask_report)")
 
 
@@ -54,7 +62,9 @@ def run_command(options: argparse.Namespace) -> int:
             return 0
         return {"make": _make, "apply": _apply, "revert": _revert, "info": _info}[options.action](options)
     except ModuleNotFoundError as error:
-        print(f"error: the package {error.name} is missing; run `pip install 'lift_kernels[finetune]'`", file=sys.stderr)
+        print(
+            f"error: the package {error.name} is missing; run `pip install 'lift_kernels[finetune]'`", file=sys.stderr
+        )
     except (ValueError, TypeError, IndexError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     except KeyboardInterrupt:
@@ -110,19 +120,24 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _find_base(name: str | None, dtypes: list) -> tuple[Any, Any]:
-    """The base: a path where its tensors can be read from safetensors, else the model and tokenizer that transformers loads."""
+    """The base: a path where its tensors can be read from safetensors, else the model and tokenizer
+    that transformers loads.
+    """
     from .files import FileError
 
     path = None if name is None else Path(name).expanduser()
     if path is not None and (path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors")))):
-        # A bfloat16 base of a model that was trained in float32 has to be widened as the training did.
+        # A bfloat16 base of a model that was trained in float32 has to be widened as the training
+        # did.
         if path.is_file() or _floating_dtypes(path) == set(dtypes):
             return path, None
     from .finetune.modelio import find_model, load_model
     from .finetune.settings import UserError
 
     if len(dtypes) != 1:
-        raise FileError(f"a model in {len(dtypes)} dtypes needs a base in safetensors; save the base with save_pretrained first")
+        raise FileError(
+            f"a model in {len(dtypes)} dtypes needs a base in safetensors; save the base with save_pretrained first"
+        )
     try:
         return load_model(find_model(name), dtypes[0])
     except UserError as error:

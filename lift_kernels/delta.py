@@ -1,4 +1,6 @@
-"""Delta files: what fine-tuning changed, as a small file that is applied to the base and taken off again, to the bit."""
+"""Delta files: what fine-tuning changed, as a small file that is applied to the base and taken off
+again, to the bit.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +29,13 @@ _STALE = (".safetensors", ".gguf", *PICKLED)
 def save_delta(
     model: Model, base: Model, path: str | Path, settings: Mapping[str, Any] | None = None, *, progress: bool = False
 ) -> DeltaInfo:
-    """Write every entry in which ``model`` differs from ``base`` to a delta file: sorted int32 indices, old and new values.
+    """Write every entry in which ``model`` differs from ``base`` to a delta file: sorted int32
+    indices, old and new values.
 
-    Both are read one tensor at a time; either may be a module, a state dict, a model directory with safetensors or one such
-    file. ``settings`` (JSON) are kept in the file. The file appears when it is complete; one that was there before stays until
-    then. Raises FileError or ValueError, naming the tensor, for models of different form and for non-finite values.
+    Both are read one tensor at a time; either may be a module, a state dict, a model directory with
+    safetensors or one such file. ``settings`` (JSON) are kept in the file. The file appears when it
+    is complete; one that was there before stays until then. Raises FileError or ValueError, naming
+    the tensor, for models of different form and for non-finite values.
     """
     described = json.dumps(dict(settings or {}))
     with open_weights(model) as new, open_weights(base) as old:
@@ -67,46 +71,71 @@ def delta_info(path: str | Path) -> DeltaInfo:
 def apply_delta(model: nn.Module | str | Path, path: str | Path, output: str | Path | None = None) -> None:
     """Turn the base of a delta into the fine-tuned model, exactly.
 
-    A module is changed in place. For a model directory, or one safetensors file, ``output`` names the copy to write. Everything is
-    checked before anything is written; raises FileError for a damaged delta and for a model that is not its base.
+    A module is changed in place. For a model directory, or one safetensors file, ``output`` names
+    the copy to write. Everything is checked before anything is written; raises FileError for a
+    damaged delta and for a model that is not its base.
     """
     with Delta(path) as delta:
-        _require_model(model, delta.info.base, f"{path} was made for another base", "give the base that it was made from")
+        _require_model(
+            model, delta.info.base, f"{path} was made for another base", "give the base that it was made from"
+        )
         _write(model, [(delta, False)], output)
 
 
 def revert_delta(model: nn.Module | str | Path, path: str | Path, output: str | Path | None = None) -> None:
     """Turn the fine-tuned model back into the base, exactly; as `apply_delta`."""
     with Delta(path) as delta:
-        _require_model(model, delta.info.result, f"{path} is not what was applied to this model last",
-                       "give the model with exactly this delta applied")  # fmt: skip
+        _require_model(
+            model,
+            delta.info.result,
+            f"{path} is not what was applied to this model last",
+            "give the model with exactly this delta applied",
+        )
         _write(model, [(delta, True)], output)
 
 
-def switch_delta(model: nn.Module | str | Path, current: str | Path, wanted: str | Path, output: str | Path | None = None) -> None:
+def switch_delta(
+    model: nn.Module | str | Path, current: str | Path, wanted: str | Path, output: str | Path | None = None
+) -> None:
     """Take off the delta ``current`` and apply ``wanted``, of the same base; as `apply_delta`."""
     with Delta(current) as old, Delta(wanted) as new:
-        require(old.info.base == new.info.base, f"{current} and {wanted} were made for different bases; choose deltas of one base",
-                FileError)  # fmt: skip
-        _require_model(model, old.info.result, f"{current} is not what was applied to this model last",
-                       "give the model with exactly this delta applied")  # fmt: skip
+        require(
+            old.info.base == new.info.base,
+            f"{current} and {wanted} were made for different bases; choose deltas of one base",
+            FileError,
+        )
+        _require_model(
+            model,
+            old.info.result,
+            f"{current} is not what was applied to this model last",
+            "give the model with exactly this delta applied",
+        )
         _write(model, [(old, True), (new, False)], output)
 
 
 def _require_model(model: Model, expected: str, problem: str, remedy: str) -> None:
     found = fingerprint(model)
-    require(found == expected, f"{problem} (fingerprint {expected[:12]}, this model has {found[:12]}); {remedy}", FileError)
+    require(
+        found == expected, f"{problem} (fingerprint {expected[:12]}, this model has {found[:12]}); {remedy}", FileError
+    )
 
 
 def _check_forms(new: Weights, old: Weights) -> None:
     """Raise FileError unless both hold the same tensors."""
     for one, other in ((new, old), (old, new)):
         extra = sorted(one.forms.keys() - other.forms.keys())
-        require(not extra, f"{one.label} holds {len(extra)} tensors that {other.label} lacks, {extra[:1]} for one; "
-                "give two checkpoints of one architecture, both saved in the same way", FileError)  # fmt: skip
+        require(
+            not extra,
+            f"{one.label} holds {len(extra)} tensors that {other.label} lacks, {extra[:1]} for one; "
+            "give two checkpoints of one architecture, both saved in the same way",
+            FileError,
+        )
     for name, form in old.forms.items():
-        require(new.forms[name] == form, f"{name} is {form} in {old.label} and {new.forms[name]} in {new.label}; "
-                "save both in one dtype", FileError)  # fmt: skip
+        require(
+            new.forms[name] == form,
+            f"{name} is {form} in {old.label} and {new.forms[name]} in {new.label}; save both in one dtype",
+            FileError,
+        )
 
 
 def _changed(name: str, old: Tensor, new: Tensor) -> Tensor:
@@ -114,8 +143,11 @@ def _changed(name: str, old: Tensor, new: Tensor) -> Tensor:
     if new.dtype in WEIGHT_DTYPES:
         check_finite(new, name)
     changed = (bits(old) != bits(new)).nonzero().flatten()
-    require(not changed.numel() or old.numel() <= MAX_ENTRIES,
-            f"{name} changed and has {old.numel()} entries; int32 indices reach 2^31-1", FileError)  # fmt: skip
+    require(
+        not changed.numel() or old.numel() <= MAX_ENTRIES,
+        f"{name} changed and has {old.numel()} entries; int32 indices reach 2^31-1",
+        FileError,
+    )
     return changed
 
 
@@ -128,10 +160,13 @@ def _progress(names: list[str], wanted: bool) -> Iterable[str]:
 
 
 def _write(model: nn.Module | str | Path, moves: list[tuple[Delta, bool]], output: str | Path | None) -> None:
-    """Check each delta against the model, then put in its new values, or with True its old ones, one delta after the other."""
+    """Check each delta against the model, then put in its new values, or with True its old ones,
+    one delta after the other.
+    """
     with open_weights(model) as weights:
         for i, (delta, reverse) in enumerate(moves):
-            # What a later delta replaces is there only once the first is off; the fingerprints vouch for it.
+            # What a later delta replaces is there only once the first is off; the fingerprints
+            # vouch for it.
             delta.check(weights, reverse=reverse, values=i == 0)
     if isinstance(model, nn.Module):
         require(output is None, "output is for model directories and files; a module is changed in place")
@@ -167,7 +202,9 @@ def _write_copy(source: Path, moves: list[tuple[Delta, bool]], output: Path) -> 
         copy = work / output.name
         files = [file.resolve() for file in weight_files(source)]
         if source.is_dir():
-            shutil.copytree(source, copy, ignore=lambda folder, names: [n for n in names if _stale(Path(folder) / n, files)])
+            shutil.copytree(
+                source, copy, ignore=lambda folder, names: [n for n in names if _stale(Path(folder) / n, files)]
+            )
             patched = [copy / file.name for file in weight_files(source)]
         else:
             shutil.copyfile(source, copy)
@@ -177,7 +214,9 @@ def _write_copy(source: Path, moves: list[tuple[Delta, bool]], output: Path) -> 
         copy.rename(output)
         sync_folder(output.parent)
     except OSError as error:
-        raise FileError(f"cannot write {output}: {error.strerror or error}; free some space or choose another place") from error
+        raise FileError(
+            f"cannot write {output}: {error.strerror or error}; free some space or choose another place"
+        ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -1,4 +1,6 @@
-"""What a delta file holds, and its checks: sorted indices with old and new values of every entry that changed."""
+"""What a delta file holds, and its checks: sorted indices with old and new values of every entry
+that changed.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from .weights import Weights
 
 KIND = "delta"
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By bytes an element: how values are compared and written, so that -0.0 and NaN count like any other bits."""
+"""By bytes an element: how values are compared and written, so that -0.0 and NaN count like any
+other bits.
+"""
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,8 @@ class DeltaInfo:
 
     Attributes:
         base, result: fingerprints of the models without and with the delta.
-        shapes, dtypes, counts: by name of each tensor that changed: its form and how many of its entries changed.
+        shapes, dtypes, counts: by name of each tensor that changed: its form and how many of its
+            entries changed.
         settings: of the method, as they were given to `save_delta`.
         file_bytes: size of the file.
     """
@@ -46,7 +51,9 @@ class DeltaInfo:
 
 
 class Delta:
-    """An open delta file, read one tensor at a time. Raises FileError for a file that is not exactly what `save_delta` wrote."""
+    """An open delta file, read one tensor at a time. Raises FileError for a file that is not
+    exactly what `save_delta` wrote.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -68,7 +75,9 @@ class Delta:
         self._file.close()
 
     def read(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Indices (int32, sorted, within the tensor), old and new values (the tensor's dtype) of the tensor ``name``."""
+        """Indices (int32, sorted, within the tensor), old and new values (the tensor's dtype) of
+        the tensor ``name``.
+        """
         indices, old, new = (self._file.read(part) for part in parts(name))
         try:
             check_index_list(indices, math.prod(self.info.shapes[name]), name)
@@ -77,21 +86,28 @@ class Delta:
         return indices, old, new
 
     def check(self, weights: Weights, *, reverse: bool = False, values: bool = True) -> None:
-        """Raise FileError unless every index list is right and ``weights`` hold the values that this delta replaces.
+        """Raise FileError unless every index list is right and ``weights`` hold the values that
+        this delta replaces.
 
         ``reverse``: the new values instead of the old ones; ``values=False`` compares none.
         """
         for name, shape in self.info.shapes.items():
             form = (self.info.dtypes[name], shape)
-            require(weights.forms.get(name) == form,
-                    f"{self.path} changes {name} of form {form}, {weights.label} has {weights.forms.get(name)}; "
-                    "give the model that it was made for", FileError)  # fmt: skip
+            require(
+                weights.forms.get(name) == form,
+                f"{self.path} changes {name} of form {form}, {weights.label} has {weights.forms.get(name)}; "
+                "give the model that it was made for",
+                FileError,
+            )
             indices, old, new = self.read(name)
             if values:
                 present = bits(weights.read(name))[indices.long()]
-                require(torch.equal(present, bits(new if reverse else old)),
-                        f"{self.path}: {name} of {weights.label} holds other values than this delta replaces; "
-                        "give the model that it was made for", FileError)  # fmt: skip
+                require(
+                    torch.equal(present, bits(new if reverse else old)),
+                    f"{self.path}: {name} of {weights.label} holds other values than this delta replaces; "
+                    "give the model that it was made for",
+                    FileError,
+                )
 
     def _check(self) -> DeltaInfo:
         file = self._file

@@ -17,13 +17,17 @@ def dense_adamw_(
     inv_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    """One step of torch's AdamW, fused where torch has that, on parameters that have a gradient; fills ``state`` when new.
+    """One step of torch's AdamW, fused where torch has that, on parameters that have a gradient;
+    fills ``state`` when new.
 
-    Gradients are multiplied by ``inv_scale`` (0-dim) in a copy; a non-zero ``found_inf`` leaves everything as it was.
+    Gradients are multiplied by ``inv_scale`` (0-dim) in a copy; a non-zero ``found_inf`` leaves
+    everything as it was.
     """
     for p in parameters:
         if not state[p]:
-            moments = {key: torch.zeros_like(p, memory_format=torch.preserve_format) for key in ("exp_avg", "exp_avg_sq")}
+            moments = {
+                key: torch.zeros_like(p, memory_format=torch.preserve_format) for key in ("exp_avg", "exp_avg_sq")
+            }
             state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device), **moments}
     grads: list[Any] = [p.grad for p in parameters]
     if inv_scale is not None:
@@ -31,11 +35,25 @@ def dense_adamw_(
     states = [state[p] for p in parameters]
     fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
     adamw(
-        list(parameters), grads, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
-        [s["step"] for s in states], fused=fused, foreach=False, capturable=group["capturable"], grad_scale=None,
-        found_inf=found_inf if fused else None, amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
-        weight_decay=group["weight_decay"], eps=group["eps"], maximize=group["maximize"],
-    )  # fmt: skip
+        list(parameters),
+        grads,
+        [s["exp_avg"] for s in states],
+        [s["exp_avg_sq"] for s in states],
+        [],
+        [s["step"] for s in states],
+        fused=fused,
+        foreach=False,
+        capturable=group["capturable"],
+        grad_scale=None,
+        found_inf=found_inf if fused else None,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=group["maximize"],
+    )
 
 
 def _scaled(grad: Tensor, factor: Tensor) -> Tensor:

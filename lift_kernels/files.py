@@ -19,10 +19,19 @@ from .checks import require
 MAX_HEADER = 100_000_000
 """Bytes: as much as the safetensors library itself accepts."""
 _DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 """How safetensors spells a dtype."""
 
@@ -44,8 +53,9 @@ class Entry:
 class TensorFile:
     """A safetensors file whose tensors are read one at a time.
 
-    Nothing is allocated before it is known to fit: the header must be smaller than the file, and the tensors must fill the rest
-    of it exactly. Raises FileError for a file that cannot be read or is truncated or malformed.
+    Nothing is allocated before it is known to fit: the header must be smaller than the file, and
+    the tensors must fill the rest of it exactly. Raises FileError for a file that cannot be read or
+    is truncated or malformed.
 
     Attributes:
         entries: by tensor name.
@@ -76,7 +86,9 @@ class TensorFile:
         self._file.close()
 
     def read(self, name: str) -> Tensor:
-        """A tensor of its own, on the CPU. Raises FileError when the file lacks it or became shorter."""
+        """A tensor of its own, on the CPU. Raises FileError when the file lacks it or became
+        shorter.
+        """
         self._require(name in self.entries, f"holds no tensor {name}")
         entry = self.entries[name]
         buffer = torch.empty(entry.end - entry.start, dtype=torch.uint8)
@@ -93,14 +105,18 @@ class TensorFile:
         return self._data + self.entries[name].start
 
     def _require(self, condition: bool, problem: str) -> None:
-        require(condition, f"{self.path} {problem}; it is damaged or of another kind: fetch or make it again", FileError)
+        require(
+            condition, f"{self.path} {problem}; it is damaged or of another kind: fetch or make it again", FileError
+        )
 
     def _read_header(self) -> tuple[bytes, int]:
         try:
             size = os.fstat(self._file.fileno()).st_size
             length = int.from_bytes(self._file.read(8), "little")
             self._require(size >= 8, f"has {size} bytes and is no safetensors file")
-            self._require(0 < length <= min(size - 8, MAX_HEADER), f"claims a header of {length} bytes in a file of {size}")
+            self._require(
+                0 < length <= min(size - 8, MAX_HEADER), f"claims a header of {length} bytes in a file of {size}"
+            )
             header = self._file.read(length)
         except OSError as error:  # a directory, for one
             raise FileError(f"cannot read {self.path}: {error.strerror}; give a safetensors file") from error
@@ -112,11 +128,15 @@ class TensorFile:
         try:
             parsed = json.loads(self._header.decode("utf-8"), object_pairs_hook=_without_duplicates)
         except (ValueError, RecursionError) as error:
-            raise FileError(f"{self.path} has a header that is not valid JSON; it is damaged or no safetensors file") from error
+            raise FileError(
+                f"{self.path} has a header that is not valid JSON; it is damaged or no safetensors file"
+            ) from error
         self._require(isinstance(parsed, dict), "has a header that is no JSON object")
         metadata = parsed.pop("__metadata__", {})
-        self._require(isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()),
-                      "has metadata that are not strings")  # fmt: skip
+        self._require(
+            isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()),
+            "has metadata that are not strings",
+        )
         entries = {name: self._entry(name, value) for name, value in parsed.items()}
         end = 0
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
@@ -127,8 +147,10 @@ class TensorFile:
 
     def _entry(self, name: str, value: Any) -> Entry:
         shown = name[:80]
-        self._require(isinstance(value, dict) and value.keys() == {"dtype", "shape", "data_offsets"},
-                      f"describes the tensor {shown!r} wrongly")  # fmt: skip
+        self._require(
+            isinstance(value, dict) and value.keys() == {"dtype", "shape", "data_offsets"},
+            f"describes the tensor {shown!r} wrongly",
+        )
         dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
         self._require(isinstance(dtype, str) and dtype in _DTYPES, f"has the tensor {shown!r} of an unknown dtype")
         for numbers in (shape, offsets):
@@ -136,8 +158,10 @@ class TensorFile:
             self._require(good and len(numbers) < 64, f"has the tensor {shown!r} of a malformed shape or place")
         self._require(len(offsets) == 2, f"has the tensor {shown!r} of a malformed place")
         bytes_needed = math.prod(shape) * _DTYPES[dtype].itemsize
-        self._require(offsets[1] - offsets[0] == bytes_needed,
-                      f"has {offsets[1] - offsets[0]} bytes for the tensor {shown!r} of {bytes_needed}")  # fmt: skip
+        self._require(
+            offsets[1] - offsets[0] == bytes_needed,
+            f"has {offsets[1] - offsets[0]} bytes for the tensor {shown!r} of {bytes_needed}",
+        )
         return Entry(_DTYPES[dtype], tuple(shape), *offsets)
 
 
@@ -170,9 +194,11 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 class AtomicFile:
-    """A context manager that yields a binary file and gives it its name when the body has succeeded, flushed to the disk.
+    """A context manager that yields a binary file and gives it its name when the body has
+    succeeded, flushed to the disk.
 
-    Until then, and when the body fails, a file of that name stays as it was. Raises FileError where the disk refuses.
+    Until then, and when the body fails, a file of that name stays as it was. Raises FileError where
+    the disk refuses.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -206,8 +232,10 @@ class AtomicFile:
         if error is not None:
             Path(self._temporary).unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise FileError(f"cannot write {self.path}: {error.strerror}; free some space or choose another place; "
-                            "a file that was there is unchanged") from error  # fmt: skip
+            raise FileError(
+                f"cannot write {self.path}: {error.strerror}; free some space or choose another place; "
+                "a file that was there is unchanged"
+            ) from error
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:

@@ -1,8 +1,10 @@
-"""Other optimizers on the ``values`` of packed layers: torch.optim.SGD and the like, which know nothing of the weight.
+"""Other optimizers on the ``values`` of packed layers: torch.optim.SGD and the like, which know
+nothing of the weight.
 
-Two hooks around every optimizer's step, installed when the first layer is packed: before it, values follow a weight that was
-changed; after it, the weight follows the values. LiftAdamW writes both by itself. An index list cannot change under another
-optimizer, whose moments would then belong to other entries: a refresh raises.
+Two hooks around every optimizer's step, installed when the first layer is packed: before it, values
+follow a weight that was changed; after it, the weight follows the values. LiftAdamW writes both by
+itself. An index list cannot change under another optimizer, whose moments would then belong to
+other entries: a refresh raises.
 """
 
 from __future__ import annotations

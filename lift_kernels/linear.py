@@ -1,8 +1,9 @@
 """LiftLinear: linear layers whose weight gradient is born packed, as the k values at an index list.
 
-The layer's trainable parameter is ``values``, an fp32 vector of the selected entries. ``weight`` is a parameter without gradient
-that holds the values rounded to its dtype; the forward pass uses it alone, and ``values`` is in the autograd graph only to receive
-its gradient. Whoever changes ``values`` writes the weight too: LiftAdamW in its step, `PackedLinear.scatter` for everyone else.
+The layer's trainable parameter is ``values``, an fp32 vector of the selected entries. ``weight`` is
+a parameter without gradient that holds the values rounded to its dtype; the forward pass uses it
+alone, and ``values`` is in the autograd graph only to receive its gradient. Whoever changes
+``values`` writes the weight too: LiftAdamW in its step, `PackedLinear.scatter` for everyone else.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ _NO_SECOND = (
 class LiftLinearFunction(torch.autograd.Function):
     """y = x W^T + b with a packed weight gradient.
 
-    Differentiable in x (..., n), values (k,) and bias (m,); the value of ``values`` is not used. ``weight`` is (m, n), or (n, m)
-    with ``transposed``, and is cast to ``compute``.
+    Differentiable in x (..., n), values (k,) and bias (m,); the value of ``values`` is not used.
+    ``weight`` is (m, n), or (n, m) with ``transposed``, and is cast to ``compute``.
     """
 
     @staticmethod
@@ -45,8 +46,11 @@ class LiftLinearFunction(torch.autograd.Function):
         x, values, weight, bias, indices, ctx.transposed, ctx.compute, ctx.backend = inputs
         ctx.dtype = values.dtype
         needs_x, needs_values = ctx.needs_input_grad[:2]
-        # Only what backward reads. The index list is saved too, so that a refresh between the passes is noticed.
-        ctx.save_for_backward(x if needs_values else None, weight if needs_x else None, indices if needs_values else None)
+        # Only what backward reads. The index list is saved too, so that a refresh between the
+        # passes is noticed.
+        ctx.save_for_backward(
+            x if needs_values else None, weight if needs_x else None, indices if needs_values else None
+        )
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -82,10 +86,12 @@ def lift_linear(
     transposed: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """x W^T + b (x W + b with ``transposed``) whose weight gradient goes to ``values`` at the flat ``indices``. Honours autocast.
+    """x W^T + b (x W + b with ``transposed``) whose weight gradient goes to ``values`` at the flat
+    ``indices``. Honours autocast.
 
     Args:
-        x: (..., n). values: (k,) fp32; only its gradient matters here. weight: (m, n), holding the values at ``indices``.
+        x: (..., n). values: (k,) fp32; only its gradient matters here. weight: (m, n), holding the
+            values at ``indices``.
         indices: (k,) int32, sorted; trusted, as everywhere in a step.
 
     Raises ValueError when ``values`` and ``indices`` are not equally long.
@@ -104,7 +110,8 @@ def lift_linear(
 
 
 class PackedLinear(nn.Module):
-    """What packed layers share; a layer that was made plain becomes one by `pack` and plain again by `unpack`.
+    """What packed layers share; a layer that was made plain becomes one by `pack` and plain again
+    by `unpack`.
 
     Attributes:
         weight: parameter without gradient, the rounded values in it at ``indices``.
@@ -129,26 +136,36 @@ class PackedLinear(nn.Module):
     def check(module: nn.Module, name: str = "") -> None:
         """Raise, naming the layer, unless `pack` can convert it."""
         label = name or type(module).__name__
-        require("forward" not in vars(module),
-                f"{label}: its forward was replaced on the instance, which a packed layer would not call; pack the model before "
-                "another library wraps it", RuntimeError)  # fmt: skip
+        require(
+            "forward" not in vars(module),
+            f"{label}: its forward was replaced on the instance, which a packed layer would not call; pack "
+            "the model before "
+            "another library wraps it",
+            RuntimeError,
+        )
         weight = module.get_parameter("weight")
         check_matrix(weight, label)
         require(weight.dim() == 2, f"{label}: a layer's weight must be a matrix, got shape {tuple(weight.shape)}")
 
     @classmethod
-    def pack(cls, module: nn.Module, indices: Tensor, name: str = "", values: nn.Parameter | None = None) -> PackedLinear:
-        """Convert ``module`` in place: hooks, names and the weight itself stay. ``values`` are given for a tied weight.
+    def pack(
+        cls, module: nn.Module, indices: Tensor, name: str = "", values: nn.Parameter | None = None
+    ) -> PackedLinear:
+        """Convert ``module`` in place: hooks, names and the weight itself stay. ``values`` are
+        given for a tied weight.
 
-        Raises, naming the layer, for a weight or an index list that cannot be used; nothing is changed then.
+        Raises, naming the layer, for a weight or an index list that cannot be used; nothing is
+        changed then.
         """
         cls.check(module, name)
         label, weight = name or type(module).__name__, module.get_parameter("weight")
         check_index_list(indices, weight.numel(), label, weight.device)
         if values is None:
             values = nn.Parameter(ops.packed_gather(weight.detach(), indices, dtype=torch.float32))
-        require(values.shape == indices.shape and values.dtype == torch.float32,
-                f"{label}: values must be {indices.numel()} float32 numbers, got {tuple(values.shape)} {values.dtype}")  # fmt: skip
+        require(
+            values.shape == indices.shape and values.dtype == torch.float32,
+            f"{label}: values must be {indices.numel()} float32 numbers, got {tuple(values.shape)} {values.dtype}",
+        )
         plain, required = type(module), weight.requires_grad
         module.__class__ = cls  # type: ignore[assignment]
         assert isinstance(module, PackedLinear)
@@ -185,7 +202,8 @@ class PackedLinear(nn.Module):
 
     @torch.no_grad()
     def regather(self) -> bool:
-        """Let ``values`` follow the weight; entries that round to its present value keep all their bits.
+        """Let ``values`` follow the weight; entries that round to its present value keep all their
+        bits.
 
         Returns whether any value changed.
         """
@@ -198,9 +216,13 @@ class PackedLinear(nn.Module):
         return changed
 
     def follow_weight(self) -> None:
-        """`regather` when the weight was written since ``values`` last agreed with it, which is said with the layer's name."""
+        """`regather` when the weight was written since ``values`` last agreed with it, which is
+        said with the layer's name.
+        """
         if self._seen != (self.weight.data_ptr(), self.weight._version) and self.regather():
-            logger.warning("%s was changed outside the optimizer; its values follow the new weight", self.lift_name or "a layer")
+            logger.warning(
+                "%s was changed outside the optimizer; its values follow the new weight", self.lift_name or "a layer"
+            )
 
     def _mark(self) -> None:
         self._seen = (self.weight.data_ptr(), self.weight._version)
@@ -251,7 +273,8 @@ class PackedLinear(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "values" and type(value).__name__ == "DTensor":
             raise RuntimeError(
-                f"{self.lift_name or type(self).__name__}: fully_shard cuts values into equal chunks, which do not match the "
+                f"{self.lift_name or type(self).__name__}: fully_shard cuts values into equal chunks, "
+                "which do not match the "
                 "rows of the weight; unpack(model) and use LiftAdamW on the matrices (matrix mode)"
             )
         super().__setattr__(name, value)

@@ -1,9 +1,12 @@
-"""Low-rank factors of weight matrices: W_r = L R^T, the best rank-r approximation (paper section 3, Eckart-Young).
+"""Low-rank factors of weight matrices: W_r = L R^T, the best rank-r approximation (paper section 3,
+Eckart-Young).
 
-Two ways lead there. *Gram*: the top eigenvectors of the smaller Gram matrix, exact. *Chebyshev*: subspace iteration with about
-2r vectors whose filter is a Chebyshev polynomial of A^T A; from a random block (cold start) or from the basis of the last time
-(warm start). It stops when the Ritz energy, the sum of the top r Ritz values, says that the mask has settled. A is the matrix
-with its shorter side inside. Matrices of one shape go through together, so that small factorizations do not leave a GPU idle.
+Two ways lead there. *Gram*: the top eigenvectors of the smaller Gram matrix, exact. *Chebyshev*:
+subspace iteration with about 2r vectors whose filter is a Chebyshev polynomial of A^T A; from a
+random block (cold start) or from the basis of the last time (warm start). It stops when the Ritz
+energy, the sum of the top r Ritz values, says that the mask has settled. A is the matrix with its
+shorter side inside. Matrices of one shape go through together, so that small factorizations do not
+leave a GPU idle.
 """
 
 from __future__ import annotations
@@ -21,22 +24,30 @@ from .precision import matmul_precision
 
 METHODS = ("auto", "gram", "chebyshev", "svd")
 TOLERANCE = 3e-5
-"""Relative growth of the Ritz energy over one degree below which a mask counts as settled: on trained matrices about 0.3 % of
-its entries are then still wrong, 2 % at worst."""
+"""Relative growth of the Ritz energy over one degree below which a mask counts as settled: on
+trained matrices about 0.3 % of its entries are then still wrong, 2 % at worst.
+"""
 OVERSAMPLING = 2
-"""Vectors of the iterated block per rank: spectra are flat, so a wide block converges in far fewer passes."""
+"""Vectors of the iterated block per rank: spectra are flat, so a wide block converges in far fewer
+passes.
+"""
 MAX_DEGREES, MAX_WARM_DEGREES = 24, 3
 _CYCLE = 3  # degrees of one Chebyshev polynomial; then it is fitted anew to the smallest Ritz value
-_EIGH_COST = {"cpu": 12.0, "cuda": 2000.0}  # of an n x n eigenproblem, in flops of a product per n^3; cpu measured, cuda assumed
+_EIGH_COST = {
+    "cpu": 12.0,
+    "cuda": 2000.0,
+}  # of an n x n eigenproblem, in flops of a product per n^3; cpu measured, cuda assumed
 _SMALL = 256  # shorter sides up to here go the exact way: overheads decide there, not flops
 _EXACT_BONUS = 1.5  # auto leaves the exact way only for a predicted cost this many times lower
 
 
 class LowRankFactors(NamedTuple):
-    """``left`` (m x r) and ``right`` (n x r), fp32, with W_r = left @ right.T, and how they came about.
+    """``left`` (m x r) and ``right`` (n x r), fp32, with W_r = left @ right.T, and how they came
+    about.
 
-    ``basis``: (min(m, n), l) bf16, for the next warm start, or None where the exact way is cheaper. ``passes``: products with W or
-    its transpose. ``settled``: False when the iteration ended before the Ritz energy stalled.
+    ``basis``: (min(m, n), l) bf16, for the next warm start, or None where the exact way is cheaper.
+    ``passes``: products with W or its transpose. ``settled``: False when the iteration ended before
+    the Ritz energy stalled.
     """
 
     left: Tensor
@@ -57,20 +68,22 @@ def low_rank_factors(
     tolerance: float = TOLERANCE,
     name: str = "weight",
 ) -> LowRankFactors:
-    """Factors of the best rank-r approximation of ``weight`` (m x n; fp32, bf16 or fp16). One orthonormal, nothing is divided
-    by a small singular value.
+    """Factors of the best rank-r approximation of ``weight`` (m x n; fp32, bf16 or fp16). One
+    orthonormal, nothing is divided by a small singular value.
 
     Args:
-        method: ``"gram"`` and ``"svd"`` are exact, ``"chebyshev"`` iterates, ``"auto"`` takes what is predicted to be fastest.
+        method: ``"gram"`` and ``"svd"`` are exact, ``"chebyshev"`` iterates, ``"auto"`` takes what
+            is predicted to be fastest.
         generator: of the random block of a cold start; by default one seeded with 0.
         warm_start: ``basis`` of an earlier call; when it does not settle, a cold start follows.
         tolerance: relative growth of the Ritz energy over a degree at which the iteration stops.
 
-    Raises ValueError, naming ``name``, for a weight that is no matrix, a rank outside 1..min(m, n), an unknown method, a basis of
-    another shape and non-finite entries.
+    Raises ValueError, naming ``name``, for a weight that is no matrix, a rank outside 1..min(m, n),
+    an unknown method, a basis of another shape and non-finite entries.
     """
-    return batched_factors([weight], rank, method=method, generator=generator, warm_starts=[warm_start], tolerance=tolerance,
-                           names=[name])[0]  # fmt: skip
+    return batched_factors(
+        [weight], rank, method=method, generator=generator, warm_starts=[warm_start], tolerance=tolerance, names=[name]
+    )[0]
 
 
 @torch.no_grad()
@@ -84,7 +97,9 @@ def batched_factors(
     tolerance: float = TOLERANCE,
     names: Sequence[str] | None = None,
 ) -> list[LowRankFactors]:
-    """`low_rank_factors` of matrices of one shape, dtype and device, computed together. Those with a warm start come first."""
+    """`low_rank_factors` of matrices of one shape, dtype and device, computed together. Those with
+    a warm start come first.
+    """
     names = names or [f"weight {i}" for i in range(len(weights))]
     warm_starts = warm_starts or [None] * len(weights)
     require(method in METHODS, f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
@@ -106,8 +121,11 @@ def batched_factors(
         members = [i for i, start in enumerate(warm_starts) if i not in results and (start is not None or not warm)]
         if not members:
             continue
-        tall = torch.stack([_tall(weights[i], units[i]) for i in members]) if len(members) > 1 else _tall(
-            weights[members[0]], units[members[0]])[None]  # fmt: skip
+        tall = (
+            torch.stack([_tall(weights[i], units[i]) for i in members])
+            if len(members) > 1
+            else _tall(weights[members[0]], units[members[0]])[None]
+        )
         if warm:
             block = torch.stack([warm_starts[i].to(tall.device).float() for i in members])  # type: ignore[union-attr]
         else:
@@ -117,13 +135,23 @@ def batched_factors(
             if ended.settled[at] or not warm:
                 passes = ended.passes[at] + (0 if warm else 2)
                 method_used = "warm" if warm else ("cold after warm" if warm_starts[i] is not None else "chebyshev")
-                results[i] = _oriented(ended.long[at], ended.short[at], ended.basis[at], shape, units[i], method_used, passes,
-                                       bool(ended.settled[at]))  # fmt: skip
+                results[i] = _oriented(
+                    ended.long[at],
+                    ended.short[at],
+                    ended.basis[at],
+                    shape,
+                    units[i],
+                    method_used,
+                    passes,
+                    bool(ended.settled[at]),
+                )
     return [results[i] for i in range(len(weights))]
 
 
 def cheapest_method(shape: Sequence[int], rank: int, *, warm: bool = False, device: str = "cpu") -> str:
-    """``"gram"`` or ``"chebyshev"``: which is predicted to be faster for an m x n matrix, from its flops."""
+    """``"gram"`` or ``"chebyshev"``: which is predicted to be faster for an m x n matrix, from its
+    flops.
+    """
     long, short = max(shape), min(shape)
     if short <= _SMALL:
         return "gram"
@@ -132,7 +160,9 @@ def cheapest_method(shape: Sequence[int], rank: int, *, warm: bool = False, devi
     gram = 2.0 * long * short**2 + eigh * short**3 + 2.0 * long * short * rank
     degrees = 1 if warm else 7
     passes = 3 if warm else 17
-    small = 2.0 * long * width**2 + 6.0 * short * width**2 + eigh * width**3  # Gram matrix, orthonormalization, Ritz values
+    small = (
+        2.0 * long * width**2 + 6.0 * short * width**2 + eigh * width**3
+    )  # Gram matrix, orthonormalization, Ritz values
     chebyshev = passes * 2.0 * long * short * width + (degrees + 1) * small
     return "chebyshev" if chebyshev * (1.0 if warm else _EXACT_BONUS) < gram else "gram"
 
@@ -145,16 +175,21 @@ def block_width(shape: Sequence[int], rank: int) -> int:
 def check_rank(rank: int, shape: torch.Size, name: str) -> None:
     """Raise ValueError unless 1 <= rank <= min(shape)."""
     small = min(shape)
-    require(isinstance(rank, int) and 1 <= rank <= small,
-            f"{name}: rank must be an integer from 1 to the smaller side, {small}, got {rank!r}")  # fmt: skip
+    require(
+        isinstance(rank, int) and 1 <= rank <= small,
+        f"{name}: rank must be an integer from 1 to the smaller side, {small}, got {rank!r}",
+    )
 
 
 def check_basis(basis: Tensor, shape: torch.Size, rank: int, name: str) -> None:
     """Raise ValueError unless ``basis`` can be the warm start of an m x n matrix at this rank."""
     fits = basis.dim() == 2 and basis.shape[0] == min(shape) and rank <= basis.shape[1] <= min(shape)
-    require(fits and basis.is_floating_point(),
-            f"{name}: a warm start for shape {tuple(shape)} and rank {rank} is a floating ({min(shape)}, l >= {rank}) basis, got "
-            f"{basis.dtype} {tuple(basis.shape)}; drop it, and a cold start is made")  # fmt: skip
+    require(
+        fits and basis.is_floating_point(),
+        f"{name}: a warm start for shape {tuple(shape)} and rank {rank} is a floating ({min(shape)}, l >= "
+        f"{rank}) basis, got "
+        f"{basis.dtype} {tuple(basis.shape)}; drop it, and a cold start is made",
+    )
 
 
 def _check(weight: Tensor, rank: int, warm: Tensor | None, name: str) -> None:
@@ -165,7 +200,8 @@ def _check(weight: Tensor, rank: int, warm: Tensor | None, name: str) -> None:
 
 
 def _units(weights: Sequence[Tensor], names: Sequence[str]) -> list[float]:
-    """For each matrix 1, or the power of two that brings extreme entries to about 1, so that squares stay in range.
+    """For each matrix 1, or the power of two that brings extreme entries to about 1, so that
+    squares stay in range.
 
     It changes no digit. One pass over each matrix and one wait for the device.
     """
@@ -217,7 +253,9 @@ class _Ended(NamedTuple):
 
 
 def _cold_block(tall: Tensor, rank: int, generator: torch.Generator | None) -> Tensor:
-    """(b, N, l) orthonormal blocks near the top singular vectors, after two passes. All matrices start from one random block."""
+    """(b, N, l) orthonormal blocks near the top singular vectors, after two passes. All matrices
+    start from one random block.
+    """
     width = block_width(tall.shape[1:], rank)
     seed = 0
     if generator is not None:
@@ -228,10 +266,12 @@ def _cold_block(tall: Tensor, rank: int, generator: torch.Generator | None) -> T
 
 
 def _chebyshev(tall: Tensor, block: Tensor, rank: int, tolerance: float, max_degrees: int) -> _Ended:
-    """Subspace iteration on A (b, M, N) from blocks (b, N, l) near the wanted subspace, until the Ritz energies stall.
+    """Subspace iteration on A (b, M, N) from blocks (b, N, l) near the wanted subspace, until the
+    Ritz energies stall.
 
-    Each degree: Y = A X; Z = A^T Y; X <- orth(2 ((2/a) Z - X) - X_previous), the first of a cycle X <- orth((2/a) Z - X). The
-    polynomial is small on [0, a] and grows beyond; a is the smallest Ritz value at the cycle's start.
+    Each degree: Y = A X; Z = A^T Y; X <- orth(2 ((2/a) Z - X) - X_previous), the first of a cycle X
+    <- orth((2/a) Z - X). The polynomial is small on [0, a] and grows beyond; a is the smallest Ritz
+    value at the cycle's start.
     """
     block, _ = orthonormalized(block.contiguous())
     previous: Tensor | None = None
@@ -264,16 +304,19 @@ def _chebyshev(tall: Tensor, block: Tensor, rank: int, tolerance: float, max_deg
 
 
 def orthonormalized(block: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Orthonormal columns that span those of ``block`` (b, n, l), n >= l, in its place, by Cholesky-QR: block = Q R.
+    """Orthonormal columns that span those of ``block`` (b, n, l), n >= l, in its place, by
+    Cholesky-QR: block = Q R.
 
-    Also ``other`` R^-1 in the place of ``other``; None where R is singular: then Q comes from Householder QR and a recurrence that
-    needs both starts anew.
+    Also ``other`` R^-1 in the place of ``other``; None where R is singular: then Q comes from
+    Householder QR and a recurrence that needs both starts anew.
     """
     return _repaired(block, other, mask_ops.cholesky_qr_(block, other))
 
 
 def _repaired(block: Tensor, other: Tensor | None, status: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Blocks after a round of Cholesky-QR with this status: two more rounds where one was not enough, then Householder QR."""
+    """Blocks after a round of Cholesky-QR with this status: two more rounds where one was not
+    enough, then Householder QR.
+    """
     if bool(status.any()) and bool(mask_ops.cholesky_qr_(block, other, rounds=2).any()):
         return torch.linalg.qr(block).Q.contiguous(), None
     return block, other

@@ -1,4 +1,6 @@
-"""The public ops of a refresh: schema, fake, argument checks and the choice of a backend, as in `ops`. No kernels."""
+"""The public ops of a refresh: schema, fake, argument checks and the choice of a backend, as in
+`ops`. No kernels.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,19 @@ from .precision import matmul_precision
 def lowrank_topk(
     left: Tensor, right: Tensor, k: int, *, bracket: Tensor | None = None, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The k largest |W_r|, W_r = left right^T, without the product: sorted flat int32 positions (k,) and the k-th magnitude.
+    """The k largest |W_r|, W_r = left right^T, without the product: sorted flat int32 positions
+    (k,) and the k-th magnitude.
 
     Args:
-        left, right: (m, r) and (n, r) fp32 contiguous factors, m * n < 2^31; or batches (b, m, r) and (b, n, r) of them, whose
-            results are (b, k) and (b,).
-        bracket: (2,) or (b, 2) fp32 interval expected to hold the k-th magnitude, then one sweep over tiles of the product does
-            it; by default drawn entries say where. A wrong one costs three more sweeps, never a wrong answer.
+        left, right: (m, r) and (n, r) fp32 contiguous factors, m * n < 2^31; or batches (b, m, r)
+            and (b, n, r) of them, whose results are (b, k) and (b,).
+        bracket: (2,) or (b, 2) fp32 interval expected to hold the k-th magnitude, then one sweep
+            over tiles of the product does it; by default drawn entries say where. A wrong one costs
+            three more sweeps, never a wrong answer.
 
-    Magnitudes compare by their fp32 bits without the sign, so 0 = -0 and NaN is largest; ties go to the lower position. On a GPU
-    the host waits once for a batch, and twice for each wrong bracket in it.
+    Magnitudes compare by their fp32 bits without the sign, so 0 = -0 and NaN is largest; ties go to
+    the lower position. On a GPU the host waits once for a batch, and twice for each wrong bracket
+    in it.
     """
     return torch.ops.lift_kernels.lowrank_topk(left, right, k, bracket, backend=backend)
 
@@ -77,19 +82,21 @@ def _lowrank_topk(left, right, k, bracket, backend):
 def bitmap_to_indices(
     bitmaps: Tensor, candidates: Tensor, counts: Tensor, columns: int, k: int, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Selections of many m x n matrices as sorted index lists: the bits set, and as many of the largest candidates as make k.
+    """Selections of many m x n matrices as sorted index lists: the bits set, and as many of the
+    largest candidates as make k.
 
     Args:
-        bitmaps: (b, m, ceil(n / 32)) int32; bit j of word w in row i: position i * n + 32 w + j is surely chosen. Bits behind the
-            last column do not count.
-        candidates: (b, capacity) int64, ``key << 32 | (2^31 - 1 - position)`` in any order; key: the fp32 pattern of a magnitude.
-            So NaN is largest, and ties go to the lower position.
+        bitmaps: (b, m, ceil(n / 32)) int32; bit j of word w in row i: position i * n + 32 w + j is
+            surely chosen. Bits behind the last column do not count.
+        candidates: (b, capacity) int64, ``key << 32 | (2^31 - 1 - position)`` in any order; key:
+            the fp32 pattern of a magnitude. So NaN is largest, and ties go to the lower position.
         counts: (b, 2) int32: bits set, and candidates, of which the first so many are read.
         columns: n. k: 1 to m * n.
 
-    All contiguous, on one device; none is changed. Returns indices (b, k) int32, the k-th magnitudes (b,) fp32, and status (b,)
-    int32: 0, or 1 where the candidates do not hold the k-th magnitude (too many bits, too few candidates, more than the capacity,
-    or places named twice): all indices -1, the magnitude NaN. Never waits for the device, but for the reference backend.
+    All contiguous, on one device; none is changed. Returns indices (b, k) int32, the k-th
+    magnitudes (b,) fp32, and status (b,) int32: 0, or 1 where the candidates do not hold the k-th
+    magnitude (too many bits, too few candidates, more than the capacity, or places named twice):
+    all indices -1, the magnitude NaN. Never waits for the device, but for the reference backend.
     Raises ValueError or TypeError for other shapes, dtypes and strides.
     """
     if _is_plain(bitmaps):
@@ -135,10 +142,12 @@ def gaussian_sketch(
     device: torch.device | str = "cpu",
     backend: str | None = None,
 ) -> Tensor:
-    """Standard normal blocks (matrices, rows, columns), fp32 or bf16: the random start of a subspace iteration.
+    """Standard normal blocks (matrices, rows, columns), fp32 or bf16: the random start of a
+    subspace iteration.
 
-    A number is a function of (``seed``, matrix, position in it), up to rounding the same on every device, whatever the batch;
-    ``first`` is the number of the first matrix. Raises ValueError for negative sizes, a seed outside 0..2^63-1 and other dtypes.
+    A number is a function of (``seed``, matrix, position in it), up to rounding the same on every
+    device, whatever the batch; ``first`` is the number of the first matrix. Raises ValueError for
+    negative sizes, a seed outside 0..2^63-1 and other dtypes.
     """
     for label, size in (("matrices", matrices), ("rows", rows), ("columns", columns)):
         require(isinstance(size, int) and size >= 0, f"{label} must be an integer of at least 0, got {size!r}")
@@ -166,14 +175,17 @@ def _(block, seed, first=0, *, backend=None):
 
 
 def cholesky_qr_(block: Tensor, other: Tensor | None = None, *, rounds: int = 1, backend: str | None = None) -> Tensor:
-    """Orthonormalize the columns of tall blocks (b, n, l >= 1, n >= l), fp32 and contiguous, in place: block = Q R, block <- Q.
+    """Orthonormalize the columns of tall blocks (b, n, l >= 1, n >= l), fp32 and contiguous, in
+    place: block = Q R, block <- Q.
 
-    ``other`` (b, any, l) gets the same R^-1 from the right. Cholesky-QR of the Gram matrix scaled to a unit diagonal; a second of
-    two ``rounds`` brings the error of ill-conditioned blocks down to that of Householder QR.
+    ``other`` (b, any, l) gets the same R^-1 from the right. Cholesky-QR of the Gram matrix scaled
+    to a unit diagonal; a second of two ``rounds`` brings the error of ill-conditioned blocks down
+    to that of Householder QR.
 
-    Returns (b,) int32 on the device, about the last round: 0, orthonormal; 1, deficient: a zero column or a breakdown, after which
-    a shifted factor was applied: the same span, better conditioned, not orthonormal; 2, not finite, left as it is.
-    Raises ValueError or TypeError for other shapes, dtypes and strides.
+    Returns (b,) int32 on the device, about the last round: 0, orthonormal; 1, deficient: a zero
+    column or a breakdown, after which a shifted factor was applied: the same span, better
+    conditioned, not orthonormal; 2, not finite, left as it is. Raises ValueError or TypeError for
+    other shapes, dtypes and strides.
     """
     if _is_plain(block):
         return _cholesky_qr(block, other, rounds, backend)
@@ -183,7 +195,8 @@ def cholesky_qr_(block: Tensor, other: Tensor | None = None, *, rounds: int = 1,
 @torch.library.custom_op(
     "lift_kernels::cholesky_qr_",
     mutates_args=("block", "other"),
-    # No default for a written argument: torch 2.11 leaves it out of a call, and then looks for it to bump its version.
+    # No default for a written argument: torch 2.11 leaves it out of a call, and then looks for it
+    # to bump its version.
     schema="(Tensor(a!) block, Tensor(b!)? other, *, int rounds=1, str? backend=None) -> Tensor",
 )
 def _cholesky_qr_op(block, other, *, rounds=1, backend=None):
@@ -209,14 +222,17 @@ def _cholesky_qr(block, other, rounds, backend):
 def chebyshev_step_(
     product: Tensor, block: Tensor, previous: Tensor | None, edge: Tensor, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The next block of a Chebyshev recurrence, orth(2 ((2/a) Z - X) - X_previous), and ``block`` X in its coordinates, in place.
+    """The next block of a Chebyshev recurrence, orth(2 ((2/a) Z - X) - X_previous), and ``block`` X
+    in its coordinates, in place.
 
     Args:
-        product: Z = A^T A X, (b, n, l) fp32, contiguous. ``block``: X, ``previous``: X_previous, of the same shape; without a
-            previous block orth((2/a) Z - X).
-        edge: a, (b,) fp32, positive: the end of the interval [0, a] on which the polynomial stays small.
+        product: Z = A^T A X, (b, n, l) fp32, contiguous. ``block``: X, ``previous``: X_previous, of
+            the same shape; without a previous block orth((2/a) Z - X).
+        edge: a, (b,) fp32, positive: the end of the interval [0, a] on which the polynomial stays
+            small.
 
-    Returns (next block, status) with the status of `cholesky_qr_`, of which this is one round; X is multiplied by its R^-1.
+    Returns (next block, status) with the status of `cholesky_qr_`, of which this is one round; X is
+    multiplied by its R^-1.
     """
     if _is_plain(block):
         return _chebyshev_step(product, block, previous, edge, backend)
@@ -226,7 +242,8 @@ def chebyshev_step_(
 @torch.library.custom_op(
     "lift_kernels::chebyshev_step_",
     mutates_args=("block",),
-    schema="(Tensor product, Tensor(a!) block, Tensor? previous, Tensor edge, *, str? backend=None) -> (Tensor, Tensor)",
+    schema="(Tensor product, Tensor(a!) block, Tensor? previous, Tensor edge, *, str? backend=None) -> (Tensor, "
+    "Tensor)",
 )
 def _chebyshev_step_op(product, block, previous, edge, *, backend=None):
     return _chebyshev_step(product, block, previous, edge, backend)
@@ -251,6 +268,8 @@ def _chebyshev_step(product, block, previous, edge, backend):
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a call may pass by the dispatcher: nothing is recorded or traced, and a small block waits 0.1 ms for its layers."""
+    """Whether a call may pass by the dispatcher: nothing is recorded or traced, and a small block
+    waits 0.1 ms for its layers.
+    """
     quiet = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     return quiet and type(tensor) is Tensor and not tensor.is_meta

@@ -17,19 +17,23 @@ from .masks import entry_count, largest_indices, principal_indices
 from .param_groups import lift_param_groups
 
 TOP = 0.1
-"""Share of rows and columns whose part of the mask is reported; an even spread gives the same share."""
+"""Share of rows and columns whose part of the mask is reported; an even spread gives the same
+share.
+"""
 PANELS = {
     "density": "share of the entries chosen",
     "overlap": "chosen entries that are among\nthe largest of W itself",
     "captured": "sum of |W_r| over the chosen\nentries / over all",
     "rows": f"part of the mask in the {TOP:.0%}\nof rows that hold most",
     "columns": f"part of the mask in the {TOP:.0%}\nof columns that hold most",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
 class MatrixReport:
-    """Figures of one matrix, each from 0 to 1 but ``layer`` (None outside a stack) and ``entries``; see `PANELS`."""
+    """Figures of one matrix, each from 0 to 1 but ``layer`` (None outside a stack) and ``entries``;
+    see `PANELS`.
+    """
 
     name: str
     layer: int | None
@@ -43,7 +47,9 @@ class MatrixReport:
 
 
 def matrix_report(name: str, weight: Tensor, rank: int, k: int) -> MatrixReport:
-    """Figures of the k principal weights of a matrix. Raises ValueError for a rank that does not fit and non-finite weights."""
+    """Figures of the k principal weights of a matrix. Raises ValueError for a rank that does not
+    fit and non-finite weights.
+    """
     weight = weight.detach()
     left, right, *_ = low_rank_factors(weight, min(rank, *weight.shape), name=name)
     magnitude = (left @ right.T).abs_()
@@ -68,15 +74,21 @@ def matrix_report(name: str, weight: Tensor, rank: int, k: int) -> MatrixReport:
 
 
 def density_map(weight: Tensor, rank: int, k: int, size: int = 96) -> Tensor:
-    """Share of chosen entries in each cell of a grid of at most ``size`` x ``size`` over a matrix."""
+    """Share of chosen entries in each cell of a grid of at most ``size`` x ``size`` over a
+    matrix.
+    """
     mask = torch.zeros(weight.numel())
     mask[principal_indices(weight, min(rank, *weight.shape), k).long()] = 1
     m, n = weight.shape
     return nn.functional.adaptive_avg_pool2d(mask.view(1, m, n), (min(size, m), min(size, n)))[0]
 
 
-def report_of(model: nn.Module, density: float, rank: int, budget_rank: int | None = None) -> tuple[list[MatrixReport], Tensor]:
-    """Figures of every matrix that `lift_param_groups` chooses, and the `density_map` of the one with the most uneven mask."""
+def report_of(
+    model: nn.Module, density: float, rank: int, budget_rank: int | None = None
+) -> tuple[list[MatrixReport], Tensor]:
+    """Figures of every matrix that `lift_param_groups` chooses, and the `density_map` of the one
+    with the most uneven mask.
+    """
     from tqdm import tqdm
 
     require(0 < density <= 1, f"density is {density}; it must be above 0 and at most 1")
@@ -98,11 +110,15 @@ def most_uneven(rows: list[MatrixReport]) -> MatrixReport:
 
 
 def write_report(model_name: str | None, density: float, rank: int, budget_rank: int | None, folder: Path) -> None:
-    """Load a model (directory, GGUF file or hub id; None: the bundled one), print the table, write JSON and PNG to ``folder``."""
+    """Load a model (directory, GGUF file or hub id; None: the bundled one), print the table, write
+    JSON and PNG to ``folder``.
+    """
     from .finetune.modelio import find_model, load_model
     from .finetune.settings import UserError
 
-    require(not (folder / "report.json").exists(), f"{folder} holds a report already; choose another --output", FileError)
+    require(
+        not (folder / "report.json").exists(), f"{folder} holds a report already; choose another --output", FileError
+    )
     try:
         source = find_model(model_name)
         model, _ = load_model(source, torch.float32)
@@ -117,7 +133,9 @@ def write_report(model_name: str | None, density: float, rank: int, budget_rank:
     budget = f"density {density:g}" if budget_rank is None else f"budget_rank {budget_rank}"
     title = f"principal weights of {model_name or source.gguf_file}: {budget}, rank {rank}"
     draw(rows, picture, title, folder / "report.png")
-    write_atomic(folder / "report.json", json.dumps({**settings, "matrices": [asdict(row) for row in rows]}, indent=2) + "\n")
+    write_atomic(
+        folder / "report.json", json.dumps({**settings, "matrices": [asdict(row) for row in rows]}, indent=2) + "\n"
+    )
     print(f"{table(rows)}\n\nwritten to {folder}: report.json, report.png")
 
 
@@ -135,18 +153,24 @@ def table(rows: list[MatrixReport]) -> str:
 
 
 def draw(rows: list[MatrixReport], picture: Tensor, title: str, path: Path) -> None:
-    """One map a figure, layers from left to right and projections from top to bottom; and one matrix's mask itself."""
+    """One map a figure, layers from left to right and projections from top to bottom; and one
+    matrix's mask itself.
+    """
     from matplotlib.figure import Figure
 
     kinds = list(dict.fromkeys(row.projection for row in rows))
     layers = sorted({-1 if row.layer is None else row.layer for row in rows})
-    figure = Figure(figsize=(max(6.0, 1.5 + 0.22 * len(layers)) * 2, 1.6 + 3 * (0.9 + 0.28 * len(kinds))), layout="constrained")
+    figure = Figure(
+        figsize=(max(6.0, 1.5 + 0.22 * len(layers)) * 2, 1.6 + 3 * (0.9 + 0.28 * len(kinds))), layout="constrained"
+    )
     figure.suptitle(title)
     panels = figure.subplots(3, 2, squeeze=False).flatten()
     for axes, (key, label) in zip(panels, PANELS.items()):
         values = torch.full((len(kinds), len(layers)), float("nan"))
         for row in rows:
-            values[kinds.index(row.projection), layers.index(-1 if row.layer is None else row.layer)] = getattr(row, key)
+            values[kinds.index(row.projection), layers.index(-1 if row.layer is None else row.layer)] = getattr(
+                row, key
+            )
         image = axes.imshow(values.numpy(), aspect="auto", cmap="viridis", vmin=0)
         axes.set_yticks(range(len(kinds)), kinds)
         every = max(1, len(layers) // 10)
@@ -155,7 +179,9 @@ def draw(rows: list[MatrixReport], picture: Tensor, title: str, path: Path) -> N
         figure.colorbar(image, ax=axes).set_label(label, fontsize=8)
     image = panels[-1].imshow(picture.numpy(), aspect="auto", cmap="viridis", vmin=0)
     panels[-1].set(title=most_uneven(rows).name, xlabel="columns", ylabel="rows", xticks=[], yticks=[])
-    figure.colorbar(image, ax=panels[-1]).set_label("share of the entries chosen\nin each part of the matrix", fontsize=8)
+    figure.colorbar(image, ax=panels[-1]).set_label(
+        "share of the entries chosen\nin each part of the matrix", fontsize=8
+    )
     with AtomicFile(path) as file:
         figure.savefig(file, format="png", dpi=120)
 

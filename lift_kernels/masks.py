@@ -19,13 +19,17 @@ from .checks import MAX_ENTRIES, require
 from .lowrank import TOLERANCE, LowRankFactors, batched_factors
 
 MEMORY_BUDGET = 2**31
-"""Bytes of fp32 copies of weights that are factored together on a GPU. On the CPU one matrix at a time is enough for a core."""
+"""Bytes of fp32 copies of weights that are factored together on a GPU. On the CPU one matrix at a
+time is enough for a core.
+"""
 _SMALL = 2**22  # entries
 
 
 @dataclass(frozen=True)
 class MaskRequest:
-    """What a mask is made from: the matrix, its rank and k, and what its last mask left for a warm start."""
+    """What a mask is made from: the matrix, its rank and k, and what its last mask left for a warm
+    start.
+    """
 
     weight: Tensor
     rank: int
@@ -36,10 +40,11 @@ class MaskRequest:
 
 
 class Mask(NamedTuple):
-    """``indices``: sorted int32 (k,). ``threshold`` (0-dim fp32, the k-th magnitude) and ``basis`` serve the next warm start.
+    """``indices``: sorted int32 (k,). ``threshold`` (0-dim fp32, the k-th magnitude) and ``basis``
+    serve the next warm start.
 
-    How it came about: ``method``, ``passes`` over the matrix, whether the iteration ``settled``, ``seconds`` (a share of its
-    batch's).
+    How it came about: ``method``, ``passes`` over the matrix, whether the iteration ``settled``,
+    ``seconds`` (a share of its batch's).
     """
 
     indices: Tensor
@@ -65,18 +70,22 @@ def principal_indices(
     name: str = "weight",
     backend: str | None = None,
 ) -> Tensor:
-    """The principal weights of a matrix (m x n): flat, sorted int32 positions of the k largest |W_r| (paper section 3).
+    """The principal weights of a matrix (m x n): flat, sorted int32 positions of the k largest
+    |W_r| (paper section 3).
 
-    Exactly one of ``k``, ``density`` (k = round(density * m * n)) and ``budget_rank`` (k = (m + n) * budget_rank, at most m * n)
-    says how many; ties go to the lower position. The weight itself is not changed. ``method``, ``generator``, ``warm_start`` and
-    ``tolerance`` are those of `low_rank_factors`.
+    Exactly one of ``k``, ``density`` (k = round(density * m * n)) and ``budget_rank`` (k = (m + n)
+    * budget_rank, at most m * n) says how many; ties go to the lower position. The weight itself is
+    not changed. ``method``, ``generator``, ``warm_start`` and ``tolerance`` are those of
+    `low_rank_factors`.
 
     Raises ValueError, naming ``name``, for a rank or a k out of range and for non-finite weights.
     """
     require(weight.dim() == 2, f"{name}: a matrix is needed, got shape {tuple(weight.shape)}")
     k = entry_count(weight.shape, k=k, density=density, budget_rank=budget_rank, name=name)
     request = MaskRequest(weight, rank, k, name, warm_start)
-    return principal_masks([request], method=method, generator=generator, tolerance=tolerance, backend=backend)[0].indices
+    return principal_masks([request], method=method, generator=generator, tolerance=tolerance, backend=backend)[
+        0
+    ].indices
 
 
 def principal_masks(
@@ -89,12 +98,14 @@ def principal_masks(
     backend: str | None = None,
     made: Callable[[int], object] = lambda count: None,
 ) -> list[Mask]:
-    """Masks of many matrices; those of one shape, dtype, rank and device are factored together within ``memory_budget`` bytes.
+    """Masks of many matrices; those of one shape, dtype, rank and device are factored together
+    within ``memory_budget`` bytes.
 
-    Small matrices on the CPU are spread over the cores instead, one thread each. A given ``generator`` keeps them in order.
+    Small matrices on the CPU are spread over the cores instead, one thread each. A given
+    ``generator`` keeps them in order.
 
-    ``made(count)`` is called after every batch, for a progress bar. Raises as `principal_indices` does, before or between
-    batches; nothing is changed in any case.
+    ``made(count)`` is called after every batch, for a progress bar. Raises as `principal_indices`
+    does, before or between batches; nothing is changed in any case.
     """
     batches = _batches(requests, memory_budget)
     masks: dict[int, Mask] = {}
@@ -124,9 +135,14 @@ def _batch_masks(
     """Masks of matrices of one shape, dtype, rank and device."""
     start = time.perf_counter()
     factors = batched_factors(
-        [r.weight for r in requests], requests[0].rank, method=method, generator=generator, tolerance=tolerance,
-        warm_starts=[r.basis for r in requests], names=[r.name for r in requests],
-    )  # fmt: skip
+        [r.weight for r in requests],
+        requests[0].rank,
+        method=method,
+        generator=generator,
+        tolerance=tolerance,
+        warm_starts=[r.basis for r in requests],
+        names=[r.name for r in requests],
+    )
     chosen: dict[int, tuple[Tensor, Tensor]] = {}
     for k in sorted({r.k for r in requests}):
         members = [i for i, r in enumerate(requests) if r.k == k]
@@ -139,17 +155,20 @@ def _batch_masks(
 def _select(
     factors: list[LowRankFactors], k: int, thresholds: list[Tensor | None], backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    """Index lists (b, k) and k-th magnitudes (b,) of b products, near which ``thresholds`` lie where they are known.
+    """Index lists (b, k) and k-th magnitudes (b,) of b products, near which ``thresholds`` lie
+    where they are known.
 
-    On a GPU, bitmaps (twice 1/8 byte an entry) and candidates (4 bytes for each of the k) take the place of the fp32 copies
-    (4 bytes an entry), which are free again: the memory budget holds.
+    On a GPU, bitmaps (twice 1/8 byte an entry) and candidates (4 bytes for each of the k) take the
+    place of the fp32 copies (4 bytes an entry), which are free again: the memory budget holds.
     """
     expected = None
     if any(threshold is not None for threshold in thresholds):
-        expected = torch.stack([
-            bracket.sampled(f.left, f.right, k) if threshold is None else bracket.around(threshold)
-            for f, threshold in zip(factors, thresholds)
-        ])  # fmt: skip
+        expected = torch.stack(
+            [
+                bracket.sampled(f.left, f.right, k) if threshold is None else bracket.around(threshold)
+                for f, threshold in zip(factors, thresholds)
+            ]
+        )
     left, right = _stacked([f.left for f in factors]), _stacked([f.right for f in factors])
     return ops.lowrank_topk(left, right, k, bracket=expected, backend=backend)
 
@@ -160,7 +179,9 @@ def _stacked(matrices: list[Tensor]) -> Tensor:
 
 
 def _is_small(weight: Tensor) -> bool:
-    """Whether one core does a matrix best by itself: the small factorizations of several cores wait for each other."""
+    """Whether one core does a matrix best by itself: the small factorizations of several cores wait
+    for each other.
+    """
     return weight.device.type == "cpu" and weight.numel() <= _SMALL
 
 
@@ -200,14 +221,22 @@ def entry_count(
     budget_rank: int | None = None,
     name: str = "weight",
 ) -> int:
-    """How many entries of an m x n matrix are trained, from exactly one of the three ways to say it."""
-    given = [label for label, value in (("k", k), ("density", density), ("budget_rank", budget_rank)) if value is not None]
-    require(len(given) == 1, f"{name}: give exactly one of k, density and budget_rank, got {' and '.join(given) or 'none'}")
+    """How many entries of an m x n matrix are trained, from exactly one of the three ways to say
+    it.
+    """
+    given = [
+        label for label, value in (("k", k), ("density", density), ("budget_rank", budget_rank)) if value is not None
+    ]
+    require(
+        len(given) == 1, f"{name}: give exactly one of k, density and budget_rank, got {' and '.join(given) or 'none'}"
+    )
     m, n = shape
     require(m * n <= MAX_ENTRIES, f"{name}: a matrix may have up to 2^31-1 entries, got {m} x {n}")
     if budget_rank is not None:
-        require(isinstance(budget_rank, int) and budget_rank >= 1,
-                f"{name}: budget_rank must be an integer of at least 1, got {budget_rank!r}")  # fmt: skip
+        require(
+            isinstance(budget_rank, int) and budget_rank >= 1,
+            f"{name}: budget_rank must be an integer of at least 1, got {budget_rank!r}",
+        )
         return min((m + n) * budget_rank, m * n)
     if density is not None:
         require(0.0 < density <= 1.0, f"{name}: density must be in (0, 1], got {density}")
@@ -218,7 +247,9 @@ def entry_count(
 
 
 def largest_indices(magnitude: Tensor, k: int) -> Tensor:
-    """Flat, sorted int32 positions of the k largest entries of a non-negative tensor; ties go to the lower position."""
+    """Flat, sorted int32 positions of the k largest entries of a non-negative tensor; ties go to
+    the lower position.
+    """
     flat = magnitude.reshape(-1)
     chosen = flat > (threshold := _kth_largest(flat, k))
     ties = (flat == threshold).nonzero().flatten()
@@ -227,7 +258,9 @@ def largest_indices(magnitude: Tensor, k: int) -> Tensor:
 
 
 def random_indices(numel: int, k: int, seed: int, device: torch.device) -> Tensor:
-    """k distinct flat positions drawn uniformly, sorted int32; the same for the same seed on every device."""
+    """k distinct flat positions drawn uniformly, sorted int32; the same for the same seed on every
+    device.
+    """
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(numel, generator=generator)[:k].sort().values.int().to(device)
 

@@ -1,4 +1,6 @@
-"""Launches of the native CUDA helpers that need scratch memory: from torch's allocator, which knows streams. No validation."""
+"""Launches of the native CUDA helpers that need scratch memory: from torch's allocator, which knows
+streams. No validation.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ _TILE_WORDS = 1024  # of bitmaps, in a block
 
 
 def slab_rows(rows: int) -> int:
-    """Rows that are summed into one partial Gram matrix: a function of their number alone, so that a batch changes no bit."""
+    """Rows that are summed into one partial Gram matrix: a function of their number alone, so that
+    a batch changes no bit.
+    """
     return max(_SMALLEST_SLAB, -(-rows // (_MAX_SLABS * _STEP)) * _STEP)
 
 
@@ -31,7 +35,9 @@ def cholesky_qr_(block: Tensor, other: Tensor | None, rounds: int) -> Tensor:
 
 
 def chebyshev_step_(product: Tensor, block: Tensor, previous: Tensor | None, edge: Tensor) -> tuple[Tensor, Tensor]:
-    """`mask_ops.chebyshev_step_`: the combination of the blocks is formed where its Gram matrix reads it."""
+    """`mask_ops.chebyshev_step_`: the combination of the blocks is formed where its Gram matrix
+    reads it.
+    """
     status = block.new_empty(len(block), dtype=torch.int32)
     raised, partials = torch.empty_like(product), _partials(block)
     native.gram.default(product, block, previous, edge, raised, slab_rows(block.shape[1]), partials)
@@ -39,8 +45,12 @@ def chebyshev_step_(product: Tensor, block: Tensor, previous: Tensor | None, edg
     return raised, status
 
 
-def bitmap_to_indices(bitmaps: Tensor, candidates: Tensor, counts: Tensor, columns: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`mask_ops.bitmap_to_indices`: four launches for all matrices, on a copy of the bitmaps, which is 1/32 of fp32 matrices."""
+def bitmap_to_indices(
+    bitmaps: Tensor, candidates: Tensor, counts: Tensor, columns: int, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`mask_ops.bitmap_to_indices`: four launches for all matrices, on a copy of the bitmaps, which
+    is 1/32 of fp32 matrices.
+    """
     batch, words = len(bitmaps), bitmaps[0].numel() if len(bitmaps) else 0
     totals = bitmaps.new_empty(batch * -(-words // _TILE_WORDS))
     indices, status = bitmaps.new_empty(batch, k), bitmaps.new_empty(batch)

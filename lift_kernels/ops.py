@@ -1,13 +1,15 @@
-"""Every public op: its schema, its fake, its argument checks and the choice of a backend. No kernels. The step is defined in
-`step_op`, the ops of a refresh in `mask_ops`; both are named here.
+"""Every public op: its schema, its fake, its argument checks and the choice of a backend. No
+kernels. The step is defined in `step_op`, the ops of a refresh in `mask_ops`; both are named here.
 
-An op writes only to tensors that its schema marks, so autograd's version counters, functionalization and `torch.compile`
-see every mutation. Arena arguments (``indices``, moments, ``master``, ``births``) hold the segments of many matrices: matrix i
-owns ``offsets[i] .. offsets[i] + counts[i]``. Index lists are trusted unless ``validate=True``; `PackedState` checks them once,
-where they enter. Ops never wait for the device, apart from ``validate`` and the reference backend.
+An op writes only to tensors that its schema marks, so autograd's version counters,
+functionalization and `torch.compile` see every mutation. Arena arguments (``indices``, moments,
+``master``, ``births``) hold the segments of many matrices: matrix i owns
+``offsets[i] .. offsets[i] + counts[i]``. Index lists are trusted unless ``validate=True``;
+`PackedState` checks them once, where they enter. Ops never wait for the device, apart from
+``validate`` and the reference backend.
 
-A fake checks its arguments like the op itself: a single meta tensor among them sends a call there, where it would otherwise do
-nothing and say nothing.
+A fake checks its arguments like the op itself: a single meta tensor among them sends a call there,
+where it would otherwise do nothing and say nothing.
 """
 
 from __future__ import annotations
@@ -34,11 +36,18 @@ from .step_op import row_major, sparse_adamw_  # noqa: F401
 
 
 def packed_gather(
-    source: Tensor, indices: Tensor, *, dtype: torch.dtype | None = None, validate: bool = False, backend: str | None = None
+    source: Tensor,
+    indices: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    validate: bool = False,
+    backend: str | None = None,
 ) -> Tensor:
-    """The k entries of ``source`` (any shape, fp32/bf16/fp16) at the flat int32 ``indices``: a vector of ``dtype``.
+    """The k entries of ``source`` (any shape, fp32/bf16/fp16) at the flat int32 ``indices``: a
+    vector of ``dtype``.
 
-    A source that is not contiguous is copied first. Out-of-range indices are undefined unless ``validate=True``.
+    A source that is not contiguous is copied first. Out-of-range indices are undefined unless
+    ``validate=True``.
     """
     return torch.ops.lift_kernels.packed_gather(source, indices, dtype=dtype, validate=validate, backend=backend)
 
@@ -46,7 +55,8 @@ def packed_gather(
 @torch.library.custom_op(
     "lift_kernels::packed_gather",
     mutates_args=(),
-    schema="(Tensor source, Tensor indices, *, ScalarType? dtype=None, bool validate=False, str? backend=None) -> Tensor",
+    schema="(Tensor source, Tensor indices, *, ScalarType? dtype=None, bool validate=False, str? backend=None) "
+    "-> Tensor",
 )
 def _packed_gather_op(source, indices, *, dtype=None, validate=False, backend=None):
     dtype = dtype or source.dtype
@@ -70,7 +80,9 @@ def _(source, indices, *, dtype=None, validate=False, backend=None):
 def packed_scatter_(
     dest: Tensor, indices: Tensor, values: Tensor, *, validate: bool = False, backend: str | None = None
 ) -> Tensor:
-    """Write the k ``values`` into contiguous ``dest`` at the flat int32 ``indices``, rounded to nearest even; returns ``dest``."""
+    """Write the k ``values`` into contiguous ``dest`` at the flat int32 ``indices``, rounded to
+    nearest even; returns ``dest``.
+    """
     torch.ops.lift_kernels.packed_scatter_(dest, indices, values, validate=validate, backend=backend)
     return dest
 
@@ -105,10 +117,11 @@ def packed_migrate(
     validate: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Carry ``values`` (k_old; fp32, bf16 or int32) of one sorted index list over to another: a vector of k_new values.
+    """Carry ``values`` (k_old; fp32, bf16 or int32) of one sorted index list over to another: a
+    vector of k_new values.
 
-    Entries in both lists keep their value to the bit; entering ones get ``fill`` or their place in ``fill_values`` (k_new, same
-    dtype). A merge of the two lists: no dense buffer.
+    Entries in both lists keep their value to the bit; entering ones get ``fill`` or their place in
+    ``fill_values`` (k_new, same dtype). A merge of the two lists: no dense buffer.
     """
     return torch.ops.lift_kernels.packed_migrate(
         values, old_indices, new_indices, fill_values, fill=fill, validate=validate, backend=backend
@@ -153,7 +166,8 @@ def packed_l2_norm(
     validate: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Euclidean norm over the selected entries of n gradients together: a 0-dim fp32 tensor on their device.
+    """Euclidean norm over the selected entries of n gradients together: a 0-dim fp32 tensor on
+    their device.
 
     Deterministic, without a host synchronization. Gradients as in `sparse_adamw_`.
     """
@@ -165,7 +179,8 @@ def packed_l2_norm(
 @torch.library.custom_op(
     "lift_kernels::packed_l2_norm",
     mutates_args=(),
-    schema="(Tensor[] grads, Tensor indices, int[] offsets, int[] counts, *, bool packed_grads=False, bool validate=False, "
+    schema="(Tensor[] grads, Tensor indices, int[] offsets, int[] counts, *, bool packed_grads=False, bool "
+    "validate=False, "
     "str? backend=None) -> Tensor",
 )
 def _packed_l2_norm_op(grads, indices, offsets, counts, *, packed_grads=False, validate=False, backend=None):
@@ -175,7 +190,9 @@ def _packed_l2_norm_op(grads, indices, offsets, counts, *, packed_grads=False, v
     name = dispatch.choose(backend, indices.device, "packed_l2_norm")
     if name == "reference" or not grads:
         return reference.packed_l2_norm_ref(grads, indices, offsets, counts, packed_grads)
-    partials = _kernel(name, "packed_square_sums")([row_major(g) for g in grads], indices, offsets, counts, packed_grads)
+    partials = _kernel(name, "packed_square_sums")(
+        [row_major(g) for g in grads], indices, offsets, counts, packed_grads
+    )
     return partials.sum(dtype=torch.float64).sqrt().float()
 
 
@@ -195,22 +212,26 @@ def packed_weight_grad(
     validate: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """The k entries at ``indices`` of a linear layer's weight gradient ``grad_output^T @ input``: a vector of ``dtype``.
+    """The k entries at ``indices`` of a linear layer's weight gradient ``grad_output^T @ input``: a
+    vector of ``dtype``.
 
     Args:
-        grad_output: (t, m), input: (t, n), of one dtype (fp32, bf16, fp16); any strides. t may be 0.
-        indices: sorted flat positions in the m x n weight, int32; undefined out of range unless ``validate=True``.
+        grad_output: (t, m), input: (t, n), of one dtype (fp32, bf16, fp16); any strides. t may be
+            0.
+        indices: sorted flat positions in the m x n weight, int32; undefined out of range unless
+            ``validate=True``.
         dtype: of the result, fp32 unless given.
-        fused: Triton only: a product whose epilogue keeps the selected entries of each tile, in place of torch's product into
-            a scratch buffer and a gather. Nothing is rounded to the dtype of the input in between.
+        fused: Triton only: a product whose epilogue keeps the selected entries of each tile, in
+            place of torch's product into a scratch buffer and a gather. Nothing is rounded to the
+            dtype of the input in between.
 
-    Scratch: at most 4 MiB (or one row) on the CPU, kept by each thread; on a GPU one dense gradient, in a buffer that all layers
-    share on a stream.
-    Raises ValueError, TypeError or IndexError with the argument's name and value.
+    Scratch: at most 4 MiB (or one row) on the CPU, kept by each thread; on a GPU one dense
+    gradient, in a buffer that all layers share on a stream. Raises ValueError, TypeError or
+    IndexError with the argument's name and value.
     """
     if not torch.is_grad_enabled() and not is_compiling() and type(grad_output) is type(indices) is Tensor:
-        # A backward pass of plain tensors: nothing is recorded or traced, and the dispatcher's Python layers, cold after each
-        # product, would cost about 0.2 ms a layer.
+        # A backward pass of plain tensors: nothing is recorded or traced, and the dispatcher's
+        # Python layers, cold after each product, would cost about 0.2 ms a layer.
         return _weight_grad(grad_output, input, indices, dtype, fused, validate, backend)
     return torch.ops.lift_kernels.packed_weight_grad(
         grad_output, input, indices, dtype=dtype, fused=fused, validate=validate, backend=backend
@@ -241,7 +262,9 @@ def _weight_grad(grad_output, input, indices, dtype, fused, validate, backend):
         check_index_list(indices, grad_output.shape[1] * input.shape[1], "indices")
     name = dispatch.choose(backend, indices.device, "packed_weight_grad")
     if fused and name != "triton":
-        raise ValueError(f"fused=True is a Triton kernel, and the {name} backend serves these {indices.device.type} tensors")
+        raise ValueError(
+            f"fused=True is a Triton kernel, and the {name} backend serves these {indices.device.type} tensors"
+        )
     if name == "reference":
         return reference.packed_weight_grad_ref(grad_output, input, indices, dtype)
     out = torch.empty(indices.shape, dtype=dtype, device=indices.device)
@@ -262,7 +285,9 @@ def _native_weight_grad():
 
 
 def _kernel(backend: str, stem: str):
-    """The function that fills outputs for op ``stem``: a private native op or a Triton launcher of the same arguments."""
+    """The function that fills outputs for op ``stem``: a private native op or a Triton launcher of
+    the same arguments.
+    """
     if backend == "triton":
         from .triton_kernels import packed
 

@@ -24,41 +24,63 @@ from .state_dict import check_state_dict, compact, in_own_order
 
 logger = logging.getLogger("lift_kernels")
 _SETTINGS = (  # of no group
-    "max_grad_norm", "selection", "seed", "backend", "mask_method", "warm_start", "last_refresh", "_replicas",
-)  # fmt: skip
+    "max_grad_norm",
+    "selection",
+    "seed",
+    "backend",
+    "mask_method",
+    "warm_start",
+    "last_refresh",
+    "_replicas",
+)
 
 
 class LiftAdamW(Optimizer):
-    """AdamW whose update and moments live on the k principal weights of each matrix (LIFT, arXiv 2506.00772).
+    """AdamW whose update and moments live on the k principal weights of each matrix (LIFT, arXiv
+    2506.00772).
 
-    Matrices are trained sparsely; other parameters, and groups with ``lift=False``, get ordinary dense AdamW. The first mask is
-    made at the first ``step`` or `refresh`, later ones after every ``refresh_interval`` steps. Parameters with packed gradients
-    (`lift_kernels.pack_gradients`) bring their first mask along.
+    Matrices are trained sparsely; other parameters, and groups with ``lift=False``, get ordinary
+    dense AdamW. The first mask is made at the first ``step`` or `refresh`, later ones after every
+    ``refresh_interval`` steps. Parameters with packed gradients (`lift_kernels.pack_gradients`)
+    bring their first mask along.
 
     Args:
-        params: parameters, (name, parameter) pairs or groups, as for every torch optimizer; see `lift_param_groups`.
-        lr, betas, eps, weight_decay: as torch.optim.AdamW; ``lr`` may be a tensor. Decay acts on selected entries only.
-        rank: LRA rank r of the approximation whose largest entries are trained; None: 64 or the smaller side.
-        density: share of a matrix that is trained, in (0, 1]; unused when ``budget_rank`` is given: k = (m + n) * budget_rank.
+        params: parameters, (name, parameter) pairs or groups, as for every torch optimizer; see
+            `lift_param_groups`.
+        lr, betas, eps, weight_decay: as torch.optim.AdamW; ``lr`` may be a tensor. Decay acts on
+            selected entries only.
+        rank: LRA rank r of the approximation whose largest entries are trained; None: 64 or the
+            smaller side.
+        density: share of a matrix that is trained, in (0, 1]; unused when ``budget_rank`` is given:
+            k = (m + n) * budget_rank.
         refresh_interval: steps between masks; None keeps the first one.
-        refresh_schedule: ``"all"`` renews every mask after an interval, ``"spread"`` a few at each step, so that no step stalls.
-        bias_correction: ``"global"`` counts a matrix's steps (the paper), ``"per_entry"`` those since an entry came in.
-        master: ``"fp32"`` keeps packed fp32 masters for bf16/fp16 weights; None rounds the weight itself.
+        refresh_schedule: ``"all"`` renews every mask after an interval, ``"spread"`` a few at each
+            step, so that no step stalls.
+        bias_correction: ``"global"`` counts a matrix's steps (the paper), ``"per_entry"`` those
+            since an entry came in.
+        master: ``"fp32"`` keeps packed fp32 masters for bf16/fp16 weights; None rounds the weight
+            itself.
         rounding: ``"nearest"`` or, with ``master=None``, ``"stochastic"``.
         state_dtype: of the moments, torch.float32 or torch.bfloat16.
-        max_grad_norm: clips the norm over all trained entries of all groups; no host synchronization.
+        max_grad_norm: clips the norm over all trained entries of all groups; no host
+            synchronization.
         capturable: as in torch: the step may be captured in a CUDA graph. Refresh between replays.
-        selection: ``"principal"``, for comparison ``"magnitude"``, ``"gradient"`` (largest at the time of the mask) or
-            ``"random"``, all of the same k, or a callable ``(weight, k) -> sorted int32 indices``.
+        selection: ``"principal"``, for comparison ``"magnitude"``, ``"gradient"`` (largest at the
+            time of the mask) or ``"random"``, all of the same k, or a callable
+            ``(weight, k) -> sorted int32 indices``.
         mask_method: of `low_rank_factors`.
-        warm_start: where bases for warm starts are kept, ``"device"`` or ``"cpu"``; None: every refresh starts cold.
+        warm_start: where bases for warm starts are kept, ``"device"`` or ``"cpu"``; None: every
+            refresh starts cold.
         seed: of random masks and of stochastic rounding.
         backend: one of `lift_kernels.backends`, None for the fastest usable one.
-        process_group: with several ranks, those that hold replicas and so must train the same entries: a torch process group; None:
-            the ranks of the default group that train a parameter of the same name; ``"independent"``: ranks are meant to differ.
-            Index lists are compared at the first step after each mask, and a difference is a RuntimeError on every rank.
+        process_group: with several ranks, those that hold replicas and so must train the same
+            entries: a torch process group; None: the ranks of the default group that train a
+            parameter of the same name; ``"independent"``: ranks are meant to differ. Index lists
+            are compared at the first step after each mask, and a difference is a RuntimeError on
+            every rank.
 
-    Raises ValueError or TypeError, naming the parameter and the value, for options and parameters that cannot work.
+    Raises ValueError or TypeError, naming the parameter and the value, for options and parameters
+    that cannot work.
     """
 
     _arenas: dict[tuple, PackedState]  # by device, dtypes and form of state
@@ -97,31 +119,56 @@ class LiftAdamW(Optimizer):
         backend: str | None = None,
         process_group: torch.distributed.ProcessGroup | str | None = None,
     ) -> None:
-        require(callable(selection) or selection in options.SELECTIONS,
-                f"selection must be one of {', '.join(options.SELECTIONS)} or a callable, got {selection!r}")  # fmt: skip
-        require(max_grad_norm is None or max_grad_norm > 0, f"max_grad_norm must be positive or None, got {max_grad_norm}")
-        require(backend is None or backend in dispatch.NAMES,
-                f"unknown backend {backend!r}; choose one of {', '.join(dispatch.NAMES)}")  # fmt: skip
+        require(
+            callable(selection) or selection in options.SELECTIONS,
+            f"selection must be one of {', '.join(options.SELECTIONS)} or a callable, got {selection!r}",
+        )
+        require(
+            max_grad_norm is None or max_grad_norm > 0, f"max_grad_norm must be positive or None, got {max_grad_norm}"
+        )
+        require(
+            backend is None or backend in dispatch.NAMES,
+            f"unknown backend {backend!r}; choose one of {', '.join(dispatch.NAMES)}",
+        )
         require(mask_method in METHODS, f"unknown mask_method {mask_method!r}; choose one of {', '.join(METHODS)}")
-        require(warm_start in ("device", "cpu", None), f"warm_start must be 'device', 'cpu' or None, got {warm_start!r}")
+        require(
+            warm_start in ("device", "cpu", None), f"warm_start must be 'device', 'cpu' or None, got {warm_start!r}"
+        )
         self.max_grad_norm, self.selection, self.seed, self.backend = max_grad_norm, selection, seed, backend
         self.mask_method, self.warm_start = mask_method, warm_start
         self.last_refresh: RefreshReport | None = None
-        self.grad_norm: Tensor | None = None  # norm over trained entries at the last step, when it was needed for clipping
+        self.grad_norm: Tensor | None = (
+            None  # norm over trained entries at the last step, when it was needed for clipping
+        )
         self._replicas = Replicas(process_group)
         self._reset_arenas()
         defaults = dict(
-            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, density=density, budget_rank=budget_rank,
-            refresh_interval=refresh_interval, refresh_schedule=refresh_schedule, bias_correction=bias_correction,
-            master=master, rounding=rounding,
-            state_dtype=state_dtype, capturable=capturable, maximize=maximize, lift=None, steps_since_refresh=0,
-        )  # fmt: skip
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            rank=rank,
+            density=density,
+            budget_rank=budget_rank,
+            refresh_interval=refresh_interval,
+            refresh_schedule=refresh_schedule,
+            bias_correction=bias_correction,
+            master=master,
+            rounding=rounding,
+            state_dtype=state_dtype,
+            capturable=capturable,
+            maximize=maximize,
+            lift=None,
+            steps_since_refresh=0,
+        )
         super().__init__(params, defaults)
 
-    # ---- parameters -------------------------------------------------------------------------------------------------------
+    # ---- parameters ------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its matrices get their first mask at the next step. Raises, and adds nothing, when it cannot work."""
+        """Add a group; its matrices get their first mask at the next step. Raises, and adds
+        nothing, when it cannot work.
+        """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -132,15 +179,23 @@ class LiftAdamW(Optimizer):
                         dispatch.choose(self.backend, parameter.device, "sparse_adamw_")
                     matrix = owners.matrix_of(parameter)
                     options.check_lift_parameter(matrix, group, name)
-                    require(matrix is parameter or group["master"] is not None,
-                            f"{name}: values of a packed layer are kept in fp32, so master=None cannot work; "
-                            "use matrix mode")  # fmt: skip
+                    require(
+                        matrix is parameter or group["master"] is not None,
+                        f"{name}: values of a packed layer are kept in fp32, so master=None cannot work; "
+                        "use matrix mode",
+                    )
                     if group["lift"] is None and options.looks_like_embedding(name):
-                        logger.warning("%s looks like an embedding or a head, which LIFT leaves out; use lift_param_groups(model), "
-                                       "or say lift=True or lift=False in its group", name)  # fmt: skip
+                        logger.warning(
+                            "%s looks like an embedding or a head, which LIFT leaves out; use "
+                            "lift_param_groups(model), "
+                            "or say lift=True or lift=False in its group",
+                            name,
+                        )
                 else:
-                    require(owners.matrix_of(parameter) is parameter and not owners.is_hooked(parameter),
-                            f"{name} has packed gradients, which lift=False cannot train; unpack(model) first")  # fmt: skip
+                    require(
+                        owners.matrix_of(parameter) is parameter and not owners.is_hooked(parameter),
+                        f"{name} has packed gradients, which lift=False cannot train; unpack(model) first",
+                    )
         except (ValueError, TypeError, RuntimeError):
             self.param_groups.pop()
             raise
@@ -157,7 +212,7 @@ class LiftAdamW(Optimizer):
     def _sparse_parameters(self) -> list[tuple[Tensor, dict[str, Any], str]]:
         return [(p, g, name) for g in self.param_groups for p, name in self._named(g) if options.is_sparse(p, g)]
 
-    # ---- the step ---------------------------------------------------------------------------------------------------------
+    # ---- the step --------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -176,9 +231,12 @@ class LiftAdamW(Optimizer):
         for job in jobs:
             job.arena.check_weights(job.rows)
         dense = [
-            (g, [p for p in g["params"] if p.grad is not None and not options.is_sparse(p, g)]) for g in self.param_groups
+            (g, [p for p in g["params"] if p.grad is not None and not options.is_sparse(p, g)])
+            for g in self.param_groups
         ]
-        found_inf = any_infinite(jobs, getattr(self, "found_inf", None), getattr(self, "grad_scale", None), self.backend)
+        found_inf = any_infinite(
+            jobs, getattr(self, "found_inf", None), getattr(self, "grad_scale", None), self.backend
+        )
         inv_scale = self._gradient_factor(jobs, [p for _, parameters in dense for p in parameters])
         for job in jobs:
             self._step_sparse(job, inv_scale, found_inf)
@@ -189,7 +247,9 @@ class LiftAdamW(Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As every torch optimizer's; packed gradients ``p.lift_grad`` are cleared too. (A step has cleared them already.)"""
+        """As every torch optimizer's; packed gradients ``p.lift_grad`` are cleared too. (A step has
+        cleared them already.)
+        """
         super().zero_grad(set_to_none)
         for p in self._all_parameters():
             if owners.hooked_gradient(p) is not None:
@@ -203,7 +263,9 @@ class LiftAdamW(Optimizer):
                     check_gradient(p.grad, p, name, sparse=options.is_sparse(p, group))
 
     def _follow_layers(self) -> None:
-        """Take the weights that packed layers have now: load_state_dict(assign=True) brings new ones."""
+        """Take the weights that packed layers have now: load_state_dict(assign=True) brings new
+        ones.
+        """
         for p, layer in self._layers.items():
             arena, row = self._places[p]
             arena.weights[row] = layer.weight
@@ -229,7 +291,9 @@ class LiftAdamW(Optimizer):
         return list(jobs.values())
 
     def _gradient_factor(self, jobs: Sequence[Job], dense: list[Tensor]) -> Tensor | None:
-        """What gradients are multiplied by: GradScaler's inverse scale times the clipping factor, or None for one."""
+        """What gradients are multiplied by: GradScaler's inverse scale times the clipping factor,
+        or None for one.
+        """
         scale = getattr(self, "grad_scale", None)
         inv_scale = None if scale is None else scale.reshape(()).reciprocal().float()
         if self.max_grad_norm is None:
@@ -241,7 +305,9 @@ class LiftAdamW(Optimizer):
     def _step_sparse(self, job: Job, inv_scale: Tensor | None, found_inf: Tensor | None) -> None:
         arena, rows = job.arena, job.rows
         device = arena.indices.device
-        inv_scale, found_inf = (None if t is None else t.to(device, non_blocking=True).reshape(()) for t in (inv_scale, found_inf))
+        inv_scale, found_inf = (
+            None if t is None else t.to(device, non_blocking=True).reshape(()) for t in (inv_scale, found_inf)
+        )
         arena.regather_masters(rows)
         steps = arena.next_steps(rows, found_inf)
         job.step(steps, inv_scale, found_inf, self.seed, self.backend)
@@ -252,16 +318,18 @@ class LiftAdamW(Optimizer):
             elif job.packed:
                 owners.drop_gradient(p)  # model.zero_grad() would not clear it
 
-    # ---- masks ------------------------------------------------------------------------------------------------------------
+    # ---- masks -----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def refresh(self, *, drop_gradients: bool = False) -> None:
         """Compute every mask anew from the present weights and carry the state over.
 
-        Packed gradients belong to the entries of the old masks: with ``drop_gradients`` they are forgotten.
+        Packed gradients belong to the entries of the old masks: with ``drop_gradients`` they are
+        forgotten.
 
-        Raises ValueError, naming the parameter, for non-finite weights, and RuntimeError for packed gradients that wait for a step
-        or values that another optimizer trains; no mask is changed then.
+        Raises ValueError, naming the parameter, for non-finite weights, and RuntimeError for packed
+        gradients that wait for a step or values that another optimizer trains; no mask is changed
+        then.
         """
         self._check_packed(drop_gradients)
         self._settle_skipped()
@@ -274,19 +342,29 @@ class LiftAdamW(Optimizer):
         """Nothing packed stands in the way of new masks."""
         for p, _, name in self._sparse_parameters():
             foreign = next((layer.lift_foreign for layer in owners.layers_of(p) if layer.lift_foreign), None)
-            require(foreign is None,
-                    f"{name} is trained by {foreign} too, whose state would belong to other entries after a refresh; train it by "
-                    "LiftAdamW alone", RuntimeError)  # fmt: skip
-            require(drop_gradients or not owners.holds_packed_gradient(p),
-                    f"{name} has a packed gradient, whose entries a refresh would exchange; call step() or zero_grad() first, or "
-                    "refresh(drop_gradients=True)", RuntimeError)  # fmt: skip
+            require(
+                foreign is None,
+                f"{name} is trained by {foreign} too, whose state would belong to other entries after a "
+                "refresh; train it by "
+                "LiftAdamW alone",
+                RuntimeError,
+            )
+            require(
+                drop_gradients or not owners.holds_packed_gradient(p),
+                f"{name} has a packed gradient, whose entries a refresh would exchange; call step() or "
+                "zero_grad() first, or "
+                "refresh(drop_gradients=True)",
+                RuntimeError,
+            )
         self._follow_layers()
         if drop_gradients:
             for p, _, _ in self._sparse_parameters():
                 owners.drop_gradient(p)
 
     def _compare_ranks(self) -> None:
-        """Replicas have the same new index lists, or each of them raises. What was refused is compared again at the next step."""
+        """Replicas have the same new index lists, or each of them raises. What was refused is
+        compared again at the next step.
+        """
         if not self._uncompared or not self._replicas.active() or dispatch.capturing():
             return
         lists = defaultdict(list)
@@ -314,38 +392,57 @@ class LiftAdamW(Optimizer):
             _, numbers, lists = rows.setdefault(id(arena), (arena, [], []))
             numbers.append(row)
             lists.append(mask.indices)
-        stayed = [self._places[d.parameter][0].stayed(self._places[d.parameter][1], m.indices, self.backend)
-                  for d, m in zip(due, masks)]  # fmt: skip
+        stayed = [
+            self._places[d.parameter][0].stayed(self._places[d.parameter][1], m.indices, self.backend)
+            for d, m in zip(due, masks)
+        ]
         for arena, numbers, lists in rows.values():
             arena.regather_masters(numbers)
             arena.migrate(numbers, lists, backend=self.backend)
-        self._kept.update({d.parameter: warm_part(mask._asdict(), d.parameter, self.warm_start) for d, mask in zip(due, masks)})
+        self._kept.update(
+            {d.parameter: warm_part(mask._asdict(), d.parameter, self.warm_start) for d, mask in zip(due, masks)}
+        )
         self.last_refresh = report_on(due, masks, stayed)
         self._uncompared.update({d.parameter: None for d in due})
         self._publish()
 
     def _masks(self, due: list[Due]) -> list[Mask]:
-        return make_masks(due, self._kept, selection=self.selection, seed=self.seed, method=self.mask_method, backend=self.backend)
+        return make_masks(
+            due, self._kept, selection=self.selection, seed=self.seed, method=self.mask_method, backend=self.backend
+        )
 
     def _make_first_masks(self) -> bool:
         """Masks for matrices that have none; whether every matrix was one of them."""
         missing = [due for due in self._matrices() if due.parameter not in self._places]
         everything = not self._places
         if missing:
-            self._adopt([
-                (d.parameter, d.group, d.name, entry) for d in missing if (entry := owners.first_entry(d.parameter)) is not None
-            ])  # fmt: skip
+            self._adopt(
+                [
+                    (d.parameter, d.group, d.name, entry)
+                    for d in missing
+                    if (entry := owners.first_entry(d.parameter)) is not None
+                ]
+            )
             due = [d for d in missing if d.parameter not in self._places]
             masks = self._masks(due)
-            self._adopt([
-                (d.parameter, d.group, d.name, {"indices": mask.indices, **warm_part(mask._asdict(), d.parameter, self.warm_start)})
-                for d, mask in zip(due, masks)
-            ])  # fmt: skip
+            self._adopt(
+                [
+                    (
+                        d.parameter,
+                        d.group,
+                        d.name,
+                        {"indices": mask.indices, **warm_part(mask._asdict(), d.parameter, self.warm_start)},
+                    )
+                    for d, mask in zip(due, masks)
+                ]
+            )
             self.last_refresh = report_on(due, masks, None)
         return everything
 
     def _adopt(self, entries: list[tuple[Tensor, dict[str, Any], str, dict[str, Tensor]]]) -> None:
-        """Put matrices with their index lists, and perhaps moments, into the arenas of their kind."""
+        """Put matrices with their index lists, and perhaps moments, into the arenas of their
+        kind.
+        """
         kinds = defaultdict(list)
         for p, group, name, entry in entries:
             matrix = owners.matrix_of(p)
@@ -377,7 +474,9 @@ class LiftAdamW(Optimizer):
         groups = list({id(g): g for g in groups}.values())
         for group in groups:
             group["steps_since_refresh"] += 1
-            if found_inf is not None and group["refresh_schedule"] == "all":  # GradScaler adds up the flags of all devices
+            if (
+                found_inf is not None and group["refresh_schedule"] == "all"
+            ):  # GradScaler adds up the flags of all devices
                 self._skipped[id(group)] = self._skipped.get(id(group), 0) + (found_inf != 0).int()
         if dispatch.capturing():
             return  # a graph replays kernels, not this schedule: refresh by hand between replays
@@ -395,7 +494,9 @@ class LiftAdamW(Optimizer):
                     owners.drop_gradient(p)
 
     def _turn(self, group: dict[str, Any]) -> list[Due]:
-        """The matrices of a spread group whose turn it is; the count starts anew after an interval."""
+        """The matrices of a spread group whose turn it is; the count starts anew after an
+        interval.
+        """
         interval, step = group["refresh_interval"], group["steps_since_refresh"]
         if interval is None:
             return []
@@ -410,21 +511,27 @@ class LiftAdamW(Optimizer):
         return group["refresh_interval"] is not None and group["steps_since_refresh"] >= group["refresh_interval"]
 
     def _settle_skipped(self) -> None:
-        """Take skipped steps off the schedule: the one place that reads found_inf back, when a refresh or a save is due."""
+        """Take skipped steps off the schedule: the one place that reads found_inf back, when a
+        refresh or a save is due.
+        """
         for group in self.param_groups:
             group["steps_since_refresh"] -= int(self._skipped.pop(id(group), 0))
 
-    # ---- state ------------------------------------------------------------------------------------------------------------
+    # ---- state -----------------------------------------------------------------------------------
 
     def state_bytes(self) -> int:
-        """Bytes of every tensor storage the optimizer holds, index lists, masters and padding included."""
+        """Bytes of every tensor storage the optimizer holds, index lists, masters and padding
+        included.
+        """
         tensors = [t for arena in self._arenas.values() for t in (*arena.arenas().values(), arena.steps)]
         tensors += [t for entry in self.state.values() for t in entry.values() if isinstance(t, Tensor)]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         return sum(storages.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """As every torch optimizer's, with compact copies that share no storage and keep their dtypes."""
+        """As every torch optimizer's, with compact copies that share no storage and keep their
+        dtypes.
+        """
         self._settle_skipped()
         packed = super().state_dict()
         shapes = {i: owners.matrix_of(p).shape for i, p in enumerate(self._all_parameters()) if p in self._places}
@@ -438,9 +545,11 @@ class LiftAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict`; the masks in it replace any mask made before.
 
-        Parameters are matched by name where both sides have names, else by position. All state goes to its parameter's device.
+        Parameters are matched by name where both sides have names, else by position. All state goes
+        to its parameter's device.
 
-        Raises ValueError, naming the parameter, for the state of another model or version; nothing is changed then.
+        Raises ValueError, naming the parameter, for the state of another model or version; nothing
+        is changed then.
         """
         state_dict = state_dict.copy()
         hooks: tuple[Any, Any] = (self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks)
@@ -452,19 +561,29 @@ class LiftAdamW(Optimizer):
         sparse = [options.is_sparse(p, g) for g in self.param_groups for p in g["params"]]
         names = [name for g in self.param_groups for _, name in self._named(g)]
         check_state_dict(state_dict, [owners.matrix_of(p) for p in parameters], sparse, names)
-        for p, name, was, group in zip(parameters, names, sparse, (g for g in state_dict["param_groups"] for _ in g["params"])):
-            require(options.is_sparse(p, group) == was,
-                    f"{name}: lift={group['lift']} in the state dict, but this optimizer trains it "
-                    f"{'sparsely' if was else 'densely'}; build the optimizer with the groups that were saved")  # fmt: skip
-        # torch would cast floating state to the parameter's dtype, so only dense entries go its way. The hooks have run, or run
-        # when the state is complete.
+        for p, name, was, group in zip(
+            parameters, names, sparse, (g for g in state_dict["param_groups"] for _ in g["params"])
+        ):
+            require(
+                options.is_sparse(p, group) == was,
+                f"{name}: lift={group['lift']} in the state dict, but this optimizer trains it "
+                f"{'sparsely' if was else 'densely'}; build the optimizer with the groups that were saved",
+            )
+        # torch would cast floating state to the parameter's dtype, so only dense entries go its
+        # way. The hooks have run, or run when the state is complete.
         dense = {i: entry for i, entry in state_dict["state"].items() if not sparse[i]}
-        self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks = OrderedDict(), OrderedDict()
+        self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks = (
+            OrderedDict(),
+            OrderedDict(),
+        )
         try:
             super().load_state_dict({**state_dict, "state": dense})
         finally:
             self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks = hooks
-        for p, entry in self.state.items():  # torch leaves the step on the device it was loaded to; the fused step needs it here
+        for (
+            p,
+            entry,
+        ) in self.state.items():  # torch leaves the step on the device it was loaded to; the fused step needs it here
             if "step" in entry:
                 entry["step"] = torch.as_tensor(entry["step"], dtype=torch.float32, device=p.device).reshape(())
         for group in self.param_groups:
@@ -473,9 +592,9 @@ class LiftAdamW(Optimizer):
         self._reset_arenas()
         for p in parameters:
             owners.drop_gradient(p)  # of other entries
-        self._adopt([
-            (parameters[i], groups[i], names[i], entry) for i, entry in state_dict["state"].items() if sparse[i]
-        ])  # fmt: skip
+        self._adopt(
+            [(parameters[i], groups[i], names[i], entry) for i, entry in state_dict["state"].items() if sparse[i]]
+        )
         self._replicas.announce(name for _, _, name in self._sparse_parameters())  # the state may have brought names
         for hook in hooks[1].values():
             hook(self)
@@ -496,7 +615,9 @@ class LiftAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "defaults" in state:  # pickle and deepcopy; load_state_dict passes only state and groups, and adopts by itself
+        if (
+            "defaults" in state
+        ):  # pickle and deepcopy; load_state_dict passes only state and groups, and adopts by itself
             self._reset_arenas()
             for p, layers in self.__dict__.pop("_packed_layers", {}).items():
                 for layer in layers:

@@ -16,17 +16,36 @@ from .masks import entry_count
 from .scalars import last_age
 
 DEFAULT_RANK = 64
-OPTIONS = frozenset({
-    "lr", "betas", "eps", "weight_decay", "rank", "density", "budget_rank", "refresh_interval", "refresh_schedule",
-    "bias_correction", "master", "rounding", "state_dtype", "capturable", "maximize", "lift", "steps_since_refresh",
-})  # fmt: skip
+OPTIONS = frozenset(
+    {
+        "lr",
+        "betas",
+        "eps",
+        "weight_decay",
+        "rank",
+        "density",
+        "budget_rank",
+        "refresh_interval",
+        "refresh_schedule",
+        "bias_correction",
+        "master",
+        "rounding",
+        "state_dtype",
+        "capturable",
+        "maximize",
+        "lift",
+        "steps_since_refresh",
+    }
+)
 """What every group holds beside its parameters."""
 SELECTIONS = ("principal", "magnitude", "gradient", "random")
 _EMBEDDING = re.compile(r"(^|\.)(embed\w*|wte|wpe|lm_head|word_embeddings|shared)(\.|$)")
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Raise ValueError or TypeError, naming the option and its value, for a hyperparameter out of range."""
+    """Raise ValueError or TypeError, naming the option and its value, for a hyperparameter out of
+    range.
+    """
     lr, betas, eps, decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
     if isinstance(lr, Tensor):
         require(lr.numel() == 1, f"a tensor lr must hold one number, got shape {tuple(lr.shape)}")
@@ -36,8 +55,10 @@ def check_group(group: dict[str, Any]) -> None:
     require(0.0 <= eps < math.inf, f"eps must be a finite number of at least 0, got {eps}")
     require(0.0 <= decay < math.inf, f"weight_decay must be a finite number of at least 0, got {decay}")
     interval = group["refresh_interval"]
-    require(interval is None or (isinstance(interval, int) and interval >= 1),
-            f"refresh_interval must be a number of steps or None, got {interval!r}")  # fmt: skip
+    require(
+        interval is None or (isinstance(interval, int) and interval >= 1),
+        f"refresh_interval must be a number of steps or None, got {interval!r}",
+    )
     schedule = group["refresh_schedule"]
     require(schedule in ("all", "spread"), f"refresh_schedule must be 'all' or 'spread', got {schedule!r}")
     bias, master, rounding = group["bias_correction"], group["master"], group["rounding"]
@@ -46,9 +67,15 @@ def check_group(group: dict[str, Any]) -> None:
         last_age(*betas)
     require(master in ("fp32", None), f"master must be 'fp32' or None, got {master!r}")
     require(rounding in ("nearest", "stochastic"), f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
-    require(rounding == "nearest" or master is None, "rounding='stochastic' needs master=None: a master is rounded to nearest")
-    require(group["state_dtype"] in MOMENT_DTYPES,
-            f"state_dtype must be torch.float32 or torch.bfloat16, got {group['state_dtype']}", TypeError)  # fmt: skip
+    require(
+        rounding == "nearest" or master is None,
+        "rounding='stochastic' needs master=None: a master is rounded to nearest",
+    )
+    require(
+        group["state_dtype"] in MOMENT_DTYPES,
+        f"state_dtype must be torch.float32 or torch.bfloat16, got {group['state_dtype']}",
+        TypeError,
+    )
     require(group["lift"] in (True, False, None), f"lift must be True, False or None, got {group['lift']!r}")
 
 
@@ -57,12 +84,16 @@ def check_lift_parameter(parameter: Tensor, group: dict[str, Any], name: str) ->
     check_matrix(parameter, name)
     check_rank(rank_of(parameter, group), parameter.shape[-2:], name)
     trained_entries(parameter, group, name)
-    require(group["rounding"] == "nearest" or parameter.dtype != torch.float32,
-            f"{name}: rounding='stochastic' is for bfloat16 and float16 weights, got {parameter.dtype}")  # fmt: skip
+    require(
+        group["rounding"] == "nearest" or parameter.dtype != torch.float32,
+        f"{name}: rounding='stochastic' is for bfloat16 and float16 weights, got {parameter.dtype}",
+    )
 
 
 def is_sparse(parameter: Tensor, group: dict[str, Any]) -> bool:
-    """Whether LIFT trains this parameter: the group says so, or says nothing and it is a matrix or has packed gradients."""
+    """Whether LIFT trains this parameter: the group says so, or says nothing and it is a matrix or
+    has packed gradients.
+    """
     if group["lift"] is not None:
         return group["lift"]
     return parameter.dim() == 2 or owners.is_values(parameter) or owners.is_hooked(parameter)
@@ -74,7 +105,9 @@ def rank_of(parameter: Tensor, group: dict[str, Any]) -> int:
 
 
 def trained_entries(parameter: Tensor, group: dict[str, Any], name: str) -> int:
-    """k of a matrix, or of each matrix of a 3-D batch: by budget_rank where that is set, else by density."""
+    """k of a matrix, or of each matrix of a 3-D batch: by budget_rank where that is set, else by
+    density.
+    """
     budget, shape = group["budget_rank"], parameter.shape[-2:]
     return entry_count(shape, density=group["density"] if budget is None else None, budget_rank=budget, name=name)
 

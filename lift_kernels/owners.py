@@ -3,11 +3,14 @@
 Three kinds of trainable parameter carry the entries of a matrix:
 
 - a matrix with an ordinary gradient ``p.grad`` (matrix mode),
-- a matrix, or a 3-D batch of them, whose hook packs the gradient into ``p.lift_grad`` at the index list ``p.lift_indices``,
-- the ``values`` of packed layers (`lift_kernels.linear`), whose ``grad`` is packed from birth; the matrix is their ``weight``.
+- a matrix, or a 3-D batch of them, whose hook packs the gradient into ``p.lift_grad`` at the index
+  list ``p.lift_indices``,
+- the ``values`` of packed layers (`lift_kernels.linear`), whose ``grad`` is packed from birth; the
+  matrix is their ``weight``.
 
-That a vector is the ``values`` of layers is noted here and not on the vector: an attribute would be lost by deepcopy, and would
-send pickle round in a circle. The layers note it again whenever they are copied.
+That a vector is the ``values`` of layers is noted here and not on the vector: an attribute would be
+lost by deepcopy, and would send pickle round in a circle. The layers note it again whenever they
+are copied.
 """
 
 from __future__ import annotations
@@ -52,7 +55,9 @@ def is_values(parameter: Tensor) -> bool:
 
 
 def matrix_of(parameter: Tensor) -> Tensor:
-    """The matrix, or batch of matrices, whose entries the parameter trains: a layer's weight, or the parameter itself."""
+    """The matrix, or batch of matrices, whose entries the parameter trains: a layer's weight, or
+    the parameter itself.
+    """
     layers = layers_of(parameter) if parameter.dim() == 1 else []
     return layers[0].weight if layers else parameter
 
@@ -63,29 +68,41 @@ def name_of(parameter: Tensor) -> str | None:
 
 
 def hooked_gradient(parameter: Tensor) -> Tensor | None:
-    """What the hook of a matrix has packed since the last step; None also for every other parameter."""
+    """What the hook of a matrix has packed since the last step; None also for every other
+    parameter.
+    """
     return getattr(parameter, "lift_grad", None)
 
 
 def gradient_of(parameter: Tensor, layer: Any = None) -> tuple[Tensor | None, bool]:
-    """The gradient, or None, and whether it is packed; ``layer`` is the packed layer whose values the parameter is."""
+    """The gradient, or None, and whether it is packed; ``layer`` is the packed layer whose values
+    the parameter is.
+    """
     hooked = hooked_gradient(parameter)
     return (parameter.grad, layer is not None) if hooked is None else (hooked, True)
 
 
 def check_hooked_gradient(parameter: Tensor, name: str) -> None:
-    """Raise, naming the parameter, unless what its hook packed fits its index list and can be stepped now."""
+    """Raise, naming the parameter, unless what its hook packed fits its index list and can be
+    stepped now.
+    """
     grad = hooked_gradient(parameter)
     if grad is None:
         return
     indices: Tensor = parameter.lift_indices  # type: ignore[attr-defined]
-    require(not dispatch.capturing(),
-            f"{name}: a CUDA graph cannot follow its packed gradient lift_grad, a new tensor at every step; capture a model of "
-            "packed layers, or unpack(model) and zero_grad(set_to_none=False)", RuntimeError)  # fmt: skip
+    require(
+        not dispatch.capturing(),
+        f"{name}: a CUDA graph cannot follow its packed gradient lift_grad, a new tensor at every step; "
+        "capture a model of "
+        "packed layers, or unpack(model) and zero_grad(set_to_none=False)",
+        RuntimeError,
+    )
     require(parameter.grad is None, f"{name} has a packed lift_grad and a dense grad; clear one of them", RuntimeError)
-    require(grad.shape == indices.shape and grad.dtype == torch.float32 and grad.device == indices.device,
-            f"{name}: lift_grad must be {indices.numel()} float32 numbers on {indices.device}, got {tuple(grad.shape)} "
-            f"{grad.dtype} on {grad.device}")  # fmt: skip
+    require(
+        grad.shape == indices.shape and grad.dtype == torch.float32 and grad.device == indices.device,
+        f"{name}: lift_grad must be {indices.numel()} float32 numbers on {indices.device}, got {tuple(grad.shape)} "
+        f"{grad.dtype} on {grad.device}",
+    )
 
 
 def note_first_mask(parameter: Tensor, warm: dict[str, Tensor]) -> None:
@@ -94,7 +111,9 @@ def note_first_mask(parameter: Tensor, warm: dict[str, Tensor]) -> None:
 
 
 def first_entry(parameter: Tensor) -> dict[str, Tensor] | None:
-    """What an optimizer starts from: the index list that `pack_gradients` chose and the present values; None without one."""
+    """What an optimizer starts from: the index list that `pack_gradients` chose and the present
+    values; None without one.
+    """
     layers = layers_of(parameter)
     if layers:
         return {"indices": layers[0].indices, "master": parameter.detach(), **_first.pop(parameter, {})}
@@ -104,10 +123,11 @@ def first_entry(parameter: Tensor) -> dict[str, Tensor] | None:
 
 
 def show(parameter: Tensor, entry: dict[str, Tensor]) -> None:
-    """Let the owner of the index list see an optimizer's present slices: its layers, or the hook of a matrix.
+    """Let the owner of the index list see an optimizer's present slices: its layers, or the hook of
+    a matrix.
 
-    ``values`` becomes a view of the slice ``entry["master"]``, so that there is no second copy. A gradient of another length is
-    dropped.
+    ``values`` becomes a view of the slice ``entry["master"]``, so that there is no second copy. A
+    gradient of another length is dropped.
     """
     indices = entry["indices"]
     for layer in layers_of(parameter):

@@ -1,4 +1,6 @@
-"""PackedState: index lists, moments, masters and ages of many matrices, one behind the other in one arena."""
+"""PackedState: index lists, moments, masters and ages of many matrices, one behind the other in one
+arena.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from .checks import check_index_list, check_matrix, require
 logger = logging.getLogger("lift_kernels")
 
 ALIGNMENT = 64
-"""Entries: a segment starts on a 128-byte boundary for any stored type and is padded to the next, so wide loads are legal."""
+"""Entries: a segment starts on a 128-byte boundary for any stored type and is padded to the next,
+so wide loads are legal.
+"""
 
 
 class PackedState:
@@ -49,9 +53,11 @@ class PackedState:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def append(self, weights: Sequence[Tensor], entries: Sequence[dict[str, Tensor]], names: Sequence[str]) -> None:
-        """Add matrices. An entry holds ``indices`` and may hold what `views` shows; the rest starts at zero or the weight.
+        """Add matrices. An entry holds ``indices`` and may hold what `views` shows; the rest starts
+        at zero or the weight.
 
-        The arena grows by copying, so addresses change. Raises before anything is changed when an entry does not fit its weight.
+        The arena grows by copying, so addresses change. Raises before anything is changed when an
+        entry does not fit its weight.
         """
         for weight, entry, name in zip(weights, entries, names):
             self._check_entry(weight, entry, name)
@@ -69,7 +75,9 @@ class PackedState:
             grown = torch.zeros(size, dtype=arena.dtype, device=arena.device)
             grown[: arena.numel()] = arena
             setattr(self, name, grown)
-        steps = [torch.as_tensor(entry.get("step", 0.0), dtype=torch.float32, device=self.steps.device) for entry in entries]
+        steps = [
+            torch.as_tensor(entry.get("step", 0.0), dtype=torch.float32, device=self.steps.device) for entry in entries
+        ]
         self.steps = torch.cat([self.steps, *(step.reshape(1) for step in steps)])
         for i, (weight, entry) in enumerate(zip(weights, entries), start=first):
             self._fill(i, weight, entry)
@@ -84,12 +92,16 @@ class PackedState:
         return slice(self.offsets[i], self.offsets[i] + self.counts[i])
 
     def next_steps(self, rows: Sequence[int], found_inf: Tensor | None = None) -> Tensor:
-        """(len(rows),) fp32 step counts with the coming update counted, unless a non-zero ``found_inf`` will skip it."""
+        """(len(rows),) fp32 step counts with the coming update counted, unless a non-zero
+        ``found_inf`` will skip it.
+        """
         count = 1.0 if found_inf is None else (found_inf == 0).to(torch.float32)
         return self._of(rows) + count
 
     def written(self, rows: Sequence[int], steps: Tensor) -> None:
-        """Note that the weights of ``rows`` were updated: their step counts, and that they hold what their masters say."""
+        """Note that the weights of ``rows`` were updated: their step counts, and that they hold
+        what their masters say.
+        """
         if self._is_all(rows):
             self.steps.copy_(steps)
         else:
@@ -99,24 +111,32 @@ class PackedState:
                 self._mark(row)
 
     def check_weights(self, rows: Sequence[int]) -> None:
-        """Raise, naming the parameter, unless the weights still have the form that this state was made for."""
+        """Raise, naming the parameter, unless the weights still have the form that this state was
+        made for.
+        """
         for row in rows:
             weight, name, dtype = self.weights[row], self.names[row], self._dtypes[row]
             if weight.dtype != dtype or weight.device != self.indices.device or not weight.is_contiguous():
                 check_matrix(weight, name)
-                raise TypeError(f"{name}: the weight became {weight.dtype} on {weight.device} after the optimizer had taken it as "
-                                f"{dtype} on {self.indices.device}; make the optimizer after converting the model")  # fmt: skip
+                raise TypeError(
+                    f"{name}: the weight became {weight.dtype} on {weight.device} after the optimizer had taken it as "
+                    f"{dtype} on {self.indices.device}; make the optimizer after converting the model"
+                )
 
     def stayed(self, row: int, new: Tensor, backend: str | None = None) -> Tensor:
-        """How many entries of matrix ``row`` are also in the sorted list ``new``; a 0-dim tensor on the device."""
+        """How many entries of matrix ``row`` are also in the sorted list ``new``; a 0-dim tensor on
+        the device.
+        """
         old = self.indices[self.segment(row)]
         return (ops.packed_migrate(old, old, new, fill=-1, backend=backend) >= 0).sum()
 
     def migrate(self, rows: Sequence[int], lists: Sequence[Tensor], *, backend: str | None = None) -> None:
-        """Give the matrices ``rows`` new index lists (paper section 3.2): entries that stay keep moments, master and age.
+        """Give the matrices ``rows`` new index lists (paper section 3.2): entries that stay keep
+        moments, master and age.
 
-        Entering entries start with zero moments and the weight's value; leaving ones keep the weight value they have. Equally
-        long lists keep every arena address. Raises before anything is changed when a list does not fit its weight.
+        Entering entries start with zero moments and the weight's value; leaving ones keep the
+        weight value they have. Equally long lists keep every arena address. Raises before anything
+        is changed when a list does not fit its weight.
         """
         for row, new in zip(rows, lists):
             check_index_list(new, self.weights[row].numel(), self.names[row], self.indices.device)
@@ -128,10 +148,11 @@ class PackedState:
             self._mark(row)
 
     def regather_masters(self, rows: Sequence[int]) -> None:
-        """Make masters follow weights that were changed behind the optimizer's back (seen by address and version).
+        """Make masters follow weights that were changed behind the optimizer's back (seen by
+        address and version).
 
-        An entry whose master rounds to the weight's present value keeps it, so that loading a checkpoint of the model after
-        that of the optimizer loses no bits.
+        An entry whose master rounds to the weight's present value keeps it, so that loading a
+        checkpoint of the model after that of the optimizer loses no bits.
         """
         if self.master is None:
             return
@@ -143,7 +164,9 @@ class PackedState:
             values = ops.packed_gather(weight.detach(), self.indices[segment])
             kept = self.master[segment].to(weight.dtype) == values
             if not bool(kept.all()):
-                logger.warning("%s was changed outside the optimizer; its fp32 master follows the new values", self.names[row])
+                logger.warning(
+                    "%s was changed outside the optimizer; its fp32 master follows the new values", self.names[row]
+                )
                 self.master[segment] = torch.where(kept, self.master[segment], values.float())
             self._mark(row)
 
@@ -204,10 +227,14 @@ class PackedState:
     def _check_entry(self, weight: Tensor, entry: dict[str, Tensor], name: str) -> None:
         indices = entry["indices"]
         check_matrix(weight, name)
-        require(weight.device == self.indices.device,
-                f"{name}: the weight is on {weight.device}, the state on {self.indices.device}")  # fmt: skip
+        require(
+            weight.device == self.indices.device,
+            f"{name}: the weight is on {weight.device}, the state on {self.indices.device}",
+        )
         check_index_list(indices, weight.numel(), name)
         for key in self.arenas():
             value = entry.get(key)
-            require(value is None or value.shape == indices.shape,
-                    f"{name}: {key} has {getattr(value, 'numel', int)()} entries, its index list {indices.numel()}")  # fmt: skip
+            require(
+                value is None or value.shape == indices.shape,
+                f"{name}: {key} has {getattr(value, 'numel', int)()} entries, its index list {indices.numel()}",
+            )

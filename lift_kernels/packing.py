@@ -34,30 +34,39 @@ def pack_gradients(
     freeze_rest: bool = False,
     backend: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Convert ``model`` in place, so that no dense gradient of a trained matrix is kept; returns groups for `LiftAdamW`.
+    """Convert ``model`` in place, so that no dense gradient of a trained matrix is kept; returns
+    groups for `LiftAdamW`.
 
-    Linear layers (those of `lift_param_groups`) become `LiftLinear` or `LiftConv1D`; layers that share a weight share ``values``. A
-    weight that something else than plain linear layers holds, and every parameter whose name matches ``extra`` (matrices or 3-D
-    batches of matrices, such as stacked expert weights), keeps its place and gets a hook that packs its gradient into
-    ``p.lift_grad``. The first masks are made here, with the same options and results as `LiftAdamW`. ``backend`` is that of the
-    layers' weight gradients.
+    Linear layers (those of `lift_param_groups`) become `LiftLinear` or `LiftConv1D`; layers that
+    share a weight share ``values``. A weight that something else than plain linear layers holds,
+    and every parameter whose name matches ``extra`` (matrices or 3-D batches of matrices, such as
+    stacked expert weights), keeps its place and gets a hook that packs its gradient into
+    ``p.lift_grad``. The first masks are made here, with the same options and results as
+    `LiftAdamW`. ``backend`` is that of the layers' weight gradients.
 
-    ``state_dict()`` keeps the plain model's keys; `unpack` gives the plain model back. Convert before other libraries wrap the
-    model, and move it to its device first or afterwards as you like, but before the first step.
+    ``state_dict()`` keeps the plain model's keys; `unpack` gives the plain model back. Convert
+    before other libraries wrap the model, and move it to its device first or afterwards as you
+    like, but before the first step.
 
-    Raises ValueError, TypeError or RuntimeError, naming the parameter, for a model that cannot be converted; it is unchanged then.
+    Raises ValueError, TypeError or RuntimeError, naming the parameter, for a model that cannot be
+    converted; it is unchanged then.
     """
-    require(not any(isinstance(module, PackedLinear) for module in model.modules()) and not _hooked(model),
-            "the model has packed gradients already; unpack(model) first", RuntimeError)  # fmt: skip
+    require(
+        not any(isinstance(module, PackedLinear) for module in model.modules()) and not _hooked(model),
+        "the model has packed gradients already; unpack(model) first",
+        RuntimeError,
+    )
     required = {p: p.requires_grad for p in model.parameters()}
     try:
         chosen = dict(lift_param_groups(model, include, exclude, freeze_rest=freeze_rest)[0]["params"])
         chosen |= _extra_parameters(model, extra, chosen)
         options = {"rank": rank, "density": density, "budget_rank": budget_rank}
         masks = LiftAdamW(
-            [{"params": list(chosen.items()), "lift": True, **options}], selection=selection, seed=seed,
+            [{"params": list(chosen.items()), "lift": True, **options}],
+            selection=selection,
+            seed=seed,
             process_group="independent",  # the optimizer that trains them compares them
-        )  # fmt: skip
+        )
         masks.refresh()
         lists = {name: masks.state[p]["indices"].clone() for name, p in chosen.items()}
         warm = {name: warm_part(masks.state[p], p, "device") for name, p in chosen.items()}
@@ -83,7 +92,8 @@ def pack_gradients(
 
 
 def unpack(model: nn.Module) -> nn.Module:
-    """Give the plain model back, in place: the layers' own classes, trainable weights as before, no hooks. Gradients are dropped.
+    """Give the plain model back, in place: the layers' own classes, trainable weights as before, no
+    hooks. Gradients are dropped.
 
     An optimizer that was made for the packed model has nothing to train any more.
     """
@@ -121,9 +131,11 @@ def _holders(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
 
 
 def _plain_layers(holders: list[tuple[str, nn.Module, str]], p: Tensor) -> list[tuple[str, nn.Module]]:
-    """The layers that hold the weight, with their names; none when something else than plain linear layers holds it too.
+    """The layers that hold the weight, with their names; none when something else than plain linear
+    layers holds it too.
 
-    A subclass of nn.Linear may use its weight in ways that a packed layer does not know (nn.MultiheadAttention does).
+    A subclass of nn.Linear may use its weight in ways that a packed layer does not know
+    (nn.MultiheadAttention does).
     """
     plain = all(_class_of(module) is not None and name == "weight" for _, module, name in holders)
     return [(name, module) for name, module, _ in holders] if plain else []
@@ -162,7 +174,9 @@ def _hook(p: Tensor, indices: Tensor) -> None:
 
 @torch.no_grad()
 def _pack_gradient(p: Any) -> None:
-    """Runs when the gradient of one parameter is complete: the dense one is freed before the next layer's is made."""
+    """Runs when the gradient of one parameter is complete: the dense one is freed before the next
+    layer's is made.
+    """
     packed = ops.packed_gather(p.grad, p.lift_indices, dtype=torch.float32)
     p.grad = None
     p.lift_grad = packed if owners.hooked_gradient(p) is None else p.lift_grad.add_(packed)

@@ -13,12 +13,15 @@ from .linear import PackedLinear
 def lift_param_groups(
     model: nn.Module, include: str | None = None, exclude: str | None = None, *, freeze_rest: bool = False
 ) -> list[dict]:
-    """One group ``{"params": [(name, weight), ...], "lift": True}`` with the weights of the model's linear layers.
+    """One group ``{"params": [(name, weight), ...], "lift": True}`` with the weights of the model's
+    linear layers.
 
-    Linear layers are nn.Linear and transformers' Conv1D (whose weight is transposed, which changes no mask); packed ones
-    (`pack_gradients`) give their ``values`` in place of the weight. Embeddings, the output head and weights tied to them are left
-    out; a weight shared by several layers is taken once. ``include`` and ``exclude`` are regular expressions searched in parameter
-    names. ``freeze_rest`` turns ``requires_grad`` off for every other parameter, as in the paper's recipe.
+    Linear layers are nn.Linear and transformers' Conv1D (whose weight is transposed, which changes
+    no mask); packed ones (`pack_gradients`) give their ``values`` in place of the weight.
+    Embeddings, the output head and weights tied to them are left out; a weight shared by several
+    layers is taken once. ``include`` and ``exclude`` are regular expressions searched in parameter
+    names. ``freeze_rest`` turns ``requires_grad`` off for every other parameter, as in the paper's
+    recipe.
 
     Raises ValueError when a name matches both expressions or when no weight is left.
     """
@@ -34,12 +37,17 @@ def lift_param_groups(
             continue
         included = include is not None and re.search(include, name) is not None
         excluded = exclude is not None and re.search(exclude, name) is not None
-        require(not (included and excluded),
-                f"{name} matches both include={include!r} and exclude={exclude!r}; make the rules disjoint")  # fmt: skip
+        require(
+            not (included and excluded),
+            f"{name} matches both include={include!r} and exclude={exclude!r}; make the rules disjoint",
+        )
         if excluded or (include is not None and not included):
             continue
         chosen[id(weight)] = (name, weight)
-    require(bool(chosen), f"no linear weight of {type(model).__name__} is left with include={include!r}, exclude={exclude!r}")
+    require(
+        bool(chosen),
+        f"no linear weight of {type(model).__name__} is left with include={include!r}, exclude={exclude!r}",
+    )
     if freeze_rest:
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
@@ -47,7 +55,9 @@ def lift_param_groups(
 
 
 def _embeddings_and_head(model: nn.Module) -> set[int]:
-    """ids of embedding tables and of the output head's weight, found by type and by transformers' accessor."""
+    """ids of embedding tables and of the output head's weight, found by type and by transformers'
+    accessor.
+    """
     found = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is not None and getattr(head, "weight", None) is not None:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 
 def tf32_allowed() -> bool:
-    """Whether the user lets products of fp32 matrices on a GPU be formed in TF32, by torch's newer switch or by an older one.
+    """Whether the user lets products of fp32 matrices on a GPU be formed in TF32, by torch's newer
+    switch or by an older one.
 
     ``torch.get_float32_matmul_precision`` raises where the newer one was used.
     """
@@ -19,10 +20,11 @@ def tf32_allowed() -> bool:
 
 @contextmanager
 def matmul_precision(tensor: Tensor, precision: str) -> Iterator[None]:
-    """Products of fp32 matrices on the device of ``tensor``: in ``"tf32"`` or exact (``"ieee"``); on a CPU nothing changes.
+    """Products of fp32 matrices on the device of ``tensor``: in ``"tf32"`` or exact (``"ieee"``);
+    on a CPU nothing changes.
 
-    The setting is the process's, and comes back. Torch's older switch, ``allow_tf32``, cannot even be read where the user took the
-    newer one. TunableOp reads it, and so is left out meanwhile.
+    The setting is the process's, and comes back. Torch's older switch, ``allow_tf32``, cannot even
+    be read where the user took the newer one. TunableOp reads it, and so is left out meanwhile.
     """
     if not tensor.is_cuda:
         yield

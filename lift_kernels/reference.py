@@ -1,10 +1,12 @@
 """The executable specification: every op in plain PyTorch, slow and obvious.
 
-Tests compare each backend with these functions, and `ops` falls back to them. Only torch is imported here, so that the
-specification can be read, copied into a notebook and believed on its own.
+Tests compare each backend with these functions, and `ops` falls back to them. Only torch is
+imported here, so that the specification can be read, copied into a notebook and believed on its
+own.
 
-Shapes: a matrix has m*n entries in row-major order; its index list holds k sorted, unique flat positions (int32). Lists of
-many matrices lie one behind the other in an *arena*; matrix i owns the arena positions ``offsets[i] .. offsets[i]+counts[i]``.
+Shapes: a matrix has m*n entries in row-major order; its index list holds k sorted, unique flat
+positions (int32). Lists of many matrices lie one behind the other in an *arena*; matrix i owns the
+arena positions ``offsets[i] .. offsets[i]+counts[i]``.
 """
 
 from __future__ import annotations
@@ -42,12 +44,14 @@ def sparse_adamw_ref(
     stochastic: bool = False,
     seed: int = 0,
 ) -> None:
-    """AdamW (Loshchilov & Hutter 2019, Algorithm 2) on the selected entries of many matrices, in place.
+    """AdamW (Loshchilov & Hutter 2019, Algorithm 2) on the selected entries of many matrices, in
+    place.
 
-    ``steps[i]`` counts the updates of matrix i, this one included. Bias correction is global without ``births``; with it
-    (int32, arena-long: the step count at which an entry came in) it counts the steps since then. ``master`` (fp32, arena-long)
-    is the truth for low-precision weights, which then become its round-to-nearest-even. Gradients are multiplied by
-    ``inv_scale`` first. A non-zero ``found_inf`` leaves everything as it was.
+    ``steps[i]`` counts the updates of matrix i, this one included. Bias correction is global
+    without ``births``; with it (int32, arena-long: the step count at which an entry came in) it
+    counts the steps since then. ``master`` (fp32, arena-long) is the truth for low-precision
+    weights, which then become its round-to-nearest-even. Gradients are multiplied by ``inv_scale``
+    first. A non-zero ``found_inf`` leaves everything as it was.
     """
     if found_inf is not None and float(found_inf) != 0.0:
         return
@@ -67,7 +71,8 @@ def sparse_adamw_ref(
         m = exp_avg[segment].to(compute)
         v = exp_avg_sq[segment].to(compute)
 
-        # The sequence of torch.optim.AdamW(foreach=False), scalars as Python floats: equal to it bit for bit at density 1.
+        # The sequence of torch.optim.AdamW(foreach=False), scalars as Python floats: equal to it
+        # bit for bit at density 1.
         w.mul_(1 - lr * weight_decay)
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
@@ -93,12 +98,16 @@ def sparse_adamw_ref(
 
 
 def packed_gather_ref(source: Tensor, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The k entries of ``source`` (any shape) at ``indices``, as a vector of ``dtype`` (default: that of the source)."""
+    """The k entries of ``source`` (any shape) at ``indices``, as a vector of ``dtype`` (default:
+    that of the source).
+    """
     return source.reshape(-1)[indices.long()].to(dtype or source.dtype)
 
 
 def packed_scatter_ref(dest: Tensor, indices: Tensor, values: Tensor) -> None:
-    """Write the k ``values``, rounded to nearest even, into contiguous ``dest`` at ``indices``; all else stays."""
+    """Write the k ``values``, rounded to nearest even, into contiguous ``dest`` at ``indices``; all
+    else stays.
+    """
     dest.view(-1)[indices.long()] = values.to(dest.dtype)
 
 
@@ -107,7 +116,8 @@ def packed_migrate_ref(
 ) -> Tensor:
     """Values (k_old) of a sorted index list carried over to a new sorted list (k_new).
 
-    Entries in both lists keep their value; entering entries get ``fill``, or their place in ``fill_values`` (k_new).
+    Entries in both lists keep their value; entering entries get ``fill``, or their place in
+    ``fill_values`` (k_new).
     """
     if fill_values is None:
         out = torch.full(new_indices.shape, fill, dtype=values.dtype, device=values.device)
@@ -123,7 +133,9 @@ def packed_migrate_ref(
 def packed_l2_norm_ref(
     grads: list[Tensor], indices: Tensor, offsets: list[int], counts: list[int], packed_grads: bool = False
 ) -> Tensor:
-    """Euclidean norm over the selected entries of all gradients together, a 0-dim fp32 tensor; summed in fp64."""
+    """Euclidean norm over the selected entries of all gradients together, a 0-dim fp32 tensor;
+    summed in fp64.
+    """
     total = torch.zeros((), dtype=torch.float64, device=indices.device)
     for grad, offset, count in zip(grads, offsets, counts):
         flat = grad.reshape(-1)
@@ -133,8 +145,11 @@ def packed_l2_norm_ref(
 
 
 def lowrank_topk_ref(left: Tensor, right: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Positions (k, sorted int32) of the k largest |left @ right.T| and the k-th magnitude; ties to the lower position."""
-    # Bits without the sign: integers in the order of the magnitudes. A stable descending sort keeps ties in order.
+    """Positions (k, sorted int32) of the k largest |left @ right.T| and the k-th magnitude; ties to
+    the lower position.
+    """
+    # Bits without the sign: integers in the order of the magnitudes. A stable descending sort keeps
+    # ties in order.
     keys = (left @ right.T).reshape(-1).view(torch.int32) & 0x7FFFFFFF
     order = keys.sort(descending=True, stable=True).indices[:k]
     return order.sort().values.int(), keys[order[-1]].clone().view(torch.float32)
@@ -143,10 +158,12 @@ def lowrank_topk_ref(left: Tensor, right: Tensor, k: int) -> tuple[Tensor, Tenso
 def bitmap_to_indices_ref(
     bitmaps: Tensor, candidates: Tensor, counts: Tensor, columns: int, k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Bits of each bitmap (b, m, ceil(columns / 32)) and its k - definite largest candidates (b, capacity) as sorted positions.
+    """Bits of each bitmap (b, m, ceil(columns / 32)) and its k - definite largest candidates (b,
+    capacity) as sorted positions.
 
-    A candidate is ``key << 32 | (2^31 - 1 - position)``; ``counts`` (b, 2): definite bits, near candidates. Returns indices
-    (b, k) int32, the k-th magnitudes (b,) fp32, and status (b,) int32: 1 where that is not k positions (indices -1, NaN).
+    A candidate is ``key << 32 | (2^31 - 1 - position)``; ``counts`` (b, 2): definite bits, near
+    candidates. Returns indices (b, k) int32, the k-th magnitudes (b,) fp32, and status (b,) int32:
+    1 where that is not k positions (indices -1, NaN).
     """
     batch, rows = bitmaps.shape[:2]
     indices = bitmaps.new_full((batch, k), -1)
@@ -168,18 +185,21 @@ def bitmap_to_indices_ref(
 
 
 def packed_weight_grad_ref(grad_output: Tensor, input: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Entries ``indices`` (k) of the weight gradient of a linear layer, ``grad_output^T @ input``, as a vector of ``dtype``.
+    """Entries ``indices`` (k) of the weight gradient of a linear layer, ``grad_output^T @ input``,
+    as a vector of ``dtype``.
 
-    ``grad_output`` (t, m) and ``input`` (t, n) belong to t tokens. The whole product is formed in their dtype.
+    ``grad_output`` (t, m) and ``input`` (t, n) belong to t tokens. The whole product is formed in
+    their dtype.
     """
     return packed_gather_ref(grad_output.t() @ input, indices, dtype)
 
 
 def gaussian_sketch_ref_(block: Tensor, seed: int, first: int = 0) -> None:
-    """Fill ``block`` (b, n, l; fp32 or bf16) with standard normal numbers, a function of (seed, matrix, position) alone.
+    """Fill ``block`` (b, n, l; fp32 or bf16) with standard normal numbers, a function of (seed,
+    matrix, position) alone.
 
-    Philox4x32-10 (Salmon et al. 2011) under the key ``seed``; numbers 4g .. 4g+3 of matrix ``first + i`` come from counter
-    (g, matrix) by Box-Muller, two from two words.
+    Philox4x32-10 (Salmon et al. 2011) under the key ``seed``; numbers 4g .. 4g+3 of matrix
+    ``first + i`` come from counter (g, matrix) by Box-Muller, two from two words.
     """
     count = block[0].numel() if len(block) else 0
     group = torch.arange((count + 3) // 4, dtype=torch.int64, device=block.device)
@@ -194,7 +214,9 @@ def gaussian_sketch_ref_(block: Tensor, seed: int, first: int = 0) -> None:
 
 
 def philox(group: Tensor, matrix: int, seed: int) -> list[Tensor]:
-    """Four uint32 words (in int64) for each counter (group, matrix) under the 64-bit key ``seed``."""
+    """Four uint32 words (in int64) for each counter (group, matrix) under the 64-bit key
+    ``seed``.
+    """
     x = [group & _MASK32, group >> 32, torch.full_like(group, matrix & _MASK32), torch.full_like(group, matrix >> 32)]
     key = [seed & _MASK32, seed >> 32 & _MASK32]
     for _ in range(10):
@@ -206,11 +228,12 @@ def philox(group: Tensor, matrix: int, seed: int) -> list[Tensor]:
 
 
 def cholesky_qr_ref_(block: Tensor, other: Tensor | None = None, rounds: int = 1) -> Tensor:
-    """Orthonormalize the columns of each block (b, n, l) in place: X <- X D R^-1 with D = diag(X^T X)^-1/2, R^T R = D X^T X D.
+    """Orthonormalize the columns of each block (b, n, l) in place: X <- X D R^-1 with D = diag(X^T
+    X)^-1/2, R^T R = D X^T X D.
 
-    ``other`` gets the same factor from the right. Returns (b,) int32 about the last round: 0 orthonormal to working precision; 1
-    deficient (a zero column, or a pivot of at most l eps, which took a shift of 8 l eps or more): better conditioned, no more;
-    2 not finite, left as it is.
+    ``other`` gets the same factor from the right. Returns (b,) int32 about the last round: 0
+    orthonormal to working precision; 1 deficient (a zero column, or a pivot of at most l eps, which
+    took a shift of 8 l eps or more): better conditioned, no more; 2 not finite, left as it is.
     """
     status = torch.zeros(len(block), dtype=torch.int32, device=block.device)
     width = block.shape[-1]
@@ -248,10 +271,11 @@ def _cholesky(gram: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
 
 
 def chebyshev_step_ref_(product: Tensor, block: Tensor, previous: Tensor | None, edge: Tensor) -> tuple[Tensor, Tensor]:
-    """The next block of the recurrence, 2 ((2/a) Z - X) - X_previous, orthonormalized; X gets the same factor R^-1, in place.
+    """The next block of the recurrence, 2 ((2/a) Z - X) - X_previous, orthonormalized; X gets the
+    same factor R^-1, in place.
 
-    ``product`` Z = A^T A X, ``block`` X, ``previous`` (b, n, l), ``edge`` a (b,). Without ``previous``: (2/a) Z - X. Returns
-    the next block and the status of `cholesky_qr_ref_`.
+    ``product`` Z = A^T A X, ``block`` X, ``previous`` (b, n, l), ``edge`` a (b,). Without
+    ``previous``: (2/a) Z - X. Returns the next block and the status of `cholesky_qr_ref_`.
     """
     raised = (2.0 / edge)[:, None, None] * product - block
     if previous is not None:
@@ -260,9 +284,11 @@ def chebyshev_step_ref_(product: Tensor, block: Tensor, previous: Tensor | None,
 
 
 def counter_hash(x: Tensor) -> Tensor:
-    """A bijective 32-bit integer mix (constants of C. Wellons' lowbias32) on int64 tensors that hold uint32 values.
+    """A bijective 32-bit integer mix (constants of C. Wellons' lowbias32) on int64 tensors that
+    hold uint32 values.
 
-    A product of two 32-bit numbers may wrap in int64, but its low 32 bits, all that is kept, stay right.
+    A product of two 32-bit numbers may wrap in int64, but its low 32 bits, all that is kept, stay
+    right.
     """
     x = x & _MASK32
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK32
@@ -271,12 +297,15 @@ def counter_hash(x: Tensor) -> Tensor:
 
 
 def stochastic_key(steps: Tensor, seed: int) -> Tensor:
-    """One 32-bit key (in int64) per step count: the noise of a step is a pure function of (seed, step, arena position)."""
+    """One 32-bit key (in int64) per step count: the noise of a step is a pure function of (seed,
+    step, arena position).
+    """
     return counter_hash(counter_hash(torch.full_like(steps, seed, dtype=torch.int64)) ^ steps.long())
 
 
 def round_stochastic_ref(x: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round fp32 ``x`` down or up to ``dtype`` (bf16 or fp16) with probability by distance; ``noise``: uniform uint32.
+    """Round fp32 ``x`` down or up to ``dtype`` (bf16 or fp16) with probability by distance;
+    ``noise``: uniform uint32.
 
     Non-finite values are rounded to nearest, so that NaN and infinity stay what they are.
     """

@@ -1,7 +1,8 @@
 """Derived scalars of an AdamW step, formed in fp64 and only then rounded to fp32.
 
-Forming ``1 - beta2`` or a bias correction in fp32 would triple the error of a step. Everything here is a tensor expression
-on the device that holds the step counts, so a step never waits for the host and can be captured in a CUDA graph.
+Forming ``1 - beta2`` or a bias correction in fp32 would triple the error of a step. Everything here
+is a tensor expression on the device that holds the step counts, so a step never waits for the host
+and can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ MAX_AGE = 2**24
 """Largest bias-correction table, in steps; betas beyond 0.999999 would need more."""
 
 
-def adamw_scalars(steps: Tensor, lr: Tensor, beta1: float, beta2: float, weight_decay: float, per_entry: bool) -> Tensor:
+def adamw_scalars(
+    steps: Tensor, lr: Tensor, beta1: float, beta2: float, weight_decay: float, per_entry: bool
+) -> Tensor:
     """(n, 3) fp32 per matrix: step size lr/bc1, 1/sqrt(bc2), decay factor 1 - lr*weight_decay.
 
-    With ``per_entry`` the corrections come from `bias_table`, so the first two columns are lr and 1.
+    With ``per_entry`` the corrections come from `bias_table`, so the first two columns are lr and
+    1.
     """
     step, lr = steps.double(), lr.to(torch.float64).reshape(())
     table = torch.empty(steps.numel(), 3, dtype=torch.float32, device=steps.device)
@@ -45,7 +49,9 @@ def last_age(beta1: float, beta2: float) -> int:
     beta = max(beta1, beta2)
     age = 1 if beta == 0 else math.ceil(math.log(2.0**-26) / math.log(beta)) + 1
     if age > MAX_AGE:
-        raise ValueError(f"bias_correction='per_entry' needs betas up to 0.999998, got ({beta1}, {beta2}); use 'global'")
+        raise ValueError(
+            f"bias_correction='per_entry' needs betas up to 0.999998, got ({beta1}, {beta2}); use 'global'"
+        )
     return age
 
 

@@ -1,4 +1,6 @@
-"""Sealed files of ours: safetensors, streamed, with a kind, a version and a checksum over every byte."""
+"""Sealed files of ours: safetensors, streamed, with a kind, a version and a checksum over every
+byte.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,11 @@ _NO_CHECKSUM = "0" * 64
 
 
 class SealedFile(TensorFile):
-    """A file of ours: of a kind (``"delta"``, ``"checkpoint"``) and version, with a checksum over header and data.
+    """A file of ours: of a kind (``"delta"``, ``"checkpoint"``) and version, with a checksum over
+    header and data.
 
-    The checksum is verified when the file is opened, so one altered bit anywhere is a FileError and nothing is used.
+    The checksum is verified when the file is opened, so one altered bit anywhere is a FileError and
+    nothing is used.
     """
 
     def __init__(self, path: str | Path, kind: str) -> None:
@@ -62,10 +66,12 @@ def _seal(header: bytes, data: Any) -> str:
 
 
 class SealedWriter:
-    """Writes a sealed file tensor by tensor; as a context manager it appears under its name only when it is complete.
+    """Writes a sealed file tensor by tensor; as a context manager it appears under its name only
+    when it is complete.
 
-    The header comes first in the file but is known last, so its room is reserved by ``reserve`` (see `header_room`). When the
-    body fails, or the disk is full (FileError), a file of that name that was there before is untouched.
+    The header comes first in the file but is known last, so its room is reserved by ``reserve``
+    (see `header_room`). When the body fails, or the disk is full (FileError), a file of that name
+    that was there before is untouched.
     """
 
     def __init__(self, path: str | Path, kind: str, reserve: int) -> None:
@@ -115,7 +121,9 @@ class SealedWriter:
 
 
 def header_room(names: Iterable[str], metadata: Iterable[str]) -> int:
-    """Bytes that are enough for the header of a file with tensors of these names (5 dimensions at most) and these metadata."""
+    """Bytes that are enough for the header of a file with tensors of these names (5 dimensions at
+    most) and these metadata.
+    """
     tensors = sum(len(json.dumps(name)) + 5 * 20 + 2 * 20 + 60 for name in names)
     size = tensors + sum(len(json.dumps(value)) + 40 for value in metadata) + 300
     return -(-size // 64) * 64

@@ -1,4 +1,6 @@
-"""The weights of a model wherever they are: in a module, in a state dict or in a checkpoint, read one tensor at a time."""
+"""The weights of a model wherever they are: in a module, in a state dict or in a checkpoint, read
+one tensor at a time.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,18 @@ INDEX = "model.safetensors.index.json"
 
 
 class Weights:
-    """The tensors of a model by name, sorted; of tensors that share their memory (tied weights) the first name stands."""
+    """The tensors of a model by name, sorted; of tensors that share their memory (tied weights) the
+    first name stands.
+    """
 
     def __init__(self, label: str) -> None:
         self.label = label
         self.forms: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}  # dtype and shape by name
 
     def read(self, name: str) -> Tensor:
-        """A tensor on the CPU; FileError when there is none of this name. It may share the model's memory: do not write."""
+        """A tensor on the CPU; FileError when there is none of this name. It may share the model's
+        memory: do not write.
+        """
         raise NotImplementedError
 
     def close(self) -> None:
@@ -73,7 +79,9 @@ class CheckpointWeights(Weights):
         self.files = [TensorFile(file) for file in weight_files(Path(path))]
         self.owners = {name: file for file in self.files for name in file.entries}
         count = sum(len(file.entries) for file in self.files)
-        require(count == len(self.owners), f"{path} holds a tensor twice, in two of its files; save it again", FileError)
+        require(
+            count == len(self.owners), f"{path} holds a tensor twice, in two of its files; save it again", FileError
+        )
         self.owners = dict(sorted(self.owners.items()))
         self.forms = {name: (f.entries[name].dtype, f.entries[name].shape) for name, f in self.owners.items()}
 
@@ -87,10 +95,15 @@ class CheckpointWeights(Weights):
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint. Raises FileError, with the remedy, when there are none or too many."""
+    """The safetensors files of a checkpoint. Raises FileError, with the remedy, when there are none
+    or too many.
+    """
     if not path.is_dir():
-        require(path.suffix not in PICKLED,
-                f"{path} holds pickled weights, which can run code when loaded; convert to safetensors", FileError)  # fmt: skip
+        require(
+            path.suffix not in PICKLED,
+            f"{path} holds pickled weights, which can run code when loaded; convert to safetensors",
+            FileError,
+        )
         return [path]
     if (path / INDEX).is_file():
         try:
@@ -98,13 +111,21 @@ def weight_files(path: Path) -> list[Path]:
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise FileError(f"{path / INDEX} is damaged; fetch or save the checkpoint again") from error
         plain = all(isinstance(name, str) and Path(name).name == name for name in names)
-        require(bool(names) and plain, f"{path / INDEX} names files outside its directory; do not use this checkpoint", FileError)
+        require(
+            bool(names) and plain,
+            f"{path / INDEX} names files outside its directory; do not use this checkpoint",
+            FileError,
+        )
         return sorted(path / name for name in names)
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"]
     found = sorted(path.glob("*.safetensors"))
-    require(len(found) == 1, f"{path} holds {len(found) or 'no'} *.safetensors files and no model.safetensors; "
-            "give a model directory in Hugging Face format, or one file", FileError)  # fmt: skip
+    require(
+        len(found) == 1,
+        f"{path} holds {len(found) or 'no'} *.safetensors files and no model.safetensors; "
+        "give a model directory in Hugging Face format, or one file",
+        FileError,
+    )
     return found
 
 
@@ -116,7 +137,8 @@ def open_weights(model: Model) -> Weights:
 
 
 class Fingerprint:
-    """A SHA-256 over name, dtype, shape and bytes of tensors that are added in order of their names.
+    """A SHA-256 over name, dtype, shape and bytes of tensors that are added in order of their
+    names.
 
     The same weights have the same fingerprint in memory and in files, however these are sharded.
     """

@@ -38,10 +38,11 @@ def packed_bits(flags: Tensor) -> Tensor:
 
 
 def selection(keys: Tensor, k: int, low: int, high: int, *, spare: int = 3, capacity: int | None = None) -> Selection:
-    """The call that a scan with the bracket [low, high] makes of int32 ``keys`` (b, m, n), candidates shuffled.
+    """The call that a scan with the bracket [low, high] makes of int32 ``keys`` (b, m, n),
+    candidates shuffled.
 
-    ``spare`` places behind the candidates hold the largest ones there are, which must not be looked at. With a ``capacity`` the
-    candidates behind it are lost.
+    ``spare`` places behind the candidates hold the largest ones there are, which must not be looked
+    at. With a ``capacity`` the candidates behind it are lost.
     """
     batch, m, n = keys.shape
     generator = torch.Generator().manual_seed(m * n + k)
@@ -55,7 +56,9 @@ def selection(keys: Tensor, k: int, low: int, high: int, *, spare: int = 3, capa
     thresholds = flat.gather(1, order[:, -1:]).flatten()
     for i in range(batch):
         place = near[i].nonzero().flatten()
-        noted = ((flat[i, place].long() << 32) + (LAST - place))[torch.randperm(len(place), generator=generator)][:capacity]
+        noted = ((flat[i, place].long() << 32) + (LAST - place))[torch.randperm(len(place), generator=generator)][
+            :capacity
+        ]
         candidates[i, : len(noted)] = noted
         if counts[i, 0] >= k or counts[i].sum() < k or len(place) > capacity:
             indices[i], thresholds[i], status[i] = -1, NAN, 1
@@ -77,8 +80,13 @@ def with_nan() -> Tensor:
 
 def spoiled(call: Selection, **changes) -> Selection:
     """A call whose counts, bits and candidates disagree: refused as a whole."""
-    return replace(call, **changes, indices=torch.full_like(call.indices, -1), thresholds=torch.full_like(call.thresholds, NAN),
-                   status=torch.ones_like(call.status))  # fmt: skip
+    return replace(
+        call,
+        **changes,
+        indices=torch.full_like(call.indices, -1),
+        thresholds=torch.full_like(call.thresholds, NAN),
+        status=torch.ones_like(call.status),
+    )
 
 
 def twice_named() -> Selection:

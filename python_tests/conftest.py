@@ -1,8 +1,8 @@
 """The fixture `where`: each test of an op runs on every backend that can run here.
 
-The suite runs twice. The plain run takes the reference and the native C++ on the CPU, and on a CUDA device Triton and
-the native CUDA ops (mark ``gpu``, the only tests that may be skipped). ``TRITON_INTERPRET=1 pytest -m interpreter``
-takes the Triton kernels on CPU tensors.
+The suite runs twice. The plain run takes the reference and the native C++ on the CPU, and on a CUDA
+device Triton and the native CUDA ops (mark ``gpu``, the only tests that may be skipped).
+``TRITON_INTERPRET=1 pytest -m interpreter`` takes the Triton kernels on CPU tensors.
 """
 
 from __future__ import annotations
@@ -19,11 +19,15 @@ import torch
 
 from lift_kernels import dispatch
 
-# These are enough for the tests marked gpu. A file that imports more is left out where that is not installed, with a line that
-# says so.
+# These are enough for the tests marked gpu. A file that imports more is left out where that is not
+# installed, with a line that says so.
 ENOUGH = {"torch", "triton", "numpy", "pytest", "ninja"}
 ROOT = Path(__file__).parents[1]
-PLACES = (ROOT / "python_tests", ROOT, ROOT / "bench")  # of modules: tests and their helpers, packages, scripts of the benches
+PLACES = (
+    ROOT / "python_tests",
+    ROOT,
+    ROOT / "bench",
+)  # of modules: tests and their helpers, packages, scripts of the benches
 
 
 @functools.cache
@@ -36,7 +40,9 @@ def file_of(module: str) -> Path | None:
 
 @functools.cache
 def imports_of(file: Path) -> set[str]:
-    """Full names of what a file imports at its top level; a name imported from a package counts as a module of it, too."""
+    """Full names of what a file imports at its top level; a name imported from a package counts as
+    a module of it, too.
+    """
     found = set()
     for node in ast.parse(file.read_text()).body:
         if isinstance(node, ast.Import):
@@ -49,7 +55,9 @@ def imports_of(file: Path) -> set[str]:
 
 
 def extras_of(module: str) -> set[str]:
-    """The packages beyond `ENOUGH` and the standard library that a module needs, by way of the project's other modules too."""
+    """The packages beyond `ENOUGH` and the standard library that a module needs, by way of the
+    project's other modules too.
+    """
     extras, seen, left = set(), set(), [module]
     while left:
         name = left.pop()
@@ -87,7 +95,9 @@ class Where:
 
 
 def places(test_name: str) -> list:
-    """Parameters of `where`. The native CUDA backend joins in the tests named after an op that it has."""
+    """Parameters of `where`. The native CUDA backend joins in the tests named after an op that it
+    has.
+    """
     if dispatch.interpreting():
         return [pytest.param(Where("triton", "cpu"), id="triton")]
     on_cuda = ["triton"]
@@ -107,7 +117,9 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="session")
 def kernels():
-    """All Triton and CUDA kernels, compiled once for every target: records of `bench.kernel_compile`."""
+    """All Triton and CUDA kernels, compiled once for every target: records of
+    `bench.kernel_compile`.
+    """
     from bench import kernel_compile
 
     return kernel_compile.survey()
@@ -116,7 +128,8 @@ def kernels():
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     no_gpu = pytest.mark.skip(reason="no CUDA device")
-    # NumPy, in the interpreter, warns where fp32 becomes an infinity or a NaN; a GPU and torch do not.
+    # NumPy, in the interpreter, warns where fp32 becomes an infinity or a NaN; a GPU and torch do
+    # not.
     quiet = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning")
     for item in items:
         if dispatch.interpreting():
@@ -129,7 +142,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item):
-    """A skip without mark ``gpu`` is a failure: nothing may stay untested on a machine without a GPU."""
+    """A skip without mark ``gpu`` is a failure: nothing may stay untested on a machine without a
+    GPU.
+    """
     report = yield
     if report.skipped and not item.get_closest_marker("gpu") and not hasattr(report, "wasxfail"):
         report.outcome, report.longrepr = "failed", f"{item.nodeid} was skipped, but only gpu tests may be"

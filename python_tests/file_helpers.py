@@ -49,7 +49,9 @@ def assert_equal_models(actual: nn.Module, expected: nn.Module) -> None:
 
 
 def reseal(path: Path, change) -> None:
-    """Let ``change`` alter header and data of a sealed file, then give it a valid checksum, as a forger would."""
+    """Let ``change`` alter header and data of a sealed file, then give it a valid checksum, as a
+    forger would.
+    """
     raw = path.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     header, data = json.loads(raw[8 : 8 + length]), bytearray(raw[8 + length :])
@@ -62,7 +64,9 @@ def reseal(path: Path, change) -> None:
 
 
 def alter(raw: bytes, rng) -> bytes:
-    """One random alteration: flipped bits, a cut, more bytes, a block zeroed, copied or moved, another header length."""
+    """One random alteration: flipped bits, a cut, more bytes, a block zeroed, copied or moved,
+    another header length.
+    """
     out = bytearray(raw)
     kind = rng.randrange(8)
     start, length = rng.randrange(len(raw)), rng.randrange(1, 64)
@@ -81,7 +85,9 @@ def alter(raw: bytes, rng) -> bytes:
         other = rng.randrange(len(raw))
         out[start : start + length] = raw[other : other + length]
     elif kind == 6:
-        out[:8] = rng.choice([0, 1, 2**31, 2**63, 2**64 - 1, len(raw), rng.randrange(2 * len(raw))]).to_bytes(8, "little")
+        out[:8] = rng.choice([0, 1, 2**31, 2**63, 2**64 - 1, len(raw), rng.randrange(2 * len(raw))]).to_bytes(
+            8, "little"
+        )
     else:
         del out[start : start + length]
     return bytes(out)

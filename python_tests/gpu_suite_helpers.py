@@ -50,7 +50,9 @@ def needed(roots: Sequence[str]) -> set[str]:
 
 @functools.cache
 def installed_modules() -> dict[str, list[str]]:
-    """Distributions by module, as a new process sees them: packages that are imported here may have lengthened ``sys.path``."""
+    """Distributions by module, as a new process sees them: packages that are imported here may have
+    lengthened ``sys.path``.
+    """
     program = "import importlib.metadata, json; print(json.dumps(importlib.metadata.packages_distributions()))"
     return json.loads(subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout)
 
@@ -59,9 +61,10 @@ def blocked_by(roots: Sequence[str]) -> set[str]:
     """Installed modules that would not be there if only ``roots`` and what they need were."""
     allowed = needed(roots)
     return {
-        module for module, names in installed_modules().items()
+        module
+        for module, names in installed_modules().items()
         if not {re.sub(r"[-_.]+", "-", name).lower() for name in names} & allowed and module != "lift_kernels"
-    }  # fmt: skip
+    }
 
 
 def only_allowed_imports(folder: Path, roots: Sequence[str]) -> dict[str, str]:

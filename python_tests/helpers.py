@@ -1,7 +1,8 @@
-"""Arenas of several matrices, the fp64 truth of a step on them, and the comparison of the numerics contract.
+"""Arenas of several matrices, the fp64 truth of a step on them, and the comparison of the numerics
+contract.
 
-Truth and yardstick are torch's own for-loop AdamW on the packed entries: run in fp64 it says what is right, run in
-fp32 how large an error is ordinary.
+Truth and yardstick are torch's own for-loop AdamW on the packed entries: run in fp64 it says what
+is right, run in fp32 how large an error is ordinary.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ HYPER = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 @dataclass
 class Problem:
-    """The arguments of a step. Arenas have gaps before, between and behind the segments, weights have NaN borders."""
+    """The arguments of a step. Arenas have gaps before, between and behind the segments, weights
+    have NaN borders.
+    """
 
     weights: list[Tensor]
     grads: list[Tensor]
@@ -50,9 +53,17 @@ class Problem:
         given = {"master": self.master, "births": self.births, "packed_grads": self.packed, "backend": where.backend}
         options = HYPER | given | options
         ops.sparse_adamw_(
-            self.weights, self.grads, self.indices, self.offsets, self.counts, self.exp_avg, self.exp_avg_sq,
-            self.steps, options.pop("lr"), **options,
-        )  # fmt: skip
+            self.weights,
+            self.grads,
+            self.indices,
+            self.offsets,
+            self.counts,
+            self.exp_avg,
+            self.exp_avg_sq,
+            self.steps,
+            options.pop("lr"),
+            **options,
+        )
 
     def segment(self, i: int) -> slice:
         return slice(self.offsets[i], self.offsets[i] + self.counts[i])
@@ -84,7 +95,9 @@ class Problem:
 
 
 def backend_of(where, op: str) -> str | None:
-    """The backend to ask for at a place: helpers of a refresh have a version of their own on a GPU alone, and a torch twin."""
+    """The backend to ask for at a place: helpers of a refresh have a version of their own on a GPU
+    alone, and a torch twin.
+    """
     return where.backend if where.backend in dispatch.HELPERS.get(op, dispatch.NAMES) else None
 
 
@@ -107,7 +120,9 @@ def make_problem(
     step: int = 6,
     seed: int = 0,
 ) -> Problem:
-    """Random matrices of ((m, n), k), ``step`` steps into their training; moments as gradients of size 1 leave them."""
+    """Random matrices of ((m, n), k), ``step`` steps into their training; moments as gradients of
+    size 1 leave them.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -120,7 +135,8 @@ def make_problem(
     length = end + 64
     indices = torch.full((length,), GAP_INDEX, dtype=torch.int32)
     ages = torch.full((length,), GAP_BIRTH, dtype=torch.int32)
-    # In gaps a NaN would poison a sum that reads it, but survives arithmetic; a number would show a write. So both.
+    # In gaps a NaN would poison a sum that reads it, but survives arithmetic; a number would show a
+    # write. So both.
     gap = torch.tensor([float("nan"), 777.0]).repeat(length // 2 + 1)[:length]
     moments, truth = gap.repeat(2, 1), gap.clone()
     buffers, weights, grads = [], [], []
@@ -146,10 +162,19 @@ def make_problem(
         return tensor.to(where.device, dtype, copy=True)
 
     return Problem(
-        weights, grads, put(indices), offsets, [count for _, count in sizes],
-        put(moments[0], moment), put(moments[1], moment),
-        put(steps, FP32), put(truth) if master else None, put(ages) if births else None, packed, buffers,
-    )  # fmt: skip
+        weights,
+        grads,
+        put(indices),
+        offsets,
+        [count for _, count in sizes],
+        put(moments[0], moment),
+        put(moments[1], moment),
+        put(steps, FP32),
+        put(truth) if master else None,
+        put(ages) if births else None,
+        packed,
+        buffers,
+    )
 
 
 def random_indices(numel: int, count: int, generator: torch.Generator) -> Tensor:
@@ -186,7 +211,9 @@ def pooled(parts: list[Entries]) -> Entries:
 
 
 def torch_step(problem: Problem, i: int, dtype: torch.dtype, **options) -> Entries:
-    """One step of torch's for-loop AdamW in ``dtype`` on the entries of matrix i; those of one age go together."""
+    """One step of torch's for-loop AdamW in ``dtype`` on the entries of matrix i; those of one age
+    go together.
+    """
     options = HYPER | options
     segment, index = problem.segment(i), problem.index(i)
     flat, grad = problem.weights[i].reshape(-1), problem.grads[i].reshape(-1)
@@ -200,10 +227,19 @@ def torch_step(problem: Problem, i: int, dtype: torch.dtype, **options) -> Entri
         # The functional form counts the step itself, on the host.
         one = [[x[at]] for x in (w, g, m, v)]
         torch_adamw(
-            *one, [], [age.cpu() - 1], foreach=False, fused=False, amsgrad=False,
-            maximize=options.get("maximize", False), beta1=options["betas"][0], beta2=options["betas"][1],
-            lr=float(options["lr"]), eps=options["eps"], weight_decay=options["weight_decay"],
-        )  # fmt: skip
+            *one,
+            [],
+            [age.cpu() - 1],
+            foreach=False,
+            fused=False,
+            amsgrad=False,
+            maximize=options.get("maximize", False),
+            beta1=options["betas"][0],
+            beta2=options["betas"][1],
+            lr=float(options["lr"]),
+            eps=options["eps"],
+            weight_decay=options["weight_decay"],
+        )
         w[at], m[at], v[at] = one[0][0], one[2][0], one[3][0]
     return Entries(w, m, v)
 
@@ -216,8 +252,8 @@ def two_ulp(tensor: Tensor) -> float:
 def assert_near(stored: Tensor, truth: Tensor, yardstick: Tensor, label: str, rounding=None) -> None:
     """``stored`` is a rounding of fp32 values that are as near to ``truth`` as the contract asks.
 
-    In a narrow format this says: equal wherever all admissible fp32 values round the same, and between the roundings
-    elsewhere. ``rounding`` (monotone, from fp32) is to nearest unless given.
+    In a narrow format this says: equal wherever all admissible fp32 values round the same, and
+    between the roundings elsewhere. ``rounding`` (monotone, from fp32) is to nearest unless given.
     """
     ordinary = (yardstick - truth).abs()
     bound = max(2 * ordinary.max().item(), two_ulp(truth))
@@ -236,7 +272,9 @@ def assert_near(stored: Tensor, truth: Tensor, yardstick: Tensor, label: str, ro
 
 
 def assert_stepped(before: Problem, after: Problem, **options) -> None:
-    """``after`` is ``before`` one step on: entries as the contract says, every other bit as it was."""
+    """``after`` is ``before`` one step on: entries as the contract says, every other bit as it
+    was.
+    """
     expected = before.state()
     if sum(after.counts) == 0:
         return assert_same_bits(after.state(), expected)

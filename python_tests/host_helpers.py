@@ -1,4 +1,6 @@
-"""CUDA device code of the package, compiled by the host compiler against ``host_cuda/shim.h``: the same source, not a copy."""
+"""CUDA device code of the package, compiled by the host compiler against ``host_cuda/shim.h``: the
+same source, not a copy.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,20 @@ def compiled(source: Path, target: Path, *flags: str) -> Path:
     """A program or library of a source that includes the shim and device code of the package."""
     compiler = shutil.which("g++") or shutil.which("c++")
     assert compiler, "a C++ compiler is needed to run the CUDA device code on the host"
-    common = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-pthread"]
-    subprocess.run([compiler, *common, f"-I{HOST_CUDA}", f"-I{ROOT / 'csrc/cuda'}", *flags, source, "-o", target], check=True)
+    common = [
+        "-std=c++20",
+        "-O1",
+        "-g",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+        "-fno-strict-aliasing",
+        "-pthread",
+    ]
+    subprocess.run(
+        [compiler, *common, f"-I{HOST_CUDA}", f"-I{ROOT / 'csrc/cuda'}", *flags, source, "-o", target], check=True
+    )
     return target
 
 
@@ -47,7 +61,9 @@ def run(program: Path) -> subprocess.CompletedProcess:
 
 
 def mask_kernels(folder: Path) -> SimpleNamespace:
-    """What `lift_kernels.native_cuda` finds as private ops on a GPU, on CPU tensors: the kernels run as fibers of one thread."""
+    """What `lift_kernels.native_cuda` finds as private ops on a GPU, on CPU tensors: the kernels
+    run as fibers of one thread.
+    """
     host = library(HOST_CUDA / "mask_ops.cpp", folder, "-DSHIM_FIBERS")
 
     def gaussian_sketch_(block, seed, first):

@@ -1,6 +1,8 @@
-"""Runs of the main job that are killed with SIGKILL at random points; a process of its own, started by test_finetune_resume.
+"""Runs of the main job that are killed with SIGKILL at random points; a process of its own, started
+by test_finetune_resume.
 
-It imports everything once and forks a child for each run. It must start no OpenMP thread before its last fork.
+It imports everything once and forks a child for each run. It must start no OpenMP thread before its
+last fork.
 """
 
 import os

@@ -1,4 +1,6 @@
-"""Small training problems for LiftAdamW, snapshots of all it owns, and the ways to interrupt and go on."""
+"""Small training problems for LiftAdamW, snapshots of all it owns, and the ways to interrupt and go
+on.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def index_sets(optimizer: LiftAdamW) -> list[Tensor]:
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, object]:
-    """Copies of everything a failing call must leave alone: bits of weights and state, options of the groups."""
+    """Copies of everything a failing call must leave alone: bits of weights and state, options of
+    the groups.
+    """
     taken: dict[str, object] = {"groups": len(optimizer.param_groups)}
     for number, group in enumerate(optimizer.param_groups):
         taken |= {f"{key} of group {number}": copy.deepcopy(value) for key, value in group.items() if key != "params"}
@@ -76,7 +80,9 @@ def by_pickle(optimizer: LiftAdamW, weights: list[Tensor]) -> tuple[LiftAdamW, l
 
 
 def by_state_dict(optimizer: LiftAdamW, weights: list[Tensor]) -> tuple[LiftAdamW, list[Tensor]]:
-    """Weights and state through a file read with weights_only=True, into an optimizer made anew with other options."""
+    """Weights and state through a file read with weights_only=True, into an optimizer made anew
+    with other options.
+    """
     file = io.BytesIO()
     torch.save({"weights": [w.detach() for w in weights], "optimizer": optimizer.state_dict()}, file)
     file.seek(0)

@@ -33,12 +33,22 @@ def backward(model, step, rank=rank):
 
 
 def run_ranks(worker: str, world: int, folder: Path) -> list[str]:
-    """What each of ``world`` processes printed; every one ended well. ``worker`` is code that follows `PREAMBLE`."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    """What each of ``world`` processes printed; every one ended well. ``worker`` is code that
+    follows `PREAMBLE`.
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": str(ROOT)
+    }
     processes = [
-        subprocess.Popen([sys.executable, "-c", PREAMBLE + worker, str(rank), str(world), str(folder)], env=environment, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in range(world)
-    ]  # fmt: skip
+        subprocess.Popen(
+            [sys.executable, "-c", PREAMBLE + worker, str(rank), str(world), str(folder)],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(world)
+    ]
     try:
         outputs = [process.communicate(timeout=HANG_S)[0] for process in processes]
     finally:

@@ -1,4 +1,6 @@
-"""Bad input to the optimizer: a clear error that names the parameter and the value, and nothing has changed."""
+"""Bad input to the optimizer: a clear error that names the parameter and the value, and nothing has
+changed.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ CONSTRUCTOR_ERRORS = [
 
 @pytest.mark.parametrize(("options", "error", "message"), OPTION_ERRORS)
 def test_a_bad_option_of_a_group(options, error, message):
-    """The same check in the constructor and for a group that is added later, which then is not there."""
+    """The same check in the constructor and for a group that is added later, which then is not
+    there.
+    """
     later = list(zip(NAMES, make_weights(SHAPES)))
     optimizer, _ = make_named()
     assert_refused(
@@ -237,17 +241,35 @@ def swap_order(saved):
 BAD_STATES = [
     (lambda saved: saved.pop("state"), ValueError, r"holds 'state' and 'param_groups', got \['param_groups'\]"),
     (lambda saved: saved["param_groups"][0]["params"].pop(), ValueError, "has 3 param_names for 2 parameters"),
-    (lambda saved: [saved["param_groups"][0].pop("param_names"), saved["param_groups"][0]["params"].pop()], ValueError,
-     "of a model with 2 parameters, this .* has 3"),
+    (
+        lambda saved: [saved["param_groups"][0].pop("param_names"), saved["param_groups"][0]["params"].pop()],
+        ValueError,
+        "of a model with 2 parameters, this .* has 3",
+    ),
     (lambda saved: saved["state"][2].pop("step"), ValueError, r"norm\.weight: the state dict holds no step"),
     (lambda saved: saved["state"].update({7: {}}), ValueError, "entry for parameter 7, which is in none of its groups"),
     (entry_change("exp_avg", lambda x: x.tolist()), TypeError, r"down\.weight: exp_avg .* must be a tensor, got list"),
-    (lambda saved: saved["state"][1].update(births=None), TypeError, r"down\.weight: births .* must be a tensor, got NoneType"),
+    (
+        lambda saved: saved["state"][1].update(births=None),
+        TypeError,
+        r"down\.weight: births .* must be a tensor, got NoneType",
+    ),
     (entry_change("shape", lambda s: 5), TypeError, r"down\.weight: shape of the state dict must be a list, got 5"),
-    (lambda saved: saved["state"][2].update(step=None), TypeError, r"norm\.weight: step .* must be a tensor, got NoneType"),
-    (lambda saved: saved["state"][2].update(step=torch.zeros(3)), ValueError, r"norm\.weight: step must be one number, .* \(3,\)"),
-    (lambda saved: saved["param_groups"][0].update(lift=False), ValueError,
-     r"up\.weight: lift=False in the state dict, but this optimizer trains it sparsely"),
+    (
+        lambda saved: saved["state"][2].update(step=None),
+        TypeError,
+        r"norm\.weight: step .* must be a tensor, got NoneType",
+    ),
+    (
+        lambda saved: saved["state"][2].update(step=torch.zeros(3)),
+        ValueError,
+        r"norm\.weight: step must be one number, .* \(3,\)",
+    ),
+    (
+        lambda saved: saved["param_groups"][0].update(lift=False),
+        ValueError,
+        r"up\.weight: lift=False in the state dict, but this optimizer trains it sparsely",
+    ),
     (swap_order, ValueError, r"up\.weight: .* matrix of shape \(33, 17\), this one is \(24, 40\)"),
     (entry_change("shape", lambda s: [17, 33]), ValueError, r"down\.weight: .* shape \(17, 33\), this one is \(33, "),
     (entry_change("version", lambda v: 2), ValueError, r"down\.weight: .* version 2, this package reads 1"),
@@ -261,13 +283,19 @@ BAD_STATES = [
     (entry_change("indices", lambda x: x[:-1]), ValueError, r"down\.weight: exp_avg has 56 entries, its index list 55"),
     (entry_change("exp_avg", lambda x: x[:-2]), ValueError, r"down\.weight: exp_avg has 54 entries, its index list 56"),
     (entry_change("exp_avg", lambda x: x.double()), TypeError, r"down\.weight: exp_avg must be .* got torch.float64"),
-    (lambda saved: saved["state"][2].update(exp_avg=torch.zeros(16)), ValueError,
-     r"norm\.weight: exp_avg .* shape \(16,\), this parameter \(17,\)"),
-    (lambda saved: saved["state"][2].update(indices=torch.arange(3).int()), ValueError,
-     r"norm\.weight: the state dict holds a LIFT mask, but this parameter is trained densely"),
+    (
+        lambda saved: saved["state"][2].update(exp_avg=torch.zeros(16)),
+        ValueError,
+        r"norm\.weight: exp_avg .* shape \(16,\), this parameter \(17,\)",
+    ),
+    (
+        lambda saved: saved["state"][2].update(indices=torch.arange(3).int()),
+        ValueError,
+        r"norm\.weight: the state dict holds a LIFT mask, but this parameter is trained densely",
+    ),
     (lambda saved: saved["param_groups"][0].pop("refresh_interval"), ValueError, "refresh_interval"),
     (lambda saved: saved["param_groups"][0].update(betas=(0.9, 2.0)), ValueError, r"betas must be .* got \(0.9, 2.0\)"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("change", "error", "message"), BAD_STATES)

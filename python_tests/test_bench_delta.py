@@ -1,4 +1,6 @@
-"""bench/bench_delta.py and bench/bench_memory.py in small: their values, and that what is wrong is refused."""
+"""bench/bench_delta.py and bench/bench_memory.py in small: their values, and that what is wrong is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,12 @@ def test_delta_dry_run(benches, tmp_path):
     assert len(rows) == 14 and (tmp_path / "delta.png").stat().st_size > 0
     for (dtype, variant), row in rows.items():
         width = {"fp32": 4, "bf16": 2}[dtype]
-        assert row["status"] == "ok" and row["runs"] == "2" and float(row["median_ms"]) > 0 and row["parameters"] == "24736"
+        assert (
+            row["status"] == "ok"
+            and row["runs"] == "2"
+            and float(row["median_ms"]) > 0
+            and row["parameters"] == "24736"
+        )
         assert float(row["share_of_floor"]) == pytest.approx(float(row["floor_ms"]) / float(row["median_ms"]), rel=1e-3)
         assert row["baseline"] == (bench.SAVE if variant in (bench.SAVE, "save_delta") else bench.LOAD)
         assert row["entries"] == "1020"  # 5 % of the entries of 14 matrices
@@ -93,20 +100,30 @@ def test_memory_dry_run(small, tmp_path):
     parameters = 4 * 128 * 128 + 3 * 128 * 320
     share = sum(round(0.05 * n) for n in (*[128 * 128] * 4, *[128 * 320] * 3)) / parameters
     rank = round(0.05 * parameters / (4 * 256 + 3 * 448)) * (4 * 256 + 3 * 448) / parameters
-    lora, shira, matrix, packed = "LoRA (peft), AdamW fused", "SHiRA (peft), AdamW fused", "LIFT, matrix mode", "LIFT, packed mode"
+    lora, shira, matrix, packed = (
+        "LoRA (peft), AdamW fused",
+        "SHiRA (peft), AdamW fused",
+        "LIFT, matrix mode",
+        "LIFT, packed mode",
+    )
     expected = {  # added, gradients, indices, master, moments
-        (fp32, small.ADAMW): [0, 4, 0, 0, 8], (bf16, small.ADAMW): [0, 2, 0, 0, 4],
-        (fp32, lora): [4 * rank, 4 * rank, 0, 0, 8 * rank], (fp32, shira): [12 * rank, 4 * rank, 0, 0, 8 * rank],
-        (fp32, matrix): [0, 4, 4 * share, 0, 8 * share], (mixed, matrix): [0, 2, 4 * share, 4 * share, 8 * share],
+        (fp32, small.ADAMW): [0, 4, 0, 0, 8],
+        (bf16, small.ADAMW): [0, 2, 0, 0, 4],
+        (fp32, lora): [4 * rank, 4 * rank, 0, 0, 8 * rank],
+        (fp32, shira): [12 * rank, 4 * rank, 0, 0, 8 * rank],
+        (fp32, matrix): [0, 4, 4 * share, 0, 8 * share],
+        (mixed, matrix): [0, 2, 4 * share, 4 * share, 8 * share],
         (bf16, matrix): [0, 2, 4 * share, 0, 4 * share],
         (fp32, packed): [0, 4 * share, 4 * share, 4 * share, 8 * share],
         (mixed, packed): [0, 4 * share, 4 * share, 4 * share, 8 * share],
-    }  # fmt: skip
+    }
     for key, values in expected.items():
         assert parts[key][:5] == pytest.approx(values, rel=0.01, abs=2e-3), key  # padding, step counters
         assert float(rows[key]["total"]) == pytest.approx(sum(parts[key]), abs=1e-3)
         assert float(rows[key]["computed"]) == pytest.approx(float(rows[key]["total"]), rel=0.01)
-    assert float(rows[fp32, packed]["share_of_adamw"]) == pytest.approx(float(rows[fp32, packed]["total"]) / 12, rel=1e-3)
+    assert float(rows[fp32, packed]["share_of_adamw"]) == pytest.approx(
+        float(rows[fp32, packed]["total"]) / 12, rel=1e-3
+    )
     assert rows[bf16, packed]["status"] == "not offered: packed mode keeps its trained values in fp32"
     assert rows[fp32, "ghost"]["status"].startswith("missing: not installed (ghost_that_is_not_there is missing)")
 
@@ -126,5 +143,9 @@ def test_memory_that_is_not_accounted_for_is_refused(small, monkeypatch):
     monkeypatch.setattr(small, "PEERS", {small.ADAMW: small.PEERS[small.ADAMW]})
     rows = {(row["set"], row["variant"]): row for row in small.compare((128, 320, 1, 64))}
     row = rows["fp32", methods.MATRIX]
-    assert row["status"].startswith("refused, it is wrong: ") and row["status"].endswith(" computed") and "total" not in row
+    assert (
+        row["status"].startswith("refused, it is wrong: ")
+        and row["status"].endswith(" computed")
+        and "total" not in row
+    )
     assert rows["fp32", methods.PACKED]["status"] == "ok"

@@ -1,4 +1,6 @@
-"""bench/bench_masks.py: its dry run, that wrong masks are refused, scikit-learn's way and how its absence is told."""
+"""bench/bench_masks.py: its dry run, that wrong masks are refused, scikit-learn's way and how its
+absence is told.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,9 @@ def test_wrong_masks_and_a_wrong_selection_are_refused(masks, tmp_path, monkeypa
     assert status == 1
     ours = [("96x128", "default, cold"), ("96x128", "chebyshev, cold"), ("96x128, changed by 3 %", "warm")]
     for key in ours:
-        assert rows[key]["status"].startswith("refused, it is wrong: a mean overlap of 0.") and rows[key]["seconds"] == ""
+        assert (
+            rows[key]["status"].startswith("refused, it is wrong: a mean overlap of 0.") and rows[key]["seconds"] == ""
+        )
     for label in ("lowrank_topk, cold", "lowrank_topk, warm bracket"):
         row = rows["96x128", label]
         assert row["status"].startswith("refused, it is wrong: it shares only 0.") and row["seconds"] == ""

@@ -1,4 +1,6 @@
-"""bench/bench_peers.py in small: its rows, its bytes, that a missing peer is named and that a wrong op is refused."""
+"""bench/bench_peers.py in small: its rows, its bytes, that a missing peer is named and that a wrong
+op is refused.
+"""
 
 from __future__ import annotations
 
@@ -34,18 +36,26 @@ def small(bench) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 @pytest.mark.native
 def test_rows_and_bytes(bench):
     weights, lists = small(bench)
-    rows = {r["variant"]: r for r in bench.compare("small", weights, lists, torch.bfloat16, 1, only=["AdamW foreach", TRITON])}
+    rows = {
+        r["variant"]: r
+        for r in bench.compare("small", weights, lists, torch.bfloat16, 1, only=["AdamW foreach", TRITON])
+    }
     assert set(bench.PEERS) < set(rows)
     assert rows["AdamW fused"]["ratio"] == 1.0 and rows["AdamW foreach"]["median_ms"] > 0
     # moments of the weight's dtype and a step counter of 4 bytes a parameter
-    assert rows["AdamW fused"]["state_bytes"] == round(4 + 4 / (96 * 64), 4) and rows["AdamW fused"]["computed_bytes"] == 4
+    assert (
+        rows["AdamW fused"]["state_bytes"] == round(4 + 4 / (96 * 64), 4) and rows["AdamW fused"]["computed_bytes"] == 4
+    )
     ours = rows["sparse_adamw_, packed grads, fp32 moments and master"]
     entries, padded = 2 * 307, 2 * 320
     assert ours["computed_bytes"] == round(16 * entries / (2 * 96 * 64), 4)
     assert ours["state_bytes"] == round((16 * padded + 2 * 4) / (2 * 96 * 64), 4)
     assert ours["status"] == "ok" and 0 < ours["share_of_floor"]
     assert rows[TRITON]["status"].startswith("needs a GPU")
-    assert rows["bitsandbytes AdamW"]["status"] == "switched off by --only" and "median_ms" not in rows["bitsandbytes AdamW"]
+    assert (
+        rows["bitsandbytes AdamW"]["status"] == "switched off by --only"
+        and "median_ms" not in rows["bitsandbytes AdamW"]
+    )
 
 
 def test_a_missing_peer_is_named(bench, monkeypatch):
@@ -93,4 +103,7 @@ def test_bytes_count_a_shared_storage_once(bench):
         def __init__(self):
             self.matrix = torch.zeros(10, dtype=torch.uint8)
 
-    assert bench.state_bytes({"a": base, "b": [base[:50], Holder()], "p": torch.nn.Parameter(torch.zeros(9)), "n": 3}) == 410
+    assert (
+        bench.state_bytes({"a": base, "b": [base[:50], Holder()], "p": torch.nn.Parameter(torch.zeros(9)), "n": 3})
+        == 410
+    )

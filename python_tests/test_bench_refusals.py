@@ -1,4 +1,6 @@
-"""Dry runs of bench_sparse_adamw, bench_packed_ops and bench_packed_grad, and that each refuses to report a wrong op."""
+"""Dry runs of bench_sparse_adamw, bench_packed_ops and bench_packed_grad, and that each refuses to
+report a wrong op.
+"""
 
 from __future__ import annotations
 
@@ -52,8 +54,13 @@ def test_sparse_adamw_dry_run(bench, tmp_path):
     assert status == 0 and (tmp_path / "sparse_adamw.png").stat().st_size > 0
     assert_timed(rows)
     variants = {(row["set"], row["variant"]) for row in rows}
-    assert {("dry, fp32", "AdamW fused"), ("dry, fp32", "packed grads"), ("dry, bf16", "dense grads, fp32 moments, fp32 master"),
-            ("dry, fp32", "dense grads + refresh/100"), ("dry, bf16", "published LIFT step")} <= variants  # fmt: skip
+    assert {
+        ("dry, fp32", "AdamW fused"),
+        ("dry, fp32", "packed grads"),
+        ("dry, bf16", "dense grads, fp32 moments, fp32 master"),
+        ("dry, fp32", "dense grads + refresh/100"),
+        ("dry, bf16", "published LIFT step"),
+    } <= variants
     assert all(float(row["ratio"]) == 1.0 for row in rows if row["variant"] == "AdamW fused")
 
 
@@ -84,10 +91,15 @@ def test_packed_ops_dry_run(bench, tmp_path):
         assert names == [f"{op}, plain PyTorch", op] * 2
 
 
-@pytest.mark.parametrize("op, spoil", [
-    ("packed_gather", lambda out: out.mul_(1.01)), ("packed_scatter_", lambda out: out + 0.5),
-    ("packed_l2_norm", lambda out: out * 1.001), ("packed_migrate", lambda out: out.roll(1)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "op, spoil",
+    [
+        ("packed_gather", lambda out: out.mul_(1.01)),
+        ("packed_scatter_", lambda out: out + 0.5),
+        ("packed_l2_norm", lambda out: out * 1.001),
+        ("packed_migrate", lambda out: out.roll(1)),
+    ],
+)
 def test_a_wrong_packed_op_is_refused(bench, tmp_path, monkeypatch, op, spoil):
     right = getattr(ops, op)
 

@@ -1,4 +1,6 @@
-"""bench/bench_training.py in small: its rows and their counting, that a missing method is named and that a wrong one is refused."""
+"""bench/bench_training.py in small: its rows and their counting, that a missing method is named and
+that a wrong one is refused.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,9 @@ def test_counting(bench):
 
 
 def test_reference_is_the_published_update(bench):
-    """At density 1 the entries of the matrices are trained as by torch's AdamW on the whole matrices."""
+    """At density 1 the entries of the matrices are trained as by torch's AdamW on the whole
+    matrices.
+    """
     methods, tokens = bench.training_methods, bench.training_methods.random_tokens(64, (2, 16), "cpu")
     model = tiny(bench)
     lists = [torch.arange(w.numel(), dtype=torch.int32) for w in methods.matrices(model)]
@@ -125,7 +129,11 @@ def test_without_its_baseline_nothing_has_a_ratio(bench, monkeypatch):
     table = bench.compare("tiny", tiny(bench), (2, 16), 1, [bench.FULL, bench.MATRIX], memory=False)
     rows = {row["variant"]: row for row in table}
     assert rows[bench.FULL]["status"].startswith("refused, it is wrong: the loss of step 2 is ")
-    assert rows[bench.MATRIX]["status"] == "ok" and rows[bench.MATRIX]["ratio"] == "" and rows[bench.MATRIX]["median_ms"] > 0
+    assert (
+        rows[bench.MATRIX]["status"] == "ok"
+        and rows[bench.MATRIX]["ratio"] == ""
+        and rows[bench.MATRIX]["median_ms"] > 0
+    )
 
 
 @pytest.mark.native
@@ -147,7 +155,9 @@ def test_what_cannot_run_is_named(bench, monkeypatch):
         def step(self, closure=None):
             raise RuntimeError("no kernel for this device")
 
-    monkeypatch.setitem(bench.METHODS, "ghost", lambda model: methods.attribute("ghost-optim", "ghost_that_is_not_there", "A"))
+    monkeypatch.setitem(
+        bench.METHODS, "ghost", lambda model: methods.attribute("ghost-optim", "ghost_that_is_not_there", "A")
+    )
     monkeypatch.setitem(bench.METHODS, "broken", lambda model: Broken(model.parameters(), 1.0))
     rows = bench.compare("tiny", tiny(bench), (2, 16), 1, [bench.FULL, "ghost", "broken"], memory=False)
     status = {row["variant"]: row["status"] for row in rows}
@@ -158,11 +168,18 @@ def test_what_cannot_run_is_named(bench, monkeypatch):
 
 @pytest.mark.native
 def test_peaks_of_memory(bench):
-    """Gradients and two moments of every weight on the one hand, of 5 % of the entries on the other."""
-    methods, config = bench.training_methods, tiny_config(hidden_size=512, intermediate_size=2048, num_attention_heads=8)
+    """Gradients and two moments of every weight on the one hand, of 5 % of the entries on the
+    other.
+    """
+    methods, config = (
+        bench.training_methods,
+        tiny_config(hidden_size=512, intermediate_size=2048, num_attention_heads=8),
+    )
     found = methods.peaks([bench.FULL, LORA, "ghost"], config, torch.float32, (1, 8), "cpu")
     size = found[bench.FULL]["model_mib"]
-    assert size == pytest.approx(4 * (2 * (512 * (2 * 512 + 2 * 128) + 3 * 2048 * 512) + 2 * 258 * 512) / 2**20, abs=0.1)
+    assert size == pytest.approx(
+        4 * (2 * (512 * (2 * 512 + 2 * 128) + 3 * 2048 * 512) + 2 * 258 * 512) / 2**20, abs=0.1
+    )
     assert 3 * size <= found[bench.FULL]["steps_peak_mib"] < 4 * size
     assert 0.1 * size < found[LORA]["peak_over_model_mib"] < 1.5 * size
     assert found["ghost"] == {"memory_status": "missing: KeyError: 'ghost'"}

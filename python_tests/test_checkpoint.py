@@ -1,4 +1,6 @@
-"""Checkpoint files: plain nests come back to the bit, random numbers go on, damage is refused, a crash leaves the old file."""
+"""Checkpoint files: plain nests come back to the bit, random numbers go on, damage is refused, a
+crash leaves the old file.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,20 @@ from lift_kernels.checkpoint import load_checkpoint, rng_state, save_checkpoint,
 from lift_kernels.files import FileError
 
 STATE = {
-    "step": 3, "lr": 0.1, "inf": float("inf"), "name": "ü\n\"", "none": None, "on": True, "betas": (0.9, [0.95, ()]),
-    "state": {0: {"exp_avg": torch.arange(3.0), "dtype": torch.bfloat16}, 1: {}}, "0": torch.tensor(2.5, dtype=BF16),
-    "empty": torch.zeros(0, 3), "index": torch.tensor([65537], dtype=torch.int32), "flag": torch.tensor([True, False]),
+    "step": 3,
+    "lr": 0.1,
+    "inf": float("inf"),
+    "name": 'ü\n"',
+    "none": None,
+    "on": True,
+    "betas": (0.9, [0.95, ()]),
+    "state": {0: {"exp_avg": torch.arange(3.0), "dtype": torch.bfloat16}, 1: {}},
+    "0": torch.tensor(2.5, dtype=BF16),
+    "empty": torch.zeros(0, 3),
+    "index": torch.tensor([65537], dtype=torch.int32),
+    "flag": torch.tensor([True, False]),
     "transposed": torch.arange(6).reshape(2, 3).T,
-}  # fmt: skip
+}
 
 
 def same(a, b) -> bool:
@@ -41,8 +52,11 @@ def test_nests_come_back_to_the_bit(tmp_path):
 
 
 plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
-nests = st.recursive(plain, lambda inner: st.lists(inner) | st.lists(inner).map(tuple)
-                     | st.dictionaries(st.text() | st.integers(), inner), max_leaves=20)  # fmt: skip
+nests = st.recursive(
+    plain,
+    lambda inner: st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(st.text() | st.integers(), inner),
+    max_leaves=20,
+)
 
 
 @given(nests)
@@ -66,7 +80,13 @@ def test_random_numbers_go_on(tmp_path):
     save_checkpoint(tmp_path / "a", rng_state())
 
     def draw():
-        return random.random(), random.gauss(0, 1), np.random.randn(5).tolist(), torch.randn(5).tolist(), torch.randperm(9).tolist()
+        return (
+            random.random(),
+            random.gauss(0, 1),
+            np.random.randn(5).tolist(),
+            torch.randn(5).tolist(),
+            torch.randperm(9).tolist(),
+        )
 
     expected = draw()
     torch.manual_seed(7), random.seed(8), np.random.seed(9)
@@ -90,8 +110,22 @@ def test_two_hundred_altered_checkpoints_are_refused_or_load_exactly(tmp_path):
     assert refused > 180
 
 
-@pytest.mark.parametrize("tree", ["[" * 100000, '{"tensor": "none"}', '{"tensor": 3}', '{"dict": 3}', '{"dict": [[1.5, 2]]}',
-                                  '{"dtype": "nn"}', '{"dtype": 4}', '{"pickle": "x"}', "{}", "{", '{"tuple": null}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "tree",
+    [
+        "[" * 100000,
+        '{"tensor": "none"}',
+        '{"tensor": 3}',
+        '{"dict": 3}',
+        '{"dict": [[1.5, 2]]}',
+        '{"dtype": "nn"}',
+        '{"dtype": 4}',
+        '{"pickle": "x"}',
+        "{}",
+        "{",
+        '{"tuple": null}',
+    ],
+)
 def test_forged_trees_are_refused(tmp_path, tree):
     save_checkpoint(tmp_path / "a", STATE)
     reseal(tmp_path / "a", lambda header, data: header["__metadata__"].update(tree=tree))

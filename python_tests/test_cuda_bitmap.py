@@ -1,4 +1,6 @@
-"""The device code of `bitmap_to_indices` on the host: results, races, accesses out of bounds, and each barrier left out in turn."""
+"""The device code of `bitmap_to_indices` on the host: results, races, accesses out of bounds, and
+each barrier left out in turn.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def run(program, calls, *barrier):
     """The finished process and the numbers that it wrote."""
     output = calls.with_name("results")
     command = [program, calls, output, *map(str, barrier)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, env={"TSAN_OPTIONS": "halt_on_error=1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=HANG_S, env={"TSAN_OPTIONS": "halt_on_error=1"}
+    )
     return done, torch.from_numpy(np.fromfile(output, dtype=np.int32))
 
 
@@ -70,15 +74,22 @@ def on_host(tmp_path_factory, monkeypatch):
         words = -(-bitmaps[0].numel() // native_cuda._TILE_WORDS) if len(bitmaps) else 0
         assert totals.numel() == len(bitmaps) * words
         host.bitmap_to_indices(
-            address(bitmaps), *numbers(*bitmaps.shape[:2], columns), address(candidates), *numbers(candidates.shape[1]),
-            address(counts), *numbers(indices.shape[1]), *map(address, (totals, indices, thresholds, status)),
-        )  # fmt: skip
+            address(bitmaps),
+            *numbers(*bitmaps.shape[:2], columns),
+            address(candidates),
+            *numbers(candidates.shape[1]),
+            address(counts),
+            *numbers(indices.shape[1]),
+            *map(address, (totals, indices, thresholds, status)),
+        )
 
     monkeypatch.setattr(native_cuda, "native", SimpleNamespace(bitmap_to_indices=SimpleNamespace(default=launch)))
 
 
 def test_cuda_bitmap_through_the_launcher(on_host):
-    """All cases with the blocks of a GPU, and a matrix of several tiles; nothing that the caller holds is changed."""
+    """All cases with the blocks of a GPU, and a matrix of several tiles; nothing that the caller
+    holds is changed.
+    """
     large = selection(random_keys(2, 131, 1025), 50000, 2**30, 2**30 + 2**29)
     for name, call in [*((name, case()) for name, case in CASES.items()), ("several tiles", large)]:
         arguments = call.arguments()

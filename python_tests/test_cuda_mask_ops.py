@@ -1,4 +1,6 @@
-"""The CUDA helpers of a refresh, run on the host through the public ops, against their torch twins."""
+"""The CUDA helpers of a refresh, run on the host through the public ops, against their torch
+twins.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def on_host(host, monkeypatch):
 
 
 def blocks(batch, rows, width, seed=0, spread=0.0):
-    """Random blocks whose columns share a direction: the larger ``spread``, the worse their condition."""
+    """Random blocks whose columns share a direction: the larger ``spread``, the worse their
+    condition.
+    """
     generator = torch.Generator().manual_seed(seed)
     common = torch.randn(batch, rows, 1, generator=generator)
     return torch.randn(batch, rows, width, generator=generator) + spread * common
@@ -45,7 +49,9 @@ def disorder(block):
 
 
 def householder_q(block):
-    """The orthonormal factor of a block by plain Householder reflections in fp32, one column after the other."""
+    """The orthonormal factor of a block by plain Householder reflections in fp32, one column after
+    the other.
+    """
     left, (rows, width), reflections = block.clone(), block.shape, []
     for j in range(width):
         v = left[j:, j].clone()
@@ -61,9 +67,12 @@ def householder_q(block):
 
 KNOWN = [  # counter and key in four and two words, and the answer: the generator's published test vectors
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
-     (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
-]  # fmt: skip
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
 
 
 @pytest.mark.parametrize("counter, key, expected", KNOWN)
@@ -97,8 +106,10 @@ def test_gaussian_sketch_depends_on_seed_matrix_and_position_alone(on_host):
     assert torch.equal(out.view(2, 6, 5), batch[:2])
 
 
-@pytest.mark.parametrize("batch, rows, width", [(1, 1, 1), (2, 100, 8), (1, 40, 40), (3, 70, 17), (1, 600, 64), (1, 1100, 65),
-                                                (1, 140, 130), (1, 280, 270)])  # fmt: skip
+@pytest.mark.parametrize(
+    "batch, rows, width",
+    [(1, 1, 1), (2, 100, 8), (1, 40, 40), (3, 70, 17), (1, 600, 64), (1, 1100, 65), (1, 140, 130), (1, 280, 270)],
+)
 def test_cholesky_qr_matches_its_twin(on_host, batch, rows, width):
     start, other = blocks(batch, rows, width), blocks(batch, 9, width, seed=1)
     found, expected = start.clone(), start.clone()
@@ -115,7 +126,9 @@ def test_cholesky_qr_matches_its_twin(on_host, batch, rows, width):
 @pytest.mark.parametrize("batch, rows, width", [(2, 300, 30), (1, 700, 130), (1, 900, 270)])
 @pytest.mark.parametrize("spread", [0.0, 30.0])
 def test_cholesky_qr_of_two_rounds_is_as_orthonormal_as_householder(on_host, batch, rows, width, spread):
-    """Householder's own disorder varies by chance, and from one LAPACK library to another: the worst of several blocks counts."""
+    """Householder's own disorder varies by chance, and from one LAPACK library to another: the
+    worst of several blocks counts.
+    """
     block = blocks(batch, rows, width, spread=spread)
     others = [blocks(1, rows, width, seed=seed, spread=spread)[0] for seed in range(5)]
     householder = max(disorder(householder_q(other)[None]) for other in others)
@@ -142,7 +155,16 @@ def hard_blocks():
     poisoned[7, 9] = float("nan")
     infinite[0, 0] = float("inf")
     narrow[:, 4:] = narrow[:, :1]  # rank four
-    cases = [(good, 0), (zero_column, 1), (twins, 1), (graded, 0), (poisoned, 2), (infinite, 2), (narrow, 1), (0 * good, 1)]
+    cases = [
+        (good, 0),
+        (zero_column, 1),
+        (twins, 1),
+        (graded, 0),
+        (poisoned, 2),
+        (infinite, 2),
+        (narrow, 1),
+        (0 * good, 1),
+    ]
     return torch.stack([block for block, _ in cases]), [status for _, status in cases]
 
 
@@ -169,7 +191,9 @@ def test_cholesky_qr_of_an_other_block_without_rows(on_host):
 
 
 def shifted(tensor):
-    """The same numbers four bytes behind a 16-byte boundary. The library traps on a misaligned access."""
+    """The same numbers four bytes behind a 16-byte boundary. The library traps on a misaligned
+    access.
+    """
     memory = torch.empty(tensor.numel() + 5)
     first = (4 - memory.data_ptr() // 4 % 4) % 4 + 1
     view = memory[first : first + tensor.numel()].view(tensor.shape)
@@ -178,7 +202,12 @@ def shifted(tensor):
 
 
 def test_mask_kernels_take_views_off_the_boundaries_of_wide_accesses(on_host):
-    product, block, previous, edge = (blocks(2, 40, 8, seed=seed) for seed in range(3)), None, None, torch.tensor([0.5, 2.0])
+    product, block, previous, edge = (
+        (blocks(2, 40, 8, seed=seed) for seed in range(3)),
+        None,
+        None,
+        torch.tensor([0.5, 2.0]),
+    )
     product, block, previous = product
     expected, _ = mask_ops.chebyshev_step_(product, block.clone(), previous, edge)
     found, _ = mask_ops.chebyshev_step_(shifted(product), shifted(block), shifted(previous), edge)
@@ -202,20 +231,30 @@ def test_chebyshev_step_matches_its_twin(on_host, shape, first):
     edge = torch.linspace(0.5, 2.0, shape[0])
     other, twin = block.clone(), block.clone()
     found, status = mask_ops.chebyshev_step_(product, other, None if first else previous, edge)
-    expected, twin_status = mask_ops.chebyshev_step_(product, twin, None if first else previous, edge, backend="reference")
+    expected, twin_status = mask_ops.chebyshev_step_(
+        product, twin, None if first else previous, edge, backend="reference"
+    )
     assert status.tolist() == twin_status.tolist() == [0] * shape[0]
-    assert torch.allclose(found, expected, atol=1e-5) and torch.allclose(other, twin, atol=1e-5 * float(twin.abs().max()))
+    assert torch.allclose(found, expected, atol=1e-5) and torch.allclose(
+        other, twin, atol=1e-5 * float(twin.abs().max())
+    )
 
 
 def test_chebyshev_step_reports_a_block_that_is_not_finite(on_host):
     product, block = blocks(2, 30, 8), blocks(2, 30, 8, seed=1)
     product[1, 3, 3] = float("nan")
     for backend in (None, "reference"):
-        assert mask_ops.chebyshev_step_(product, block.clone(), None, torch.ones(2), backend=backend)[1].tolist() == [0, 2]
+        assert mask_ops.chebyshev_step_(product, block.clone(), None, torch.ones(2), backend=backend)[1].tolist() == [
+            0,
+            2,
+        ]
 
 
-BARRIERS = [number for number, line in enumerate((ROOT / "csrc/cuda/cholesky_qr.cuh").read_text().splitlines(), 1)
-            if re.fullmatch(r" *__sync(threads|warp)\(\);", line)]  # fmt: skip
+BARRIERS = [
+    number
+    for number, line in enumerate((ROOT / "csrc/cuda/cholesky_qr.cuh").read_text().splitlines(), 1)
+    if re.fullmatch(r" *__sync(threads|warp)\(\);", line)
+]
 
 
 @pytest.mark.slow

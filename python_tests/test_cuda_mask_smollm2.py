@@ -1,6 +1,8 @@
-"""The CUDA helpers on real matrices: masks as through their twins, blocks as orthonormal as from Householder QR.
+"""The CUDA helpers on real matrices: masks as through their twins, blocks as orthonormal as from
+Householder QR.
 
-`compare` takes any matrices; the tests take one layer of SmolLM2-135M. csrc/README.md tells what all 210 gave.
+`compare` takes any matrices; the tests take one layer of SmolLM2-135M. csrc/README.md tells what
+all 210 gave.
 """
 
 from __future__ import annotations
@@ -22,12 +24,17 @@ RANK, DENSITY = 64, 0.05
 def layer():
     """The seven matrices of the layer in the middle."""
     model, _ = modelio.load_model(modelio.find_model(None), torch.float32)
-    return {name: module.weight.detach() for name, module in model.model.layers[15].named_modules()
-            if isinstance(module, torch.nn.Linear)}  # fmt: skip
+    return {
+        name: module.weight.detach()
+        for name, module in model.model.layers[15].named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
 
 
 def compare(weight: torch.Tensor, monkeypatch) -> dict[str, float]:
-    """Overlap of the masks through helpers and twins; worst |Q^T Q - I| of two rounds and of Householder QR over the blocks met."""
+    """Overlap of the masks through helpers and twins; worst |Q^T Q - I| of two rounds and of
+    Householder QR over the blocks met.
+    """
     k = round(DENSITY * weight.numel())
 
     def mask():
@@ -53,8 +60,13 @@ def compare(weight: torch.Tensor, monkeypatch) -> dict[str, float]:
         for name in ("gaussian_sketch", "cholesky_qr_", "chebyshev_step_"):
             patch.setattr(mask_ops, name, _twin(getattr(mask_ops, name)))
         expected, twin_passes = mask()
-    return {"overlap": float(torch.isin(found, expected).double().mean()), "passes": passes, "twin passes": twin_passes,
-            "disorder": max(map(disorder, blocks)), "householder": householder}  # fmt: skip
+    return {
+        "overlap": float(torch.isin(found, expected).double().mean()),
+        "passes": passes,
+        "twin passes": twin_passes,
+        "disorder": max(map(disorder, blocks)),
+        "householder": householder,
+    }
 
 
 def _twin(op):

@@ -1,6 +1,8 @@
-"""The CUDA device code, compiled by the host compiler against a stand-in for the CUDA built-ins, and run for real.
+"""The CUDA device code, compiled by the host compiler against a stand-in for the CUDA built-ins,
+and run for real.
 
-``host_cuda/shim.h`` runs one host thread per CUDA thread. The same headers are what nvcc compiles; nothing is copied.
+``host_cuda/shim.h`` runs one host thread per CUDA thread. The same headers are what nvcc compiles;
+nothing is copied.
 """
 
 import ctypes
@@ -110,7 +112,9 @@ def test_shim_shuffles(tmp_path):
     full = slice(0, 32)
     assert torch.equal(out[:, 0].long(), first + (lanes ^ 5))
     assert torch.equal(out[:, 1].long(), first + torch.where(lanes < 3, lanes, lanes - 3))
-    assert torch.equal(out[full, 2].long(), first[full] + torch.where(lanes[full] + 3 < 32, lanes[full] + 3, lanes[full]))
+    assert torch.equal(
+        out[full, 2].long(), first[full] + torch.where(lanes[full] + 3 < 32, lanes[full] + 3, lanes[full])
+    )
     assert torch.equal(out[:, 3].long(), first + 2)
 
 

@@ -1,4 +1,6 @@
-"""Delta files: exact to the bit both ways, small, refused for another base, and never half-written."""
+"""Delta files: exact to the bit both ways, small, refused for another base, and never
+half-written.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def test_apply_and_revert_are_exact_in_memory_and_in_files(tmp_path, dtype):
 
 
 def test_a_delta_holds_the_entries_that_changed_and_nothing_else(tmp_path):
-    """Also an entry that went to -0.0, which equals what it was; sorted int32 positions, and stock safetensors reads it."""
+    """Also an entry that went to -0.0, which equals what it was; sorted int32 positions, and stock
+    safetensors reads it.
+    """
     base, model = Small(), tuned(2)
     with torch.no_grad():
         base.second.bias[3], model.second.bias[3] = 0.0, -0.0
@@ -105,7 +109,9 @@ def test_switching_between_deltas_is_exact(tmp_path):
 
 
 def test_masters_follow_an_applied_delta(tmp_path):
-    """A delta applied between two steps is seen by the optimizer, whose old masters do not undo it."""
+    """A delta applied between two steps is seen by the optimizer, whose old masters do not undo
+    it.
+    """
     save_delta(tuned(1), Small(), tmp_path / "a")
     model = Small()
     optimizer = LiftAdamW(lift_param_groups(model), lr=0.0, rank=2, density=0.5)
@@ -119,7 +125,9 @@ def test_masters_follow_an_applied_delta(tmp_path):
 
 
 def test_shards_and_foreign_files_of_a_directory(tmp_path):
-    """Shards are patched one by one; configuration is copied, other forms of the weights are not."""
+    """Shards are patched one by one; configuration is copied, other forms of the weights are
+    not.
+    """
     base, model = Small(), tuned(3)
     folder = tmp_path / "base"
     folder.mkdir()
@@ -159,13 +167,16 @@ def test_another_base_is_refused_and_unchanged(tmp_path):
     assert_equal_models(model, tuned(1))
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda state: state.pop("second.bias"), "lacks"),
-    (lambda state: state.update(more=torch.zeros(2)), "lacks"),
-    (lambda state: state.update({"second.bias": torch.zeros(21, dtype=BF16)}), "second.bias is"),
-    (lambda state: state.update({"second.bias": torch.zeros(20)}), "one dtype"),
-    (lambda state: state["second.bias"].fill_(float("nan")), "second.bias: 20 non-finite weights"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("second.bias"), "lacks"),
+        (lambda state: state.update(more=torch.zeros(2)), "lacks"),
+        (lambda state: state.update({"second.bias": torch.zeros(21, dtype=BF16)}), "second.bias is"),
+        (lambda state: state.update({"second.bias": torch.zeros(20)}), "one dtype"),
+        (lambda state: state["second.bias"].fill_(float("nan")), "second.bias: 20 non-finite weights"),
+    ],
+)
 def test_models_of_another_form_and_nan_are_refused(tmp_path, change, message):
     state = {name: p.detach().clone() for name, p in tuned(1).named_parameters()}
     change(state)
@@ -216,7 +227,7 @@ def test_command_line_refuses_in_one_line(tmp_path, capsys):
         (("make", tmp_path / "weights.bin", tmp_path / "b", "--base", base), "pickled weights"),
         (("make", tmp_path / "junk", tmp_path / "b", "--base", base), "claims a header of"),
         (("make", model, tmp_path / "no" / "b", "--base", base), "choose another place"),
-    ]:  # fmt: skip
+    ]:
         code, _, errors = command(capsys, *arguments)
         assert code == 2 and len(errors) == 1 and message in errors[0], (arguments, errors)
     assert not (tmp_path / "out").exists() and not (tmp_path / "b").exists()

@@ -1,4 +1,6 @@
-"""Delta files that were altered, cut, forged or find no room on the disk: refused, and nothing is half-written."""
+"""Delta files that were altered, cut, forged or find no room on the disk: refused, and nothing is
+half-written.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,15 @@ FORGERIES = {
     "negative index": lambda h, d: forged(h, d, at=0, value=-1),
     "unsorted": lambda h, d: forged(h, d, at=1, value=0),
     "shape too large": lambda h, d: h["__metadata__"].update(shapes=json.dumps({"first.weight": [2**40, 2**40]})),
-    "smaller shape": lambda h, d: h["__metadata__"].update(shapes=h["__metadata__"]["shapes"].replace("30, 40", "3, 4")),
-    "other shape": lambda h, d: h["__metadata__"].update(shapes=h["__metadata__"]["shapes"].replace("30, 40", "40, 30")),
-    "negative shape": lambda h, d: h["__metadata__"].update(shapes=h["__metadata__"]["shapes"].replace("30, 40", "-30, -40")),
+    "smaller shape": lambda h, d: h["__metadata__"].update(
+        shapes=h["__metadata__"]["shapes"].replace("30, 40", "3, 4")
+    ),
+    "other shape": lambda h, d: h["__metadata__"].update(
+        shapes=h["__metadata__"]["shapes"].replace("30, 40", "40, 30")
+    ),
+    "negative shape": lambda h, d: h["__metadata__"].update(
+        shapes=h["__metadata__"]["shapes"].replace("30, 40", "-30, -40")
+    ),
     "no shapes": lambda h, d: h["__metadata__"].update(shapes="[]"),
     "deep JSON": lambda h, d: h["__metadata__"].update(settings="[" * 100000),
     "no hashes": lambda h, d: h["__metadata__"].pop("hashes"),
@@ -41,7 +49,7 @@ FORGERIES = {
     "values of another dtype": lambda h, d: [h[f"first.weight:{p}"].update(dtype="F16") for p in ("old", "new")],
     "another kind": lambda h, d: h["__metadata__"].update(format="lift_kernels.checkpoint"),
     "a newer version": lambda h, d: h["__metadata__"].update(version="2"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("forgery", FORGERIES)
@@ -65,7 +73,9 @@ def leaves(tree, place=()):
 
 
 def test_three_hundred_forged_headers_are_refused_or_change_only_what_they_list(tmp_path):
-    """A random value of header or metadata is replaced, a random number of the data too, under a right checksum."""
+    """A random value of header or metadata is replaced, a random number of the data too, under a
+    right checksum.
+    """
     save_delta(tuned(1), Small(), tmp_path / "a")
     raw, rng, outcomes = (tmp_path / "a").read_bytes(), random.Random(3), []
     junk = [None, True, -1, 0, 1, 2**31, 2**63, 10**30, 1.5, "", "F64", "U8", [], {}, [[]], "30", [30], [0, 0]]

@@ -1,4 +1,6 @@
-"""Tables of launches inside a CUDA-graph capture; torch's word on captures is stood in for, so no card is needed."""
+"""Tables of launches inside a CUDA-graph capture; torch's word on captures is stood in for, so no
+card is needed.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def table(number: int) -> Table:
 def test_nothing_is_built_or_kept_inside_a_capture(capture):
     tables = DeviceTables("betas", 2, "run the step once before the capture")
     capture(True)
-    with pytest.raises(RuntimeError, match="the betas of a launch changed inside a CUDA graph capture.*: run the step once before"):
+    with pytest.raises(
+        RuntimeError, match="the betas of a launch changed inside a CUDA graph capture.*: run the step once before"
+    ):
         tables.get("key", CUDA, lambda: pytest.fail("built inside a capture"))
     capture(False)
     assert tables.get("key", CUDA, lambda: table(1)).data.item() == 1, "what the failed capture left must not be read"

@@ -1,4 +1,6 @@
-"""Which backends there are, why the others are not, and that importing the package needs none of them."""
+"""Which backends there are, why the others are not, and that importing the package needs none of
+them.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +49,13 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
     """The code in a process of its own, without this one's interpreter mode."""
     inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     path = os.pathsep.join([str(Path(lift_kernels.__file__).parents[1]), inherited.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-c", code], env=inherited | {"PYTHONPATH": path} | environment,
-                          capture_output=True, text=True, timeout=HANG_S)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=inherited | {"PYTHONPATH": path} | environment,
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
+    )
     assert done.returncode == 0, done.stderr
     return done
 
@@ -129,11 +136,13 @@ def test_a_damaged_extension_is_reported(tmp_path, monkeypatch):
 def test_the_slower_backend_is_said_once(no_native, caplog):
     for op in ("sparse_adamw_", "packed_gather", "sparse_adamw_"):
         assert dispatch.choose(None, CPU, op) == "reference"
-    assert [(r.levelno, r.getMessage()) for r in caplog.records] == [(
-        logging.WARNING,
-        "on cpu tensors the reference backend serves, which is slower: native-cpu cannot "
-        "(the compiled extension is missing)",
-    )]  # fmt: skip
+    assert [(r.levelno, r.getMessage()) for r in caplog.records] == [
+        (
+            logging.WARNING,
+            "on cpu tensors the reference backend serves, which is slower: native-cpu cannot "
+            "(the compiled extension is missing)",
+        )
+    ]
 
 
 @pytest.mark.native

@@ -1,4 +1,6 @@
-"""The doctor says what works, what does not and what to do, and fails when the default backend is broken."""
+"""The doctor says what works, what does not and what to do, and fails when the default backend is
+broken.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,13 @@ def test_a_wrong_default_backend_is_found(monkeypatch, capsys, no_subprocess, op
             if backend == "native-cpu":
                 if wrong == "error":
                     raise RuntimeError("illegal\ninstruction")
-                target = first[0] if isinstance(first, list) and op == "sparse_adamw_" else first if result is None else result
+                target = (
+                    first[0]
+                    if isinstance(first, list) and op == "sparse_adamw_"
+                    else first
+                    if result is None
+                    else result
+                )
                 target.view(-1)[-1] += 1
             return result
 
@@ -65,7 +73,9 @@ def test_a_wrong_default_backend_is_found(monkeypatch, capsys, no_subprocess, op
 
 
 def test_a_missing_extension_is_said_with_its_remedy(monkeypatch, capsys, no_subprocess):
-    monkeypatch.setattr(dispatch, "_load_native", lambda: "the compiled extension is missing; install with a C++ compiler")
+    monkeypatch.setattr(
+        dispatch, "_load_native", lambda: "the compiled extension is missing; install with a C++ compiler"
+    )
     dispatch._default.cache_clear()
     try:
         code, lines = report(capsys)
@@ -78,4 +88,7 @@ def test_a_missing_extension_is_said_with_its_remedy(monkeypatch, capsys, no_sub
 def test_a_missing_package_is_said_with_its_remedy(monkeypatch, capsys, no_subprocess):
     monkeypatch.setitem(doctor.EXTRAS, "no-such-package", "nothing")
     code, lines = report(capsys)
-    assert code == 0 and lines["package no-such-package"] == ("--", "not installed (for nothing); pip install no-such-package")
+    assert code == 0 and lines["package no-such-package"] == (
+        "--",
+        "not installed (for nothing); pip install no-such-package",
+    )

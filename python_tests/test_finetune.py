@@ -1,4 +1,6 @@
-"""The main job on a tiny model: what it measures, what it trains, what it writes, and what it refuses."""
+"""The main job on a tiny model: what it measures, what it trains, what it writes, and what it
+refuses.
+"""
 
 import json
 import re
@@ -50,7 +52,9 @@ def matrices(model) -> dict[str, torch.Tensor]:
 
 
 def test_finetune_keeps_no_bases(settings, monkeypatch):
-    """On matrices so wide that a refresh could start warm: the state is what the tiny model's is, without bases."""
+    """On matrices so wide that a refresh could start warm: the state is what the tiny model's is,
+    without bases.
+    """
     monkeypatch.setattr(lowrank, "_SMALL", 0)
     monkeypatch.setitem(lowrank._EIGH_COST, "cpu", 1e6)
     monkeypatch.setattr(lowrank, "block_width", lambda shape, rank: rank + 1)
@@ -68,7 +72,11 @@ def test_finetune_learns_and_reports_what_it_did(lift_run, tiny):
     assert report["density"] == pytest.approx(0.2, abs=1e-3)
     assert report["optimizer_state_bytes.dense"] == 8 * report["covered_weights"]
     # An int32 index, an fp32 value and two fp32 moments an entry, and the padding of every matrix.
-    assert 16 * report["entries"] <= report["optimizer_state_bytes.measured"] < 16 * (report["entries"] + 65 * len(weights))
+    assert (
+        16 * report["entries"]
+        <= report["optimizer_state_bytes.measured"]
+        < 16 * (report["entries"] + 65 * len(weights))
+    )
     assert report["gradient_bytes.measured"] == 4 * report["entries"]
     assert report["gradient_bytes.dense"] == 4 * report["covered_weights"]
     assert report["extra_bytes.measured"] == report["optimizer_state_bytes.measured"] + 4 * report["entries"]
@@ -120,7 +128,9 @@ def test_finetune_is_reproducible(lift_run, settings):
 
 
 def test_finetune_dense_gradients_train_the_same_model(lift_run, settings):
-    """Packed ones are the default; the report tells the difference in memory, and there is no other."""
+    """Packed ones are the default; the report tells the difference in memory, and there is no
+    other.
+    """
     packed, folder = lift_run
     dense = run(settings(gradients="dense", name="dense"))
     assert packed["settings.gradients"] == "packed"
@@ -139,7 +149,8 @@ def test_finetune_random_trains_as_many_entries_as_lift_but_others(lift_run, set
     before = matrices(AutoModelForCausalLM.from_pretrained(tiny))
     after = matrices(AutoModelForCausalLM.from_pretrained(Path(report["settings.output"]) / "random" / "model"))
     changed = torch.cat([(before[n] != after[n]).flatten() for n in before])
-    # The largest entries are the likeliest in the principal mask; a random one does not prefer them.
+    # The largest entries are the likeliest in the principal mask; a random one does not prefer
+    # them.
     large = torch.cat([(w.abs() > w.abs().median()).flatten() for w in before.values()])
     assert changed.float().mean().item() == pytest.approx(0.2, abs=0.01)
     assert changed[large].float().mean().item() == pytest.approx(0.2, abs=0.02)

@@ -1,4 +1,6 @@
-"""An interrupted main job goes on to the same bits, wherever it was interrupted; damaged leftovers are refused."""
+"""An interrupted main job goes on to the same bits, wherever it was interrupted; damaged leftovers
+are refused.
+"""
 
 import contextlib
 import json
@@ -29,7 +31,9 @@ def tiny(tmp_path_factory):
 
 
 def make_runs_cheap(setattr=setattr) -> None:
-    """Keep the last checkpoint, which holds all state at the end; leave out what takes half of the time of a tiny run."""
+    """Keep the last checkpoint, which holds all state at the end; leave out what takes half of the
+    time of a tiny run.
+    """
     setattr(resume, "finish", lambda folder: None)
     setattr(report, "plot_losses", lambda *args: None)
     setattr(accelerate.utils.memory.gc, "collect", lambda: None)
@@ -41,7 +45,9 @@ def cheap_runs(monkeypatch):
 
 
 def make_settings(tiny, output, **changes) -> Settings:
-    base = dict(model=str(tiny), output=str(output), device="cpu", eval_problems=2, steps=STEPS, rank=4, density=0.2, name="run")
+    base = dict(
+        model=str(tiny), output=str(output), device="cpu", eval_problems=2, steps=STEPS, rank=4, density=0.2, name="run"
+    )
     return Settings(**(base | {"refresh_interval": REFRESH, "lr": 5e-3, "batch_size": 2, "save_steps": 1} | changes))
 
 
@@ -54,7 +60,9 @@ def flat(tree, place="") -> dict:
 
 
 def assert_same_end(actual: Path, expected: Path) -> None:
-    """The saved model, moments, masks, masters, schedule and random generators are the same to the bit, the losses too."""
+    """The saved model, moments, masks, masters, schedule and random generators are the same to the
+    bit, the losses too.
+    """
     a, e = (load_file(folder / "model" / "model.safetensors") for folder in (actual, expected))
     assert a.keys() == e.keys() and all(torch.equal(a[n].view(torch.uint8), e[n].view(torch.uint8)) for n in e)
     a, e = (load_checkpoint(folder / resume.CHECKPOINT) for folder in (actual, expected))
@@ -104,7 +112,10 @@ def test_resuming_changes_no_bit(tiny, tmp_path, monkeypatch, undisturbed, form,
     settings = make_settings(tiny, tmp_path, **FORMS[form])
     interrupted(monkeypatch, settings, at)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        *["before.json"] * (at >= 0), *["checkpoint.safetensors"] * (at > 0), "settings.json"]  # fmt: skip
+        *["before.json"] * (at >= 0),
+        *["checkpoint.safetensors"] * (at > 0),
+        "settings.json",
+    ]
     assert main(["finetune", "--resume", str(tmp_path / "run")]) == 0
     assert_same_end(tmp_path / "run", undisturbed(form))
 
@@ -125,7 +136,9 @@ def undisturbed(tiny, tmp_path_factory):
 
 
 def test_resuming_in_a_later_epoch(tiny, tmp_path, monkeypatch, undisturbed):
-    """The order of each epoch is drawn from the global random numbers; a checkpoint holds those its epoch began with."""
+    """The order of each epoch is drawn from the global random numbers; a checkpoint holds those its
+    epoch began with.
+    """
     data = tmp_path / "data.jsonl"
     problems = wordproblems.generate(14, "train")
     data.write_text("".join(json.dumps({"question": p.question, "answer": p.answer}) + "\n" for p in problems))
@@ -142,8 +155,11 @@ def test_resuming_in_a_later_epoch(tiny, tmp_path, monkeypatch, undisturbed):
 @pytest.mark.slow
 def test_sigkill_at_ten_random_points_changes_no_bit(tiny, tmp_path):
     command = [sys.executable, str(Path(__file__).with_name("killed_runs.py")), str(tiny), str(tmp_path), "0"]
-    # One thread: on a busy machine two of them wait for each other at every one of the tiny operations.
-    result = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    # One thread: on a busy machine two of them wait for each other at every one of the tiny
+    # operations.
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=HANG_S, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "10 kills, 5 runs ended with the bits of the undisturbed one" in result.stdout
 
@@ -175,8 +191,12 @@ def test_resume_refuses_in_one_line(tiny, tmp_path, monkeypatch, capsys):
     assert "no run to resume" in refused(capsys, "--resume", tmp_path / "none")
     path = folder / resume.CHECKPOINT
     whole = path.read_bytes()
-    for damaged, reason in ((whole[:-9], "bytes and has"), (whole[:-1] + b"x", "does not match its checksum"),
-                            (b"PK" + whole, "claims a header of"), (b"", "has 0 bytes")):  # fmt: skip
+    for damaged, reason in (
+        (whole[:-9], "bytes and has"),
+        (whole[:-1] + b"x", "does not match its checksum"),
+        (b"PK" + whole, "claims a header of"),
+        (b"", "has 0 bytes"),
+    ):
         path.write_bytes(damaged)
         message = refused(capsys, "--resume", folder)
         assert str(path) in message and reason in message and "remove the file" in message
@@ -231,7 +251,9 @@ def test_a_full_disk_while_the_model_is_saved(tiny, tmp_path, capsys, monkeypatc
 
 
 def test_a_full_disk_while_saving_is_one_line_and_the_run_can_go_on(tiny, tmp_path, capsys, undisturbed):
-    """The third checkpoint finds no room; the second stays, and with room again the run ends as if nothing had been."""
+    """The third checkpoint finds no room; the second stays, and with room again the run ends as if
+    nothing had been.
+    """
     settings = make_settings(tiny, tmp_path)
     original, calls = resume.save_checkpoint, []
 

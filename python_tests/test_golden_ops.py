@@ -1,4 +1,6 @@
-"""The published optimizer's numbers, replayed with the ops alone: steps on given masks, migration at each refresh."""
+"""The published optimizer's numbers, replayed with the ops alone: steps on given masks, migration
+at each refresh.
+"""
 
 from __future__ import annotations
 
@@ -51,10 +53,18 @@ def test_golden_ops(where, name):
         assert counts == [min((m + n) * trace.budget_rank, m * n) for m, n in trace.shapes]
         arenas = [torch.cat(parts) for parts in (lists, *moments)]
         ops.sparse_adamw_(
-            weights, trace("grad", t), arenas[0], [0, counts[0]], counts, *arenas[1:],
-            torch.full((2,), float(t), device=where.device), trace.lr, validate=True, backend=where.backend,
+            weights,
+            trace("grad", t),
+            arenas[0],
+            [0, counts[0]],
+            counts,
+            *arenas[1:],
+            torch.full((2,), float(t), device=where.device),
+            trace.lr,
+            validate=True,
+            backend=where.backend,
             **trace.options,
-        )  # fmt: skip
+        )
         moments = [list(arena.split(counts)) for arena in arenas[1:]]
         for i, golden in enumerate(trace("w", t)):
             assert_golden(weights[i], golden, f"weight {i} after step {t}")
@@ -79,9 +89,17 @@ def test_golden_ops_move_selected_entries_only(where, name):
     trace = Trace(name, where.device)
     weight, index = trace("w0")[1].clone(), trace.indices(0)[1]
     ops.sparse_adamw_(
-        [weight], trace("grad", 1)[1:], index, [0], [len(index)], torch.zeros(len(index), device=where.device),
-        torch.zeros(len(index), device=where.device), torch.ones(1, device=where.device), trace.lr,
-        backend=where.backend, **trace.options,
-    )  # fmt: skip
+        [weight],
+        trace("grad", 1)[1:],
+        index,
+        [0],
+        [len(index)],
+        torch.zeros(len(index), device=where.device),
+        torch.zeros(len(index), device=where.device),
+        torch.ones(1, device=where.device),
+        trace.lr,
+        backend=where.backend,
+        **trace.options,
+    )
     moved = (weight != trace("w0")[1]).view(-1).nonzero().flatten()
     assert torch.equal(moved, (trace("w", 1)[1] != trace("w0")[1]).view(-1).nonzero().flatten())

@@ -1,4 +1,6 @@
-"""bench/gpu_suite.py in its dry run: what it measures, that it refuses wrong kernels, that no stage can stop the others."""
+"""bench/gpu_suite.py in its dry run: what it measures, that it refuses wrong kernels, that no stage
+can stop the others.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,17 @@ from gpu_suite_helpers import BENCH, FIVE, ROOT, TARGET, blocked_by, only_allowe
 
 from lift_kernels import ops
 
-TIMED = {"step LLaMA-2-7B", "step Llama-3-8B", "packed ops", "gradients", "selection", "bitmaps", "refresh", "factorizations",
-         "training"}  # fmt: skip
+TIMED = {
+    "step LLaMA-2-7B",
+    "step Llama-3-8B",
+    "packed ops",
+    "gradients",
+    "selection",
+    "bitmaps",
+    "refresh",
+    "factorizations",
+    "training",
+}
 CHECKED = {"build", "tests", "sanitizer"}
 
 
@@ -55,7 +66,8 @@ def in_process(suite, tmp_path: Path, target: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory):
-    """The whole command, where nothing but the standard library and the five packages (and their needs) can be imported.
+    """The whole command, where nothing but the standard library and the five packages (and their
+    needs) can be imported.
 
     A busy process keeps a core from it, for nothing in it may depend on the clock.
     """
@@ -63,8 +75,12 @@ def dry_run(tmp_path_factory):
     environment = only_allowed_imports(tmp_path_factory.mktemp("blocked"), FIVE)
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
-        done = subprocess.run([sys.executable, BENCH / "gpu_suite.py", "--dry-run", "--out", folder, "--commit", "abc1234"],
-                              env=environment, capture_output=True, text=True)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, BENCH / "gpu_suite.py", "--dry-run", "--out", folder, "--commit", "abc1234"],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
     finally:
         busy.kill()
         busy.wait()
@@ -77,8 +93,11 @@ def test_dry_run_is_green_with_five_packages(dry_run):
     done, folder = dry_run
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert sorted(file.name for file in folder.iterdir()) == [
-        "gpu_check.csv", "gpu_check.log", "gpu_time.csv", "gpu_time.log"
-    ]  # fmt: skip
+        "gpu_check.csv",
+        "gpu_check.log",
+        "gpu_time.csv",
+        "gpu_time.log",
+    ]
     checked, rows = rows_of(folder / "gpu_check.csv"), rows_of(folder / "gpu_time.csv")
     assert {row["stage"] for row in checked} == CHECKED and {row["stage"] for row in rows} == TIMED | {"machine"}
     for row in (*checked, *rows):
@@ -90,7 +109,12 @@ def test_dry_run_is_green_with_five_packages(dry_run):
     for row in timed:
         assert 0 < float(row["min_ms"]) <= float(row["q25_ms"]) <= float(row["median_ms"]) <= float(row["q75_ms"])
         assert int(row["repeats"]) >= 1 and row["shape"] and row["dtype"] and row["op"]
-        assert row["correct"] == "yes" or "torch." in row["variant"] or "AdamW" in row["variant"] or "dense" in row["variant"]
+        assert (
+            row["correct"] == "yes"
+            or "torch." in row["variant"]
+            or "AdamW" in row["variant"]
+            or "dense" in row["variant"]
+        )
     variants = {(row["model"], row["variant"]) for row in timed if row["op"] == "sparse_adamw_"}
     for model in ("LLaMA-2-7B / 64", "Llama-3-8B / 64"):
         for form in ("fp32 moments and master", "bf16 moments, no master"):
@@ -98,11 +122,16 @@ def test_dry_run_is_green_with_five_packages(dry_run):
         assert (model, "packed fp32 gradients, fp32 moments and master") in variants
         for name in ("AdamW fused, bf16", "AdamW fused, fp32", "packed fp32 gradients, fp32 moments"):
             assert (model, name) in variants
-    assert all(float(row["ratio"]) > 0 for row in timed if row["op"] == "sparse_adamw_" and "gradients" in row["variant"])
+    assert all(
+        float(row["ratio"]) > 0 for row in timed if row["op"] == "sparse_adamw_" and "gradients" in row["variant"]
+    )
     refreshed = [row for row in timed if row["stage"] == "refresh"]
     assert [row["variant"] for row in refreshed] == [
-        "cold, one layer", "warm, one layer", "cold, all matrices", "warm, all matrices"
-    ]  # fmt: skip
+        "cold, one layer",
+        "warm, one layer",
+        "cold, all matrices",
+        "warm, all matrices",
+    ]
     assert all(0 < float(row["eigh_share"]) < 1 and 0 < float(row["orth_share"]) < 1 for row in refreshed)
     ways = {row["variant"] for row in timed if row["op"] == "backward"}
     assert {"plain nn.Linear, dense gradients", "LiftLinear, values.grad", "hook, p.lift_grad"} == ways
@@ -118,7 +147,9 @@ def test_each_summary_is_printed_last_and_logged(dry_run):
         assert printed.endswith(log), f"{part} did not end with its table"
         printed = printed.removesuffix(log)
         table = log[log.rindex("stage ") :].splitlines()
-        assert len([line for line in table if line.strip()]) == len(rows_of(folder / f"gpu_{part}.csv")) + 2  # head and files
+        assert (
+            len([line for line in table if line.strip()]) == len(rows_of(folder / f"gpu_{part}.csv")) + 2
+        )  # head and files
         assert table[-1].endswith(f"gpu_{part}.log")
     assert "packed_gather: right" in done.stdout and "check, budgets in seconds: build 45" in done.stdout
     assert not printed
@@ -152,7 +183,9 @@ def works(run):
 
 @pytest.mark.slow
 def test_a_stage_that_hangs_crashes_or_raises_stops_no_other(suite, tmp_path, monkeypatch):
-    """The one that hangs is out of time when it has measured something, however long this takes here."""
+    """The one that hangs is out of time when it has measured something, however long this takes
+    here.
+    """
     signal = tmp_path / "measured"
     (tmp_path / "some_stages.py").write_text(STAGES.format(signal=str(signal)))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
@@ -171,12 +204,14 @@ def test_a_stage_that_hangs_crashes_or_raises_stops_no_other(suite, tmp_path, mo
     rows = rows_of(tmp_path / "out" / "gpu_time.csv")
     found = {(row["stage"], row["variant"]): row["status"] for row in rows}
     assert found == {
-        ("hangs", "measured before"): "ok", ("hangs", "(whole stage)"): "killed after inf s",
+        ("hangs", "measured before"): "ok",
+        ("hangs", "(whole stage)"): "killed after inf s",
         ("crashes", "(whole stage)"): "failed: exit status -11",
         ("raises", "the rest"): "failed: RuntimeError: no kernel image is available",
         ("raises", "(whole stage)"): "failed: exit status 1",
-        ("works", "a call"): "ok", ("works", "(whole stage)"): "ok",
-    }  # fmt: skip
+        ("works", "a call"): "ok",
+        ("works", "(whole stage)"): "ok",
+    }
     assert all(row["device"] for row in rows)
     state = Path(f"/proc/{next(row['grandchild'] for row in rows if row['grandchild'])}/stat")
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
@@ -195,7 +230,9 @@ def test_a_deadline_is_waited_for_and_no_longer(suite):
 
 
 def test_the_budget_counts_from_the_start_of_the_process(suite, tmp_path, monkeypatch):
-    """A stage is given its deadline: what it imports is part of its time, and of what it believes to have left."""
+    """A stage is given its deadline: what it imports is part of its time, and of what it believes
+    to have left.
+    """
     given = []
 
     class Started(Exception):
@@ -242,7 +279,11 @@ def test_a_wrong_step_is_not_timed(suite, tmp_path, monkeypatch):
     assert len(baselines) == 2 and all(row["median_ms"] > 0 for row in baselines)
     assert len(refused) == 8
     for row in refused:
-        assert row["correct"] == "no" and "median_ms" not in row and row["status"].startswith("refused, it is wrong: result ")
+        assert (
+            row["correct"] == "no"
+            and "median_ms" not in row
+            and row["status"].startswith("refused, it is wrong: result ")
+        )
 
 
 WRONG = {
@@ -269,7 +310,9 @@ def test_a_wrong_op_is_not_timed(suite, tmp_path, monkeypatch, op):
     refused = [row for row in rows if row["status"].startswith("refused")]
     assert refused and {row["op"] for row in refused} <= {op, "backward"}
     assert all(row["correct"] == "no" and "median_ms" not in row for row in refused)
-    assert not [row for row in rows if row.get("op") == op and row.get("correct") == "yes" and "reference" not in row["variant"]]
+    assert not [
+        row for row in rows if row.get("op") == op and row.get("correct") == "yes" and "reference" not in row["variant"]
+    ]
 
 
 @pytest.mark.native
@@ -338,8 +381,9 @@ def test_the_sanitizers_driver_finds_a_wrong_op(suite, monkeypatch, capsys):
     capsys.readouterr()
     assert cuda_ops.main("cpu") == 1
     assert capsys.readouterr().out.splitlines()[1:3] == [
-        "packed_scatter_: right", "packed_migrate: 0 to 1 entries of torch.int32: results differ from the reference"
-    ]  # fmt: skip
+        "packed_scatter_: right",
+        "packed_migrate: 0 to 1 entries of torch.int32: results differ from the reference",
+    ]
 
 
 def test_the_sanitizer_has_a_case_for_every_cuda_op(suite):
@@ -354,7 +398,8 @@ def test_bound_counts_bytes(suite):
     from bench_arena import Arena
     from bench_sparse_adamw import Sparse
 
-    # Entries 0, 1, 40 and 99 of a 10 x 10 matrix: in bf16 three lines of 64 bytes, in fp32 three as well.
+    # Entries 0, 1, 40 and 99 of a 10 x 10 matrix: in bf16 three lines of 64 bytes, in fp32 three as
+    # well.
     arena = Arena.of([torch.tensor([0, 1, 40, 99], dtype=torch.int32)])
     weight, grad = torch.zeros(10, 10, dtype=torch.bfloat16), torch.zeros(10, 10, dtype=torch.bfloat16)
     assert Sparse([weight], [grad], arena).floor_bytes() == 3 * 64 * 3 + 4 * (4 + 16)
@@ -375,7 +420,18 @@ def test_the_floor_is_the_longer_of_bytes_and_flops(suite, tmp_path):
 
 
 PACKAGES = {"five packages": FIVE, "target machine": TARGET}
-COLLECT = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", "python_tests"]
+COLLECT = [
+    sys.executable,
+    "-m",
+    "pytest",
+    "--collect-only",
+    "-q",
+    "-m",
+    "gpu",
+    "-p",
+    "no:cacheprovider",
+    "python_tests",
+]
 NO_PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 
@@ -391,7 +447,8 @@ def all_gpu_tests():
 @pytest.mark.slow
 @pytest.mark.parametrize("packages", PACKAGES)
 def test_gpu_tests_are_collected(all_gpu_tests, tmp_path, packages):
-    """With five packages and with those of a card's machine: every gpu test whose file needs no other, and no error.
+    """With five packages and with those of a card's machine: every gpu test whose file needs no
+    other, and no error.
 
     A file that needs more is left out with a line that says so.
     """
@@ -401,7 +458,9 @@ def test_gpu_tests_are_collected(all_gpu_tests, tmp_path, packages):
     done = subprocess.run(COLLECT, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     blocked = blocked_by(PACKAGES[packages])
-    left_out = {f"{file.stem}.py" for file in (ROOT / "python_tests").glob("test_*.py") if extras_of(file.stem) & blocked}
+    left_out = {
+        f"{file.stem}.py" for file in (ROOT / "python_tests").glob("test_*.py") if extras_of(file.stem) & blocked
+    }
     expected = {test for test in all_gpu_tests if test.split("/")[1].split("::")[0] not in left_out}
     assert listed(done.stdout) == expected and len(expected) > 700
     for file in ("test_finetune.py", "test_readme.py", "test_integrations_trl.py"):

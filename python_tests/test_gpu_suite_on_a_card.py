@@ -1,6 +1,8 @@
-"""The branches of the GPU suite that a card takes, run on the CPU: torch.cuda's clock, memory and properties are stood in for.
+"""The branches of the GPU suite that a card takes, run on the CPU: torch.cuda's clock, memory and
+properties are stood in for.
 
-Nothing can be said about a card's results here; but a name that does not exist, a wrong argument or a forgotten column is found.
+Nothing can be said about a card's results here; but a name that does not exist, a wrong argument or
+a forgotten column is found.
 """
 
 from __future__ import annotations
@@ -47,11 +49,16 @@ def card(monkeypatch, tmp_path):
 
     asleep: list[int] = []
     stand_ins = {
-        "Event": Event, "_sleep": asleep.append, "synchronize": lambda: None, "empty_cache": lambda: None,
-        "reset_peak_memory_stats": lambda: None, "memory_allocated": lambda: 1000, "max_memory_allocated": lambda: 2_001_000,
+        "Event": Event,
+        "_sleep": asleep.append,
+        "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 1000,
+        "max_memory_allocated": lambda: 2_001_000,
         "mem_get_info": lambda: (2 * 2**30, 80 * 2**30),
         "get_device_properties": lambda device: types.SimpleNamespace(L2_cache_size=2**20),
-    }  # fmt: skip
+    }
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     (tmp_path / "rows").touch()
@@ -93,13 +100,16 @@ def test_a_call_that_raises_is_a_row(card):
 
 
 @pytest.mark.native
-@pytest.mark.parametrize(("target", "expected"), [
-    ("step.llama2", {"ok": 10}),
-    ("packed.work", {"not usable": 2, "ok": 9}),  # Triton and native CUDA
-    ("grads.work", {"ok": 12, "refused, it is wrong": 3}),  # the fused product is a Triton kernel
-    ("masks.selection", {"ok": 8}),
-    ("masks.refresh", {"ok": 4}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("step.llama2", {"ok": 10}),
+        ("packed.work", {"not usable": 2, "ok": 9}),  # Triton and native CUDA
+        ("grads.work", {"ok": 12, "refused, it is wrong": 3}),  # the fused product is a Triton kernel
+        ("masks.selection", {"ok": 8}),
+        ("masks.refresh", {"ok": 4}),
+    ],
+)
 def test_the_branches_of_a_card(card, target, expected):
     module, function = target.split(".")
     getattr(importlib.import_module(f"gpu_parts.{module}"), function)(card)
@@ -131,8 +141,11 @@ def test_eigenproblems_and_rates(card, monkeypatch):
     monkeypatch.setattr(torch.linalg, "eigh", lambda gram: small(gram[:, :8, :8]))
     factors.eigenproblems(card)
     assert [row["shape"] for row in card.found()] == [
-        "1 of 4096 x 4096", "1 of 256 x 256", "32 of 256 x 256", "32 of 128 x 128"
-    ]  # fmt: skip
+        "1 of 4096 x 4096",
+        "1 of 256 x 256",
+        "32 of 256 x 256",
+        "32 of 128 x 128",
+    ]
     assert all(row["eigh_cost"] > 0 for row in card.found())
     assert report.Run.dry.fget(card) and not card.dry
 
@@ -170,8 +183,13 @@ def test_sanitizer_found_and_read(card, monkeypatch, tmp_path):
     assert checks.sanitizer_path() == str(tool)
     checks.sanitizer(card)
     memory, race = card.found()
-    assert memory["status"] == "ok" and memory["shape"].endswith(f"of {checks.cases()} ops right; ERROR SUMMARY: 0 errors")
-    assert race["status"] == "failed: RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)" and race["correct"] == "no"
+    assert memory["status"] == "ok" and memory["shape"].endswith(
+        f"of {checks.cases()} ops right; ERROR SUMMARY: 0 errors"
+    )
+    assert (
+        race["status"] == "failed: RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"
+        and race["correct"] == "no"
+    )
 
 
 def test_a_missing_sanitizer_is_named(card, monkeypatch):
@@ -196,7 +214,11 @@ def test_the_build_names_what_is_missing(card, monkeypatch):
     monkeypatch.setattr(checks, "child", child)
     monkeypatch.setattr(checks.shutil, "which", lambda name: None)
     checks.build(card)
-    assert given == {"LIFT_CUDA_ARCHS": "90", "LIFT_REQUIRE_NATIVE": "1", "arguments": ["setup.py", "build_ext", "--inplace"]}
+    assert given == {
+        "LIFT_CUDA_ARCHS": "90",
+        "LIFT_REQUIRE_NATIVE": "1",
+        "arguments": ["setup.py", "build_ext", "--inplace"],
+    }
     rows = {row["variant"]: row["status"] for row in card.found() if "variant" in row}
     assert rows["backend native-cuda"].startswith("not usable: ") and rows["backend reference"] == "ok"
 

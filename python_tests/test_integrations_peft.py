@@ -54,7 +54,10 @@ def test_an_exported_adapter_gives_the_same_logits_in_stock_peft(trained, tmp_pa
     """Loaded and merged."""
     folder, model, dtype = trained
     r = export_shira(folder / "delta", tmp_path / "adapter", str(folder / "base"))
-    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     info = delta_info(folder / "delta")
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     for name, shape in info.shapes.items():
@@ -65,7 +68,9 @@ def test_an_exported_adapter_gives_the_same_logits_in_stock_peft(trained, tmp_pa
     assert_close(adapted, model, base, dtype)
     merged = adapted.merge_and_unload()
     for name, p in model.named_parameters():
-        torch.testing.assert_close(merged.state_dict()[name], p.detach(), rtol=2**-7 if dtype == BF16 else 1e-6, atol=1e-7)
+        torch.testing.assert_close(
+            merged.state_dict()[name], p.detach(), rtol=2**-7 if dtype == BF16 else 1e-6, atol=1e-7
+        )
     assert_close(merged, model, base, dtype)
 
 
@@ -85,11 +90,15 @@ def test_an_adapter_loads_where_lift_kernels_is_not_installed(trained, tmp_path)
     subprocess.run(list(map(str, command)), check=True, capture_output=True)
     with torch.no_grad():
         adapted = PeftModel.from_pretrained(load(folder / "base", dtype), tmp_path / "adapter")
-        torch.testing.assert_close(load_file(tmp_path / "logits")["logits"], adapted(IDS).logits.float(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            load_file(tmp_path / "logits")["logits"], adapted(IDS).logits.float(), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_export_and_import_give_the_delta_back(trained, tmp_path):
-    """Bit for bit in bf16. A difference of fp32 values may need more than 24 bits; the sum then lies an ulp off."""
+    """Bit for bit in bf16. A difference of fp32 values may need more than 24 bits; the sum then
+    lies an ulp off.
+    """
     folder, model, dtype = trained
     export_shira(folder / "delta", tmp_path / "adapter")
     again = import_shira(tmp_path / "adapter", folder / "base", tmp_path / "delta")
@@ -118,7 +127,9 @@ def test_an_adapter_trained_by_peft_becomes_a_delta(trained, tmp_path):
 
 
 def test_the_mask_function_selects_principal_weights(trained):
-    """peft trains the k = r (m + n) entries of largest |W_r|; it keeps them when the adapter is saved."""
+    """peft trains the k = r (m + n) entries of largest |W_r|; it keeps them when the adapter is
+    saved.
+    """
     folder, _, dtype = trained
     model = load(folder / "base", dtype)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -174,16 +185,19 @@ def adapter(folder: Path, indices, values, name="first", config=None) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"indices": torch.tensor([[0, 30], [0, 0]])}, "an index of first.weight lies outside its 30 x 40 entries"),
-    ({"indices": torch.tensor([[0, -1], [0, 0]])}, "lies outside"),
-    ({"indices": torch.tensor([[0, 1], [0, 40]])}, "lies outside"),
-    ({"indices": torch.zeros(2, 3, dtype=torch.int32)}, "do not fit a matrix"),
-    ({"values": None}, "lacks indices or values"),
-    ({"name": "third"}, "which the model has not"),
-    ({"config": {"peft_type": "LORA"}}, "type LORA; only SHIRA"),
-    ({"config": {"modules_to_save": ["head"]}}, "modules_to_save"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"indices": torch.tensor([[0, 30], [0, 0]])}, "an index of first.weight lies outside its 30 x 40 entries"),
+        ({"indices": torch.tensor([[0, -1], [0, 0]])}, "lies outside"),
+        ({"indices": torch.tensor([[0, 1], [0, 40]])}, "lies outside"),
+        ({"indices": torch.zeros(2, 3, dtype=torch.int32)}, "do not fit a matrix"),
+        ({"values": None}, "lacks indices or values"),
+        ({"name": "third"}, "which the model has not"),
+        ({"config": {"peft_type": "LORA"}}, "type LORA; only SHIRA"),
+        ({"config": {"modules_to_save": ["head"]}}, "modules_to_save"),
+    ],
+)
 def test_adapters_that_do_not_fit_are_refused(tmp_path, change, message):
     good = {"indices": torch.tensor([[0, 29], [0, 39]]), "values": torch.tensor([1.0, 2.0])}
     info = import_shira(adapter(tmp_path / "good", **good), Small(), tmp_path / "delta")

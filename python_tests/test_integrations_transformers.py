@@ -1,4 +1,6 @@
-"""LiftAdamW in a plain loop, accelerate and Trainer: the same weights; Trainer's features; what LiftCallback logs."""
+"""LiftAdamW in a plain loop, accelerate and Trainer: the same weights; Trainer's features; what
+LiftCallback logs.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +30,29 @@ def parts(dtype=FP32, **changes):
 
 def make_trainer(folder, model, optimizer=None, callbacks=(), trainer=Trainer, **arguments):
     defaults = dict(
-        output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=BATCH, train_sampling_strategy="sequential",
-        lr_scheduler_type="linear", warmup_steps=WARMUP, max_grad_norm=0.0, report_to="none", use_cpu=True, disable_tqdm=True,
-        logging_steps=1, save_strategy="no", seed=3, learning_rate=OPTIONS["lr"],
-    )  # fmt: skip
-    return trainer(model=model, args=TrainingArguments(**defaults | arguments), train_dataset=Tokens(), eval_dataset=Tokens(),
-                   optimizers=(optimizer, None), callbacks=list(callbacks))  # fmt: skip
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=BATCH,
+        train_sampling_strategy="sequential",
+        lr_scheduler_type="linear",
+        warmup_steps=WARMUP,
+        max_grad_norm=0.0,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_steps=1,
+        save_strategy="no",
+        seed=3,
+        learning_rate=OPTIONS["lr"],
+    )
+    return trainer(
+        model=model,
+        args=TrainingArguments(**defaults | arguments),
+        train_dataset=Tokens(),
+        eval_dataset=Tokens(),
+        optimizers=(optimizer, None),
+        callbacks=list(callbacks),
+    )
 
 
 def by_loop(dtype=FP32, accelerator=None, **changes):
@@ -76,13 +95,18 @@ def distance(actual, expected) -> float:
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_loop_accelerate_and_trainer_give_the_same_weights(tmp_path, dtype):
     loop = by_loop(dtype)
-    assert not torch.equal(loop.model.layers[0].mlp.up_proj.weight, make_model(dtype).model.layers[0].mlp.up_proj.weight)
+    assert not torch.equal(
+        loop.model.layers[0].mlp.up_proj.weight, make_model(dtype).model.layers[0].mlp.up_proj.weight
+    )
     assert_same_weights(by_loop(dtype, Accelerator(cpu=True)), loop)
     assert_same_weights(by_trainer(tmp_path, dtype), loop)
 
 
 FEATURES = {
-    "activation checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    "activation checkpointing": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    },
     "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
     "evaluated": {"eval_strategy": "steps", "eval_steps": 2},
     "saved": {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1},
@@ -98,7 +122,9 @@ def test_features_that_change_no_weight(tmp_path, feature):
 
 
 def test_gradient_accumulation_equals_a_large_batch(tmp_path):
-    """Four micro-batches of one: gradients add up in another order, so the weights agree to rounding."""
+    """Four micro-batches of one: gradients add up in another order, so the weights agree to
+    rounding.
+    """
     model = by_trainer(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=BATCH)
     assert distance(model, by_loop()) < 1e-3
 
@@ -116,7 +142,9 @@ def test_bf16_autocast_trains_trained_entries_only(tmp_path):
 
 
 def test_fp16_with_a_grad_scaler_in_accelerate_style():
-    """fp16 autocast wants a GPU; the scaler itself runs anywhere: scaled gradients give the weights of unscaled ones."""
+    """fp16 autocast wants a GPU; the scaler itself runs anywhere: scaled gradients give the weights
+    of unscaled ones.
+    """
     model, optimizer = parts()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
     scheduler = get_linear_schedule_with_warmup(optimizer, WARMUP, STEPS)
@@ -132,9 +160,14 @@ def test_fp16_with_a_grad_scaler_in_accelerate_style():
 @pytest.mark.parametrize("at", [1, 2, 3])
 @pytest.mark.parametrize("form", ["bf16 master", "random", "stochastic"])
 def test_trainer_resumes_just_before_at_and_after_a_refresh(tmp_path, form, at):
-    """The second step refreshes. Trainer's own checkpoint, its own random order, other seeds at the new start."""
-    changes = {"bf16 master": {"bias_correction": "per_entry"}, "random": {"selection": "random", "seed": 4},
-               "stochastic": {"master": None, "rounding": "stochastic", "seed": 5}}[form]  # fmt: skip
+    """The second step refreshes. Trainer's own checkpoint, its own random order, other seeds at the
+    new start.
+    """
+    changes = {
+        "bf16 master": {"bias_correction": "per_entry"},
+        "random": {"selection": "random", "seed": 4},
+        "stochastic": {"master": None, "rounding": "stochastic", "seed": 5},
+    }[form]
     arguments = {"save_strategy": "steps", "save_steps": at, "train_sampling_strategy": "random"}
     model, optimizer = parts(BF16, **changes)
     make_trainer(tmp_path, model, optimizer, **arguments).train()
@@ -147,7 +180,9 @@ def test_trainer_resumes_just_before_at_and_after_a_refresh(tmp_path, form, at):
 
 
 def test_accelerate_saves_and_loads_its_state_exactly(tmp_path):
-    """`save_state` after the third step, `load_state` into a new start, the rest of the steps: the same bits."""
+    """`save_state` after the third step, `load_state` into a new start, the rest of the steps: the
+    same bits.
+    """
 
     def steps(model, optimizer, batches):
         for batch in batches:
@@ -220,13 +255,17 @@ def test_lift_callback_logs_to_every_reporter_and_changes_no_weight(tmp_path, ca
         def on_optimizer_step(self, args, state, control, **kwargs):
             squares = [(p.detach() - w).square().sum() for p, w in zip(model.parameters(), weights)]
             moved.append(torch.stack(squares).sum().sqrt().item())
-            watched.append({n: optimizer.state[p]["indices"].clone() for n, p in model.named_parameters() if p in optimizer.state})
+            watched.append(
+                {n: optimizer.state[p]["indices"].clone() for n, p in model.named_parameters() if p in optimizer.state}
+            )
 
     watched = []
     trainer.add_callback(Watch())
     trainer.train()
     logs = [entry for entry in reporter.logs if "loss" in entry]
-    assert len(logs) == STEPS and logs == [{k: v for k, v in e.items() if k != "step"} for e in trainer.state.log_history[:STEPS]]
+    assert len(logs) == STEPS and logs == [
+        {k: v for k, v in e.items() if k != "step"} for e in trainer.state.log_history[:STEPS]
+    ]
     matrices = [p for p in model.parameters() if p in optimizer.state]
     density = sum(optimizer.state[p]["indices"].numel() for p in matrices) / sum(p.numel() for p in matrices)
     assert all(entry["lift_density"] == density for entry in logs)

@@ -1,4 +1,6 @@
-"""TRL's SFTTrainer with LiftAdamW: the documented one-liner, its figures, and the weights of the optimizer made by hand."""
+"""TRL's SFTTrainer with LiftAdamW: the documented one-liner, its figures, and the weights of the
+optimizer made by hand.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,19 @@ def make_trainer(folder, by_hand: bool):
     problems = wordproblems.generate(16, "train")
     data = Dataset.from_list([{"prompt": p.question, "completion": f" {p.answer}"} for p in problems])
     arguments = SFTConfig(
-        output_dir=str(folder), max_steps=4, per_device_train_batch_size=4, max_grad_norm=0.0, report_to="none", use_cpu=True,
-        disable_tqdm=True, logging_steps=1, save_strategy="no", bf16=False, max_length=256, seed=1,
-    )  # fmt: skip
+        output_dir=str(folder),
+        max_steps=4,
+        per_device_train_batch_size=4,
+        max_grad_norm=0.0,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_steps=1,
+        save_strategy="no",
+        bf16=False,
+        max_length=256,
+        seed=1,
+    )
     groups = lift_param_groups(model, freeze_rest=True)
     how = {"optimizers": (LiftAdamW(groups, **OPTIONS), None)} if by_hand else {}
     how |= {} if by_hand else {"optimizer_cls_and_kwargs": (LiftAdamW, {"params": groups, **OPTIONS})}

@@ -1,4 +1,6 @@
-"""bench/kernel_report.py: green on the kernels as they are, red on a kernel that spills or lost its wide loads; its arithmetic."""
+"""bench/kernel_report.py: green on the kernels as they are, red on a kernel that spills or lost its
+wide loads; its arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ __global__ void undeclared_kernel(const float* in, float* out) {
 
 def record(**changes) -> Compiled:
     """A kernel without a fault."""
-    fields = dict.fromkeys(("static_shared", "dynamic_shared", "stack_bytes", "local_bytes", "spills", "narrow_copies"), 0)
+    fields = dict.fromkeys(
+        ("static_shared", "dynamic_shared", "stack_bytes", "local_bytes", "spills", "narrow_copies"), 0
+    )
     fields |= dict.fromkeys(("wide_loads", "needed_loads", "wide_stores", "needed_stores"), 2)
     fields |= {"kernel": "k", "language": "triton", "target": 80, "threads": 128, "registers": 32, "wide_copies": 1}
     fields |= {"needs_wide_copies": True, "tensor_cores": "2 HMMA.16816.F32", "needs_tensor_cores": True}
@@ -51,8 +55,10 @@ def record(**changes) -> Compiled:
 
 def compile_in_process(case, target) -> Compiled:
     """One case, in a process that has Triton's compiler and not its interpreter."""
-    program = ("import dataclasses, json, pickle, sys; from bench.kernel_compile import compile_case; "
-               "print(json.dumps(dataclasses.asdict(compile_case(*pickle.load(sys.stdin.buffer)))))")  # fmt: skip
+    program = (
+        "import dataclasses, json, pickle, sys; from bench.kernel_compile import compile_case; "
+        "print(json.dumps(dataclasses.asdict(compile_case(*pickle.load(sys.stdin.buffer)))))"
+    )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     work = pickle.dumps((case, target))
     done = subprocess.run([sys.executable, "-c", program], input=work, cwd=ROOT, env=environment, capture_output=True)
@@ -80,7 +86,9 @@ def test_the_kernels_as_they_are(kernels, monkeypatch, capsys, tmp_path):
 
 
 def test_every_cuda_kernel_is_in_the_report(kernels):
-    """All sources of setup.py, for all targets; no entry of the table is of a kernel that is gone."""
+    """All sources of setup.py, for all targets; no entry of the table is of a kernel that is
+    gone.
+    """
     cuda = {(record.kernel, record.target) for record in kernels if record.language == "cuda"}
     if kernel_compile.nvcc() is None:
         assert not cuda
@@ -124,13 +132,21 @@ def test_cuda_kernels_that_are_wrong(tmp_path):
         with pytest.raises(RuntimeError, match="nvcc is not"):
             kernel_compile.compile_cuda(source, 90)
         return
-    launches = dict.fromkeys(("wide_kernel", "narrow_kernel"), Launch(threads=512, dynamic_shared=96, wide_loads=1, wide_stores=1))
+    launches = dict.fromkeys(
+        ("wide_kernel", "narrow_kernel"), Launch(threads=512, dynamic_shared=96, wide_loads=1, wide_stores=1)
+    )
     found = {r.kernel: r for r in kernel_compile.compile_cuda(source, 90, launches)}
     assert kernel_report.faults(found["spilling_kernel"]) == ["spills", "local memory"]
     assert kernel_report.faults(found["wide_kernel"]) == []
     assert kernel_report.faults(found["narrow_kernel"]) == ["lost wide loads", "lost wide stores"]
     wide, undeclared = found["wide_kernel"], found["undeclared_kernel"]
-    assert (wide.threads, wide.static_shared, wide.dynamic_shared, wide.wide_loads, wide.wide_stores) == (512, 0, 96, 1, 1)
+    assert (wide.threads, wide.static_shared, wide.dynamic_shared, wide.wide_loads, wide.wide_stores) == (
+        512,
+        0,
+        96,
+        1,
+        1,
+    )
     assert (undeclared.threads, undeclared.static_shared, kernel_report.faults(undeclared)) == (256, 2048, [])
     source.write_text("not C++")
     with pytest.raises(RuntimeError, match="wrong.cu"):
@@ -157,17 +173,21 @@ def test_faults(changes, fault):
 @pytest.mark.parametrize(
     "target, threads, registers, shared, expected",
     [
-        # 32 registers: 1024 a warp, 16 warps in each of 4 partitions, 64 in all: 16 blocks of 4. 164 KiB over 1 KiB a block.
+        # 32 registers: 1024 a warp, 16 warps in each of 4 partitions, 64 in all: 16 blocks of 4.
+        # 164 KiB over 1 KiB a block.
         (80, 128, 32, 0, (16, 164, 16)),
         # 33 registers: 1056 a warp, rounded up to 1280; 12 warps in each partition, 48 in all.
         (80, 128, 33, 0, (12, 164, 16)),
-        # 72 registers: 2304 a warp; 7 in each partition, 28 in all: 3 blocks of 8. 9 KiB a block: 228 / 9.
+        # 72 registers: 2304 a warp; 7 in each partition, 28 in all: 3 blocks of 8. 9 KiB a block:
+        # 228 / 9.
         (90, 256, 72, 8192, (3, 25, 8)),
         # 255 registers: 8160, rounded up to 8192; 2 in each partition. 100 KiB + 1 KiB a block.
         (100, 256, 255, 100 * 1024, (1, 2, 8)),
-        # One warp a block: 32 blocks are the limit, not 64 warps. 16 bytes and 1 KiB: 1152 bytes in units of 128.
+        # One warp a block: 32 blocks are the limit, not 64 warps. 16 bytes and 1 KiB: 1152 bytes in
+        # units of 128.
         (80, 32, 16, 16, (128, 145, 32)),
-        # All the shared memory that a block may have; a byte more fits no more. 1024 threads: 32 warps.
+        # All the shared memory that a block may have; a byte more fits no more. 1024 threads: 32
+        # warps.
         (90, 1024, 32, 227 * 1024, (2, 1, 2)),
         (90, 1024, 32, 227 * 1024 + 1, (2, 0, 2)),
     ],

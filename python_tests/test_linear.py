@@ -1,4 +1,6 @@
-"""LiftLinear: the gradients of a plain layer, in every way that a plain layer is used, and an ordinary model's state dict."""
+"""LiftLinear: the gradients of a plain layer, in every way that a plain layer is used, and an
+ordinary model's state dict.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def assert_same_gradients(packed, plain, exact=True):
         if isinstance(layer, PackedLinear):
             assert layer.weight.grad is None
             expected = other.weight.grad.reshape(-1)[layer.indices.long()].float()
-            torch.testing.assert_close(layer.values.grad, expected, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-6)
+            torch.testing.assert_close(
+                layer.values.grad, expected, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-6
+            )
             pairs = [(layer.bias, other.bias)]
         else:
             pairs = list(zip(layer.parameters(recurse=False), other.parameters(recurse=False)))
@@ -60,7 +64,9 @@ def assert_same_gradients(packed, plain, exact=True):
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
 def test_gradcheck_in_float64(transposed):
-    """Over x and bias, and over values through a wrapper that puts them into a copy of the weight."""
+    """Over x and bias, and over values through a wrapper that puts them into a copy of the
+    weight.
+    """
     weight = data(6, 5, seed=1).double()
     index = random_indices(30, 9, torch.Generator().manual_seed(2))
     x = data(2, 3, 6 if transposed else 5, seed=3).double().requires_grad_()
@@ -106,7 +112,9 @@ def test_only_what_needs_a_gradient_gets_one():
 
 
 def test_backward_saves_only_what_it_reads():
-    """An input is kept for the weight gradient alone: a layer without trained values keeps none, as a frozen layer."""
+    """An input is kept for the weight gradient alone: a layer without trained values keeps none, as
+    a frozen layer.
+    """
     packed, _ = packed_and_plain(bias=False)
     layer, saved = packed.up, []
     x = data(4, 12).requires_grad_()
@@ -279,7 +287,9 @@ def test_masks_are_those_of_the_optimizer():
         optimizer = LiftAdamW(lift_param_groups(plain), **OPTIONS, selection=selection, seed=5)
         optimizer.refresh()
         for name in ("up", "down"):
-            assert torch.equal(packed.get_submodule(name).indices, optimizer.state[plain.get_submodule(name).weight]["indices"])
+            assert torch.equal(
+                packed.get_submodule(name).indices, optimizer.state[plain.get_submodule(name).weight]["indices"]
+            )
 
 
 def test_include_exclude_and_freezing():
@@ -319,7 +329,9 @@ def test_tied_weights_share_values():
 
 
 def test_a_subclass_of_linear_keeps_its_forward():
-    """nn.MultiheadAttention uses the weight of its out_proj without calling the layer: a hook packs that gradient."""
+    """nn.MultiheadAttention uses the weight of its out_proj without calling the layer: a hook packs
+    that gradient.
+    """
     model = nn.MultiheadAttention(8, 2, batch_first=True)
     plain = copy.deepcopy(model)
     groups = pack_gradients(model, **OPTIONS)
@@ -351,8 +363,11 @@ def test_values_stay_fp32_through_conversions(dtype):
     model = Net()
     pack_gradients(model, **OPTIONS)
     model(data(4, 12)).sum().backward()
-    before = {n: (m.values.detach().clone(), m.values.grad.clone(), m.indices) for n, m in model.named_modules()
-              if isinstance(m, PackedLinear)}  # fmt: skip
+    before = {
+        n: (m.values.detach().clone(), m.values.grad.clone(), m.indices)
+        for n, m in model.named_modules()
+        if isinstance(m, PackedLinear)
+    }
     for convert in (lambda m: m.to(dtype), lambda m: m.half(), lambda m: m.type(dtype), lambda m: m.float()):
         convert(model)
         for name, (values, grad, index) in before.items():

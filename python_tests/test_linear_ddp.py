@@ -34,7 +34,9 @@ dist.destroy_process_group()
 
 
 def test_ddp_averages_packed_gradients(tmp_path):
-    """Two processes end with the weights that one gets from both halves of each batch; the buckets hold k values."""
+    """Two processes end with the weights that one gets from both halves of each batch; the buckets
+    hold k values.
+    """
     run_ranks(WORKER, 2, tmp_path)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 6))

@@ -1,4 +1,6 @@
-"""packed_weight_grad on every backend: the dense weight gradient at the index list, value by value."""
+"""packed_weight_grad on every backend: the dense weight gradient at the index list, value by
+value.
+"""
 
 from __future__ import annotations
 
@@ -46,9 +48,11 @@ def summed_in_order(grad_output, input):
 
 
 def assert_entries(actual, grad_output, input, index, exact):
-    """As near to the fp64 product as torch's own product in this dtype; or to the bit what a gather from that one gives.
+    """As near to the fp64 product as torch's own product in this dtype; or to the bit what a gather
+    from that one gives.
 
-    Each BLAS library sums in an order of its own, and some are lucky: a plain loop's error is admitted everywhere.
+    Each BLAS library sums in an order of its own, and some are lucky: a plain loop's error is
+    admitted everywhere.
     """
     dense = (grad_output.t() @ input).reshape(-1)[index.long()].float()
     assert actual.dtype == FP32 and actual.shape == index.shape
@@ -107,7 +111,9 @@ def test_packed_weight_grad_of_any_layout(where, dtype):
 
 
 def test_packed_weight_grad_in_several_panels(where):
-    """A weight of more than the scratch of the CPU: rows at the seams, and panels without any entry."""
+    """A weight of more than the scratch of the CPU: rows at the seams, and panels without any
+    entry.
+    """
     m, n = (500, 4500) if where.backend != "triton" else (140, 300)  # the interpreter takes its time, and has no panels
     grad_output, input = factors(where, 3, m, n)
     everywhere = index_list(where, m, n, 3000)
@@ -121,7 +127,9 @@ def test_packed_weight_grad_in_several_panels(where):
 
 
 def test_packed_weight_grad_passes_non_finite_values_on(where):
-    """As the dense product: NaN and infinity reach the entries of their row and column, and no others."""
+    """As the dense product: NaN and infinity reach the entries of their row and column, and no
+    others.
+    """
     grad_output, input = factors(where, 4, 5, 6)
     grad_output[2, 1], input[1, 3] = float("nan"), float("inf")
     index = torch.arange(30, dtype=torch.int32, device=where.device)
@@ -145,14 +153,18 @@ def test_packed_weight_grad_writes_nothing_else(where):
 
 @pytest.mark.parametrize("switch", [torch.backends.cuda.matmul, torch.backends], ids=["matmul", "all backends"])
 def test_packed_weight_grad_after_the_newer_precision_switch(where, switch):
-    """torch.get_float32_matmul_precision raises once it was used. The numbers are small integers, exact in TF32 too."""
+    """torch.get_float32_matmul_precision raises once it was used. The numbers are small integers,
+    exact in TF32 too.
+    """
     index = index_list(where, 13, 17, 50)
     grad_output, input = (t.mul(4).round() for t in factors(where, 7, 13, 17))
     expected = (grad_output.t() @ input).reshape(-1)[index.long()]
     before, switch.fp32_precision = switch.fp32_precision, "tf32"
     try:
         for way in ways(where):
-            assert torch.equal(ops.packed_weight_grad(grad_output, input, index, backend=where.backend, **way), expected)
+            assert torch.equal(
+                ops.packed_weight_grad(grad_output, input, index, backend=where.backend, **way), expected
+            )
     finally:
         switch.fp32_precision = before
 

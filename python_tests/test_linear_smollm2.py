@@ -1,4 +1,5 @@
-"""Ten steps of SmolLM2-135M with packed and with dense gradients: the same bits in fp32, whatever the way to the gradient.
+"""Ten steps of SmolLM2-135M with packed and with dense gradients: the same bits in fp32, whatever
+the way to the gradient.
 
 The variants run on its first six layers: what they vary does not depend on the depth.
 """
@@ -75,8 +76,12 @@ def test_smollm2_trains_to_the_same_bits_on_the_reference_path(models, layers, o
 @pytest.mark.slow
 @pytest.mark.native
 def test_smollm2_trains_to_the_same_weights_natively(models):
-    """Its largest weight is one panel, so the product is torch's own; the step adds no error to that."""
+    """Its largest weight is one panel, so the product is torch's own; the step adds no error to
+    that.
+    """
     mine = trained(models[30], "native-cpu", True, {}, 1, False)
     theirs = trained(models[30], "native-cpu", False, {}, 1, False)
     for name, value in mine.items():
-        torch.testing.assert_close(value, theirs[name], rtol=0, atol=2 * torch.finfo(torch.float32).eps * value.abs().max().item())
+        torch.testing.assert_close(
+            value, theirs[name], rtol=0, atol=2 * torch.finfo(torch.float32).eps * value.abs().max().item()
+        )

@@ -1,4 +1,6 @@
-"""Training with packed gradients: the same weights as with dense ones, and everything an optimizer is asked on the way."""
+"""Training with packed gradients: the same weights as with dense ones, and everything an optimizer
+is asked on the way.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,9 @@ CASES = {
 
 @pytest.mark.parametrize("options, micro", CASES.values(), ids=CASES)
 def test_packed_gradients_train_the_same_weights(options, micro):
-    """Bit for bit on the reference path in fp32; the native one within the error that sums in another order have."""
+    """Bit for bit on the reference path in fp32; the native one within the error that sums in
+    another order have.
+    """
     options = {"refresh_interval": None} | options
     for backend in ("reference", "native-cpu"):
         packed, plain = packed_setup(backend, **options), dense_setup(backend, **options)
@@ -117,7 +121,10 @@ def test_values_are_the_optimizers_own_slice():
     train(model, optimizer, range(2))
     for layer in (model.a, model.b, model.c):
         state = optimizer.state[layer.values]
-        assert layer.values.data_ptr() == state["master"].data_ptr() and layer.indices.data_ptr() == state["indices"].data_ptr()
+        assert (
+            layer.values.data_ptr() == state["master"].data_ptr()
+            and layer.indices.data_ptr() == state["indices"].data_ptr()
+        )
         assert isinstance(layer.values, nn.Parameter) and layer.values.is_leaf
     addresses = [layer.values.data_ptr() for layer in (model.a, model.b, model.c)]
     optimizer.refresh()
@@ -127,7 +134,9 @@ def test_values_are_the_optimizers_own_slice():
 
 
 def test_a_refresh_moves_the_values():
-    """They are the weight's at the new list; entries that leave keep the weight they have; the next gradient fits."""
+    """They are the weight's at the new list; entries that leave keep the weight they have; the next
+    gradient fits.
+    """
     model, optimizer = packed_setup("native-cpu", refresh_interval=None)
     train(model, optimizer, range(4))
     with torch.no_grad():
@@ -252,7 +261,9 @@ def test_clip_grad_norm_clips_by_the_norm_over_trained_entries():
 
 
 def test_grad_scaler():
-    """A power of two changes no bit; an infinite gradient skips the step and backs the scale off."""
+    """A power of two changes no bit; an infinite gradient skips the step and backs the scale
+    off.
+    """
     scaled, plain = packed_setup(), packed_setup()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
     train(*scaled, range(3), scaler=scaler)
@@ -280,7 +291,9 @@ def test_options_that_cannot_work_name_the_layer():
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_another_optimizer_trains_the_values_until_a_refresh(dtype, caplog):
-    """The weight follows, and values follow a changed weight; LiftAdamW will not exchange entries under it."""
+    """The weight follows, and values follow a changed weight; LiftAdamW will not exchange entries
+    under it.
+    """
     model = Net(dtype)
     pack_gradients(model, freeze_rest=True, **MASK)
     start = model.a.weight.detach().clone()

@@ -1,4 +1,6 @@
-"""Low-rank factors: the best rank-r approximation by either method, at any scale, and errors that name the weight."""
+"""Low-rank factors: the best rank-r approximation by either method, at any scale, and errors that
+name the weight.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ def test_factors_are_the_truncated_svd(method, shape):
             torch.float32,
             torch.float32,
         )
-        # The Ritz energy is flat where it is largest: in fp32 it stalls while the vectors are still off by some 1e-5.
+        # The Ritz energy is flat where it is largest: in fp32 it stalls while the vectors are still
+        # off by some 1e-5.
         atol = (1e-5 if method == "chebyshev" else 2e-6) * 2.0
         assert_close((left @ right.T).double(), truncated(weight, rank), rtol=0, atol=atol)
 

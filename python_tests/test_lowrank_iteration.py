@@ -1,4 +1,6 @@
-"""Chebyshev-filtered subspace iteration: faithful masks from cold and warm starts, alone and in batches."""
+"""Chebyshev-filtered subspace iteration: faithful masks from cold and warm starts, alone and in
+batches.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def exact_mask(weight, rank, k):
 
 
 def quality(indices, weight, rank):
-    """Overlap with the exact mask, and the share of the best possible sum of |W_r| that is captured."""
+    """Overlap with the exact mask, and the share of the best possible sum of |W_r| that is
+    captured.
+    """
     k = len(indices)
     best, magnitude = exact_mask(weight, rank, k)
     flat = magnitude.flatten()
@@ -42,7 +46,9 @@ def test_a_cold_start_is_faithful_where_spectra_are_slow(shape, dtype):
 
 
 def test_the_usual_randomized_svd_would_not_be():
-    """The bound of the test above tells the published variant, q = 2r and two iterations, from a faithful one."""
+    """The bound of the test above tells the published variant, q = 2r and two iterations, from a
+    faithful one.
+    """
     weight = slow_spectrum(200, 120)
     torch.manual_seed(0)
     u, s, v = torch.svd_lowrank(weight, q=16, niter=2)
@@ -59,7 +65,9 @@ def test_a_smaller_tolerance_is_more_faithful():
 
 
 def test_products_in_tf32_cost_no_fidelity(monkeypatch):
-    """As on a GPU: factors of the products lose 13 bits, and the last product with the matrix is formed in fp32."""
+    """As on a GPU: factors of the products lose 13 bits, and the last product with the matrix is
+    formed in fp32.
+    """
 
     def shortened(x):
         return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
@@ -179,7 +187,9 @@ def test_auto_takes_what_is_predicted_to_be_faster():
 
 @pytest.mark.parametrize("shape", [(50, 3), (40, 8, 5), (7, 40)])
 def test_a_basis_of_another_shape_is_refused(shape):
-    with pytest.raises(ValueError, match=r"up_proj: a warm start for shape \(60, 40\) and rank 5 is a floating \(40, l >= 5\)"):
+    with pytest.raises(
+        ValueError, match=r"up_proj: a warm start for shape \(60, 40\) and rank 5 is a floating \(40, l >= 5\)"
+    ):
         low_rank_factors(torch.ones(60, 40), 5, warm_start=torch.ones(shape), name="up_proj")
 
 

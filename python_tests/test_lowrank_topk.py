@@ -1,4 +1,6 @@
-"""`lowrank_topk`: exactly k sorted positions of the largest |L R^T|, on every backend, whatever the bracket says."""
+"""`lowrank_topk`: exactly k sorted positions of the largest |L R^T|, on every backend, whatever the
+bracket says.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ SHAPES = [(1, 1, 1), (1, 300, 1), (300, 1, 2), (7, 5, 3), (64, 64, 16), (65, 129
 
 
 def whole_factors(m, n, rank, seed=0, top=3):
-    """Factors of small whole numbers: products are exact, ties plentiful, and every backend must give the same positions."""
+    """Factors of small whole numbers: products are exact, ties plentiful, and every backend must
+    give the same positions.
+    """
     generator = torch.Generator().manual_seed(seed)
     return (torch.randint(-top, top + 1, (size, rank), generator=generator).float() for size in (m, n))
 
@@ -39,8 +43,19 @@ def test_lowrank_topk_of_whole_numbers(where, m, n, rank):
         check(where, left, right, k)
 
 
-@pytest.mark.parametrize("low, high", [(0.0, float("inf")), (0.0, 0.0), (1e9, 2e9), (0.0, 1e-9), (5.0, 5.0), (9.0, 2.0),
-                                       (float("nan"), float("nan")), (3.0, 12.0)])  # fmt: skip
+@pytest.mark.parametrize(
+    "low, high",
+    [
+        (0.0, float("inf")),
+        (0.0, 0.0),
+        (1e9, 2e9),
+        (0.0, 1e-9),
+        (5.0, 5.0),
+        (9.0, 2.0),
+        (float("nan"), float("nan")),
+        (3.0, 12.0),
+    ],
+)
 def test_lowrank_topk_with_any_bracket(where, low, high):
     """Around the answer, beside it, empty, turned round, not a number: the same answer."""
     left, right = whole_factors(70, 90, 4)
@@ -76,7 +91,9 @@ def test_lowrank_topk_of_one_dominating_entry(where):
 
 @pytest.mark.parametrize("m, n, rank", [(90, 130, 24), (200, 64, 64)])
 def test_lowrank_topk_of_real_numbers(where, m, n, rank):
-    """Entries may differ from the reference only within rounding of the threshold, and each is checked to be such a one."""
+    """Entries may differ from the reference only within rounding of the threshold, and each is
+    checked to be such a one.
+    """
     generator = torch.Generator().manual_seed(1)
     left, right = (torch.randn(size, rank, generator=generator) for size in (m, n))
     k = round(0.05 * m * n)
@@ -104,12 +121,16 @@ def test_lowrank_topk_is_deterministic(where):
 
 @pytest.mark.parametrize("m, n", [(70, 90), (300, 1), (1, 65)])
 def test_lowrank_topk_of_a_batch(where, m, n):
-    """Each matrix as if it were alone, whether its bracket is right, beside the answer, or not given."""
+    """Each matrix as if it were alone, whether its bracket is right, beside the answer, or not
+    given.
+    """
     pairs = [tuple(whole_factors(m, n, 4, seed)) for seed in range(3)]
     left, right = (torch.stack(factors).to(where.device) for factors in zip(*pairs))
     for k in (1, m * n // 7 + 1, m * n):
         alone = [lowrank_topk_ref(*pair, k) for pair in pairs]
-        brackets_given = torch.stack([brackets.around(alone[0][1]), torch.tensor([1e9, 2e9]), torch.tensor([0.0, float("inf")])])
+        brackets_given = torch.stack(
+            [brackets.around(alone[0][1]), torch.tensor([1e9, 2e9]), torch.tensor([0.0, float("inf")])]
+        )
         for bracket in (None, brackets_given):
             given = None if bracket is None else bracket.to(where.device)
             indices, thresholds = ops.lowrank_topk(left, right, k, bracket=given, backend=where.backend)
@@ -150,7 +171,9 @@ def test_sampled_bracket_holds_the_threshold():
 
 
 def test_lowrank_topk_makes_no_dense_matrix():
-    """Peak memory of a process that selects, against one that holds only the factors: less than an eighth of m * n floats."""
+    """Peak memory of a process that selects, against one that holds only the factors: less than an
+    eighth of m * n floats.
+    """
     if dispatch.interpreting():
         pytest.fail("this test belongs to the plain run")
     program = (
@@ -162,7 +185,9 @@ def test_lowrank_topk_makes_no_dense_matrix():
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 - 4 * k)"
     )
     for density in ("thin", "5 %"):
-        output = subprocess.run([sys.executable, "-c", program, density], capture_output=True, text=True, check=True).stdout
+        output = subprocess.run(
+            [sys.executable, "-c", program, density], capture_output=True, text=True, check=True
+        ).stdout
         extra = int(output)
         bitmap, dense = 6000 * 8000 // 8, 6000 * 8000 * 4
         assert extra < bitmap + 24 * 2**20, f"{extra / 2**20:.1f} MiB beside the result"
@@ -174,19 +199,28 @@ def test_lowrank_topk_makes_no_dense_matrix():
     [
         ({"k": 0}, ValueError, "k must be from 1 to 12, got 0"),
         ({"k": 13}, ValueError, "k must be from 1 to 12, got 13"),
-        ({"left": torch.ones(3, 2).double()}, ValueError,
-         "left must be a contiguous float32 matrix or a batch of them, got torch.float64"),
+        (
+            {"left": torch.ones(3, 2).double()},
+            ValueError,
+            "left must be a contiguous float32 matrix or a batch of them, got torch.float64",
+        ),
         ({"left": torch.ones(2, 3).T}, ValueError, "left must be a contiguous float32 matrix"),
         ({"right": torch.ones(4, 3)}, ValueError, "must share a rank of at least 1"),
         ({"right": torch.ones(1, 4, 2)}, ValueError, r"and the batch, got \(3, 2\) and \(1, 4, 2\)"),
-        ({"left": torch.ones(2, 3, 2), "right": torch.ones(2, 4, 2), "bracket": torch.ones(2)}, ValueError,
-         r"two float32 numbers a matrix, \(2, 2\)"),
+        (
+            {"left": torch.ones(2, 3, 2), "right": torch.ones(2, 4, 2), "bracket": torch.ones(2)},
+            ValueError,
+            r"two float32 numbers a matrix, \(2, 2\)",
+        ),
         ({"left": torch.ones(3, 0), "right": torch.ones(4, 0)}, ValueError, "must share a rank of at least 1"),
         ({"bracket": torch.ones(3)}, ValueError, "bracket must be two float32 numbers"),
-        ({"left": torch.ones(1, 1).expand(70000, 1).contiguous(), "right": torch.ones(70000, 1)}, ValueError,
-         "the product may have up to 2\\^31-1 entries, got 70000 x 70000"),
+        (
+            {"left": torch.ones(1, 1).expand(70000, 1).contiguous(), "right": torch.ones(70000, 1)},
+            ValueError,
+            "the product may have up to 2\\^31-1 entries, got 70000 x 70000",
+        ),
     ],
-)  # fmt: skip
+)
 def test_lowrank_topk_bad_input(where, change, error, message):
     arguments = {"left": torch.ones(3, 2), "right": torch.ones(4, 2), "k": 5} | change
     with pytest.raises(error, match=message):

@@ -15,7 +15,9 @@ COUNT = 10_000_000
 
 
 def test_gaussian_sketch_has_the_moments_of_a_normal_distribution():
-    """Mean, variance, skewness, kurtosis and correlation of ten million numbers, within five standard errors."""
+    """Mean, variance, skewness, kurtosis and correlation of ten million numbers, within five
+    standard errors.
+    """
     numbers = mask_ops.gaussian_sketch(4, 2500, 1000, seed=11).double()
     flat = numbers.flatten()
 
@@ -46,8 +48,18 @@ def test_gaussian_sketch_in_bf16_is_the_rounded_one():
         ((1, 2, 3), {"seed": -1}, ValueError, r"seed must be an integer from 0 to 2\^63-1, got -1"),
         ((1, 2, 3), {"seed": 0, "first": -2}, ValueError, "first must be an integer from 0"),
         ((1, -2, 3), {"seed": 0}, ValueError, "rows must be an integer of at least 0, got -2"),
-        ((1, 2, 3), {"seed": 0, "dtype": torch.float16}, TypeError, "a sketch is float32 or bfloat16, got torch.float16"),
-        ((1, 2, 3), {"seed": 0, "backend": "triton"}, RuntimeError, "there are native-cuda and reference versions only"),
+        (
+            (1, 2, 3),
+            {"seed": 0, "dtype": torch.float16},
+            TypeError,
+            "a sketch is float32 or bfloat16, got torch.float16",
+        ),
+        (
+            (1, 2, 3),
+            {"seed": 0, "backend": "triton"},
+            RuntimeError,
+            "there are native-cuda and reference versions only",
+        ),
         ((1, 2, 3), {"seed": 0, "backend": "cuda"}, ValueError, "unknown backend 'cuda'"),
     ],
 )
@@ -64,7 +76,11 @@ def test_gaussian_sketch_bad_input(arguments, options, error, message):
         ({"block": torch.ones(6, 4)}, ValueError, r"block must be contiguous \(b, n, l\), got \(6, 4\)"),
         ({"block": torch.ones(2, 4, 6).mT}, ValueError, "block must be contiguous"),
         ({"block": torch.ones(2, 6, 4, dtype=torch.float64)}, TypeError, "block must be float32, got torch.float64"),
-        ({"other": torch.ones(2, 6, 3)}, ValueError, r"other must share the batch and the columns of block \(2, 6, 4\)"),
+        (
+            {"other": torch.ones(2, 6, 3)},
+            ValueError,
+            r"other must share the batch and the columns of block \(2, 6, 4\)",
+        ),
         ({"other": torch.ones(1, 6, 4)}, ValueError, "other must share the batch"),
         ({"other": torch.ones(2, 6, 4, device="meta")}, ValueError, "other is on meta, block on cpu"),
         ({"rounds": 3}, ValueError, "rounds must be 1 or 2, got 3"),
@@ -114,18 +130,25 @@ def test_chebyshev_step_is_the_recurrence():
 
 
 def test_cholesky_qr_without_a_second_block_where_gradients_are_recorded():
-    """Through the dispatcher: torch 2.11 stumbles over written arguments that a call leaves out by their default."""
+    """Through the dispatcher: torch 2.11 stumbles over written arguments that a call leaves out by
+    their default.
+    """
     block = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(0))
     assert torch.is_grad_enabled()
     assert mask_ops.cholesky_qr_(block).tolist() == [0, 0]
     torch.testing.assert_close(block.mT @ block, torch.eye(4).expand(2, 4, 4), rtol=0, atol=1e-5)
-    defaults = {a.name: a.has_default_value() for a in torch.ops.lift_kernels.cholesky_qr_.default._schema.arguments if a.is_write}
+    defaults = {
+        a.name: a.has_default_value()
+        for a in torch.ops.lift_kernels.cholesky_qr_.default._schema.arguments
+        if a.is_write
+    }
     assert defaults == {"block": False, "other": False}
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("batch, rows, width", [(1, 1, 1), (3, 100, 17), (2, 700, 64), (5, 4096, 128), (2, 1100, 130),
-                                                (1, 5000, 512)])  # fmt: skip
+@pytest.mark.parametrize(
+    "batch, rows, width", [(1, 1, 1), (3, 100, 17), (2, 700, 64), (5, 4096, 128), (2, 1100, 130), (1, 5000, 512)]
+)
 def test_helpers_on_a_gpu_match_their_twins(batch, rows, width):
     sketch = mask_ops.gaussian_sketch(batch, rows, width, seed=3, device="cuda", backend="native-cuda")
     assert torch.allclose(sketch.cpu(), mask_ops.gaussian_sketch(batch, rows, width, seed=3), atol=4e-6, rtol=4e-6)
@@ -160,7 +183,9 @@ def test_the_doctor_finds_the_helpers_sound_on_a_gpu():
 def test_the_doctor_compares_the_helpers_with_their_twins(monkeypatch):
     assert [doctor._HELPER_CASES[op]("reference", "cpu")[0] for op in doctor._HELPER_CASES] == [0.0, 0.0, 0.0]
     qr = mask_ops.cholesky_qr_
-    monkeypatch.setattr(doctor.ops, "cholesky_qr_", lambda block, *, backend: qr(block, backend=backend) if backend else None)
+    monkeypatch.setattr(
+        doctor.ops, "cholesky_qr_", lambda block, *, backend: qr(block, backend=backend) if backend else None
+    )
     error, limit = doctor._qr(None, "cpu")
     assert error > limit
 
@@ -180,7 +205,8 @@ def read(get):
     except RuntimeError:
         return "refused"
 def state():
-    return [read(get) for get in (lambda: matmul.allow_tf32, lambda: matmul.fp32_precision, torch.get_float32_matmul_precision)]
+    ways = lambda: matmul.allow_tf32, lambda: matmul.fp32_precision, torch.get_float32_matmul_precision
+    return [read(get) for get in ways]
 before = state()
 on_a_gpu = SimpleNamespace(is_cuda=True)
 for precision in ("tf32", "ieee"):
@@ -197,14 +223,23 @@ for precision in ("tf32", "ieee"):
 
 @pytest.mark.parametrize(
     ("start", "tf32"),
-    [("", False), ("torch.set_float32_matmul_precision('highest')", False), ("matmul.allow_tf32 = True", True),
-     ("torch.set_float32_matmul_precision('medium')", True), ("matmul.fp32_precision = 'tf32'", True),
-     ("torch.backends.fp32_precision = 'tf32'", True),
-     ("torch.backends.fp32_precision = 'tf32'; matmul.fp32_precision = 'ieee'", False)],
-)  # fmt: skip
+    [
+        ("", False),
+        ("torch.set_float32_matmul_precision('highest')", False),
+        ("matmul.allow_tf32 = True", True),
+        ("torch.set_float32_matmul_precision('medium')", True),
+        ("matmul.fp32_precision = 'tf32'", True),
+        ("torch.backends.fp32_precision = 'tf32'", True),
+        ("torch.backends.fp32_precision = 'tf32'; matmul.fp32_precision = 'ieee'", False),
+    ],
+)
 def test_the_precision_of_products_comes_back(start, tf32):
-    """Whichever of torch's switches the user took: some of them cannot be read once another was set."""
-    done = subprocess.run([sys.executable, "-c", PRECISIONS.format(start=start, tf32=tf32)], capture_output=True, text=True)
+    """Whichever of torch's switches the user took: some of them cannot be read once another was
+    set.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", PRECISIONS.format(start=start, tf32=tf32)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -1,4 +1,6 @@
-"""The mask report: figures of matrices whose principal weights are known, files of a tiny model, refusals in one line."""
+"""The mask report: figures of matrices whose principal weights are known, files of a tiny model,
+refusals in one line.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from lift_kernels.mask_report import density_map, matrix_report, table
 
 
 def test_figures_of_a_matrix_of_rank_one():
-    """W = u v^T is its own approximation: the largest entries are the principal ones, in known rows and columns."""
+    """W = u v^T is its own approximation: the largest entries are the principal ones, in known rows
+    and columns.
+    """
     u, v = torch.ones(20), torch.ones(30)
     u[:4], v[:5] = 10.0, 10.0
     row = matrix_report("model.layers.7.mlp.up_proj.weight", torch.outer(u, v), rank=1, k=20)
@@ -58,7 +62,12 @@ def test_command_line_writes_a_report_and_a_picture(tmp_path, capsys):
     assert {row["projection"] for row in report["matrices"]} >= {"self_attn.q_proj", "mlp.down_proj"}
     for row in report["matrices"]:
         assert row["density"] == pytest.approx(0.1, abs=1e-3)
-        assert 0.1 < row["rows"] < 1 and 0.1 < row["columns"] < 1 and 0.1 < row["overlap"] < 1 and 0.1 < row["captured"] < 1
+        assert (
+            0.1 < row["rows"] < 1
+            and 0.1 < row["columns"] < 1
+            and 0.1 < row["overlap"] < 1
+            and 0.1 < row["captured"] < 1
+        )
     mean = sum(row["overlap"] for row in report["matrices"]) / 14
     assert f"{mean:8.3f}" in next(line for line in printed.splitlines() if line.startswith("all"))
     png = (out / "report.png").read_bytes()

@@ -1,4 +1,6 @@
-"""Masks: exactly k entries of largest |W_r|, ties to the lower position, and k from densities and budgets."""
+"""Masks: exactly k entries of largest |W_r|, ties to the lower position, and k from densities and
+budgets.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from lift_kernels.masks import MaskRequest, entry_count, largest_indices, princi
 
 
 def stable_top(magnitude: torch.Tensor, k: int) -> torch.Tensor:
-    """Sorted positions of the k largest entries; a stable descending sort gives ties to the lower position."""
+    """Sorted positions of the k largest entries; a stable descending sort gives ties to the lower
+    position.
+    """
     return magnitude.flatten().argsort(descending=True, stable=True)[:k].sort().values.int()
 
 

@@ -1,7 +1,9 @@
-"""Tests of the tests: a copy of the project with one bit of logic broken on purpose must fail the tests of the ops.
+"""Tests of the tests: a copy of the project with one bit of logic broken on purpose must fail the
+tests of the ops.
 
-Each mutant is a textual change that matches exactly once, so that a change of the code it breaks is noticed here. It
-runs a core of the suite in a forked process, and so does an intact copy for every backend, which must pass.
+Each mutant is a textual change that matches exactly once, so that a change of the code it breaks is
+noticed here. It runs a core of the suite in a forked process, and so does an intact copy for every
+backend, which must pass.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ CORE = (
 
 @dataclass(frozen=True)
 class Mutant:
-    """``old`` becomes ``new`` in ``file``; the tests of ``backend`` must notice. Without a file: the intact copy."""
+    """``old`` becomes ``new`` in ``file``; the tests of ``backend`` must notice. Without a file:
+    the intact copy.
+    """
 
     name: str
     backend: str
@@ -51,61 +55,149 @@ MUTANTS = [
     Mutant("intact", "native-cpu"),
     Mutant("intact", "triton"),
     Mutant("no bias correction", "reference", REFERENCE, "v.sqrt() / (1 - beta2**step) ** 0.5", "v.sqrt()"),
-    Mutant("index shifted", "reference", REFERENCE, "index = indices[segment].long()",
-           "index = (indices[segment].long() + 1) % weight.numel()"),
-    Mutant("last entry skipped", "reference", REFERENCE, "segment = slice(offsets[i], offsets[i] + counts[i])",
-           "segment = slice(offsets[i], offsets[i] + max(counts[i] - 1, 0)); grad = grad.reshape(-1)[:counts[i] - 1] "
-           "if packed_grads else grad"),
-    Mutant("decay on unselected entries", "reference", REFERENCE, "        w.mul_(1 - lr * weight_decay)\n",
-           "        w.mul_(1 - lr * weight_decay); weight.mul_(1 - lr * weight_decay)\n"),
+    Mutant(
+        "index shifted",
+        "reference",
+        REFERENCE,
+        "index = indices[segment].long()",
+        "index = (indices[segment].long() + 1) % weight.numel()",
+    ),
+    Mutant(
+        "last entry skipped",
+        "reference",
+        REFERENCE,
+        "segment = slice(offsets[i], offsets[i] + counts[i])",
+        "segment = slice(offsets[i], offsets[i] + max(counts[i] - 1, 0)); grad = grad.reshape(-1)[:counts[i] - 1] "
+        "if packed_grads else grad",
+    ),
+    Mutant(
+        "decay on unselected entries",
+        "reference",
+        REFERENCE,
+        "        w.mul_(1 - lr * weight_decay)\n",
+        "        w.mul_(1 - lr * weight_decay); weight.mul_(1 - lr * weight_decay)\n",
+    ),
     Mutant("gradient scale ignored", "reference", REFERENCE, "g = g * inv_scale.to(compute)", "pass"),
     Mutant("no first bias correction", "native-cpu", NATIVE, "a.lr / (1 - std::pow(a.beta1, double(step)))", "a.lr"),
     Mutant("ages off by one", "native-cpu", SCALARS, "age = torch.arange(", "age = 1 + torch.arange("),
-    Mutant("scalars of the first matrix for all", "native-cpu", NATIVE, "scalars.emplace_back(adamw, segments[i].step)",
-           "scalars.emplace_back(adamw, segments[0].step)"),
+    Mutant(
+        "scalars of the first matrix for all",
+        "native-cpu",
+        NATIVE,
+        "scalars.emplace_back(adamw, segments[i].step)",
+        "scalars.emplace_back(adamw, segments[0].step)",
+    ),
     Mutant("no bias correction", "native-cpu", NATIVE, "* s.inv_sqrt_bc2 + s.eps", "+ s.eps"),
     Mutant("no decay", "native-cpu", NATIVE, "w[j] * s.decay - s.step_size * now.m", "w[j] - s.step_size * now.m"),
     Mutant("index shifted", "native-cpu", NATIVE, "weight[index[j]] = rounded[j]", "weight[index[j] + 1] = rounded[j]"),
-    Mutant("last block skipped", "native-cpu", NATIVE_BLOCKS, "left = blocks_ - at_;",
-           "left = std::max<int64_t>(blocks_ - at_ - 1, 0);"),
-    Mutant("last block of a run done twice", "native-cpu", NATIVE_BLOCKS, "compare_exchange_weak(at_, end_,",
-           "compare_exchange_weak(at_, end_ < blocks_ ? end_ - 1 : end_,"),
-    Mutant("noise of the segment", "native-cpu", NATIVE, "uint32_t(arena), scalars.key", "uint32_t(block.at), scalars.key"),
-    Mutant("merge advances once", "native-cpu", NATIVE_PACKED, "while (at < last && *at < new_indices[j]) ++at;",
-           "if (at < last && *at < new_indices[j]) ++at;"),
+    Mutant(
+        "last block skipped",
+        "native-cpu",
+        NATIVE_BLOCKS,
+        "left = blocks_ - at_;",
+        "left = std::max<int64_t>(blocks_ - at_ - 1, 0);",
+    ),
+    Mutant(
+        "last block of a run done twice",
+        "native-cpu",
+        NATIVE_BLOCKS,
+        "compare_exchange_weak(at_, end_,",
+        "compare_exchange_weak(at_, end_ < blocks_ ? end_ - 1 : end_,",
+    ),
+    Mutant(
+        "noise of the segment", "native-cpu", NATIVE, "uint32_t(arena), scalars.key", "uint32_t(block.at), scalars.key"
+    ),
+    Mutant(
+        "merge advances once",
+        "native-cpu",
+        NATIVE_PACKED,
+        "while (at < last && *at < new_indices[j]) ++at;",
+        "if (at < last && *at < new_indices[j]) ++at;",
+    ),
     Mutant("no first bias correction", "triton", SCALARS, "lr if per_entry else lr / (1 - beta1**step)", "lr"),
-    Mutant("scalars of the first matrix for all", "triton", SCALARS, "step, lr = steps.double()",
-           "step, lr = steps.double()[:1].expand(len(steps))"),
+    Mutant(
+        "scalars of the first matrix for all",
+        "triton",
+        SCALARS,
+        "step, lr = steps.double()",
+        "step, lr = steps.double()[:1].expand(len(steps))",
+    ),
     Mutant("no bias correction", "triton", TRITON, "tl.sqrt_rn(v) * correction + eps", "tl.sqrt_rn(v) + eps"),
     Mutant("no decay", "triton", TRITON, "w = w * decay - ", "w = w - "),
-    Mutant("padding overwritten", "triton", TRITON, "tl.where(real, narrow(m, m_stored.dtype), m_stored)",
-           "narrow(m, m_stored.dtype)"),
-    Mutant("last block skipped", "triton", TABLES, "programs = (count + block - 1) // block",
-           "programs = torch.where(count > block, count // block, (count + block - 1) // block)"),
-    Mutant("index shifted", "triton", TRITON, "tl.pointer_type(WEIGHT), bitcast=True) + index",
-           "tl.pointer_type(WEIGHT), bitcast=True) + index + 1"),
+    Mutant(
+        "padding overwritten",
+        "triton",
+        TRITON,
+        "tl.where(real, narrow(m, m_stored.dtype), m_stored)",
+        "narrow(m, m_stored.dtype)",
+    ),
+    Mutant(
+        "last block skipped",
+        "triton",
+        TABLES,
+        "programs = (count + block - 1) // block",
+        "programs = torch.where(count > block, count // block, (count + block - 1) // block)",
+    ),
+    Mutant(
+        "index shifted",
+        "triton",
+        TRITON,
+        "tl.pointer_type(WEIGHT), bitcast=True) + index",
+        "tl.pointer_type(WEIGHT), bitcast=True) + index + 1",
+    ),
     Mutant("found_inf ignored", "triton", TRITON, "tl.load(found_inf) != 0.0", "tl.load(found_inf) > 1.0"),
     Mutant("sides exchanged", "reference", REFERENCE, "grad_output.t() @ input", "input.t() @ grad_output"),
-    Mutant("first entry of a panel lost", "native-cpu", NATIVE_GRAD, "indices + k, row * n, below",
-           "indices + k, row * n + 1, below"),
+    Mutant(
+        "first entry of a panel lost",
+        "native-cpu",
+        NATIVE_GRAD,
+        "indices + k, row * n, below",
+        "indices + k, row * n + 1, below",
+    ),
     Mutant("ties to the higher position", "native-cpu", NATIVE_SELECT, "index < other.index", "index > other.index"),
-    Mutant("candidates in no order", "native-cpu", NATIVE_SELECT,
-           "std::nth_element(candidates.begin(), candidates.begin() + (missing - 1), candidates.end());", ""),
-    Mutant("ties by the last bit", "native-cpu", NATIVE_SELECT, "bitmap_[at] |= rest & -rest",
-           "bitmap_[at] |= uint64_t{1} << (63 - std::countl_zero(rest))"),
-    Mutant("threshold left out", "triton", TRITON_SELECT, "(keys >= low) & (keys <= high)", "(keys >= low) & (keys < high)"),
-    Mutant("bitmap: pivot left out", "triton", TRITON_BITMAP, "chosen = candidate >= pivot", "chosen = candidate > pivot"),
-    Mutant("bitmap: the lower of two digits", "triton", TRITON_BITMAP, "(above + histogram >= rank)", "(above + histogram > rank)"),
-    Mutant("bitmap: bits behind the last column", "triton", TRITON_BITMAP, "tl.where(last, words & real, words)", "words"),
+    Mutant(
+        "candidates in no order",
+        "native-cpu",
+        NATIVE_SELECT,
+        "std::nth_element(candidates.begin(), candidates.begin() + (missing - 1), candidates.end());",
+        "",
+    ),
+    Mutant(
+        "ties by the last bit",
+        "native-cpu",
+        NATIVE_SELECT,
+        "bitmap_[at] |= rest & -rest",
+        "bitmap_[at] |= uint64_t{1} << (63 - std::countl_zero(rest))",
+    ),
+    Mutant(
+        "threshold left out", "triton", TRITON_SELECT, "(keys >= low) & (keys <= high)", "(keys >= low) & (keys < high)"
+    ),
+    Mutant(
+        "bitmap: pivot left out", "triton", TRITON_BITMAP, "chosen = candidate >= pivot", "chosen = candidate > pivot"
+    ),
+    Mutant(
+        "bitmap: the lower of two digits",
+        "triton",
+        TRITON_BITMAP,
+        "(above + histogram >= rank)",
+        "(above + histogram > rank)",
+    ),
+    Mutant(
+        "bitmap: bits behind the last column", "triton", TRITON_BITMAP, "tl.where(last, words & real, words)", "words"
+    ),
     Mutant("bitmap: spare candidates read", "reference", REFERENCE, "candidates[i, :near].sort", "candidates[i].sort"),
     Mutant("bitmap: too few bits accepted", "reference", REFERENCE, "len(positions) == k", "len(positions) <= k"),
-    Mutant("bound included", "triton", TRITON_GRAD, "other=0).to(tl.int64) < bound)", "other=0).to(tl.int64) <= bound)"),
+    Mutant(
+        "bound included", "triton", TRITON_GRAD, "other=0).to(tl.int64) < bound)", "other=0).to(tl.int64) <= bound)"
+    ),
     Mutant("any old entry is found", "triton", TRITON_PACKED, "== entry)\n", "!= -1)\n"),
-]  # fmt: skip
+]
 
 
 def compile_native(source: Path, build: Path, *names: str) -> None:
-    """Objects of the named C++ files: quick to compile, one instruction set; the results do not depend on either."""
+    """Objects of the named C++ files: quick to compile, one instruction set; the results do not
+    depend on either.
+    """
     flags = [
         "-std=c++20",
         "-O1",
@@ -152,7 +244,8 @@ def build_copy(mutant: Mutant, objects: Path, copy: Path) -> None:
     subprocess.run([os.environ.get("CXX", "g++"), "-shared", *build.glob("*.o"), *libraries, *target], check=True)
 
 
-# A warm process that forks for each copy: importing torch and what it loads late takes longer than most runs.
+# A warm process that forks for each copy: importing torch and what it loads late takes longer than
+# most runs.
 RUNNER = """
 import os, sys
 import pytest, torch
@@ -172,10 +265,16 @@ for copy, selection, *files in map(str.split, sys.argv[1].splitlines()):
 
 
 def run_core(copies: dict[Mutant, Path], interpret: str) -> None:
-    """The core tests of each mutant's backend, up to the first failure; what they print goes to ``copy/output``."""
+    """The core tests of each mutant's backend, up to the first failure; what they print goes to
+    ``copy/output``.
+    """
     lines = []
     for mutant, copy in copies.items():
-        files = ["python_tests/test_sparse_adamw.py", "python_tests/test_packed_ops.py", "python_tests/test_linear_grad.py"]
+        files = [
+            "python_tests/test_sparse_adamw.py",
+            "python_tests/test_packed_ops.py",
+            "python_tests/test_linear_grad.py",
+        ]
         if not mutant.file:
             files += ["python_tests/test_lowrank_topk.py", "python_tests/test_bitmap_to_indices.py"]
         if mutant.name.startswith("bitmap"):
@@ -193,7 +292,9 @@ def run_core(copies: dict[Mutant, Path], interpret: str) -> None:
 
 @pytest.fixture(scope="module")
 def outputs(request, intact_objects, tmp_path_factory) -> dict[Mutant, str]:
-    """What pytest said about each selected mutant. Two processes run them, one with Triton's interpreter."""
+    """What pytest said about each selected mutant. Two processes run them, one with Triton's
+    interpreter.
+    """
     items = [item for item in request.session.items if item.path == request.path]
     selected = [item.callspec.params["mutant"] for item in items]
     copies = {mutant: tmp_path_factory.mktemp("copy") for mutant in selected}

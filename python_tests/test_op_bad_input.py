@@ -1,4 +1,6 @@
-"""Bad input to the ops: the right kind of error, a message that names position and value, and nothing changed."""
+"""Bad input to the ops: the right kind of error, a message that names position and value, and
+nothing changed.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +53,12 @@ CHECKED = {"validate": True}
 BAD_STEPS = {
     "weight of a wrong dtype": (replaced("weights", torch.Tensor.double, 1), {}, TypeError, "weight 1 .*float64"),
     "weights of two dtypes": (replaced("weights", torch.Tensor.half, 1), {}, TypeError, "weight 1 .*float16"),
-    "weight not contiguous": (replaced("weights", lambda w: w.t().contiguous().t(), 1), {}, ValueError,
-                              r"weight 1 must be contiguous.*\(1, 9\)"),
+    "weight not contiguous": (
+        replaced("weights", lambda w: w.t().contiguous().t(), 1),
+        {},
+        ValueError,
+        r"weight 1 must be contiguous.*\(1, 9\)",
+    ),
     "weight elsewhere": (replaced("weights", meta, 1), {}, ValueError, "weight 1 is on meta"),
     "gradient of a wrong dtype": (replaced("grads", torch.Tensor.double, 1), {}, TypeError, "gradient 1 .*float64"),
     "gradients of two dtypes": (replaced("grads", torch.Tensor.bfloat16, 1), {}, TypeError, "gradient 1 .*bfloat16"),
@@ -68,7 +74,12 @@ BAD_STEPS = {
     "indices a matrix": (replaced("indices", lambda t: t.view(2, -1)), {}, ValueError, "contiguous vector"),
     "offset negative": (replaced("offsets", lambda o: -1, 1), {}, IndexError, r"segment 1 \(-1 \+ 72\)"),
     "count negative": (replaced("counts", lambda c: -2, 1), {}, IndexError, r"segment 1 .*-2\)"),
-    "segment at the end of all numbers": (replaced("offsets", lambda o: 2**63 - 1, 1), {}, IndexError, "segment 1 .* does not fit"),
+    "segment at the end of all numbers": (
+        replaced("offsets", lambda o: 2**63 - 1, 1),
+        {},
+        IndexError,
+        "segment 1 .* does not fit",
+    ),
     "segment past the arena": (replaced("offsets", lambda o: 10**6, 1), {}, IndexError, r"segment 1 \(1000000 \+ 72\)"),
     "offset missing": (replaced("offsets", lambda o: o[:-1]), {}, ValueError, "equally long, got 2, 1, 2"),
     "moments fp16": (both_moments_half, {}, TypeError, "moments .*float16"),
@@ -96,7 +107,7 @@ BAD_STEPS = {
     "index unsorted": (index_set(5, 7), CHECKED, ValueError, "matrix 1: .*got 7 before 6 at position 5"),
     "order hidden by wrapping": (index_set(0, 2**31 - 1), CHECKED, ValueError, "got 2147483647 before 1"),
     "segments overlap": (replaced("offsets", lambda o: o - 63, 1), CHECKED, ValueError, "segment 1 .*neighbour"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("spoil, options, error, message", BAD_STEPS.values(), ids=BAD_STEPS)
@@ -134,7 +145,8 @@ def test_op_bad_step_betas_too_near_one(where):
     assert not torch.equal(problem.state()["weight 0"], before["weight 0"])
 
 
-# name: (op, arguments in order, how some of them are spoiled and further options, the error, words of the message)
+# name: (op, arguments in order, how some of them are spoiled and further options, the error, words
+# of the message)
 GATHER, SCATTER, MIGRATE, GRADIENT = "packed_gather", "packed_scatter_", "packed_migrate", "packed_weight_grad"
 ONES, ONE = [1.0, 1.0], [1.0]
 BAD_CALLS = {
@@ -162,19 +174,71 @@ BAD_CALLS = {
     "migrate far list": (MIGRATE, (ONE, [0], [0]), {"new_indices": "meta"}, ValueError, "new_indices on meta"),
     "migrate int64": (MIGRATE, (ONE, [0], [0]), {"old_indices": "int64"}, TypeError, "old_indices must be int32"),
     "migrate unsorted old": (MIGRATE, (ONES, [3, 1], [0]), CHECKED, ValueError, "old_indices: .*3 before 1"),
-    "weight gradient fp64": (GRADIENT, ([ONES], [ONES], [0]), {"grad_output": "float64", "backend": None}, TypeError,
-                             "grad_output must be one of .*float64"),
-    "weight gradient of two dtypes": (GRADIENT, ([ONES], [ONES], [0]), {"input": "float16"}, TypeError,
-                                      "input must be one of torch.float32, got torch.float16"),
-    "weight gradient index int64": (GRADIENT, ([ONES], [ONES], [0]), {"indices": "int64"}, TypeError, "indices must be int32"),
-    "weight gradient of vectors": (GRADIENT, (ONES, ONES, [0]), {}, ValueError, r"matrices of as many rows, got \(2,\) and"),
-    "weight gradient of other tokens": (GRADIENT, ([ONES], [ONES, ONES], [0]), {}, ValueError, r"\(1, 2\) and \(2, 2\)"),
+    "weight gradient fp64": (
+        GRADIENT,
+        ([ONES], [ONES], [0]),
+        {"grad_output": "float64", "backend": None},
+        TypeError,
+        "grad_output must be one of .*float64",
+    ),
+    "weight gradient of two dtypes": (
+        GRADIENT,
+        ([ONES], [ONES], [0]),
+        {"input": "float16"},
+        TypeError,
+        "input must be one of torch.float32, got torch.float16",
+    ),
+    "weight gradient index int64": (
+        GRADIENT,
+        ([ONES], [ONES], [0]),
+        {"indices": "int64"},
+        TypeError,
+        "indices must be int32",
+    ),
+    "weight gradient of vectors": (
+        GRADIENT,
+        (ONES, ONES, [0]),
+        {},
+        ValueError,
+        r"matrices of as many rows, got \(2,\) and",
+    ),
+    "weight gradient of other tokens": (
+        GRADIENT,
+        ([ONES], [ONES, ONES], [0]),
+        {},
+        ValueError,
+        r"\(1, 2\) and \(2, 2\)",
+    ),
     "weight gradient elsewhere": (GRADIENT, ([ONES], [ONES], [0]), {"input": "meta"}, ValueError, "input is on meta"),
     "weight gradient sparse": (GRADIENT, ([ONES], [ONES], [0]), {"grad_output": "sparse"}, ValueError, "must be dense"),
-    "weight gradient to int": (GRADIENT, ([ONES], [ONES], [0]), {"dtype": torch.int32}, TypeError, "dtype must be .*int32"),
-    "weight gradient of too many": (GRADIENT, ([ONES], [ONE], [0, 1, 2]), {}, ValueError, "indices has 3 .* weight only 2"),
-    "weight gradient past the end": (GRADIENT, ([ONES], [ONES], [0, 4]), CHECKED, IndexError, "index 4 is out of range for 4"),
-    "weight gradient unsorted": (GRADIENT, ([ONES], [ONES], [3, 1]), CHECKED, ValueError, "got 3 before 1 at position 0"),
+    "weight gradient to int": (
+        GRADIENT,
+        ([ONES], [ONES], [0]),
+        {"dtype": torch.int32},
+        TypeError,
+        "dtype must be .*int32",
+    ),
+    "weight gradient of too many": (
+        GRADIENT,
+        ([ONES], [ONE], [0, 1, 2]),
+        {},
+        ValueError,
+        "indices has 3 .* weight only 2",
+    ),
+    "weight gradient past the end": (
+        GRADIENT,
+        ([ONES], [ONES], [0, 4]),
+        CHECKED,
+        IndexError,
+        "index 4 is out of range for 4",
+    ),
+    "weight gradient unsorted": (
+        GRADIENT,
+        ([ONES], [ONES], [3, 1]),
+        CHECKED,
+        ValueError,
+        "got 3 before 1 at position 0",
+    ),
     "migrate unsorted new": (MIGRATE, (ONE, [3], [9, 9]), CHECKED, ValueError, "new_indices: .*9 before 9"),
 }
 

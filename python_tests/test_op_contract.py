@@ -17,16 +17,25 @@ def int32(values, where):
 
 
 def adamw_arguments(where, **kinds):
-    """Positional and keyword arguments of the raw op, on weights without borders: opcheck copies each tensor alone."""
+    """Positional and keyword arguments of the raw op, on weights without borders: opcheck copies
+    each tensor alone.
+    """
     problem = make_problem(where, [((6, 7), 9), ((5, 4), 20)], **kinds)
     problem.steps += 1
     weights = [weight.clone() for weight in problem.weights]
     lr = torch.tensor(0.01, device=where.device)
     extra = {"inv_scale": torch.tensor(0.5, device=where.device), "found_inf": torch.zeros((), device=where.device)}
     arguments = (
-        weights, problem.grads, problem.indices, problem.offsets, problem.counts, problem.exp_avg, problem.exp_avg_sq,
-        problem.steps, lr,
-    )  # fmt: skip
+        weights,
+        problem.grads,
+        problem.indices,
+        problem.offsets,
+        problem.counts,
+        problem.exp_avg,
+        problem.exp_avg_sq,
+        problem.steps,
+        lr,
+    )
     options = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "packed_grads": problem.packed}
     return arguments, options | extra | {"master": problem.master, "births": problem.births}
 
@@ -52,27 +61,51 @@ SAMPLES = {
         "dense": adamw_arguments,
         "packed, per entry": lambda where: adamw_arguments(where, packed=True, births=True),
         "master": lambda where: adamw_arguments(where, weight=BF16, master=True, moment=BF16),
-        "stochastic": lambda where: (adamw_arguments(where, weight=FP16)[0],
-                                     adamw_arguments(where, weight=FP16)[1] | {"stochastic": True, "seed": 3}),
+        "stochastic": lambda where: (
+            adamw_arguments(where, weight=FP16)[0],
+            adamw_arguments(where, weight=FP16)[1] | {"stochastic": True, "seed": 3},
+        ),
     },
     "packed_gather": {
         "same dtype": lambda where: ((torch.randn(4, 5, device=where.device), int32([1, 7, 19], where)), {}),
         "other dtype": lambda where: ((torch.randn(4, 5, device=where.device), int32([2], where)), {"dtype": BF16}),
     },
     "packed_scatter_": {
-        "values": lambda where: ((torch.randn(4, 5, device=where.device), int32([1, 7], where),
-                                  torch.randn(2, device=where.device)), {}),
+        "values": lambda where: (
+            (torch.randn(4, 5, device=where.device), int32([1, 7], where), torch.randn(2, device=where.device)),
+            {},
+        ),
     },
     "packed_migrate": {
         "fill": lambda where: ((torch.randn(2, device=where.device), int32([1, 7], where), int32([2, 7], where)), {}),
-        "fill_values": lambda where: ((torch.randn(2, device=where.device), int32([1, 7], where), int32([0, 7], where),
-                                       torch.randn(2, device=where.device)), {}),
+        "fill_values": lambda where: (
+            (
+                torch.randn(2, device=where.device),
+                int32([1, 7], where),
+                int32([0, 7], where),
+                torch.randn(2, device=where.device),
+            ),
+            {},
+        ),
     },
     "lowrank_topk": {
-        "sampled bracket": lambda where: ((torch.randn(9, 3, device=where.device), torch.randn(7, 3, device=where.device), 12), {}),
-        "bracket": lambda where: ((torch.randn(9, 3, device=where.device), torch.randn(7, 3, device=where.device), 12,
-                                   torch.tensor([0.5, 2.5], device=where.device)), {}),
-        "a batch": lambda where: ((torch.randn(2, 9, 3, device=where.device), torch.randn(2, 7, 3, device=where.device), 12), {}),
+        "sampled bracket": lambda where: (
+            (torch.randn(9, 3, device=where.device), torch.randn(7, 3, device=where.device), 12),
+            {},
+        ),
+        "bracket": lambda where: (
+            (
+                torch.randn(9, 3, device=where.device),
+                torch.randn(7, 3, device=where.device),
+                12,
+                torch.tensor([0.5, 2.5], device=where.device),
+            ),
+            {},
+        ),
+        "a batch": lambda where: (
+            (torch.randn(2, 9, 3, device=where.device), torch.randn(2, 7, 3, device=where.device), 12),
+            {},
+        ),
     },
     "bitmap_to_indices": {
         "two matrices": lambda where: (CASES["a thin bracket"]().arguments(where.device), {}),
@@ -84,8 +117,10 @@ SAMPLES = {
     },
     "cholesky_qr_": {
         "a block": lambda where: ((torch.randn(2, 9, 4, device=where.device), None), {}),
-        "two blocks, two rounds": lambda where: ((torch.randn(2, 9, 4, device=where.device),
-                                                  torch.randn(2, 5, 4, device=where.device)), {"rounds": 2}),
+        "two blocks, two rounds": lambda where: (
+            (torch.randn(2, 9, 4, device=where.device), torch.randn(2, 5, 4, device=where.device)),
+            {"rounds": 2},
+        ),
     },
     "chebyshev_step_": {
         "first": lambda where: (chebyshev_arguments(where, None), {}),
@@ -100,7 +135,7 @@ SAMPLES = {
         "bf16, to bf16": lambda where: (weight_grad_arguments(where, BF16), {"dtype": BF16}),
         "another way": lambda where: (weight_grad_arguments(where, FP16), {"fused": where.backend == "triton"}),
     },
-}  # fmt: skip
+}
 CALLS = [
     pytest.param(op, sample, id=f"{op}: {name}") for op, calls in SAMPLES.items() for name, sample in calls.items()
 ]
@@ -182,7 +217,9 @@ def test_op_contract_cpu_tensors_need_a_cpu_backend(op):
 
 
 def test_op_contract_dtypes_of_results(where):
-    """The fakes promise what the ops return: checked by value in the tests of each op, here for the empty ones."""
+    """The fakes promise what the ops return: checked by value in the tests of each op, here for the
+    empty ones.
+    """
     none = int32([], where)
     source = torch.ones(3, dtype=FP32, device=where.device)
     assert ops.packed_gather(source, none, dtype=FP16, backend=where.backend).dtype == FP16

@@ -1,4 +1,6 @@
-"""LiftAdamW's step: torch's AdamW at density 1, the golden traces, and groups, dtypes and clipping side by side."""
+"""LiftAdamW's step: torch's AdamW at density 1, the golden traces, and groups, dtypes and clipping
+side by side.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def train_torch(dtype, weight_decay, device):
 
 
 def test_density_one_is_torch_adamw(where):
-    """50 steps with decay, a falling lr, refreshes and interruptions of each kind: bit for bit in the reference."""
+    """50 steps with decay, a falling lr, refreshes and interruptions of each kind: bit for bit in
+    the reference.
+    """
     weights = make_weights(device=where.device)
     optimizer = LiftAdamW(weights, **OPTIONS | {"density": 1.0}, refresh_interval=7, backend=where.backend)
     for step in range(50):
@@ -62,7 +66,9 @@ def test_density_one_is_torch_adamw(where):
 
 
 def test_density_one_with_a_master(where):
-    """bf16 weights at density 1: the master is what AdamW makes of an fp32 copy, the weight its rounding."""
+    """bf16 weights at density 1: the master is what AdamW makes of an fp32 copy, the weight its
+    rounding.
+    """
     weights = make_weights(dtype=BF16, device=where.device)
     copies = [torch.nn.Parameter(w.detach().float()) for w in weights]
     optimizer = LiftAdamW(weights, **OPTIONS | {"density": 1.0}, backend=where.backend)
@@ -88,14 +94,23 @@ def load_trace(name):
 
 @pytest.mark.parametrize("name", ["trace_a", "trace_b"])
 def test_golden_trace(where, name):
-    """Numbers of the published optimizer: index sets equal, weights and moments within 1e-6 of the largest entry."""
+    """Numbers of the published optimizer: index sets equal, weights and moments within 1e-6 of the
+    largest entry.
+    """
     tensors, meta = load_trace(name)
     count = len(meta["shapes"])
     weights = [torch.nn.Parameter(tensors[f"w0.{i}"].to(where.device)) for i in range(count)]
     optimizer = LiftAdamW(
-        weights, lr=meta["lr"], betas=meta["betas"], eps=meta["eps"], weight_decay=meta["weight_decay"],
-        rank=meta["rank"], budget_rank=meta["budget_rank"], refresh_interval=None, backend=where.backend,
-    )  # fmt: skip
+        weights,
+        lr=meta["lr"],
+        betas=meta["betas"],
+        eps=meta["eps"],
+        weight_decay=meta["weight_decay"],
+        rank=meta["rank"],
+        budget_rank=meta["budget_rank"],
+        refresh_interval=None,
+        backend=where.backend,
+    )
 
     def check_masks(step):
         for i, indices in enumerate(index_sets(optimizer)):
@@ -135,14 +150,19 @@ def expected_adamw(weights, optimizer_options, steps, **torch_options):
 
 
 def test_sparse_and_dense_side_by_side(where):
-    """Vectors and ``lift=False`` groups get torch's AdamW; matrices move at their k entries alone."""
+    """Vectors and ``lift=False`` groups get torch's AdamW; matrices move at their k entries
+    alone.
+    """
     weights = make_weights(((24, 40), (24,), (33, 17), (5, 6), ()), device=where.device)
     start = [w.detach().clone() for w in weights]
     groups = [{"params": weights[:3]}, {"params": weights[3:4], "lift": False, "lr": 0.002}, {"params": weights[4:]}]
     optimizer = LiftAdamW(groups, **OPTIONS, backend=where.backend)
-    # The gradients of each optimizer depend on the parameters it holds, so every run holds all of them.
-    alone = LiftAdamW([{"params": make_weights(((24, 40), (24,), (33, 17), (5, 6), ()), device=where.device),
-                        "lift": False}], **OPTIONS)  # fmt: skip
+    # The gradients of each optimizer depend on the parameters it holds, so every run holds all of
+    # them.
+    alone = LiftAdamW(
+        [{"params": make_weights(((24, 40), (24,), (33, 17), (5, 6), ()), device=where.device), "lift": False}],
+        **OPTIONS,
+    )
     train(optimizer, range(6))
     train(alone, range(6))
     dense = expected_adamw(start, {}, range(6), fused=True)
@@ -226,7 +246,9 @@ def test_several_dtypes_at_once(where):
 
 
 def test_gradient_clipping_uses_trained_entries(where):
-    """`max_grad_norm` is clip_grad_norm_ over the trained entries of sparse and dense parameters together."""
+    """`max_grad_norm` is clip_grad_norm_ over the trained entries of sparse and dense parameters
+    together.
+    """
     weights = make_weights(((24, 40), (40,), (33, 17)), device=where.device)
     optimizer = LiftAdamW(weights, **OPTIONS, max_grad_norm=0.5, backend=where.backend)
     twins = make_weights(((24, 40), (40,), (33, 17)), device=where.device)

@@ -1,4 +1,6 @@
-"""Mixed precision: gradient scaling, steps that are skipped, and fp32 masters of low-precision weights."""
+"""Mixed precision: gradient scaling, steps that are skipped, and fp32 masters of low-precision
+weights.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ def scaled_step(optimizer, scaler, weights, step, bad=None):
         w.grad *= scaler.get_scale() if scaler.is_enabled() else 1.0
     if bad is not None:
         weights[-1].grad.view(-1)[-1] = bad
-    scaler.scale(torch.ones(1, device=weights[0].device))  # what backward needs: it readies the scale, on the loss's device
+    scaler.scale(
+        torch.ones(1, device=weights[0].device)
+    )  # what backward needs: it readies the scale, on the loss's device
     scaler.step(optimizer)
     scaler.update()
 
@@ -26,7 +30,9 @@ def scaled_step(optimizer, scaler, weights, step, bad=None):
 @pytest.mark.parametrize("max_grad_norm", [None, 0.3])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_a_skipped_step_changes_no_bit(where, dtype, max_grad_norm, bad):
-    """Weights, moments, masters and counts stay; with the skipped step left out the run is the same."""
+    """Weights, moments, masters and counts stay; with the skipped step left out the run is the
+    same.
+    """
 
     def build():
         weights = make_weights(((24, 40), (33, 17), (40,)), dtype, where.device)
@@ -138,7 +144,9 @@ def test_a_group_that_did_not_step_loses_no_count():
 
 
 def test_dense_low_precision_gradients_are_scaled_in_fp32(where):
-    """fp16 gradients of a dense parameter: unscaling must not drown them in fp16's smallest numbers."""
+    """fp16 gradients of a dense parameter: unscaling must not drown them in fp16's smallest
+    numbers.
+    """
     weight = torch.nn.Parameter(torch.zeros(8, dtype=FP16, device=where.device))
     optimizer = LiftAdamW([weight], lr=0.01, betas=(0.0, 0.0), eps=1e-9, backend=where.backend)
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0**15 * 3), torch.tensor(0.0)
@@ -164,7 +172,9 @@ def test_small_steps_add_up_in_the_master(where, dtype):
 
 
 def test_weights_loaded_behind_the_back(where, caplog):
-    """As `load_best_model_at_end` does: the master follows model.load_state_dict, and only where the values differ."""
+    """As `load_best_model_at_end` does: the master follows model.load_state_dict, and only where
+    the values differ.
+    """
     model = torch.nn.Linear(40, 24, bias=False, dtype=BF16, device=where.device)
     with torch.no_grad():
         model.weight.copy_(make_weights(((24, 40),), BF16)[0])

@@ -1,4 +1,6 @@
-"""LiftAdamW as a torch optimizer: schedulers, closures, hooks, groups added later, names and warnings."""
+"""LiftAdamW as a torch optimizer: schedulers, closures, hooks, groups added later, names and
+warnings.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,14 @@ def test_two_weights_and_lr_are_enough():
         assert torch.equal((w != s).flatten().nonzero().flatten().int(), principal_indices(s, rank, density=0.05))
 
 
-@pytest.mark.parametrize("make", [
-    lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.02, total_steps=10),
-    lambda o: lr_scheduler.CosineAnnealingLR(o, 8),
-    lambda o: lr_scheduler.SequentialLR(o, [lr_scheduler.LinearLR(o), lr_scheduler.ExponentialLR(o, 0.9)], [3]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.02, total_steps=10),
+        lambda o: lr_scheduler.CosineAnnealingLR(o, 8),
+        lambda o: lr_scheduler.SequentialLR(o, [lr_scheduler.LinearLR(o), lr_scheduler.ExponentialLR(o, 0.9)], [3]),
+    ],
+)
 def test_schedulers_drive_lr(where, make):
     """The same learning rates by hand give the same bits; OneCycleLR moves betas too."""
     weights, twins = make_weights(device=where.device), make_weights(device=where.device)
@@ -99,7 +104,9 @@ def test_step_hooks_see_each_step():
 
 
 def test_a_group_added_later_starts_from_zero(where):
-    """It joins at its first step, with its own options; matrices already there go on as without it."""
+    """It joins at its first step, with its own options; matrices already there go on as without
+    it.
+    """
     weights, twins = make_weights(device=where.device), make_weights(device=where.device)
     late = make_weights(((30, 30),), device=where.device)
     optimizer = LiftAdamW(weights, **OPTIONS, backend=where.backend)
@@ -125,9 +132,19 @@ def test_a_group_that_cannot_work_is_not_added():
     assert len(optimizer.param_groups) == 2
 
 
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "transformer.wte.weight", "lm_head.weight",
-                                  "gpt_neox.embed_in.weight", "embed_out.weight", "word_embeddings.weight",
-                                  "shared.weight", "transformer.wpe.weight"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens.weight",
+        "transformer.wte.weight",
+        "lm_head.weight",
+        "gpt_neox.embed_in.weight",
+        "embed_out.weight",
+        "word_embeddings.weight",
+        "shared.weight",
+        "transformer.wpe.weight",
+    ],
+)
 def test_an_embedding_chosen_by_default_is_warned_about(name, caplog):
     weight = make_weights(((12, 8),))[0]
     LiftAdamW([(name, weight)], rank=2)

@@ -1,4 +1,6 @@
-"""Masks over time: when they are made, what stays, enters and leaves, and that no other weight ever moves."""
+"""Masks over time: when they are made, what stays, enters and leaves, and that no other weight ever
+moves.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def test_the_first_refresh_by_hand_makes_one_mask():
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("bias", ["global", "per_entry"])
 def test_stay_enter_leave(where, dtype, bias):
-    """The state after a refresh is the old one migrated to the principal entries of the present weights."""
+    """The state after a refresh is the old one migrated to the principal entries of the present
+    weights.
+    """
     weights = make_weights(dtype=dtype, device=where.device)
     options = OPTIONS | {"lr": 0.05}
     optimizer = LiftAdamW(weights, **options, refresh_interval=None, bias_correction=bias, backend=where.backend)
@@ -89,7 +93,9 @@ def test_stay_enter_leave(where, dtype, bias):
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 @pytest.mark.parametrize("selection", ["principal", "random"])
 def test_unselected_weights_keep_every_bit(where, dtype, selection):
-    """Over steps with decay and refreshes an entry that was in no mask keeps its bits, one that left keeps its last."""
+    """Over steps with decay and refreshes an entry that was in no mask keeps its bits, one that
+    left keeps its last.
+    """
     weights = make_weights(dtype=dtype, device=where.device)
     options = OPTIONS | {"lr": 0.05, "weight_decay": 0.5}
     optimizer = LiftAdamW(weights, **options, refresh_interval=3, selection=selection, backend=where.backend)
@@ -110,14 +116,22 @@ def test_unselected_weights_keep_every_bit(where, dtype, selection):
 
 
 def test_per_entry_counts_from_the_entry(where):
-    """An entering entry moves by lr at its first step; under global correction it moves by much more."""
+    """An entering entry moves by lr at its first step; under global correction it moves by much
+    more.
+    """
     lists = [torch.arange(0, 8), torch.arange(4, 12)]
     moved = {}
     for bias in ("global", "per_entry"):
         weight = torch.nn.Parameter(torch.zeros(6, 5, device=where.device))
         masks = iter(lists)
-        optimizer = LiftAdamW([weight], lr=0.01, bias_correction=bias, refresh_interval=None, backend=where.backend,
-                              selection=lambda w, k, masks=masks: next(masks).int().to(w.device))  # fmt: skip
+        optimizer = LiftAdamW(
+            [weight],
+            lr=0.01,
+            bias_correction=bias,
+            refresh_interval=None,
+            backend=where.backend,
+            selection=lambda w, k, masks=masks: next(masks).int().to(w.device),
+        )
         train(optimizer, range(20))
         optimizer.refresh()
         before = weight.detach().clone().flatten()

@@ -100,8 +100,14 @@ def test_state_dict_keeps_dtypes_through_a_file():
     entry = other.state[copied]
     assert torch.equal(entry["indices"], chosen) and entry["indices"].dtype == torch.int32
     dtypes = {key: value.dtype for key, value in entry.items()}
-    assert dtypes == {"step": FP32, "indices": torch.int32, "exp_avg": FP32, "exp_avg_sq": FP32, "master": FP32,
-                      "births": torch.int32}  # fmt: skip
+    assert dtypes == {
+        "step": FP32,
+        "indices": torch.int32,
+        "exp_avg": FP32,
+        "exp_avg_sq": FP32,
+        "master": FP32,
+        "births": torch.int32,
+    }
     for key, value in optimizer.state[weight].items():
         assert torch.equal(bits(value), bits(entry[key])), key
     assert other.state[copied]["step"] == 2
@@ -116,7 +122,9 @@ def plain(value) -> bool:
 
 
 def test_state_dict_is_plain_and_compact():
-    """Only k entries a matrix are saved, in tensors that own just their bytes: 12 an entry and a few kB in all."""
+    """Only k entries a matrix are saved, in tensors that own just their bytes: 12 an entry and a
+    few kB in all.
+    """
     weights = make_weights(((200, 300), (300, 100)))
     optimizer = LiftAdamW(weights, lr=torch.tensor(0.01), rank=4, density=0.1)
     train(optimizer, range(2))
@@ -133,7 +141,9 @@ def test_state_dict_is_plain_and_compact():
 
 
 def test_state_bytes_counts_every_storage_once():
-    """Per sparse matrix: 12 bytes for each of k entries, padded to 64; a dense parameter twice its own and a step."""
+    """Per sparse matrix: 12 bytes for each of k entries, padded to 64; a dense parameter twice its
+    own and a step.
+    """
     weights = make_weights(((200, 300), (300, 100), (50,)))
     optimizer = LiftAdamW(weights, rank=4, density=0.1)
     assert optimizer.state_bytes() == 0
@@ -210,7 +220,9 @@ def test_a_master_loaded_onto_other_weights_follows_them():
 
 @pytest.mark.parametrize("options", [{"selection": "random"}, {"master": None, "rounding": "stochastic"}])
 def test_the_seed_travels_with_the_state(options):
-    """Random masks and stochastic rounding go on as without the interruption, whatever seed the new optimizer was given."""
+    """Random masks and stochastic rounding go on as without the interruption, whatever seed the new
+    optimizer was given.
+    """
     weights = make_weights(dtype=BF16)
     options = OPTIONS | options
     optimizer = LiftAdamW(weights, **options, refresh_interval=3, seed=5)

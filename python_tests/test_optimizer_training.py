@@ -1,4 +1,6 @@
-"""LiftAdamW inside other people's training loops: accelerate's `prepare` and transformers' Trainer with a resume."""
+"""LiftAdamW inside other people's training loops: accelerate's `prepare` and transformers' Trainer
+with a resume.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,14 @@ class Tokens(Dataset):
 
 def make_model(dtype):
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                         num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
     return LlamaForCausalLM(config).to(dtype)
 
 
@@ -37,26 +45,48 @@ def make_trainer(folder, dtype, **arguments):
     model = make_model(dtype)
     optimizer = LiftAdamW(lift_param_groups(model, freeze_rest=True), **METHOD)
     defaults = dict(
-        output_dir=str(folder), max_steps=6, save_steps=3, per_device_train_batch_size=4, lr_scheduler_type="linear",
-        warmup_steps=2, report_to="none", use_cpu=True, disable_tqdm=True, seed=3, logging_steps=1,
-    )  # fmt: skip
-    trainer = Trainer(model=model, args=TrainingArguments(**defaults | arguments), train_dataset=Tokens(),
-                      eval_dataset=Tokens(), optimizers=(optimizer, None))  # fmt: skip
+        output_dir=str(folder),
+        max_steps=6,
+        save_steps=3,
+        per_device_train_batch_size=4,
+        lr_scheduler_type="linear",
+        warmup_steps=2,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=3,
+        logging_steps=1,
+    )
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(**defaults | arguments),
+        train_dataset=Tokens(),
+        eval_dataset=Tokens(),
+        optimizers=(optimizer, None),
+    )
     return trainer, model, optimizer
 
 
 def test_trainer_one_liner_gives_the_same_weights(tmp_path):
-    """The README's ``optimizer_cls_and_kwargs`` builds the optimizer that one could build by hand."""
+    """The README's ``optimizer_cls_and_kwargs`` builds the optimizer that one could build by
+    hand.
+    """
     by_hand, model, _ = make_trainer(tmp_path, FP32, save_strategy="no")
     by_hand.train()
     other = make_model(FP32)
     groups = lift_param_groups(other, freeze_rest=True)
-    one_liner = Trainer(model=other, args=by_hand.args, train_dataset=Tokens(),
-                        optimizer_cls_and_kwargs=(LiftAdamW, {"params": groups} | METHOD))  # fmt: skip
+    one_liner = Trainer(
+        model=other,
+        args=by_hand.args,
+        train_dataset=Tokens(),
+        optimizer_cls_and_kwargs=(LiftAdamW, {"params": groups} | METHOD),
+    )
     one_liner.train()
     own, others = dict(model.named_parameters()), dict(other.named_parameters())
     assert all(torch.equal(own[name], others[name]) for name in own)
-    assert not torch.equal(others["model.layers.0.mlp.up_proj.weight"], make_model(FP32).model.layers[0].mlp.up_proj.weight)
+    assert not torch.equal(
+        others["model.layers.0.mlp.up_proj.weight"], make_model(FP32).model.layers[0].mlp.up_proj.weight
+    )
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
@@ -80,7 +110,9 @@ def test_trainer_resumes_to_the_same_bits(tmp_path, dtype):
 
 
 def test_trainer_keeps_the_best_model(tmp_path):
-    """`load_best_model_at_end` changes the weights behind the optimizer; training on starts from them."""
+    """`load_best_model_at_end` changes the weights behind the optimizer; training on starts from
+    them.
+    """
     evaluation = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True, "learning_rate": 1.0}
     trainer, model, optimizer = make_trainer(tmp_path, BF16, **evaluation)
     trainer.train()
@@ -92,7 +124,9 @@ def test_trainer_keeps_the_best_model(tmp_path):
 
 
 def test_accelerate_prepare():
-    """Prepared for the CPU it takes the same steps, also accumulated ones; its state dict passes through."""
+    """Prepared for the CPU it takes the same steps, also accumulated ones; its state dict passes
+    through.
+    """
     weights, twins = make_weights(), make_weights()
     accelerator = Accelerator(cpu=True)
     prepared = accelerator.prepare(LiftAdamW(weights, **OPTIONS, refresh_interval=3))

@@ -15,13 +15,41 @@ PAIRS = list(itertools.product(DTYPES, DTYPES))
 PAIR_IDS = [f"{str(a)[6:]}-to-{str(b)[6:]}" for a, b in PAIRS]
 LAST = 2**31 - 1
 
-# Values at which a rounding goes wrong first: ties, the ends of each format, subnormals, infinities, NaN.
+# Values at which a rounding goes wrong first: ties, the ends of each format, subnormals,
+# infinities, NaN.
 CORNERS = [
-    0.0, -0.0, 1.0, -1.0, 1.00390625, 1.01171875, 1 + 2**-11, 1 + 3 * 2**-11, -1.00390625, 65504.0, 65519.996, 65520.0,
-    -65520.0, 3.3895314e38, 3.3961775e38, 3.4028235e38, 2**-14, 2**-14 - 2**-26, 2**-24, 2**-25, 3 * 2**-25,
-    2**-25 + 2**-40, 2**-26, -(2**-25), 2**-126, 2**-133, 2**-149, 2**-127 + 2**-135, float("inf"), float("-inf"),
+    0.0,
+    -0.0,
+    1.0,
+    -1.0,
+    1.00390625,
+    1.01171875,
+    1 + 2**-11,
+    1 + 3 * 2**-11,
+    -1.00390625,
+    65504.0,
+    65519.996,
+    65520.0,
+    -65520.0,
+    3.3895314e38,
+    3.3961775e38,
+    3.4028235e38,
+    2**-14,
+    2**-14 - 2**-26,
+    2**-24,
+    2**-25,
+    3 * 2**-25,
+    2**-25 + 2**-40,
+    2**-26,
+    -(2**-25),
+    2**-126,
+    2**-133,
+    2**-149,
+    2**-127 + 2**-135,
+    float("inf"),
+    float("-inf"),
     float("nan"),
-]  # fmt: skip
+]
 
 
 def int32(values, where):
@@ -29,7 +57,9 @@ def int32(values, where):
 
 
 def assert_rounded(actual, source, dtype):
-    """``actual`` is ``source`` in ``dtype``; the same bits where the format stays, and NaN are NaN elsewhere."""
+    """``actual`` is ``source`` in ``dtype``; the same bits where the format stays, and NaN are NaN
+    elsewhere.
+    """
     expected = source.to(dtype)
     assert actual.dtype == dtype and actual.shape == expected.shape
     number = ~source.isnan()
@@ -56,7 +86,9 @@ def test_packed_gather_dtypes(where, source, out):
 
 
 def test_packed_gather_of_any_layout(where):
-    """The flat position counts in row-major order of the values, whatever the strides; the dtype stays by default."""
+    """The flat position counts in row-major order of the values, whatever the strides; the dtype
+    stays by default.
+    """
     matrix = torch.arange(35.0, device=where.device).view(5, 7)
     index = int32([0, 1, 8, 33, 34], where)
     for layout in (

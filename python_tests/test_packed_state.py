@@ -1,4 +1,6 @@
-"""PackedState: where segments lie, what a migration carries over, and that errors change nothing."""
+"""PackedState: where segments lie, what a migration carries over, and that errors change
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +44,14 @@ def make_state(sizes=SIZES, dtype=BF16, moments=FP32, master=True, births=True, 
 def copies(state):
     """Bits of all arenas, the step counts and the layout."""
     arenas = {name: bits(arena).clone() for name, arena in state.arenas().items()}
-    return {**arenas, "steps": state.steps.clone(), "offsets": list(state.offsets), "counts": list(state.counts),
-            "names": list(state.names), "weights": [bits(w).clone() for w in state.weights]}  # fmt: skip
+    return {
+        **arenas,
+        "steps": state.steps.clone(),
+        "offsets": list(state.offsets),
+        "counts": list(state.counts),
+        "names": list(state.names),
+        "weights": [bits(w).clone() for w in state.weights],
+    }
 
 
 def assert_equal(actual, expected):
@@ -133,7 +141,9 @@ def test_views_alias_the_arenas():
 
 
 def test_steps_count_only_their_rows():
-    """`next_steps` says what a step will count, `written` keeps it; a skipped step counts nothing."""
+    """`next_steps` says what a step will count, `written` keeps it; a skipped step counts
+    nothing.
+    """
     state, _, _ = make_state()
     assert state.next_steps([0, 2]).tolist() == [8.0, 8.0] and state.steps.tolist() == [7] * 5
     state.written([0, 2], state.next_steps([0, 2]))
@@ -184,8 +194,10 @@ def test_migrate(where, moments, counts):
     state.steps += 2
     lists = new_lists(state, counts or state.counts)
     rows = [2, 0, 3] if counts is None else [2, 0, 3, 1]
-    expected = [expected_entry(state, i, lists[i]) if i in rows else
-                {k: v.clone() for k, v in state.views(i).items()} for i in range(5)]  # fmt: skip
+    expected = [
+        expected_entry(state, i, lists[i]) if i in rows else {k: v.clone() for k, v in state.views(i).items()}
+        for i in range(5)
+    ]
     addresses = {name: arena.data_ptr() for name, arena in state.arenas().items()}
     state.migrate(rows, [lists[i] for i in rows], backend=where.backend)
     for i in range(5):
@@ -257,7 +269,9 @@ def test_a_weight_that_does_not_fit_changes_nothing(weight, error, message):
 
 
 def test_regather_follows_outside_changes_alone(caplog):
-    """Entries whose master rounds to the present weight keep their bits; the others take the weight's value."""
+    """Entries whose master rounds to the present weight keep their bits; the others take the
+    weight's value.
+    """
     state, weights, _ = make_state()
     state.master[state.segment(0)] *= 1 + 2.0**-12  # below half a bf16 ulp: rounds to the same weights
     state.master[state.segment(1)] *= 1 + 2.0**-12

@@ -1,4 +1,6 @@
-"""lift_param_groups: linear layers of torch and transformers, tied weights, heads, embeddings, rules on names."""
+"""lift_param_groups: linear layers of torch and transformers, tied weights, heads, embeddings,
+rules on names.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,30 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from lift_kernels import LiftAdamW, lift_param_groups, principal_indices
 
-LINEAR = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-          "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]  # fmt: skip
+LINEAR = [
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+]
 
 
 def make_llama(tied: bool) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, tie_word_embeddings=tied,
-    ))  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=50,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            tie_word_embeddings=tied,
+        )
+    )
 
 
 def make_gpt2() -> GPT2LMHeadModel:
@@ -43,7 +59,9 @@ def test_llama_leaves_out_embeddings_head_and_norms(tied):
 
 
 def test_gpt2_conv1d():
-    """Conv1D holds its weight as (in, out): the mask is the transposed one of the linear layer it stands for."""
+    """Conv1D holds its weight as (in, out): the mask is the transposed one of the linear layer it
+    stands for.
+    """
     model = make_gpt2()
     groups = lift_param_groups(model)
     layers = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -59,7 +77,9 @@ def test_gpt2_conv1d():
 
 @pytest.mark.parametrize("make", [make_gpt2, lambda: make_llama(True), lambda: make_llama(False)])
 def test_freeze_rest_and_train(make):
-    """The paper's recipe: the optimizer takes the groups as they are, and a step moves principal weights alone."""
+    """The paper's recipe: the optimizer takes the groups as they are, and a step moves principal
+    weights alone.
+    """
     model = make()
     groups = lift_param_groups(model, freeze_rest=True)
     chosen = dict(groups[0]["params"])
@@ -98,7 +118,7 @@ def test_include_and_exclude():
         ({"include": "lm_head"}, "no linear weight of LlamaForCausalLM is left with include='lm_head', exclude=None"),
         ({"exclude": "model"}, "no linear weight of LlamaForCausalLM is left with include=None, exclude='model'"),
     ],
-)  # fmt: skip
+)
 def test_rules_that_cannot_work(rules, message):
     """Nothing is frozen when the rules are refused."""
     model = make_llama(False)

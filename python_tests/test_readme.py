@@ -1,4 +1,6 @@
-"""The new user's path in the README is run as it stands there; deltas of the main job, whatever form its base has."""
+"""The new user's path in the README is run as it stands there; deltas of the main job, whatever
+form its base has.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def write_jsonl(path: Path, count: int = 40) -> None:
 
 
 def test_the_new_users_path(tmp_path, monkeypatch, capsys):
-    """Every line, in an empty directory with the user's own model and data; pip only plans the installation."""
+    """Every line, in an empty directory with the user's own model and data; pip only plans the
+    installation.
+    """
     shell, python = blocks("From your data to a small file")
     save_tiny(tmp_path / "my-model")
     write_jsonl(tmp_path / "my.jsonl")
@@ -58,20 +62,41 @@ def test_the_new_users_path(tmp_path, monkeypatch, capsys):
     exec(python, names)  # noqa: S102  the README's own lines
     expected = AutoModelForCausalLM.from_pretrained("runs/mine/model")
     tuned = AutoModelForCausalLM.from_pretrained("tuned")
-    for (name, p), (_, q), (_, r) in zip(names["model"].named_parameters(), expected.named_parameters(), tuned.named_parameters()):
+    for (name, p), (_, q), (_, r) in zip(
+        names["model"].named_parameters(), expected.named_parameters(), tuned.named_parameters()
+    ):
         assert torch.equal(bits(p.detach()), bits(q.detach())) and torch.equal(q, r), name
     info = delta_info("mine.delta")
     assert info.settings["method"] == "lift" and 0 < info.entries < 0.2 * sum(p.numel() for p in expected.parameters())
 
 
 def finetune_and_delta(tmp_path, model: Path, *options: str):
-    """Train a few steps, make a delta against the model as it was given, and apply it; all by the command line."""
-    arguments = ["--model", str(model), "--output", str(tmp_path / "runs"), "--name", "a", "--device", "cpu", "--steps", "3",
-                 "--eval-problems", "2", "--rank", "4", *options]  # fmt: skip
+    """Train a few steps, make a delta against the model as it was given, and apply it; all by the
+    command line.
+    """
+    arguments = [
+        "--model",
+        str(model),
+        "--output",
+        str(tmp_path / "runs"),
+        "--name",
+        "a",
+        "--device",
+        "cpu",
+        "--steps",
+        "3",
+        "--eval-problems",
+        "2",
+        "--rank",
+        "4",
+        *options,
+    ]
     assert main(["finetune", *arguments]) == 0
     assert main(["delta", "make", str(tmp_path / "runs/a/model"), str(tmp_path / "delta"), "--base", str(model)]) == 0
     assert main(["delta", "apply", "--base", str(model), str(tmp_path / "delta"), str(tmp_path / "tuned")]) == 0
-    trained, applied = (load_file(folder / "model.safetensors") for folder in (tmp_path / "runs/a/model", tmp_path / "tuned"))
+    trained, applied = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "runs/a/model", tmp_path / "tuned")
+    )
     assert trained.keys() == applied.keys()
     assert all(torch.equal(bits(trained[name]), bits(applied[name])) for name in trained)
     assert main(["delta", "revert", str(tmp_path / "tuned"), str(tmp_path / "delta"), str(tmp_path / "base")]) == 0
@@ -84,7 +109,12 @@ def test_a_delta_against_a_gguf_file(tmp_path):
     write_gguf(tmp_path / "tiny.gguf")
     base, info = finetune_and_delta(tmp_path, tmp_path / "tiny.gguf")
     assert all(w.dtype == torch.float32 for w in base.values())
-    assert main(["delta", "apply", "--base", str(tmp_path / "tiny.gguf"), str(tmp_path / "delta"), str(tmp_path / "tuned")]) == 2
+    assert (
+        main(
+            ["delta", "apply", "--base", str(tmp_path / "tiny.gguf"), str(tmp_path / "delta"), str(tmp_path / "tuned")]
+        )
+        == 2
+    )
 
 
 def test_a_delta_against_a_bf16_base_that_was_trained_in_fp32(tmp_path):

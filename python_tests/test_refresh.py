@@ -1,4 +1,6 @@
-"""Refreshes of LiftAdamW: warm starts, the spread schedule, the report, and the selections that users compare."""
+"""Refreshes of LiftAdamW: warm starts, the spread schedule, the report, and the selections that
+users compare.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def test_the_report_of_first_masks_and_of_a_refresh():
 @pytest.mark.parametrize("where_kept", ["device", "cpu", None])
 def test_a_refresh_starts_from_the_basis_of_the_last(where_kept):
     (weight,) = parameters(WIDE)
-    optimizer = LiftAdamW([weight], lr=1e-5, rank=16, mask_method="chebyshev", warm_start=where_kept, refresh_interval=None)
+    optimizer = LiftAdamW(
+        [weight], lr=1e-5, rank=16, mask_method="chebyshev", warm_start=where_kept, refresh_interval=None
+    )
     train(optimizer, range(3))
     assert optimizer.last_refresh.matrices[0].method == "chebyshev"
     assert ("basis" in optimizer.state[weight]) == (where_kept is not None)
@@ -106,7 +110,9 @@ def test_packed_gradients_refresh_from_the_basis_of_their_first_mask():
 def test_stacked_matrices_get_a_mask_each():
     """3-D parameters are batches of matrices; each part has the mask that it would have alone."""
     (stack,) = parameters((3, 300, 280))
-    optimizer = LiftAdamW([{"params": [stack], "lift": True}], lr=1e-4, rank=16, mask_method="chebyshev", refresh_interval=None)
+    optimizer = LiftAdamW(
+        [{"params": [stack], "lift": True}], lr=1e-4, rank=16, mask_method="chebyshev", refresh_interval=None
+    )
     train(optimizer, [0])
     assert optimizer.state[stack]["basis"].shape == (3, 280, 32)
     optimizer.refresh()
@@ -219,7 +225,9 @@ def test_a_model_of_many_matrices_is_quiet_and_works_without_tqdm(monkeypatch):
 
 
 def test_spread_over_the_cores_changes_no_mask_and_no_setting():
-    """Each small matrix has a thread of its own; the number of torch's threads is as before, also after a failure."""
+    """Each small matrix has a thread of its own; the number of torch's threads is as before, also
+    after a failure.
+    """
     weights = [w.detach() for w in parameters(*[(300, 280), (60, 90)] * 3)]
     requests = [MaskRequest(w, 16, 400, f"w{i}") for i, w in enumerate(weights)]
     threads = torch.get_num_threads()

@@ -16,13 +16,20 @@ def test_calls_are_counted_and_views_are_not():
         a @ b.T.T  # 3 x 4 x 5, 12 + 20 + 15 numbers
     with Counting(cost, numel=12):
         a + 1
-    assert cost == {("tall blocks", "launches"): 1, ("tall blocks", "bytes"): 4 * 47, ("tall blocks", "fp32_flops"): 120,
-                    ("whole matrices", "launches"): 1, ("whole matrices", "bytes"): 4 * 24,
-                    ("whole matrices", "fp32_flops"): 0}  # fmt: skip
+    assert cost == {
+        ("tall blocks", "launches"): 1,
+        ("tall blocks", "bytes"): 4 * 47,
+        ("tall blocks", "fp32_flops"): 120,
+        ("whole matrices", "launches"): 1,
+        ("whole matrices", "bytes"): 4 * 24,
+        ("whole matrices", "fp32_flops"): 0,
+    }
 
 
 def test_the_cost_of_a_helper_is_that_of_its_kernels():
-    """A Chebyshev step on a block of 1024 x 256: tiles (0,0), (0,1), (1,1) over two slabs, two blocks times R^-1."""
+    """A Chebyshev step on a block of 1024 x 256: tiles (0,0), (0,1), (1,1) over two slabs, two
+    blocks times R^-1.
+    """
     cost = Cost()
     refresh_cost.helper_cost(cost, 1024, 256, blocks_read=3, multiplied=2)
     block, tile, square = 4 * 1024 * 256, 4 * 128 * 128, 4 * 256 * 256

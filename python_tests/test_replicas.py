@@ -1,4 +1,5 @@
-"""Ranks that train the same parameters must have the same masks: a difference is an error on every one of them.
+"""Ranks that train the same parameters must have the same masks: a difference is an error on every
+one of them.
 
 The comparison itself runs here in threads over one store; `test_replicas_ddp.py` has real ranks.
 """
@@ -35,7 +36,9 @@ class Ranks:
                 exchange.announce(names)
 
     def compare(self, *digests_of_ranks, ranks=None, patience=LONG) -> list[str]:
-        """All at once, each with its digests by name, None for a rank that does not take part: what each one says."""
+        """All at once, each with its digests by name, None for a rank that does not take part: what
+        each one says.
+        """
 
         def one(exchange, digests) -> str:
             if digests is None:
@@ -96,7 +99,9 @@ def test_ranks_that_share_some_parameters_compare_those():
 
 
 def test_two_optimizers_of_the_same_names_are_compared_in_turn():
-    """An actor and a critic of one architecture, both on both ranks; one more that never steps changes nothing."""
+    """An actor and a critic of one architecture, both on both ranks; one more that never steps
+    changes nothing.
+    """
     ranks = Ranks(2)
     for names in (["w"], ["w"], ["v"], ["w", "u"]):
         ranks.announce(names, names)
@@ -134,7 +139,9 @@ def test_a_rank_that_makes_no_new_mask_is_named():
 
 
 def test_a_step_that_one_rank_makes_alone_is_no_comparison():
-    """Before the others have built their optimizers: nothing is left that they could mistake for a replica's list."""
+    """Before the others have built their optimizers: nothing is left that they could mistake for a
+    replica's list.
+    """
     ranks = Ranks(2)
     ranks.announce(["w"], None)
     assert ranks.compare({"w": "sanity"}, None) == ["", ""]
@@ -144,7 +151,9 @@ def test_a_step_that_one_rank_makes_alone_is_no_comparison():
 
 
 def test_a_store_may_outlive_its_process_group():
-    """The next process group starts from zero: digests of the last one are not taken for new ones."""
+    """The next process group starts from zero: digests of the last one are not taken for new
+    ones.
+    """
     ranks = Ranks(2)
     ranks.announce(["w"], ["w"])
     assert ranks.compare({"w": "1"}, {"w": "1"}) == ["", ""]
@@ -156,7 +165,9 @@ def test_a_store_may_outlive_its_process_group():
 
 
 def test_late_ranks_are_waited_for(caplog):
-    """Optimizers older than the process group, for the first and the second time; a rank without one only once."""
+    """Optimizers older than the process group, for the first and the second time; a rank without
+    one only once.
+    """
     ranks = Ranks(3)
     first, second, without = ranks.exchanges
     second.announce(["early"])  # of another optimizer, which says nothing about this one
@@ -172,7 +183,9 @@ def test_late_ranks_are_waited_for(caplog):
     late(second, SHORT)
     assert "rank 2 built no LiftAdamW" in caplog.text and "rank 0" not in caplog.text
     caplog.clear()
-    waiting = threading.Thread(target=first.wait_for_late_ranks, args=(LONG,))  # rank 1 came after all, rank 2 is given up
+    waiting = threading.Thread(
+        target=first.wait_for_late_ranks, args=(LONG,)
+    )  # rank 1 came after all, rank 2 is given up
     waiting.start()
     second.wait_for_late_ranks(LONG)
     waiting.join()
@@ -186,15 +199,26 @@ def digest_of(*lists):
 def test_digests_tell_index_lists_apart():
     base = list(range(0, 4000, 7))
     seen = {digest_of(base)}
-    for change in ([], base[:-1], base[1:], [*base[:-1], base[-1] + 1], [*base, 2**31 - 1], [base[0], base[1] + 1, *base[2:]]):
+    for change in (
+        [],
+        base[:-1],
+        base[1:],
+        [*base[:-1], base[-1] + 1],
+        [*base, 2**31 - 1],
+        [base[0], base[1] + 1, *base[2:]],
+    ):
         seen.add(digest_of(change))
-    seen |= {digest_of([i]) for i in range(2000)} | {digest_of([i, i + 1]) for i in range(2000)} | {digest_of(base, base)}
+    seen |= (
+        {digest_of([i]) for i in range(2000)} | {digest_of([i, i + 1]) for i in range(2000)} | {digest_of(base, base)}
+    )
     assert len(seen) == 7 + 4000 + 1
     assert digest_of([1, 2], [3]) != digest_of([1], [2, 3])
 
 
 def test_digests_are_exact_sums_in_chunks(monkeypatch):
-    """Pieces of any size give the same digest, and it is the sum modulo 2^64 that plain integers give."""
+    """Pieces of any size give the same digest, and it is the sum modulo 2^64 that plain integers
+    give.
+    """
     from lift_kernels.distributed import checksums
 
     generator = torch.Generator().manual_seed(0)
@@ -218,7 +242,9 @@ def parameter():
     return torch.nn.Parameter(torch.randn(12, 20))
 
 
-@pytest.mark.parametrize(("group", "error"), [("all", TypeError), (3, TypeError), (dist.GroupMember.NON_GROUP_MEMBER, ValueError)])
+@pytest.mark.parametrize(
+    ("group", "error"), [("all", TypeError), (3, TypeError), (dist.GroupMember.NON_GROUP_MEMBER, ValueError)]
+)
 def test_process_group_is_checked(group, error):
     with pytest.raises(error, match="process_group"):
         LiftAdamW([parameter()], process_group=group)
@@ -290,7 +316,9 @@ def test_slow_masks_are_given_time(one_rank):
 
 
 def test_others_are_waited_for_when_names_are_new(monkeypatch):
-    """Where the process group came later, or a new one did: all names are announced, then the others' are waited for."""
+    """Where the process group came later, or a new one did: all names are announced, then the
+    others' are waited for.
+    """
     waited = []
 
     class Waiting(DigestExchange):
@@ -311,12 +339,16 @@ def test_others_are_waited_for_when_names_are_new(monkeypatch):
 
 
 def test_names_of_a_loaded_state_are_announced(one_rank, monkeypatch):
-    """An optimizer without names takes those of the state: what it compares was announced before the step, copies included."""
+    """An optimizer without names takes those of the state: what it compares was announced before
+    the step, copies included.
+    """
     named = LiftAdamW([("deep.weight", parameter())], rank=3, density=0.2)
     named.refresh()
     told = []
     announce = Replicas.announce
-    monkeypatch.setattr(Replicas, "announce", lambda self, names: announce(self, told.append(names := list(names)) or names))
+    monkeypatch.setattr(
+        Replicas, "announce", lambda self, names: announce(self, told.append(names := list(names)) or names)
+    )
     p = parameter()
     unnamed = LiftAdamW([p], rank=3, density=0.2)
     unnamed.load_state_dict(named.state_dict())
@@ -330,7 +362,9 @@ def test_names_of_a_loaded_state_are_announced(one_rank, monkeypatch):
 
 
 def test_masks_older_than_the_process_group_are_compared(one_rank, monkeypatch):
-    """A step and a refresh before init_process_group: their lists are compared at the first step after it."""
+    """A step and a refresh before init_process_group: their lists are compared at the first step
+    after it.
+    """
     joined = []
     exchange = DigestExchange.of_default_group()
     monkeypatch.setattr(DigestExchange, "of_default_group", classmethod(lambda cls: exchange if joined else None))

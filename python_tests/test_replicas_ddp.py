@@ -1,4 +1,6 @@
-"""Real ranks under DistributedDataParallel: different masks are an error on each of them, in matrix and in packed mode."""
+"""Real ranks under DistributedDataParallel: different masks are an error on each of them, in matrix
+and in packed mode.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ def run(mode, different, first):
 
     options = dict(rank=3, density=0.2, selection=selection)
     model = build()
-    groups = pack_gradients(model, freeze_rest=True, **options) if mode == "packed" else lift_param_groups(model, freeze_rest=True)
+    convert = pack_gradients if mode == "packed" else lift_param_groups
+    groups = convert(model, freeze_rest=True, **(options if mode == "packed" else {}))
     parallel = DistributedDataParallel(model)
     optimizer = LiftAdamW(groups, lr=0.1, refresh_interval=2, **options)
     said = ""
@@ -148,7 +151,9 @@ dist.destroy_process_group()
 
 @pytest.mark.slow
 def test_ranks_without_an_optimizer_are_not_waited_for(tmp_path):
-    """Two replicas beside a rank that trains nothing; a process group; ranks that are meant to differ; a second process group."""
+    """Two replicas beside a rank that trains nothing; a process group; ranks that are meant to
+    differ; a second process group.
+    """
     run_ranks(ROLES, 3, tmp_path)
 
 
@@ -192,7 +197,8 @@ optimizer = LiftAdamW(lift_param_groups(model), rank=3, density=0.2, seed=rank, 
 backward(DistributedDataParallel(model), 0)
 if rank == 1:
     missing = replicas.DigestExchange._missing
-    replicas.DigestExchange._missing = lambda *arguments: (missing(*arguments), time.sleep(1))[0]  # slow to read what differs
+    # Slow to read what differs.
+    replicas.DigestExchange._missing = lambda *arguments: (missing(*arguments), time.sleep(1))[0]
 try:
     optimizer.step()
 except RuntimeError as error:
@@ -202,6 +208,8 @@ os._exit(0)
 
 
 def test_the_rank_that_holds_the_store_leaves_last(tmp_path):
-    """Its error ends the process, and the store with it: the others must have seen the difference by then."""
+    """Its error ends the process, and the store with it: the others must have seen the difference
+    by then.
+    """
     for output in run_ranks(LEAVING, 2, tmp_path):
         assert "ranks 0 and 1 would train different entries of 0.weight" in output, output

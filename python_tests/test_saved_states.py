@@ -1,4 +1,6 @@
-"""State dicts, checkpoints and deltas that an earlier version wrote load to the same bits and train on to the same bits."""
+"""State dicts, checkpoints and deltas that an earlier version wrote load to the same bits and train
+on to the same bits.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def test_a_saved_state_loads_and_trains_on_to_the_same_bits(states, case):
     )
     assert len(expected[0]) == len(expected[1]) == 2
     assert_same(found, expected)
-    torch.testing.assert_close(dict(model.state_dict()), dict(saved["model_after"]))  # torch's part, whose bits may differ
+    torch.testing.assert_close(
+        dict(model.state_dict()), dict(saved["model_after"])
+    )  # torch's part, whose bits may differ
 
 
 def test_the_checkpoint_holds_the_same_states(states):

@@ -1,4 +1,6 @@
-"""`sparse_adamw_` on every backend: steps against fp64 with torch's AdamW as yardstick, and what must not move."""
+"""`sparse_adamw_` on every backend: steps against fp64 with torch's AdamW as yardstick, and what
+must not move.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,9 @@ def test_sparse_adamw_options(where, options, births):
 
 @pytest.mark.parametrize("births", [False, True], ids=["global", "per-entry"])
 def test_sparse_adamw_first_step(where, births):
-    """From zero moments the bias corrections are largest: every entry moves by lr, whatever its gradient."""
+    """From zero moments the bias corrections are largest: every entry moves by lr, whatever its
+    gradient.
+    """
     problem = make_problem(where, ONE_MATRIX, births=births, step=0)
     old, index = problem.weights[0].clone().view(-1), problem.index(0)
     step_and_check(where, problem, weight_decay=0.0)
@@ -90,7 +94,9 @@ def test_sparse_adamw_first_step(where, births):
 
 
 def test_sparse_adamw_old_entries_need_no_correction(where):
-    """Far beyond the end of a table by age, and where steps are no longer small integers in bf16."""
+    """Far beyond the end of a table by age, and where steps are no longer small integers in
+    bf16.
+    """
     problem = make_problem(where, ONE_MATRIX, births=True, step=0)
     problem.births[problem.segment(0)] = torch.arange(300, dtype=torch.int32) * 333
     problem.exp_avg_sq[problem.segment(0)] = 0.1
@@ -132,7 +138,9 @@ def test_sparse_adamw_lr_tensor(where):
 @pytest.mark.parametrize("weight", [BF16, FP16], ids=dtype_id)
 @pytest.mark.parametrize("births", [False, True], ids=["global", "per-entry"])
 def test_sparse_adamw_stochastic_noise_is_the_specified_one(where, weight, births):
-    """Rounded with the noise of the reference. fp16 weights near 2^-14 take the subnormal path as well."""
+    """Rounded with the noise of the reference. fp16 weights near 2^-14 take the subnormal path as
+    well.
+    """
     for seed in (0, 1, 2**31 - 1):
         problem = make_problem(where, weight=weight, births=births, aligned=births, seed=seed)
         if weight == FP16:
@@ -142,7 +150,9 @@ def test_sparse_adamw_stochastic_noise_is_the_specified_one(where, weight, birth
 
 @pytest.mark.parametrize("weight, lr", [(BF16, 0.001), (FP16, 0.0001)], ids=["bf16", "fp16"])
 def test_sparse_adamw_stochastic_mean_is_unbiased(where, weight, lr):
-    """4096 ones that should become 1 - lr: their mean does, within 4 standard errors, though no single one can."""
+    """4096 ones that should become 1 - lr: their mean does, within 4 standard errors, though no
+    single one can.
+    """
     start = make_problem(where, [((64, 64), 4096)], weight=weight, step=0)
     start.weights[0].fill_(1.0)
     start.grads[0].fill_(1.0)
@@ -174,7 +184,9 @@ def test_sparse_adamw_stochastic_hash_by_hand():
 
 @pytest.mark.parametrize("births", [False, True], ids=["global", "per-entry"])
 def test_sparse_adamw_trajectory(where, births):
-    """20 steps with changing rate: the drift from an fp64 run is at most twice that of torch's fp32 run."""
+    """20 steps with changing rate: the drift from an fp64 run is at most twice that of torch's fp32
+    run.
+    """
     problem = make_problem(where, ONE_MATRIX, births=births, step=0)
     segment, index = problem.segment(0), problem.index(0)
     runs = {dtype: problem.copy() for dtype in (FP32, torch.float64)}
@@ -290,7 +302,9 @@ def test_sparse_adamw_nothing_to_do(where, sizes):
 
 
 def test_sparse_adamw_one_matrix_at_a_time_is_the_same(where):
-    """A launch over many matrices equals a launch for each: no matrix sees another one's scalars or entries."""
+    """A launch over many matrices equals a launch for each: no matrix sees another one's scalars or
+    entries.
+    """
     together, apart = make_problem(where, births=True), make_problem(where, births=True)
     together.step(where)
     apart.steps += 1
@@ -317,7 +331,9 @@ def test_sparse_adamw_large_positions(where, shape, indices):
 
 
 def test_sparse_adamw_four_gigabyte_weight(where):
-    """Byte offsets beyond 2^32: the last of 2^31 - 1 entries. Only the pages that are touched take memory."""
+    """Byte offsets beyond 2^32: the last of 2^31 - 1 entries. Only the pages that are touched take
+    memory.
+    """
     last = 2**31 - 2
     problem = make_problem(where, [((8, 8), 3)], weight=BF16, packed=True)
     weight = torch.empty(1, 2**31 - 1, dtype=BF16, device=where.device)

@@ -1,4 +1,6 @@
-"""A loaded state belongs to the parameters of its names, whatever their order, and lies on their devices."""
+"""A loaded state belongs to the parameters of its names, whatever their order, and lies on their
+devices.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def same_state(one, other, optimizer, loaded):
 
 @pytest.mark.parametrize("order", [(3, 2, 1, 0), (1, 2, 0, 3)])
 def test_parameters_in_another_order(order):
-    """Masks and moments follow the names; the next step's bits are those of the run that was saved."""
+    """Masks and moments follow the names; the next step's bits are those of the run that was
+    saved.
+    """
     weights, optimizer = saved_run()
     other = copies(weights)
     loaded = LiftAdamW([(NAMES[i], other[NAMES[i]]) for i in order], **OPTIONS, refresh_interval=None)
@@ -64,9 +68,11 @@ def test_groups_in_another_order():
     def grouped(weights, order):
         named = list(weights.items())
         groups = [
-            {"params": named[:2], "lr": 0.1}, {"params": named[2:3], "lr": 0.2}, {"params": named[3:], "lr": 0.3},
+            {"params": named[:2], "lr": 0.1},
+            {"params": named[2:3], "lr": 0.2},
+            {"params": named[3:], "lr": 0.3},
             {"params": [], "param_names": [], "lr": 0.4},
-        ]  # fmt: skip
+        ]
         return LiftAdamW([groups[i] for i in order], **OPTIONS, refresh_interval=None)
 
     weights = dict(zip(NAMES, make_weights(SHAPES)))
@@ -84,12 +90,17 @@ def test_groups_in_another_order():
 
 
 RENAMED = [
-    (("layers.0.weight", "layers.1.weight", "layers.3.weight", "norm.weight"),
-     "only it has layers.2.weight, only this optimizer has layers.3.weight;"),
-    (tuple(f"module.{name}" for name in NAMES),
-     r"only it has layers.0.weight, layers.1.weight, layers.2.weight and 1 more, only this optimizer has module.layers.0"),
+    (
+        ("layers.0.weight", "layers.1.weight", "layers.3.weight", "norm.weight"),
+        "only it has layers.2.weight, only this optimizer has layers.3.weight;",
+    ),
+    (
+        tuple(f"module.{name}" for name in NAMES),
+        r"only it has layers.0.weight, layers.1.weight, layers.2.weight and 1 more, only this optimizer "
+        r"has module.layers.0",
+    ),
     (NAMES[:3], "only it has norm.weight, only this optimizer has none;"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("names", "message"), RENAMED)
@@ -107,13 +118,17 @@ def test_other_groups_are_refused():
     weights, optimizer = saved_run()
     named = list(copies(weights).items())
     loaded = LiftAdamW([{"params": named[:1]}, {"params": named[1:]}], **OPTIONS)
-    with pytest.raises(ValueError, match=r"layers.0.weight shares its group of the state dict with layers.1.weight.* with none"):
+    with pytest.raises(
+        ValueError, match=r"layers.0.weight shares its group of the state dict with layers.1.weight.* with none"
+    ):
         loaded.load_state_dict(optimizer.state_dict())
     assert not loaded.state
 
 
 def test_names_that_repeat():
-    """Two models in one optimizer may share names: the same order loads, another one cannot be told apart."""
+    """Two models in one optimizer may share names: the same order loads, another one cannot be told
+    apart.
+    """
     names = ("a.weight", "b.weight", "a.weight", "c.weight")
     weights = make_weights(SHAPES)
     optimizer = LiftAdamW(list(zip(names, weights)), **OPTIONS, refresh_interval=None)
@@ -186,7 +201,9 @@ def dense_and_sparse(device):
 
 
 def test_the_state_goes_to_the_device_of_its_parameter():
-    """torch leaves a dense ``step`` where it was saved, which the fused step refuses. The meta device stands in for a card."""
+    """torch leaves a dense ``step`` where it was saved, which the fused step refuses. The meta
+    device stands in for a card.
+    """
     _, optimizer = dense_and_sparse("cpu")
     train(optimizer, range(2))
     weights, loaded = dense_and_sparse("meta")
@@ -210,10 +227,14 @@ def through_checkpoint(state, folder):
 @pytest.mark.parametrize("through", [through_torch_load, through_checkpoint])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_run_goes_on_from_a_state_on_the_cpu(tmp_path, device, through):
-    """Sparse and dense parameters, on the CPU and on a card, where a resume loads to the CPU first."""
+    """Sparse and dense parameters, on the CPU and on a card, where a resume loads to the CPU
+    first.
+    """
     weights, optimizer = dense_and_sparse(device)
     train(optimizer, range(2))
-    saved = through({"weights": {n: w.detach() for n, w in weights.items()}, "optimizer": optimizer.state_dict()}, tmp_path)
+    saved = through(
+        {"weights": {n: w.detach() for n, w in weights.items()}, "optimizer": optimizer.state_dict()}, tmp_path
+    )
     other, loaded = dense_and_sparse(device)
     for name, w in other.items():
         w.data.copy_(saved["weights"][name])
@@ -237,7 +258,9 @@ def test_a_file_keeps_names():
 
 @pytest.mark.parametrize("named", [True, False])
 def test_entries_are_found_by_the_ids_of_their_groups(named):
-    """A user may put the saved groups into the order of the optimizer by hand, as torch asks for; ids go along with them."""
+    """A user may put the saved groups into the order of the optimizer by hand, as torch asks for;
+    ids go along with them.
+    """
 
     def grouped(weights, order):
         params = list(weights.items()) if named else list(weights.values())
@@ -272,7 +295,9 @@ def test_groups_that_move_are_named_where_a_scheduler_is(caplog):
 
 
 def test_hooks_see_and_change_the_whole_state():
-    """register_load_state_dict_pre_hook is torch's way to rename parameters; a post-hook sees the loaded masks."""
+    """register_load_state_dict_pre_hook is torch's way to rename parameters; a post-hook sees the
+    loaded masks.
+    """
     weights, optimizer = saved_run()
     other = copies(weights)
     loaded = LiftAdamW([(f"module.{name}", w) for name, w in other.items()], **OPTIONS)
@@ -286,7 +311,9 @@ def test_hooks_see_and_change_the_whole_state():
         return state_dict
 
     loaded.register_load_state_dict_pre_hook(rename)
-    loaded.register_load_state_dict_post_hook(lambda o: seen.append({name: set(o.state[w]) for name, w in other.items()}))
+    loaded.register_load_state_dict_post_hook(
+        lambda o: seen.append({name: set(o.state[w]) for name, w in other.items()})
+    )
     loaded.load_state_dict(optimizer.state_dict())
     assert len(seen) == 1 and all({"step", "exp_avg"} <= keys for keys in seen[0].values())
     assert {"indices", "exp_avg_sq"} <= seen[0][NAMES[0]]

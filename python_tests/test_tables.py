@@ -1,4 +1,6 @@
-"""bench/tables.py: the README says what the CSVs say, and a table is made of the rows that its description selects."""
+"""bench/tables.py: the README says what the CSVs say, and a table is made of the rows that its
+description selects.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def test_a_readme_that_differs_is_shown_and_made_anew(tmp_path, capsys):
 
 
 def test_cells(root):
-    """Numbers and their quotients, units, ranges over rows, texts, alternatives; where the rows come from."""
+    """Numbers and their quotients, units, ranges over rows, texts, alternatives; where the rows
+    come from.
+    """
     columns = {
         "which": "{label}",
         "ms": "{ours.ms:.2f}, {theirs.ms/ours.ms:.3g} x",
@@ -75,14 +79,20 @@ def test_cells(root):
 
 
 def test_a_line_for_each_row(root):
-    table = Table("small.csv", {"op": "{row.op}", "way": "{row.variant}", "ms": "{row.ms:.1f}"}, each=[{"status": "ok"}])
+    table = Table(
+        "small.csv", {"op": "{row.op}", "way": "{row.variant}", "ms": "{row.ms:.1f}"}, each=[{"status": "ok"}]
+    )
     assert body(table, root)[2:4] == [r"| step | ours \| packed | 2.5 |", "|  | theirs too | 30.0 |"]
 
 
 @pytest.mark.parametrize(
     "table, marker, words",
     [
-        (Table("small.csv", {"x": "{row.ms}"}, each=[{"variant": "gone"}]), MARKER, "small.csv: no row has {'variant': 'gone'}"),
+        (
+            Table("small.csv", {"x": "{row.ms}"}, each=[{"variant": "gone"}]),
+            MARKER,
+            "small.csv: no row has {'variant': 'gone'}",
+        ),
         (Table("small.csv", {"x": "{row.gone}"}, each=[{}]), MARKER, "has no column 'gone'"),
         (Table("other.csv", {"x": "{row.ms}"}, each=[{}]), MARKER, "table small: .* none of that name from small.csv"),
         (Table("gone.csv", {}), MARKER.replace("small.csv", "gone.csv"), "gone.csv is missing; run its bench"),

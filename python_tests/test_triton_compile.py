@@ -1,5 +1,6 @@
-"""The Triton kernels compiled for sm_80, sm_90 and sm_100: no spills, 128-bit accesses on every contiguous stream,
-products on the tensor cores."""
+"""The Triton kernels compiled for sm_80, sm_90 and sm_100: no spills, 128-bit accesses on every
+contiguous stream, products on the tensor cores.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ def test_triton_compile(compiled, case, target):
     record = compiled[case.name, target]
     assert record.stack_bytes == record.local_bytes == record.spills == 0, "registers were spilled"
     if case.loads is None:
-        assert bool(record.products) == bool(record.tensor_cores) == case.tensor_cores, "a product by other units than it should be"
+        assert bool(record.products) == bool(record.tensor_cores) == case.tensor_cores, (
+            "a product by other units than it should be"
+        )
         return
     assert record.registers <= 128, "fewer than 512 threads would fit on a multiprocessor"
     assert record.wide_loads == case.needed(case.loads), "a contiguous stream is not read 128 bits at a time"
@@ -33,7 +36,9 @@ def test_triton_compile(compiled, case, target):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("case", PASSES, ids=lambda case: case.name)
 def test_triton_compile_tiles(compiled, case, target):
-    """Products run on the tensor cores, and factors whose rows are aligned reach shared memory 128 bits at a time."""
+    """Products run on the tensor cores, and factors whose rows are aligned reach shared memory 128
+    bits at a time.
+    """
     record = compiled[case.name, target]
     assert {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[target] in record.products
     assert {80: " HMMA.", 90: " HGMMA.", 100: " UTCHMMA"}[target] in record.tensor_cores
@@ -44,7 +49,9 @@ def test_triton_compile_tiles(compiled, case, target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_triton_compile_passes_agree(compiled, target):
-    """All passes over a low-rank product multiply with the same instructions, so that they see the same bits."""
+    """All passes over a low-rank product multiply with the same instructions, so that they see the
+    same bits.
+    """
     assert len(PASSES) > 1 and len({compiled[case.name, target].products for case in PASSES}) == 1
 
 

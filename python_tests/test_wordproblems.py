@@ -1,4 +1,6 @@
-"""The generator of word problems: right answers, and a held-out split that training cannot have seen."""
+"""The generator of word problems: right answers, and a held-out split that training cannot have
+seen.
+"""
 
 import re
 
@@ -38,7 +40,8 @@ def test_wordproblems_every_equation_and_answer_is_right(split):
 
 
 def test_wordproblems_answer_follows_from_the_question_alone(split):
-    # The slots of the template are read back from the finished text, so a swapped operand would show.
+    # The slots of the template are read back from the finished text, so a swapped operand would
+    # show.
     for problem in split[1]:
         pattern = re.escape(problem.template)
         for slot in ("a", "b", "c"):

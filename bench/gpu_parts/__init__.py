@@ -1,1 +1,3 @@
-"""The parts of bench/gpu_suite.py. Each runs in a process of its own: ``work(run)`` with a `report.Run`."""
+"""The parts of bench/gpu_suite.py. Each runs in a process of its own: ``work(run)`` with a
+`report.Run`.
+"""

@@ -1,7 +1,7 @@
 """bitmap_to_indices alone: two matrices whose bracket, 2 % about the k-th magnitude, holds it.
 
-Bytes of the floor, a matrix: bitmap copied and read (3 m n / 8), candidates read (8 each), list written (4 k). Checked: all results
-equal the reference's.
+Bytes of the floor, a matrix: bitmap copied and read (3 m n / 8), candidates read (8 each), list
+written (4 k). Checked: all results equal the reference's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from .report import Run
 
 
 def arguments(magnitude: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, int, int]:
-    """What a pass over non-negative ``magnitude`` (m, n) hands over for the k largest, twice: bits, candidates, counts, n, k."""
+    """What a pass over non-negative ``magnitude`` (m, n) hands over for the k largest, twice: bits,
+    candidates, counts, n, k.
+    """
     m, n = magnitude.shape
     threshold = magnitude.view(-1).topk(k).values[-1]
     above = magnitude > threshold * 1.02
@@ -35,7 +37,8 @@ def work(run: Run) -> None:
     m, n = model.layer[-1]
     k, generator = round(DENSITY * m * n), torch.Generator(run.device).manual_seed(0)
     given = [
-        arguments(torch.randn(m, n, generator=generator, device=run.device).abs_(), k) for _ in range(run.sets(3.0 * m * n / 4))
+        arguments(torch.randn(m, n, generator=generator, device=run.device).abs_(), k)
+        for _ in range(run.sets(3.0 * m * n / 4))
     ]
     expected = ops.bitmap_to_indices(*given[0], backend="reference")
     moved = 2.0 * (3 * m * n / 8 + 8 * given[0][1].shape[1] + 4 * k)
@@ -46,5 +49,15 @@ def work(run: Run) -> None:
             return "" if all(map(torch.equal, found, expected)) else "results differ from the reference"
 
         calls = [partial(ops.bitmap_to_indices, *each, backend=backend) for each in given]
-        run.time(f"bitmap_to_indices, {backend}", calls, problem=run.problem(problem), moved=moved, waits=run.dry, backend=backend,
-                 op="bitmap_to_indices", model=model.name, dtype="int32", shape=f"2 of {m} x {n}, k = {k}")  # fmt: skip
+        run.time(
+            f"bitmap_to_indices, {backend}",
+            calls,
+            problem=run.problem(problem),
+            moved=moved,
+            waits=run.dry,
+            backend=backend,
+            op="bitmap_to_indices",
+            model=model.name,
+            dtype="int32",
+            shape=f"2 of {m} x {n}, k = {k}",
+        )

@@ -1,4 +1,6 @@
-"""What comes before the timings: the extension built for this card, the tests marked ``gpu``, compute-sanitizer on the CUDA ops."""
+"""What comes before the timings: the extension built for this card, the tests marked ``gpu``,
+compute-sanitizer on the CUDA ops.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +27,21 @@ MARGIN_S = 10.0
 
 
 def child(arguments: Sequence[str], folder: Path = ROOT, **environment: str) -> tuple[subprocess.Popen, Path]:
-    """A process and the file that takes its output. It belongs to the stage's group, which is killed as a whole."""
+    """A process and the file that takes its output. It belongs to the stage's group, which is
+    killed as a whole.
+    """
     handle, name = tempfile.mkstemp(suffix=".log")
-    process = subprocess.Popen(arguments, cwd=folder, env=os.environ | environment, stdout=handle, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        arguments, cwd=folder, env=os.environ | environment, stdout=handle, stderr=subprocess.STDOUT
+    )
     os.close(handle)
     return process, Path(name)
 
 
 def finish(process: subprocess.Popen, log: Path, seconds: float) -> tuple[str, bool]:
-    """Output of a process after at most ``seconds``, which may be infinite, and whether it had to be killed."""
+    """Output of a process after at most ``seconds``, which may be infinite, and whether it had to
+    be killed.
+    """
     try:
         process.wait(None if seconds == math.inf else max(0.1, seconds))
         killed = False
@@ -51,7 +59,9 @@ def last_line(output: str) -> str:
 
 
 def build(run: Run) -> None:
-    """The extension, in place, for this card's architecture alone. A machine without nvcc gets the CPU ops, and a row says so."""
+    """The extension, in place, for this card's architecture alone. A machine without nvcc gets the
+    CPU ops, and a row says so.
+    """
     run.note_environment()
     if shutil.which("nvidia-smi"):
         print(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout, flush=True)
@@ -65,7 +75,9 @@ def build(run: Run) -> None:
     output, killed = finish(process, log, run.left() - MARGIN_S)
     print(output[-6000:], flush=True)
     if process.returncode != 0:
-        run.add(f"extension for sm_{arch}", status="killed, it took too long" if killed else f"failed: {last_line(output)}")
+        run.add(
+            f"extension for sm_{arch}", status="killed, it took too long" if killed else f"failed: {last_line(output)}"
+        )
         return
     from lift_kernels import dispatch
 
@@ -75,13 +87,28 @@ def build(run: Run) -> None:
 
 
 def tests(run: Run) -> None:
-    """The ``gpu`` tests in several processes, each every n-th test; one row a file with a failure, one for all."""
+    """The ``gpu`` tests in several processes, each every n-th test; one row a file with a failure,
+    one for all.
+    """
     shards = 1 if run.dry else max(1, min(14, (os.cpu_count() or 2) - 2))
     mode = ["--collect-only", "python_tests/test_packed_ops.py"] if run.dry else ["python_tests"]
-    # A package is imported only when its plugin is; what is installed here beside pytest is not ours to load.
+    # A package is imported only when its plugin is; what is installed here beside pytest is not
+    # ours to load.
     path = os.pathsep.join(filter(None, [str(BENCH), os.environ.get("PYTHONPATH")]))
     environment = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--tb=short", "-p", "gpu_parts.shard", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "--tb=short",
+        "-p",
+        "gpu_parts.shard",
+        "-p",
+        "no:cacheprovider",
+    ]
     command.append("--continue-on-collection-errors")  # one file must not take all others along
     children = [child([*command, *mode], LIFT_SHARD=f"{i}/{shards}", **environment) for i in range(shards)]
     done, red, late = Counter(), Counter(), 0
@@ -92,15 +119,24 @@ def tests(run: Run) -> None:
         if process.returncode not in (0, 1) and not killed:
             red[f"(pytest ended with {process.returncode}) {last_line(output)}"] += 1
         red.update(re.findall(r"^(?:FAILED|ERROR) python_tests/(\w+\.py)", output, re.MULTILINE))
-        done.update({word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error|deselected)", last_line(output))})
+        done.update(
+            {
+                word: int(n)
+                for n, word in re.findall(r"(\d+) (passed|failed|skipped|error|deselected)", last_line(output))
+            }
+        )
         done["collected"] += sum(int(n) for n in re.findall(r"(\d+)/\d+ tests collected", output))
     for file, count in red.items():
         run.add(file, status=f"failed: {count} tests", correct="no")
     status = f"killed, it took too long: {late} of {shards} processes" if late else "failed" if red else "ok"
     if done["passed"] == 0 and not run.dry and status == "ok":
         status = "failed: no test ran"
-    run.add("gpu tests", status=status, correct="" if run.dry else "no" if red or late else "yes",
-            shape=", ".join(f"{n} {word}" for word, n in done.items() if n))  # fmt: skip
+    run.add(
+        "gpu tests",
+        status=status,
+        correct="" if run.dry else "no" if red or late else "yes",
+        shape=", ".join(f"{n} {word}" for word, n in done.items() if n),
+    )
 
 
 def sanitizer_path() -> str | None:
@@ -112,7 +148,9 @@ def sanitizer_path() -> str | None:
 
 
 def sanitizer(run: Run) -> None:
-    """memcheck and racecheck, side by side, on every case of `cuda_ops`, which also compares results with the reference."""
+    """memcheck and racecheck, side by side, on every case of `cuda_ops`, which also compares
+    results with the reference.
+    """
     driver = [sys.executable, "-m", "gpu_parts.cuda_ops", run.device]
     if run.dry:
         output, _ = finish(*child(driver, BENCH), run.left())
@@ -122,11 +160,17 @@ def sanitizer(run: Run) -> None:
         return
     tool = sanitizer_path()
     if tool is None:
-        run.add("compute-sanitizer", status="missing: neither in CUDA_HOME/bin nor on PATH; it is part of the CUDA toolkit")
+        run.add(
+            "compute-sanitizer", status="missing: neither in CUDA_HOME/bin nor on PATH; it is part of the CUDA toolkit"
+        )
         return
-    # Each tensor gets memory of its own, or an access beyond it would land in the allocator's block and go unseen.
+    # Each tensor gets memory of its own, or an access beyond it would land in the allocator's block
+    # and go unseen.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    tools = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}  # torch asks for symbols that a driver may lack
+    tools = {
+        "memcheck": ["--report-api-errors", "no"],
+        "racecheck": [],
+    }  # torch asks for symbols that a driver may lack
     children = {
         name: child([tool, "--tool", name, *options, "--error-exitcode", "9", *driver], BENCH, **environment)
         for name, options in tools.items()
@@ -137,9 +181,15 @@ def sanitizer(run: Run) -> None:
         said = re.findall(r"=+ ((?:ERROR|RACECHECK) SUMMARY: .+)", output)
         right = output.count(": right")
         clean = process.returncode == 0 and right == cases()
-        status = "killed, it took too long" if killed else "ok" if clean else f"failed: {(said or [last_line(output)])[-1]}"
-        run.add(f"compute-sanitizer {name}", status=status, correct="yes" if status == "ok" else "no",
-                shape=f"{right} of {cases()} ops right; {(said or [''])[-1]}")  # fmt: skip
+        status = (
+            "killed, it took too long" if killed else "ok" if clean else f"failed: {(said or [last_line(output)])[-1]}"
+        )
+        run.add(
+            f"compute-sanitizer {name}",
+            status=status,
+            correct="yes" if status == "ok" else "no",
+            shape=f"{right} of {cases()} ops right; {(said or [''])[-1]}",
+        )
 
 
 def cases() -> int:

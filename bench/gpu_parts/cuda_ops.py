@@ -1,9 +1,11 @@
 """Every native CUDA op once at small, awkward sizes, for compute-sanitizer.
 
-    compute-sanitizer --tool memcheck python -m gpu_parts.cuda_ops cuda     (in bench/; without a card: cpu)
+    compute-sanitizer --tool memcheck python -m gpu_parts.cuda_ops cuda     (in bench/; without a
+    card: cpu)
 
-Tensors are made on the CPU and compared there, so that on the card little else runs than the ops and copies. Joining an op is one
-line of `CASES`: its name and a function of the device that returns what is wrong, or an empty string.
+Tensors are made on the CPU and compared there, so that on the card little else runs than the ops
+and copies. Joining an op is one line of `CASES`: its name and a function of the device that returns
+what is wrong, or an empty string.
 """
 
 from __future__ import annotations
@@ -48,7 +50,11 @@ def differs(got: Tensor, right: Tensor, label: str) -> str:
 def far(got: Tensor, right: Tensor, tolerance: float, label: str) -> str:
     """Results that may differ by rounding, relative to the largest entry."""
     error, largest = float((got.cpu().double() - right.double()).abs().max()), float(right.abs().max())
-    return "" if error <= tolerance * max(largest, 1e-30) else f"{label}: off by {error:.3g}, the largest entry is {largest:.3g}"
+    return (
+        ""
+        if error <= tolerance * max(largest, 1e-30)
+        else f"{label}: off by {error:.3g}, the largest entry is {largest:.3g}"
+    )
 
 
 def packed_gather(device: str) -> str:
@@ -125,7 +131,9 @@ def chebyshev_step(device: str) -> str:
             for where, name in ((device, helper(device)), ("cpu", "reference")):
                 product, block, previous = (normal(*shape, seed=seed).to(where) for seed in (1, 2, 3))
                 edge = torch.full((shape[0],), 2.0, device=where)
-                raised, status = mask_ops.chebyshev_step_(product, block, previous if again else None, edge, backend=name)
+                raised, status = mask_ops.chebyshev_step_(
+                    product, block, previous if again else None, edge, backend=name
+                )
                 results.append((raised, block, status))
             for got, right in zip(*results):
                 if problem := far(got, right, 1e-3, f"blocks {shape}{', with a previous one' if again else ''}"):
@@ -137,7 +145,9 @@ def bitmap_to_indices(device: str) -> str:
     for m, n in ((1, 33), (40, 70), (300, 257)):
         for k in (1, m * n // 20 + 1, m * n // 2):
             given = bitmaps.arguments(normal(m, n).abs_(), k)
-            got = ops.bitmap_to_indices(*(x.to(device) if isinstance(x, Tensor) else x for x in given), backend=helper(device))
+            got = ops.bitmap_to_indices(
+                *(x.to(device) if isinstance(x, Tensor) else x for x in given), backend=helper(device)
+            )
             right = ops.bitmap_to_indices(*given, backend="reference")
             for found, expected in zip(got, right):
                 if problem := differs(found, expected, f"{k} of {m} x {n}"):

@@ -1,12 +1,14 @@
-"""The small factorizations of a refresh: torch's eigenproblems, and our helpers against torch's ways, at the widths of rank 128.
+"""The small factorizations of a refresh: torch's eigenproblems, and our helpers against torch's
+ways, at the widths of rank 128.
 
-- torch.linalg.eigh alone: ``eigh_cost`` is what one costs in FLOPs of a TF32 product a third power of the side; such a number is
-  assumed for CUDA in `lift_kernels.lowrank`.
+- torch.linalg.eigh alone: ``eigh_cost`` is what one costs in FLOPs of a TF32 product a third power
+  of the side; such a number is assumed for CUDA in `lift_kernels.lowrank`.
 - `gaussian_sketch` against torch.randn: bytes written. Checked against the reference, 1e-5.
-- `cholesky_qr_` and `chebyshev_step_` against torch.linalg.qr and the reference (Cholesky of the scaled Gram matrix and a
-  triangular solve): 2 n l^2 FLOPs at the fp32 rate (Gram matrix and product with R^-1, a triangle each; one such product more with
-  a second block), or the blocks read twice and written once (the step reads three and writes two). Checked: the columns are
-  orthonormal and equal the reference's, 1e-3.
+- `cholesky_qr_` and `chebyshev_step_` against torch.linalg.qr and the reference (Cholesky of the
+  scaled Gram matrix and a triangular solve): 2 n l^2 FLOPs at the fp32 rate (Gram matrix and
+  product with R^-1, a triangle each; one such product more with a second block), or the blocks read
+  twice and written once (the step reads three and writes two). Checked: the columns are orthonormal
+  and equal the reference's, 1e-3.
 
 Blocks of 32 matrices, 134 MB, are larger than the L2 cache.
 """
@@ -29,8 +31,16 @@ def eigenproblems(run: Run) -> None:
         factor = torch.randn(batch, side, 2 * side, generator=generator, device=run.device)
         gram = factor @ factor.mT
         rate, work = run.rates.get("tf32", float("nan")), batch * side**3
-        run.time("torch.linalg.eigh", partial(torch.linalg.eigh, gram), op="eigh", dtype="fp32", waits=True, repeats=5,
-                 shape=f"{batch} of {side} x {side}", derived={"eigh_cost": lambda s, r=rate, w=work: s * r / w})  # fmt: skip
+        run.time(
+            "torch.linalg.eigh",
+            partial(torch.linalg.eigh, gram),
+            op="eigh",
+            dtype="fp32",
+            waits=True,
+            repeats=5,
+            shape=f"{batch} of {side} x {side}",
+            derived={"eigh_cost": lambda s, r=rate, w=work: s * r / w},
+        )
 
 
 def far(got: Tensor, right: Tensor, tolerance: float) -> str:
@@ -51,14 +61,26 @@ def helpers(run: Run) -> None:
     baseline = run.time("torch.randn", partial(torch.randn, shape, device=run.device), op="gaussian_sketch_", **labels)
     problem = run.problem(lambda: far(sketch(), sketch(backend="reference"), 1e-5))
     against = None if baseline is None else ("torch.randn", baseline)
-    run.time("gaussian_sketch", sketch, problem=problem, moved=4.0 * batch * rows * width, op="gaussian_sketch_", against=against,
-             backend=default(run, "gaussian_sketch_"), **labels)  # fmt: skip
+    run.time(
+        "gaussian_sketch",
+        sketch,
+        problem=problem,
+        moved=4.0 * batch * rows * width,
+        op="gaussian_sketch_",
+        against=against,
+        backend=default(run, "gaussian_sketch_"),
+        **labels,
+    )
 
     start = sketch(backend="reference")
-    product, previous = (mask_ops.gaussian_sketch(*shape, seed=seed, device=run.device, backend="reference") for seed in (2, 3))
+    product, previous = (
+        mask_ops.gaussian_sketch(*shape, seed=seed, device=run.device, backend="reference") for seed in (2, 3)
+    )
     edge = torch.full((batch,), 2.0, device=run.device)
     flops, block_bytes = 2.0 * batch * rows * width**2, 4.0 * batch * rows * width
-    qr = run.time("torch.linalg.qr", partial(torch.linalg.qr, start), op="cholesky_qr_", waits=True, repeats=3, **labels)
+    qr = run.time(
+        "torch.linalg.qr", partial(torch.linalg.qr, start), op="cholesky_qr_", waits=True, repeats=3, **labels
+    )
 
     def orthonormal(backend: str | None) -> Tensor:
         block = start.clone()
@@ -84,12 +106,31 @@ def helpers(run: Run) -> None:
         against = None if qr is None else ("torch.linalg.qr", qr)
         problem = run.problem(lambda b=backend: qr_problem(b))
         qr_call = partial(mask_ops.cholesky_qr_, start.clone(), backend=backend)
-        run.time(f"cholesky_qr_, {backend}", qr_call, problem=problem, flops=flops, rate="fp32", moved=3 * block_bytes,
-                 against=against, op="cholesky_qr_", backend=backend, **labels)  # fmt: skip
+        run.time(
+            f"cholesky_qr_, {backend}",
+            qr_call,
+            problem=problem,
+            flops=flops,
+            rate="fp32",
+            moved=3 * block_bytes,
+            against=against,
+            op="cholesky_qr_",
+            backend=backend,
+            **labels,
+        )
         problem = run.problem(lambda b=backend: step_problem(b))
         step = partial(mask_ops.chebyshev_step_, product, start.clone(), previous, edge, backend=backend)
-        run.time(f"chebyshev_step_, {backend}", step, problem=problem, flops=1.5 * flops, rate="fp32", moved=8 * block_bytes,
-                 op="chebyshev_step_", backend=backend, **labels)  # fmt: skip
+        run.time(
+            f"chebyshev_step_, {backend}",
+            step,
+            problem=problem,
+            flops=1.5 * flops,
+            rate="fp32",
+            moved=8 * block_bytes,
+            op="chebyshev_step_",
+            backend=backend,
+            **labels,
+        )
 
 
 def default(run: Run, op: str) -> str:

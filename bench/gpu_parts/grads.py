@@ -1,12 +1,15 @@
-"""Weight gradients of a layer's matrices: as ops, and in a backward pass, dense beside packed in both ways.
+"""Weight gradients of a layer's matrices: as ops, and in a backward pass, dense beside packed in
+both ways.
 
-As ops (`packed_weight_grad`): torch's dense products alone, the product into one shared buffer and a gather (the default), and the
-fused product. Bytes of the floor: factors read, results written; FLOPs: 2 tokens m n a matrix. In a backward pass, input gradients
-included: plain linear layers, LiftLinear (``values.grad``) and a hook (``p.lift_grad``); FLOPs twice as many; ``kept_mb``: what
+As ops (`packed_weight_grad`): torch's dense products alone, the product into one shared buffer and
+a gather (the default), and the fused product. Bytes of the floor: factors read, results written;
+FLOPs: 2 tokens m n a matrix. In a backward pass, input gradients included: plain linear layers,
+LiftLinear (``values.grad``) and a hook (``p.lift_grad``); FLOPs twice as many; ``kept_mb``: what
 the pass leaves behind beside the input gradients, ``peak_mb``: the most that it allocates at once.
 
-Checked against fp32 products: no entry may be off by more than twice the largest error of torch's own dense product. One call
-reads and writes several hundred megabytes, so inputs need not take turns.
+Checked against fp32 products: no entry may be off by more than twice the largest error of torch's
+own dense product. One call reads and writes several hundred megabytes, so inputs need not take
+turns.
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ from .report import Call, Run
 
 
 class Problem:
-    """Factors of one layer's weight gradients, its masks, the true entries and the largest error of torch's own products."""
+    """Factors of one layer's weight gradients, its masks, the true entries and the largest error of
+    torch's own products.
+    """
 
     def __init__(self, run: Run, model: Model, tokens: int):
         self.model, self.tokens = model, tokens
@@ -68,12 +73,21 @@ def as_ops(run: Run, given: Problem) -> None:
         def packed(way=way) -> list[Tensor]:
             return [ops.packed_weight_grad(*pair, index, **way) for pair, index in zip(given.factors, given.lists)]
 
-        run.time(name, packed, problem=run.problem(lambda packed=packed: given.wrong(packed())), against=against,
-                 moved=given.read + 4.0 * given.entries, flops=given.flops, **labels)  # fmt: skip
+        run.time(
+            name,
+            packed,
+            problem=run.problem(lambda packed=packed: given.wrong(packed())),
+            against=against,
+            moved=given.read + 4.0 * given.entries,
+            flops=given.flops,
+            **labels,
+        )
 
 
 class Held(nn.Module):
-    """A linear layer in all but its class, as stacked experts are: packed layers cannot stand in for it, a hook can."""
+    """A linear layer in all but its class, as stacked experts are: packed layers cannot stand in
+    for it, a hook can.
+    """
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -124,7 +138,9 @@ class Backward:
         return [layer.weight.lift_grad if isinstance(layer, Held) else layer.values.grad for layer in self.layers]
 
     def memory(self, run: Run) -> dict:
-        """Megabytes that a pass leaves behind, input gradients left out, and the most it allocates at once."""
+        """Megabytes that a pass leaves behind, input gradients left out, and the most it allocates
+        at once.
+        """
         if run.dry:
             return {}
         call = self.ready()
@@ -151,7 +167,9 @@ def in_backward(run: Run, given: Problem) -> None:
             problem = run.problem(lambda b=backward: given.wrong(b.packed()))
         if not problem:
             memory = backward.memory(run)
-        taken = run.time(name, ready=backward.ready, problem=problem, against=against, flops=2 * given.flops, **labels, **memory)
+        taken = run.time(
+            name, ready=backward.ready, problem=problem, against=against, flops=2 * given.flops, **labels, **memory
+        )
         against = (name, taken) if make is plain and taken is not None else against
         del backward, layers
         run.free()

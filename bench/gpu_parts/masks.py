@@ -1,14 +1,18 @@
-"""Masks: the selection against torch.topk, and refreshes of all matrices, cold and warm, with what eigenproblems take of them.
+"""Masks: the selection against torch.topk, and refreshes of all matrices, cold and warm, with what
+eigenproblems take of them.
 
-Selection (`lowrank_topk`). Floor: FLOPs of the product of the factors at the TF32 rate; bytes: factors read, bitmap written and
-read, list written. torch's ways: topk of a |W_r| that lies in memory, and of one that is formed first. Checked: k distinct sorted
-positions, none smaller in fp64 than any that was left out (1e-4), and the threshold is the smallest of them. Factors take turns.
+Selection (`lowrank_topk`). Floor: FLOPs of the product of the factors at the TF32 rate; bytes:
+factors read, bitmap written and read, list written. torch's ways: topk of a |W_r| that lies in
+memory, and of one that is formed first. Checked: k distinct sorted positions, none smaller in fp64
+than any that was left out (1e-4), and the threshold is the smallest of them. Factors take turns.
 
-Refresh (`principal_masks`, Chebyshev iteration, r = 128, weights with a slowly decaying spectrum). Floor: 2 m n l FLOPs a pass and
-2 m n r for the selection at the TF32 rate, or one read of the weights a pass. ``eigh_share`` and ``orth_share``: the time between
-events around torch.linalg.eigh, and around the ops that orthonormalize, over that of the refreshes. Checked: overlap of the
-first matrix's mask with the reference's exact one above 0.9. Refreshes wait for the card, and touch gigabytes: they are timed from
-one synchronization to the next. One layer comes first; its time says how many layers fit into the stage's budget.
+Refresh (`principal_masks`, Chebyshev iteration, r = 128, weights with a slowly decaying spectrum).
+Floor: 2 m n l FLOPs a pass and 2 m n r for the selection at the TF32 rate, or one read of the
+weights a pass. ``eigh_share`` and ``orth_share``: the time between events around torch.linalg.eigh,
+and around the ops that orthonormalize, over that of the refreshes. Checked: overlap of the first
+matrix's mask with the reference's exact one above 0.9. Refreshes wait for the card, and touch
+gigabytes: they are timed from one synchronization to the next. One layer comes first; its time says
+how many layers fit into the stage's budget.
 """
 
 from __future__ import annotations
@@ -47,7 +51,11 @@ def selection_problem(left: Tensor, right: Tensor, k: int, found: tuple[Tensor, 
     high = float(magnitude.max())
     if not low >= high * (1 - 1e-4):
         return f"an entry of {low:.5g} was chosen, one of {high:.5g} was not"
-    return "" if abs(threshold - low) <= 1e-4 * low else f"the threshold is {threshold:.5g}, the smallest chosen entry {low:.5g}"
+    return (
+        ""
+        if abs(threshold - low) <= 1e-4 * low
+        else f"the threshold is {threshold:.5g}, the smallest chosen entry {low:.5g}"
+    )
 
 
 def selection(run: Run) -> None:
@@ -56,8 +64,15 @@ def selection(run: Run) -> None:
         (m, n), rank = model.layer[-1], rank_of(model)
         k, generator = round(DENSITY * m * n), torch.Generator(run.device).manual_seed(0)
         count = run.sets(4.0 * (m + n) * rank)
-        factors = [[torch.randn(side, rank, generator=generator, device=run.device) for side in (m, n)] for _ in range(count)]
-        labels = {"op": "lowrank_topk", "model": model.name, "dtype": "fp32", "shape": f"{m} x {n}, r = {rank}, k = {k}"}
+        factors = [
+            [torch.randn(side, rank, generator=generator, device=run.device) for side in (m, n)] for _ in range(count)
+        ]
+        labels = {
+            "op": "lowrank_topk",
+            "model": model.name,
+            "dtype": "fp32",
+            "shape": f"{m} x {n}, r = {rank}, k = {k}",
+        }
         work = {"flops": 2.0 * m * n * rank, "rate": "tf32", "moved": 4.0 * (m + n) * rank + m * n / 4 + 4.0 * k}
 
         def formed(left: Tensor, right: Tensor, k=k) -> Tensor:
@@ -72,7 +87,8 @@ def selection(run: Run) -> None:
         ways: dict[str, list] = {"drawn bracket": [partial(ops.lowrank_topk, *pair, k) for pair in factors]}
         thresholds = [ops.lowrank_topk(*pair, k)[1] for pair in factors]
         ways["known bracket"] = [
-            partial(ops.lowrank_topk, *pair, k, bracket=torch.stack([t * 0.98, t * 1.02])) for pair, t in zip(factors, thresholds)
+            partial(ops.lowrank_topk, *pair, k, bracket=torch.stack([t * 0.98, t * 1.02]))
+            for pair, t in zip(factors, thresholds)
         ]
         for name, calls in ways.items():
             problem = run.problem(lambda call=calls[0], pair=factors[0], k=k: selection_problem(*pair, k, call()))
@@ -89,8 +105,12 @@ def slow_spectrum(m: int, n: int, rank: int, generator: torch.Generator) -> Tens
     return noise.add_((u * decay) @ v.T, alpha=0.1 / min(m, n) ** 0.5).to(BF16)
 
 
-SPANS = [(torch.linalg, "eigh", "eigh_share"), (torch.linalg, "qr", "orth_share"), (mask_ops, "cholesky_qr_", "orth_share"),
-         (mask_ops, "chebyshev_step_", "orth_share")]  # fmt: skip
+SPANS = [
+    (torch.linalg, "eigh", "eigh_share"),
+    (torch.linalg, "qr", "orth_share"),
+    (mask_ops, "cholesky_qr_", "orth_share"),
+    (mask_ops, "chebyshev_step_", "orth_share"),
+]
 
 
 @contextmanager
@@ -125,7 +145,9 @@ def spans(run: Run) -> Iterator[dict[str, list]]:
 
 
 def refreshed(run: Run, requests: list[MaskRequest], repeats: int) -> tuple[list[Mask], list[float], dict[str, float]]:
-    """Masks, the seconds of each of ``repeats`` refreshes, and what eigenproblems and orthonormalization took of all."""
+    """Masks, the seconds of each of ``repeats`` refreshes, and what eigenproblems and
+    orthonormalization took of all.
+    """
     taken = []
     with spans(run) as found:
         for _ in range(repeats):
@@ -136,7 +158,10 @@ def refreshed(run: Run, requests: list[MaskRequest], repeats: int) -> tuple[list
             if not run.dry:
                 torch.cuda.synchronize()
             taken.append(time.perf_counter() - start)
-    inside = {column: sum((b - a) if run.dry else a.elapsed_time(b) / 1e3 for a, b in pairs) for column, pairs in found.items()}
+    inside = {
+        column: sum((b - a) if run.dry else a.elapsed_time(b) / 1e3 for a, b in pairs)
+        for column, pairs in found.items()
+    }
     return masks, taken, {column: round(seconds / sum(taken), 4) for column, seconds in inside.items()}
 
 
@@ -148,20 +173,32 @@ def overlap_problem(mask: Mask, exact: Tensor) -> str:
 
 
 def refresh_rows(run: Run, model: Model, weights: list[Tensor], exact: Tensor, repeats: int) -> float:
-    """Rows of a cold and a warm refresh; the seconds of one of each together. ``exact``: the first mask."""
+    """Rows of a cold and a warm refresh; the seconds of one of each together. ``exact``: the first
+    mask.
+    """
     rank, layers, total = rank_of(model), len(weights) // len(model.layer), 0.0
     requests = [MaskRequest(w, rank, round(DENSITY * w.numel())) for w in weights]
     for name in ("cold", "warm"):
         masks, taken, labels = refreshed(run, requests, repeats)
         problem = run.problem(lambda masks=masks: overlap_problem(masks[0], exact))
-        labels |= {"passes": round(sum(m.passes for m in masks) / len(masks), 2), "settled": sum(m.settled for m in masks)}
+        labels |= {
+            "passes": round(sum(m.passes for m in masks) / len(masks), 2),
+            "settled": sum(m.settled for m in masks),
+        }
         run.time(
-            f"{name}, {'one layer' if layers == 1 else 'all matrices' if layers == model.layers else f'{layers} layers'}",
-            measured=taken, problem=problem, rate="tf32", op="principal_masks", model=model.name, dtype="bf16",
+            f"{name}, "
+            f"{'one layer' if layers == 1 else 'all matrices' if layers == model.layers else f'{layers} layers'}",
+            measured=taken,
+            problem=problem,
+            rate="tf32",
+            op="principal_masks",
+            model=model.name,
+            dtype="bf16",
             flops=sum(2.0 * w.numel() * (m.passes * block_width(w.shape, rank) + rank) for w, m in zip(weights, masks)),
-            moved=float(sum(m.passes * w.nbytes for w, m in zip(weights, masks))), shape=f"{len(weights)} matrices, r = {rank}",
+            moved=float(sum(m.passes * w.nbytes for w, m in zip(weights, masks))),
+            shape=f"{len(weights)} matrices, r = {rank}",
             **labels,
-        )  # fmt: skip
+        )
         total += min(taken)
         requests = [replace(r, basis=mask.basis, threshold=mask.threshold) for r, mask in zip(requests, masks)]
     return total
@@ -173,7 +210,9 @@ def refresh(run: Run) -> None:
     weights = [slow_spectrum(m, n, rank, generator) for m, n in model.layer]
     first = MaskRequest(weights[0], rank, round(DENSITY * weights[0].numel()))
     exact = principal_masks([first], method="gram", backend="reference")[0].indices
-    principal_masks([replace(first, weight=w, k=round(DENSITY * w.numel())) for w in weights], method="chebyshev")  # compiles
+    principal_masks(
+        [replace(first, weight=w, k=round(DENSITY * w.numel())) for w in weights], method="chebyshev"
+    )  # compiles
     one = refresh_rows(run, model, weights, exact, 3)
     layers = model.layers if run.dry else min(model.layers, int((run.left() - 8) / one))
     if layers > 1:
@@ -181,4 +220,9 @@ def refresh(run: Run) -> None:
         refresh_rows(run, model, weights, exact, 1)
     if layers < model.layers:
         expected = f"{model.layers * one:.0f} s were expected from one layer's {one:.2f} s"
-        run.add("all matrices", op="principal_masks", model=model.name, status=f"not run: {expected}, {run.left():.0f} s are left")
+        run.add(
+            "all matrices",
+            op="principal_masks",
+            model=model.name,
+            status=f"not run: {expected}, {run.left():.0f} s are left",
+        )

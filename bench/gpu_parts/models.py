@@ -23,7 +23,9 @@ class Model:
 
     def on(self, device: str) -> Model:
         """Itself on a card; on the CPU two layers, all sides 64 times smaller."""
-        return self if device != "cpu" else Model(f"{self.name} / 64", tuple((m // 64, n // 64) for m, n in self.layer), 2)
+        return (
+            self if device != "cpu" else Model(f"{self.name} / 64", tuple((m // 64, n // 64) for m, n in self.layer), 2)
+        )
 
     @property
     def layer_entries(self) -> int:

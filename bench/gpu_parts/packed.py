@@ -1,7 +1,9 @@
-"""packed_gather, packed_scatter_, packed_migrate on one matrix by each backend, and norms and migration over many matrices.
+"""packed_gather, packed_scatter_, packed_migrate on one matrix by each backend, and norms and
+migration over many matrices.
 
-Bytes of the floor: distinct sectors of the matrix (gather, dense norm: read; scatter: read and written), 4 an entry of each index
-list, and packed values read or written. Calls on one matrix take turns with tensors of their own.
+Bytes of the floor: distinct sectors of the matrix (gather, dense norm: read; scatter: read and
+written), 4 an entry of each index list, and packed values read or written. Calls on one matrix take
+turns with tensors of their own.
 """
 
 from __future__ import annotations
@@ -45,8 +47,11 @@ class Case:
     def moved(self, op: str) -> float:
         k, width = len(self.index), self.matrix.element_size()
         lines = Arena.of([self.index]).line_bytes(width)
-        return {"packed_gather": lines + k * (4 + width), "packed_scatter_": 2 * lines + k * (4 + width),
-                "packed_migrate": (k + len(self.new)) * (4 + width)}[op]  # fmt: skip
+        return {
+            "packed_gather": lines + k * (4 + width),
+            "packed_scatter_": 2 * lines + k * (4 + width),
+            "packed_migrate": (k + len(self.new)) * (4 + width),
+        }[op]
 
 
 def backends(run: Run) -> list[str]:
@@ -78,8 +83,17 @@ def one_matrix(run: Run) -> None:
             for backend in usable:
                 problem = run.problem(lambda op=op, b=backend, c=cases[0]: problem_of(c, op, b))
                 calls = [partial(getattr(case, op), backend) for case in cases]
-                taken = run.time(f"{op}, {backend}", calls, problem=problem, moved=cases[0].moved(op), against=against, op=op,
-                                 backend=backend, dtype=dtype_name(dtype), shape=f"{m} x {n}")  # fmt: skip
+                taken = run.time(
+                    f"{op}, {backend}",
+                    calls,
+                    problem=problem,
+                    moved=cases[0].moved(op),
+                    against=against,
+                    op=op,
+                    backend=backend,
+                    dtype=dtype_name(dtype),
+                    shape=f"{m} x {n}",
+                )
                 if backend == "reference" and taken is not None:
                     against = (f"{op}, reference", taken)
         del cases
@@ -87,7 +101,9 @@ def one_matrix(run: Run) -> None:
 
 
 def norms(run: Run) -> None:
-    """packed_l2_norm over packed fp32 gradients of the whole model and over dense bf16 ones of a layer."""
+    """packed_l2_norm over packed fp32 gradients of the whole model and over dense bf16 ones of a
+    layer.
+    """
     model = LLAMA_2_7B.on(run.device)
     for packed, layers in ((True, model.layers), (False, 1)):
         arena = model.arena(run.device, layers)
@@ -99,16 +115,28 @@ def norms(run: Run) -> None:
             moved = arena.line_bytes(2) + 4.0 * arena.entries
 
         def norm(backend: str | None = None, grads=grads, arena=arena, packed=packed) -> Tensor:
-            return ops.packed_l2_norm(grads, arena.indices, arena.offsets, arena.counts, packed_grads=packed, backend=backend)
+            return ops.packed_l2_norm(
+                grads, arena.indices, arena.offsets, arena.counts, packed_grads=packed, backend=backend
+            )
 
         problem = run.problem(lambda norm=norm: bench_util.difference([norm("reference")], [norm()]))
         dtype = dtype_name(grads[0].dtype)
-        run.time(f"{'packed' if packed else 'dense'} {dtype} gradients", norm, problem=problem, moved=moved, op="packed_l2_norm",
-                 model=model.name, dtype=dtype, shape=f"{len(grads)} matrices")  # fmt: skip
+        run.time(
+            f"{'packed' if packed else 'dense'} {dtype} gradients",
+            norm,
+            problem=problem,
+            moved=moved,
+            op="packed_l2_norm",
+            model=model.name,
+            dtype=dtype,
+            shape=f"{len(grads)} matrices",
+        )
 
 
 def migrations(run: Run) -> None:
-    """One fp32 moment of every matrix carried over to lists that share 95 %, matrix by matrix as a refresh does."""
+    """One fp32 moment of every matrix carried over to lists that share 95 %, matrix by matrix as a
+    refresh does.
+    """
     model = LLAMA_2_7B.on(run.device)
     old = model.masks(run.device)
     new = [neighbour(index, m * n) for index, (m, n) in zip(old, model.layer * model.layers)]
@@ -118,8 +146,16 @@ def migrations(run: Run) -> None:
         return [ops.packed_migrate(*lists, backend=backend) for lists in zip(values, old, new)]
 
     problem = run.problem(lambda: bench_util.difference(migrate("reference"), migrate()))
-    run.time("a moment of all matrices, 95 % stay", migrate, problem=problem, moved=8.0 * sum(map(len, old + new)),
-             op="packed_migrate", model=model.name, dtype="fp32", shape=f"{len(old)} matrices")  # fmt: skip
+    run.time(
+        "a moment of all matrices, 95 % stay",
+        migrate,
+        problem=problem,
+        moved=8.0 * sum(map(len, old + new)),
+        op="packed_migrate",
+        model=model.name,
+        dtype="fp32",
+        shape=f"{len(old)} matrices",
+    )
 
 
 def work(run: Run) -> None:

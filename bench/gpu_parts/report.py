@@ -1,13 +1,16 @@
 """What the stages of the GPU suite share: timing by CUDA events, the machine's rates, rows.
 
-Timing on a card. Each repetition is preceded by a kernel that only waits (5 ms), so that the host has queued the whole call
-before the card reaches it; two events around the call then measure the card alone, and ``host_ms`` says what the call cost the
-host. Calls that wait for the card themselves (``waits``) go without it and are measured as they are. A call whose tensors would
-fit the L2 cache is given several times with different tensors (`Run.sets`), which take turns; the last results stay alive, so
-that results rotate too. All tensors are touched and all kernels are compiled before the first repetition that counts. Events are
-used and not graphs, because graphs would hide what the host costs and cannot hold the calls that wait.
+Timing on a card. Each repetition is preceded by a kernel that only waits (5 ms), so that the host
+has queued the whole call before the card reaches it; two events around the call then measure the
+card alone, and ``host_ms`` says what the call cost the host. Calls that wait for the card
+themselves (``waits``) go without it and are measured as they are. A call whose tensors would fit
+the L2 cache is given several times with different tensors (`Run.sets`), which take turns; the last
+results stay alive, so that results rotate too. All tensors are touched and all kernels are compiled
+before the first repetition that counts. Events are used and not graphs, because graphs would hide
+what the host costs and cannot hold the calls that wait.
 
-On the CPU (``--dry-run``) the clock is `time.perf_counter`; those figures try the suite out and say nothing else.
+On the CPU (``--dry-run``) the clock is `time.perf_counter`; those figures try the suite out and say
+nothing else.
 """
 
 from __future__ import annotations
@@ -47,7 +50,9 @@ class Run:
     rows: Path
     deadline: float  # on `time.monotonic`, which all processes share; infinite in the dry run
     repeats: int = 20
-    rates: dict[str, float] = field(default_factory=dict)  # "copy": bytes a second; "bf16", "tf32", "fp32": FLOP a second
+    rates: dict[str, float] = field(
+        default_factory=dict
+    )  # "copy": bytes a second; "bf16", "tf32", "fp32": FLOP a second
 
     @property
     def dry(self) -> bool:
@@ -85,14 +90,18 @@ class Run:
             torch.cuda.empty_cache()
 
     def sets(self, nbytes: float) -> int:
-        """How many copies of a call's tensors (``nbytes`` in all) take turns so that the L2 cache serves none of them."""
+        """How many copies of a call's tensors (``nbytes`` in all) take turns so that the L2 cache
+        serves none of them.
+        """
         if self.dry:
             return 2
         l2 = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", L2_BYTES) or L2_BYTES
         return max(1, min(64, -int(-3 * l2 // nbytes)))
 
     def measure(self, ready: Sequence[Callable[[], Call]], waits: bool, repeats: int) -> tuple[np.ndarray, np.ndarray]:
-        """Seconds of ``repeats`` calls on the device, and of the host in each. ``ready`` are called, untimed, for what is timed."""
+        """Seconds of ``repeats`` calls on the device, and of the host in each. ``ready`` are
+        called, untimed, for what is timed.
+        """
         kept: deque[object] = deque(maxlen=len(ready))
         if self.dry:
             taken = []
@@ -137,13 +146,16 @@ class Run:
         measured: Sequence[float] | None = None,
         **labels: object,
     ) -> float | None:
-        """Time a variant and write its row; returns its median in seconds, None where there is none.
+        """Time a variant and write its row; returns its median in seconds, None where there is
+        none.
 
         Args:
-            calls: what is timed, several calls in turns; or ``ready``, which makes the next call, untimed.
-            problem: what the check found; not empty: the variant is refused. None: not ours, nothing to check.
-            moved, flops: bytes that it must move and arithmetic that it must do. The floor is the longer of the two at the rates
-                of this run: the copy bandwidth, and ``rate``.
+            calls: what is timed, several calls in turns; or ``ready``, which makes the next call,
+                untimed.
+            problem: what the check found; not empty: the variant is refused. None: not ours,
+                nothing to check.
+            moved, flops: bytes that it must move and arithmetic that it must do. The floor is the
+                longer of the two at the rates of this run: the copy bandwidth, and ``rate``.
             against: name and median of the variant that ``ratio`` compares with.
             derived: further columns, made of the median.
             measured: seconds that the caller took itself, in place of ``calls``.
@@ -167,14 +179,18 @@ class Run:
             self.add(variant, **labels, correct=correct, status=f"failed: {one_line(error)}")
             return None
         median = float(np.median(taken))
-        row = {f"{name}_ms": 1e3 * float(np.quantile(taken, q)) for name, q in
-               (("median", 0.5), ("min", 0.0), ("q25", 0.25), ("q75", 0.75), ("max", 1.0))}  # fmt: skip
+        row = {
+            f"{name}_ms": 1e3 * float(np.quantile(taken, q))
+            for name, q in (("median", 0.5), ("min", 0.0), ("q25", 0.25), ("q75", 0.75), ("max", 1.0))
+        }
         row["host_ms"] = 1e3 * float(np.median(host))
         row |= {name: make(median) for name, make in derived.items()}
         if against is not None:
             row["ratio"], labels["baseline"] = against[1] / median, against[0]
         floors = {"bytes": (moved, "copy"), "flops": (flops, rate)}
-        known = {name: work / self.rates[of] for name, (work, of) in floors.items() if work is not None and of in self.rates}
+        known = {
+            name: work / self.rates[of] for name, (work, of) in floors.items() if work is not None and of in self.rates
+        }
         if known:
             labels["floor_of"] = max(known, key=lambda name: known[name])
             row["floor_ms"] = 1e3 * known[labels["floor_of"]]
@@ -206,5 +222,11 @@ def machine(run: Run) -> None:
         a.normal_()
         b.normal_()  # zeros and ones would draw less power, and clock higher, than a real product
         seconds = float(bench_util.timed(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), run.device, 10).min())
-        run.add(f"product, {name}", rate_name=name, rate=2.0 * side**3 / seconds, shape=f"{side} x {side} x {side}", correct="")
+        run.add(
+            f"product, {name}",
+            rate_name=name,
+            rate=2.0 * side**3 / seconds,
+            shape=f"{side} x {side} x {side}",
+            correct="",
+        )
     torch.backends.cuda.matmul.fp32_precision = "ieee"

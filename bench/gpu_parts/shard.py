@@ -1,4 +1,6 @@
-"""pytest plugin: every n-th of the collected tests from the i-th on, ``LIFT_SHARD=i/n``. Processes share the compiled kernels."""
+"""pytest plugin: every n-th of the collected tests from the i-th on, ``LIFT_SHARD=i/n``. Processes
+share the compiled kernels.
+"""
 
 from __future__ import annotations
 

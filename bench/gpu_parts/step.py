@@ -1,9 +1,11 @@
-"""The step over all matrices of a model in one launch, against torch.optim.AdamW(fused=True) on the same tensors.
+"""The step over all matrices of a model in one launch, against torch.optim.AdamW(fused=True) on the
+same tensors.
 
-Bytes of the floor: distinct 32-byte sectors of weights (read and written) and dense gradients (read) that selected entries lie
-on, and the packed streams, as in bench_sparse_adamw.py; dense: 7 times the weights' bytes. A step moves gigabytes, so the L2 cache
-serves none of it and inputs need not take turns. Checked: two steps of the whole launch, of which the last layer's matrices,
-moments and masters are compared with the reference's.
+Bytes of the floor: distinct 32-byte sectors of weights (read and written) and dense gradients
+(read) that selected entries lie on, and the packed streams, as in bench_sparse_adamw.py; dense: 7
+times the weights' bytes. A step moves gigabytes, so the L2 cache serves none of it and inputs need
+not take turns. Checked: two steps of the whole launch, of which the last layer's matrices, moments
+and masters are compared with the reference's.
 """
 
 from __future__ import annotations
@@ -22,12 +24,18 @@ FORMS = {
     "fp32 moments, no master": {},
     "bf16 moments, no master": {"moment": BF16},
 }
-BYTES_FP32 = 18  # a parameter in the fp32 comparison: weight, gradient, two dense moments, a share for ours and for the check
+BYTES_FP32 = (
+    18  # a parameter in the fp32 comparison: weight, gradient, two dense moments, a share for ours and for the check
+)
 
 
 def last_layer_problem(whole: Sparse, grads: list[Tensor], count: int, options: dict) -> str:
-    """What is wrong with the last ``count`` matrices after two steps of ``whole``, whose moments are zero; ``grads`` are dense."""
-    small = Sparse([w.clone() for w in whole.weights[-count:]], grads[-count:], Arena.of(whole.arena.lists()[-count:]), **options)
+    """What is wrong with the last ``count`` matrices after two steps of ``whole``, whose moments
+    are zero; ``grads`` are dense.
+    """
+    small = Sparse(
+        [w.clone() for w in whole.weights[-count:]], grads[-count:], Arena.of(whole.arena.lists()[-count:]), **options
+    )
     small.grads = whole.grads[-count:]
     for _ in range(2):
         small("reference")
@@ -45,8 +53,12 @@ def state_of(sparse: Sparse, count: int) -> list[Tensor]:
 def compare(run: Run, model: Model, dtype: torch.dtype, layers: int) -> None:
     """Rows of one dtype. The dense step comes first; its state is freed before ours is made."""
     weights, grads = (model.matrices(run.device, dtype, scale, layers) for scale in (0.02, 1e-3))
-    labels = {"op": "sparse_adamw_", "model": model.name, "dtype": dtype_name(dtype),
-              "shape": f"{len(weights)} matrices, {layers} of {model.layers} layers"}  # fmt: skip
+    labels = {
+        "op": "sparse_adamw_",
+        "model": model.name,
+        "dtype": dtype_name(dtype),
+        "shape": f"{len(weights)} matrices, {layers} of {model.layers} layers",
+    }
     name = f"AdamW fused, {dtype_name(dtype)}"
     fused = dense(weights, grads, fused=True)
     baseline = run.time(name, fused, moved=7.0 * sum(w.nbytes for w in weights), **labels)
@@ -62,7 +74,14 @@ def compare(run: Run, model: Model, dtype: torch.dtype, layers: int) -> None:
                 sparse.grads = [grad.float() for grad in sparse.grads]
             kind = f"packed {dtype_name(sparse.grads[0].dtype)}" if packed else f"dense {dtype_name(dtype)}"
             problem = run.problem(lambda s=sparse, o=options: last_layer_problem(s, grads, len(model.layer), o))
-            run.time(f"{kind} gradients, {form}", sparse, problem=problem, moved=sparse.floor_bytes(), against=against, **labels)
+            run.time(
+                f"{kind} gradients, {form}",
+                sparse,
+                problem=problem,
+                moved=sparse.floor_bytes(),
+                against=against,
+                **labels,
+            )
             del sparse
             run.free()
 

@@ -1,9 +1,12 @@
-"""A training step of a random Llama in plain torch: full fine-tuning by AdamW(fused=True) beside LIFT, dense and packed gradients.
+"""A training step of a random Llama in plain torch: full fine-tuning by AdamW(fused=True) beside
+LIFT, dense and packed gradients.
 
-Forward pass, loss, backward pass, optimizer; bf16, masks of 5 % clustered by rows, no refresh. LIFT freezes embeddings, head and
-norms as the paper does. Floor: FLOPs of the linear layers, 6 a weight and token where its gradient is formed, 4 where it is not;
-attention is not counted. Checked before the timing, after three steps: the loss fell and, in the first block, nothing outside the
-masks changed and something inside did. ``peak_gb``: allocated at most in a step; ``state_gb``: of the optimizer.
+Forward pass, loss, backward pass, optimizer; bf16, masks of 5 % clustered by rows, no refresh. LIFT
+freezes embeddings, head and norms as the paper does. Floor: FLOPs of the linear layers, 6 a weight
+and token where its gradient is formed, 4 where it is not; attention is not counted. Checked before
+the timing, after three steps: the loss fell and, in the first block, nothing outside the masks
+changed and something inside did. ``peak_gb``: allocated at most in a step; ``state_gb``: of the
+optimizer.
 """
 
 from __future__ import annotations
@@ -59,8 +62,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(x)
-        q, k, v = (t.unflatten(-1, (h, -1)).transpose(1, 2) for t, h in
-                   ((self.q(y), self.heads), (self.k(y), self.kv_heads), (self.v(y), self.kv_heads)))  # fmt: skip
+        q, k, v = (
+            t.unflatten(-1, (h, -1)).transpose(1, 2)
+            for t, h in ((self.q(y), self.heads), (self.k(y), self.kv_heads), (self.v(y), self.kv_heads))
+        )
         k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (rotated(k), v))
         y = F.scaled_dot_product_attention(rotated(q), k, v, is_causal=True)
         x = x + self.o(y.transpose(1, 2).flatten(-2))
@@ -148,10 +153,19 @@ def work(run: Run) -> None:
         problem = run.problem(lambda model=model, step=step: trained_problem(model, step)) if lift else None
         memory = {} if problem else measured_memory(run, step, optimizer)
         taken = run.time(
-            name, step, problem=problem, against=against, flops=tokens.numel() * (6.0 * linear + (4.0 if lift else 6.0) * head),
-            repeats=3 if run.dry else 8, op="training step", model=f"random Llama, {(linear + 2 * head) / 1e9:.2g} B", dtype="bf16",
-            shape=f"{size.batch} x {size.length} tokens", derived={"tokens_per_s": lambda s: tokens.numel() / s}, **memory,
-        )  # fmt: skip
+            name,
+            step,
+            problem=problem,
+            against=against,
+            flops=tokens.numel() * (6.0 * linear + (4.0 if lift else 6.0) * head),
+            repeats=3 if run.dry else 8,
+            op="training step",
+            model=f"random Llama, {(linear + 2 * head) / 1e9:.2g} B",
+            dtype="bf16",
+            shape=f"{size.batch} x {size.length} tokens",
+            derived={"tokens_per_s": lambda s: tokens.numel() / s},
+            **memory,
+        )
         if make is full and taken is not None:
             against = (name, taken)
         del model, optimizer, step

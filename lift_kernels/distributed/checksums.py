@@ -8,14 +8,18 @@ import torch
 from torch import Tensor
 
 _CHUNK = 1 << 22
-"""Entries that are mixed at a time, so that a list of a large matrix needs 32 MiB of scratch and not eight times its size."""
+"""Entries that are mixed at a time, so that a list of a large matrix needs 32 MiB of scratch and
+not eight times its size.
+"""
 _FACTORS = (-7046029254386353131, -2960836687051489345, -4417276706812531889)  # odd, so that no bit of an entry is lost
 
 
 def index_digests(lists: Mapping[str, Sequence[Tensor]]) -> dict[str, str]:
-    """A digest of the index lists of each name: equal sets of entries give equal digests, on every device.
+    """A digest of the index lists of each name: equal sets of entries give equal digests, on every
+    device.
 
-    One wait for each device. Different sets of entries share a digest with a probability of about 2^-64.
+    One wait for each device. Different sets of entries share a digest with a probability of about
+    2^-64.
     """
     flat = [(name, place, indices) for name, several in lists.items() for place, indices in enumerate(several)]
     sums: dict[torch.device, list[Tensor]] = {}
@@ -29,7 +33,9 @@ def index_digests(lists: Mapping[str, Sequence[Tensor]]) -> dict[str, str]:
 
 
 def _mixed_sum(indices: Tensor) -> Tensor:
-    """The sum of all entries modulo 2^64, each with its bits mixed: 0-dim int64. The order of a sum does not matter."""
+    """The sum of all entries modulo 2^64, each with its bits mixed: 0-dim int64. The order of a sum
+    does not matter.
+    """
     total = torch.zeros((), dtype=torch.int64, device=indices.device)
     for part in indices.split(_CHUNK):
         mixed = part.long()

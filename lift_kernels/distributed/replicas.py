@@ -1,10 +1,13 @@
-"""Replicas must train the same entries: digests of their index lists are compared through torch's store.
+"""Replicas must train the same entries: digests of their index lists are compared through torch's
+store.
 
-Averaged gradients of ranks with different index lists mix different weights, and nothing would say so. No collective takes part
-in the comparison, because some ranks may have no optimizer at all: another stage of a pipeline, a critic, an inference rank.
-Instead each rank announces which parameters it trains when its optimizer is built. Replicas average gradients before a step, so
-every replica has announced itself by the first comparison, and a rank waits for those that train its parameters and for no other.
-An optimizer that is older than the process group is announced at its first step, where every rank is waited for.
+Averaged gradients of ranks with different index lists mix different weights, and nothing would say
+so. No collective takes part in the comparison, because some ranks may have no optimizer at all:
+another stage of a pipeline, a critic, an inference rank. Instead each rank announces which
+parameters it trains when its optimizer is built. Replicas average gradients before a step, so every
+replica has announced itself by the first comparison, and a rank waits for those that train its
+parameters and for no other. An optimizer that is older than the process group is announced at its
+first step, where every rank is waited for.
 """
 
 from __future__ import annotations
@@ -30,19 +33,25 @@ logger = logging.getLogger("lift_kernels")
 PATIENCE_S = 60.0
 """Seconds to wait for a rank that trains the same parameters."""
 LINGER_S = 10.0
-"""Seconds that a rank with an error gives the others to see it too: the store may end with its process."""
+"""Seconds that a rank with an error gives the others to see it too: the store may end with its
+process.
+"""
 POLL_S = 0.005
 WAYS_OUT = (
-    "name the ranks that hold replicas by LiftAdamW(process_group=...), or say process_group='independent' if ranks are meant to "
+    "name the ranks that hold replicas by LiftAdamW(process_group=...), or say "
+    "process_group='independent' if ranks are meant to "
     "differ"
 )
 _DIFFERENT = (
-    "ranks {low} and {high} would train different entries of {name}{more}: their masks were made from different weights, options "
-    "or seeds. Give every rank the same weights before its first mask is made (seed them alike, or broadcast rank 0's before "
+    "ranks {low} and {high} would train different entries of {name}{more}: their masks were made from "
+    "different weights, options "
+    "or seeds. Give every rank the same weights before its first mask is made (seed them alike, or "
+    "broadcast rank 0's before "
     f"pack_gradients and the first step); or {WAYS_OUT}"
 )
 _ABSENT = (
-    "{ranks} trains {name} too, but has shown no new index list for {patience:.0f} s: it made no new mask, or it stopped. Refresh "
+    "{ranks} trains {name} too, but has shown no new index list for {patience:.0f} s: it made no new "
+    "mask, or it stopped. Refresh "
     f"on all ranks at the same step; or {WAYS_OUT}"
 )
 
@@ -51,8 +60,9 @@ class Replicas:
     """Which ranks train the same entries as this one, and the comparison of their index lists.
 
     Args:
-        process_group: a torch process group, all of whose ranks hold replicas; None: the ranks of the default group that announce
-            a parameter of the same name; ``"independent"``: no rank, and nothing is compared.
+        process_group: a torch process group, all of whose ranks hold replicas; None: the ranks of
+            the default group that announce a parameter of the same name; ``"independent"``: no
+            rank, and nothing is compared.
 
     Raises TypeError for anything else and ValueError for a group without this rank.
     """
@@ -63,7 +73,9 @@ class Replicas:
         self._names: set[str] = set()
 
     def announce(self, names: Iterable[str]) -> None:
-        """Tell the other ranks that this one trains these parameters; before init_process_group nobody can be told."""
+        """Tell the other ranks that this one trains these parameters; before init_process_group
+        nobody can be told.
+        """
         self._names.update(names)
         exchange = None if self._independent or self._ranks is not None else DigestExchange.of_default_group()
         if exchange is not None:
@@ -74,11 +86,13 @@ class Replicas:
         return not self._independent and DigestExchange.of_default_group() is not None
 
     def compare(self, lists: Mapping[str, list[Tensor]], masks_took: float = 0.0) -> None:
-        """Raise RuntimeError on every rank, naming a parameter, where replicas have different index lists.
+        """Raise RuntimeError on every rank, naming a parameter, where replicas have different index
+        lists.
 
         Args:
             lists: the new index lists of each name, int32, on any device.
-            masks_took: seconds that the masks took here. A rank ten times as slow is still waited for.
+            masks_took: seconds that the masks took here. A rank ten times as slow is still waited
+                for.
         """
         exchange = None if self._independent else DigestExchange.of_default_group()
         if exchange is None:
@@ -95,7 +109,9 @@ def _ranks_of(group: Any) -> tuple[int, ...]:
     if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
         outside = dist.is_available() and group == dist.GroupMember.NON_GROUP_MEMBER
         if outside:
-            raise ValueError("process_group does not contain this rank; give LiftAdamW the group that this rank belongs to")
+            raise ValueError(
+                "process_group does not contain this rank; give LiftAdamW the group that this rank belongs to"
+            )
         raise TypeError(f"process_group must be a torch process group, None or 'independent', got {group!r}")
     return tuple(sorted(dist.get_process_group_ranks(group)))
 
@@ -103,10 +119,11 @@ def _ranks_of(group: Any) -> tuple[int, ...]:
 class DigestExchange:
     """This rank's view of what all ranks of the default group have put into its store.
 
-    ``names/RANK/I``: the I-th announcement of a rank, names of parameters. ``lists/GROUP/RANK/N/NAME``: the digest of the index
-    list in the N-th comparison of that name within a group; the ranks that train a parameter compare it equally often.
-    ``late/RANK/N`` and ``refused/RANK/N``: a rank announced names at a step, or raised, for the N-th time. All of it lies under a
-    number that counts the process groups, for a store may outlive one.
+    ``names/RANK/I``: the I-th announcement of a rank, names of parameters.
+    ``lists/GROUP/RANK/N/NAME``: the digest of the index list in the N-th comparison of that name
+    within a group; the ranks that train a parameter compare it equally often. ``late/RANK/N`` and
+    ``refused/RANK/N``: a rank announced names at a step, or raised, for the N-th time. All of it
+    lies under a number that counts the process groups, for a store may outlive one.
     """
 
     _current: DigestExchange | None = None
@@ -152,7 +169,9 @@ class DigestExchange:
         return bool(new)
 
     def wait_for_late_ranks(self, patience: float) -> None:
-        """Until every rank has announced names at a step as often as this one; those that stay away are named in a warning."""
+        """Until every rank has announced names at a step as often as this one; those that stay away
+        are named in a warning.
+        """
         self._store.set(f"late/{self._rank}/{self._late}", "")
         self._read_announcements()
         others = set(range(self._world)) - self._absent
@@ -160,11 +179,18 @@ class DigestExchange:
         self._late += 1
         self._absent.update(missing)
         if missing:
-            logger.warning("%s built no LiftAdamW within %.0f s of its first step here, so index lists are not compared with it. "
-                           "Build the optimizer after init_process_group, or %s", _ranks(missing), patience, WAYS_OUT)  # fmt: skip
+            logger.warning(
+                "%s built no LiftAdamW within %.0f s of its first step here, so index lists are not compared with it. "
+                "Build the optimizer after init_process_group, or %s",
+                _ranks(missing),
+                patience,
+                WAYS_OUT,
+            )
 
     def compare(self, digests: Mapping[str, str], ranks: tuple[int, ...] | None, patience: float) -> None:
-        """Wait for the digests of all ranks that train these names; RuntimeError where they differ or a rank stays away."""
+        """Wait for the digests of all ranks that train these names; RuntimeError where they differ
+        or a rank stays away.
+        """
         self._read_announcements()
         group = "" if ranks is None else hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
 
@@ -173,7 +199,7 @@ class DigestExchange:
 
         shared: dict[int, list[str]] = defaultdict(list)  # names by rank
         for name in digests:
-            for rank in (self._holders[name] if ranks is None else ranks):
+            for rank in self._holders[name] if ranks is None else ranks:
                 if rank != self._rank:
                     shared[rank].append(name)
         digests = {name: digest for name, digest in digests.items() if any(name in names for names in shared.values())}
@@ -192,12 +218,16 @@ class DigestExchange:
         elif missing:
             raise RuntimeError(_ABSENT.format(ranks=_ranks(missing), name=shared[missing[0]][0], patience=patience))
         for name in digests:  # the next comparison is another one, whether or not this one went well
-            if self._compared[group, name] > 0 and not missing:  # all have shown this one: they are done with the one before
+            if (
+                self._compared[group, name] > 0 and not missing
+            ):  # all have shown this one: they are done with the one before
                 self._store.delete_key(key(self._rank, name, 1))
             self._compared[group, name] += 1
         if differing:
             more = f" and of {len(names) - 1} more matrices" if len(names) > 1 else ""
-            raise RuntimeError(_DIFFERENT.format(low=min(rank, self._rank), high=max(rank, self._rank), name=names[0], more=more))
+            raise RuntimeError(
+                _DIFFERENT.format(low=min(rank, self._rank), high=max(rank, self._rank), name=names[0], more=more)
+            )
 
     def _read_announcements(self) -> None:
         for rank in range(self._world):
@@ -208,7 +238,9 @@ class DigestExchange:
                 self._absent.discard(rank)
 
     def _missing(self, keys: Mapping[int, list[str]], patience: float) -> list[int]:
-        """Ranks whose keys are not all there after ``patience`` seconds. Asked again and again: a wait would lock the store."""
+        """Ranks whose keys are not all there after ``patience`` seconds. Asked again and again: a
+        wait would lock the store.
+        """
         deadline = time.monotonic() + patience
         left = sorted(keys)
         while left := [rank for rank in left if not self._store.check(keys[rank])]:
@@ -218,7 +250,9 @@ class DigestExchange:
         return left
 
     def _linger(self, ranks: list[int]) -> None:
-        """Wait until the others have read what differs and raise too, or until they have had the time."""
+        """Wait until the others have read what differs and raise too, or until they have had the
+        time.
+        """
         self._store.set(f"refused/{self._rank}/{self._refused}", "")
         self._missing({rank: [f"refused/{rank}/{self._refused}"] for rank in ranks}, LINGER_S)
         self._refused += 1

@@ -1,6 +1,8 @@
-"""The main job: fine-tune a causal language model on question/answer problems and report what changed and what it cost.
+"""The main job: fine-tune a causal language model on question/answer problems and report what
+changed and what it cost.
 
-Needs the extra ``finetune`` (transformers and its friends); nothing else in lift_kernels imports this package.
+Needs the extra ``finetune`` (transformers and its friends); nothing else in lift_kernels imports
+this package.
 """
 
 from .job import run

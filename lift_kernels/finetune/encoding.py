@@ -1,4 +1,6 @@
-"""From problems to token ids: the prompt format, labels on answers alone, several problems in one sequence, padding."""
+"""From problems to token ids: the prompt format, labels on answers alone, several problems in one
+sequence, padding.
+"""
 
 from collections.abc import Sequence
 
@@ -17,7 +19,9 @@ def prompt(question: str) -> str:
 
 
 def completion(answer: str) -> str:
-    """The text that a model has to produce after ``prompt(question)``: one line, ended by a newline."""
+    """The text that a model has to produce after ``prompt(question)``: one line, ended by a
+    newline.
+    """
     return f" {' '.join(answer.split())}\n"
 
 
@@ -35,14 +39,18 @@ def encode(tokenizer, problem: Problem) -> Example:
 
 
 def join(tokenizer, examples: Sequence[Example]) -> Example:
-    """One sequence of several examples, so that the later ones are answered with the earlier ones in view."""
+    """One sequence of several examples, so that the later ones are answered with the earlier ones
+    in view.
+    """
     start = opening(tokenizer)
     ids, labels = ([token for example in examples for token in example[key]] for key in ("input_ids", "labels"))
     return {"input_ids": start + ids, "labels": [IGNORE] * len(start) + labels}
 
 
 def collate(examples: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
-    """Tensors of a batch, padded on the left, so that generation continues every row in the same column."""
+    """Tensors of a batch, padded on the left, so that generation continues every row in the same
+    column.
+    """
     width = max(len(e["input_ids"]) for e in examples)
     rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
     for e in examples:

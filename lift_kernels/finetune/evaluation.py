@@ -13,7 +13,8 @@ from transformers import DynamicCache
 
 from .encoding import IGNORE, Example, collate, opening, prompt
 
-# Prose about everything but sums: a rise of the loss on it shows what fine-tuning made the model forget.
+# Prose about everything but sums: a rise of the loss on it shows what fine-tuning made the model
+# forget.
 NEUTRAL_TEXT = (
     "The river rises in the hills north of the town and flows slowly through wide meadows before it reaches the sea. "
     "In spring, when the snow melts, it often floods the fields along its banks. Farmers have learned to live with "
@@ -35,7 +36,8 @@ NEUTRAL_TEXT = (
 
 
 def extract_number(text: str) -> float | None:
-    """The final answer in a text: what follows "####" or "answer is", else the last number; None without a number.
+    """The final answer in a text: what follows "####" or "answer is", else the last number; None
+    without a number.
 
     Accepts thousands separators, decimals, signs, currency signs and markup around the number.
     """
@@ -64,7 +66,8 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
 def answer_loss(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
     """Sum of the cross-entropy over the labelled tokens of a batch, and their number.
 
-    The head runs only on columns that some label needs: with a large vocabulary it is a good part of the work.
+    The head runs only on columns that some label needs: with a large vocabulary it is a good part
+    of the work.
     """
     mask, labels = batch["attention_mask"], batch["labels"]
     columns = (labels != IGNORE).any(0).nonzero()[:, 0]
@@ -104,7 +107,8 @@ def neutral_examples(tokenizer) -> list[Example]:
 def greedy_answers(
     model, tokenizer, questions: Sequence[str], prefix: list[int], max_new_tokens: int, batch_size: int, title: str
 ) -> list[str]:
-    """Answer questions after a common prefix (token ids) by greedy decoding, up to a newline or ``max_new_tokens``.
+    """Answer questions after a common prefix (token ids) by greedy decoding, up to a newline or
+    ``max_new_tokens``.
 
     The prefix runs through the model once; its key-value cache is then shared by every batch.
     """

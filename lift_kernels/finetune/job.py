@@ -1,4 +1,6 @@
-"""Fine-tune a causal language model on question/answer problems and report what changed and what it cost."""
+"""Fine-tune a causal language model on question/answer problems and report what changed and what it
+cost.
+"""
 
 import json
 import time
@@ -61,7 +63,9 @@ class Clock(TrainerCallback):
         middle = self.now()
         self.forward_backward.append(middle - self.start)
         grads = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
-        self.gradient_bytes = sum({g.untyped_storage().data_ptr(): g.untyped_storage().nbytes() for g in grads}.values())
+        self.gradient_bytes = sum(
+            {g.untyped_storage().data_ptr(): g.untyped_storage().nbytes() for g in grads}.values()
+        )
         self.start = middle
 
     def on_optimizer_step(self, args, state, control, **kwargs):
@@ -70,7 +74,9 @@ class Clock(TrainerCallback):
             self.refreshes[len(self.steps)] = self.steps[-1]
 
     def separate_refreshes(self) -> None:
-        """Take the steps that ended in a refresh apart, with the median of the others as the step's own share."""
+        """Take the steps that ended in a refresh apart, with the median of the others as the step's
+        own share.
+        """
         plain = [spent for number, spent in enumerate(self.steps, 1) if number not in self.refreshes]
         own = median(plain) if plain else 0.0
         self.refreshes = {at: spent - own if at else spent for at, spent in self.refreshes.items()}
@@ -78,7 +84,9 @@ class Clock(TrainerCallback):
 
 
 def prepare(model, settings: Settings, clock: Clock):
-    """Return the model to train, its optimizer and the weights that the method adapts (which it trains in part)."""
+    """Return the model to train, its optimizer and the weights that the method adapts (which it
+    trains in part).
+    """
     lr = settings.lr or LEARNING_RATES[settings.method]
     groups = lift_param_groups(model, freeze_rest=settings.method != "full")
     covered = [p for group in groups for _, p in group["params"]]
@@ -138,7 +146,9 @@ def trained_entries(optimizer: torch.optim.Optimizer) -> int:
 
 
 def measure(model, tokenizer, heldout, encoded, prefix: list[int], when: str) -> tuple[dict[str, Any], list[str]]:
-    """Losses and exact match under keys that end in ``when``, and the answers that the model gave."""
+    """Losses and exact match under keys that end in ``when``, and the answers that the model
+    gave.
+    """
     longest = max(sum(label != encoding.IGNORE for label in e["labels"]) for e in encoded)
     alone = [encoding.join(tokenizer, [example]) for example in encoded]
     loss = evaluation.mean_loss(model, tokenizer, alone, EVAL_BATCH, f"held-out loss {when}")
@@ -160,8 +170,12 @@ def measure(model, tokenizer, heldout, encoded, prefix: list[int], when: str) ->
     return figures | {f"exact_match.{when}_low": low, f"exact_match.{when}_high": high}, answers
 
 
-def train(model, tokenizer, optimizer, sequences, rows, settings: Settings, folder: Path, clock: Clock, identity, checkpoint):
-    """Run transformers' Trainer up to ``settings.steps`` steps, from the start or a checkpoint; returns the training losses."""
+def train(
+    model, tokenizer, optimizer, sequences, rows, settings: Settings, folder: Path, clock: Clock, identity, checkpoint
+):
+    """Run transformers' Trainer up to ``settings.steps`` steps, from the start or a checkpoint;
+    returns the training losses.
+    """
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
@@ -170,7 +184,8 @@ def train(model, tokenizer, optimizer, sequences, rows, settings: Settings, fold
         learning_rate=optimizer.param_groups[0]["lr"],
         lr_scheduler_type="linear",
         warmup_steps=max(1, round(WARMUP * settings.steps)),
-        # LiftAdamW clips by the norm over its own entries; a norm over dense gradients would clip harder.
+        # LiftAdamW clips by the norm over its own entries; a norm over dense gradients would clip
+        # harder.
         max_grad_norm=0.0 if isinstance(optimizer, LiftAdamW) else CLIP_NORM,
         logging_steps=10,
         save_strategy="steps" if settings.save_steps else "no",
@@ -201,7 +216,9 @@ def train(model, tokenizer, optimizer, sequences, rows, settings: Settings, fold
 
 
 def make_folder(settings: Settings) -> Path:
-    """Create the directory of the run; raises UserError when it holds files already or cannot be written."""
+    """Create the directory of the run; raises UserError when it holds files already or cannot be
+    written.
+    """
     name = settings.name or f"{settings.method}-{datetime.now():%Y%m%d-%H%M%S}"
     folder = Path(settings.output).expanduser() / name
     try:
@@ -214,7 +231,8 @@ def make_folder(settings: Settings) -> Path:
 
 
 def run(settings: Settings, resumed: bool = False) -> report.Report:
-    """Fine-tune, write ``<output>/<name>/`` and return the report; raises UserError for input that cannot be used.
+    """Fine-tune, write ``<output>/<name>/`` and return the report; raises UserError for input that
+    cannot be used.
 
     ``resumed`` goes on with the interrupted run in that directory; see `resume.settings_of`.
     """
@@ -298,7 +316,8 @@ def run(settings: Settings, resumed: bool = False) -> report.Report:
         "optimizer_state_bytes.dense": 8 * weights,  # two fp32 moments
         "gradient_bytes.measured": clock.gradient_bytes,
         "gradient_bytes.dense": sum(p.nbytes for p in covered),
-        # Index lists, values or masters, moments and gradients: all that comes on top of the frozen model.
+        # Index lists, values or masters, moments and gradients: all that comes on top of the frozen
+        # model.
         "extra_bytes.measured": state + clock.gradient_bytes,
         "extra_bytes.an_entry": (state + clock.gradient_bytes) / entries if lift else None,
         "refreshes": len(clock.refreshes),

@@ -1,4 +1,6 @@
-"""Load a causal language model from safetensors or GGUF, and save it in Hugging Face format. Nothing is unpickled."""
+"""Load a causal language model from safetensors or GGUF, and save it in Hugging Face format.
+Nothing is unpickled.
+"""
 
 import importlib.util
 import os
@@ -18,7 +20,9 @@ PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: a directory or hub id, a GGUF file in it (or None), and a description to report."""
+    """Where a model comes from: a directory or hub id, a GGUF file in it (or None), and a
+    description to report.
+    """
 
     location: str
     gguf_file: str | None
@@ -83,10 +87,13 @@ def _find_in_directory(path: Path) -> Source:
 
 
 def load_model(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load model and tokenizer on the CPU. Raises UserError when the files, the hub or a package fail."""
+    """Load model and tokenizer on the CPU. Raises UserError when the files, the hub or a package
+    fail.
+    """
     if source.gguf_file and importlib.util.find_spec("gguf") is None:
         raise UserError(f"reading {source.gguf_file} needs the package gguf; run `pip install gguf`")
-    # Otherwise transformers asks the hub to open a conversion request at a repository that has only pickled weights.
+    # Otherwise transformers asks the hub to open a conversion request at a repository that has only
+    # pickled weights.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     options = {"trust_remote_code": False} | ({"gguf_file": source.gguf_file} if source.gguf_file else {})
     try:
@@ -102,7 +109,8 @@ def load_model(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if source.gguf_file:
-        # The weights are dequantized now. Left in place, these make Trainer refuse and a saved model fail to load.
+        # The weights are dequantized now. Left in place, these make Trainer refuse and a saved
+        # model fail to load.
         del model.config.quantization_config
         for name, value in (("hf_quantizer", None), ("is_quantized", False)):
             setattr(model, name, value)

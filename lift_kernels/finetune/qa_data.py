@@ -14,9 +14,11 @@ SHOTS = 4  # worked examples in front of an evaluation prompt, and the most prob
 
 
 def read_problems(path: str | Path) -> list[Problem]:
-    """Read a JSONL file of objects with the strings "question" and "answer"; repeated questions are kept once.
+    """Read a JSONL file of objects with the strings "question" and "answer"; repeated questions are
+    kept once.
 
-    Raises UserError, with the line number, for a line that is not such an object or whose answer has no number.
+    Raises UserError, with the line number, for a line that is not such an object or whose answer
+    has no number.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -40,7 +42,9 @@ def read_problems(path: str | Path) -> list[Problem]:
 
 
 def choose_problems(settings: Settings) -> tuple[list[Problem], list[Problem], list[Problem], str]:
-    """Return training problems, held-out problems, few-shot examples (in neither) and a description of the data."""
+    """Return training problems, held-out problems, few-shot examples (in neither) and a description
+    of the data.
+    """
     if settings.data is None:
         heldout = wordproblems.generate(settings.eval_problems, "heldout", settings.seed)
         train = wordproblems.generate(settings.steps * settings.batch_size + SHOTS, "train", settings.seed)
@@ -59,7 +63,9 @@ def choose_problems(settings: Settings) -> tuple[list[Problem], list[Problem], l
 
 
 def fitting(tokenizer, problems: Sequence[Problem], max_length: int, part: str) -> tuple[list[Problem], list[Example]]:
-    """The problems of at most ``max_length`` tokens and their encodings. Raises UserError when none is left."""
+    """The problems of at most ``max_length`` tokens and their encodings. Raises UserError when none
+    is left.
+    """
     encoded = [encoding.encode(tokenizer, problem) for problem in problems]
     kept = [(p, e) for p, e in zip(problems, encoded, strict=True) if len(e["input_ids"]) <= max_length]
     if not kept:
@@ -70,10 +76,11 @@ def fitting(tokenizer, problems: Sequence[Problem], max_length: int, part: str) 
 
 
 def training_sequences(tokenizer, examples: Sequence[Example], batch_size: int) -> tuple[list[Example], int]:
-    """Join the examples into sequences of up to SHOTS problems; returns them and how many make a batch.
+    """Join the examples into sequences of up to SHOTS problems; returns them and how many make a
+    batch.
 
-    Trained on single problems only, the model is thrown off by the worked examples of a few-shot prompt.
-    Raises UserError when the examples do not fill one batch.
+    Trained on single problems only, the model is thrown off by the worked examples of a few-shot
+    prompt. Raises UserError when the examples do not fill one batch.
     """
     if len(examples) < batch_size:
         raise UserError(f"{len(examples)} training problems do not fill a batch of {batch_size}; lower --batch-size")

@@ -75,7 +75,9 @@ def write_answers(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def plot_losses(report: Report, losses: Sequence[float], refresh_steps: Sequence[int], path: Path) -> None:
-    """Draw training loss over steps with the held-out loss before and after, and the mask refreshes."""
+    """Draw training loss over steps with the held-out loss before and after, and the mask
+    refreshes.
+    """
     from matplotlib.figure import Figure  # no pyplot: draws without a display and without global state
     from matplotlib.ticker import MaxNLocator
 

@@ -1,4 +1,6 @@
-"""What a run leaves in its directory while it goes on, and how an interrupted one goes on from there with the same bits."""
+"""What a run leaves in its directory while it goes on, and how an interrupted one goes on from
+there with the same bits.
+"""
 
 import hashlib
 import json
@@ -26,7 +28,9 @@ CHECKPOINT, SETTINGS, BEFORE, REPORT = "checkpoint.safetensors", "settings.json"
 
 
 class EpochStart(TrainerCallback):
-    """Keeps the random state from which an epoch drew its order, or puts the one of the interrupted epoch back."""
+    """Keeps the random state from which an epoch drew its order, or puts the one of the interrupted
+    epoch back.
+    """
 
     def __init__(self) -> None:
         self.random: dict[str, Any] | None = None
@@ -42,7 +46,8 @@ class EpochStart(TrainerCallback):
 class Resumable(Trainer):
     """A Trainer whose checkpoint is one file of ours, and resuming from it changes no bit.
 
-    Trainer's own checkpoints are several files, some of them pickles, that a crash can leave half-written.
+    Trainer's own checkpoints are several files, some of them pickles, that a crash can leave
+    half-written.
     """
 
     model: Any  # Trainer declares these as optional; they are there once training or loading begins
@@ -79,7 +84,7 @@ class Resumable(Trainer):
             (Path(folder) / TRAINER_STATE_NAME).write_text(checkpoint["trainer_state"])
             self.train(resume_from_checkpoint=folder)
 
-    # ---- Trainer's own names ----------------------------------------------------------------------------------------------
+    # ---- Trainer's own names ---------------------------------------------------------------------
 
     def _save_checkpoint(self, model, trial) -> None:
         self.store_flos()
@@ -124,7 +129,9 @@ class Resumable(Trainer):
 
 
 def trained_weights(model) -> dict[str, torch.Tensor]:
-    """What training changes, by name: trainable parameters, and of packed layers the weight in place of its values."""
+    """What training changes, by name: trainable parameters, and of packed layers the weight in
+    place of its values.
+    """
     packed = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     found = {}
     for name, p in model.named_parameters():
@@ -135,14 +142,18 @@ def trained_weights(model) -> dict[str, torch.Tensor]:
 
 
 def identity(model, sequences: Sequence[Example]) -> dict[str, str]:
-    """Fingerprints of what a checkpoint does not hold and a resumed run reads again: frozen weights and training data."""
+    """Fingerprints of what a checkpoint does not hold and a resumed run reads again: frozen weights
+    and training data.
+    """
     trained = trained_weights(model)
     frozen = fingerprint({name: p for name, p in model.state_dict().items() if name not in trained})
     return {"frozen weights": frozen, "training data": hashlib.sha256(json.dumps(sequences).encode()).hexdigest()}
 
 
 def find_checkpoint(folder: Path, expected: dict[str, str]) -> dict[str, Any] | None:
-    """The checkpoint of an interrupted run, None before the first. Raises UserError when it is damaged or does not fit."""
+    """The checkpoint of an interrupted run, None before the first. Raises UserError when it is
+    damaged or does not fit.
+    """
     path = folder / CHECKPOINT
     if not path.exists():
         return None
@@ -162,12 +173,16 @@ def begin(folder: Path, settings: Settings) -> None:
 
 
 def settings_of(folder: str | Path) -> Settings:
-    """The settings of an interrupted run. Raises UserError for a directory that is none or holds a finished run."""
+    """The settings of an interrupted run. Raises UserError for a directory that is none or holds a
+    finished run.
+    """
     path = Path(folder).expanduser()
     try:
         saved = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} holds no readable {SETTINGS}, so there is no run to resume; start a new one") from error
+        raise UserError(
+            f"{path} holds no readable {SETTINGS}, so there is no run to resume; start a new one"
+        ) from error
     if (path / REPORT).exists():
         raise UserError(f"the run in {path} is finished; start a new one with another --name")
     if not isinstance(saved, dict) or saved.keys() != {field.name for field in fields(Settings)}:

@@ -16,7 +16,9 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """Options of a run; see ``python -m lift_kernels finetune --help``. Bad values raise UserError."""
+    """Options of a run; see ``python -m lift_kernels finetune --help``. Bad values raise
+    UserError.
+    """
 
     model: str | None = None
     data: str | None = None

@@ -1,7 +1,8 @@
 """Arithmetic word problems with worked answers, for fine-tuning and for exact-match evaluation.
 
-The training and the held-out split share no phrasing, no name, no item and no arithmetic fact. A fact is an equation
-up to order and inversion: 5 + 7 = 12, 7 + 5 = 12 and 12 - 5 = 7 are one fact, and it belongs to one split only.
+The training and the held-out split share no phrasing, no name, no item and no arithmetic fact. A
+fact is an equation up to order and inversion: 5 + 7 = 12, 7 + 5 = 12 and 12 - 5 = 7 are one fact,
+and it belongs to one split only.
 """
 
 import random
@@ -18,7 +19,9 @@ HELDOUT_SHARE = 4
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, its worked answer, and how it was made (empty for problems that were read from a file)."""
+    """A question, its worked answer, and how it was made (empty for problems that were read from a
+    file).
+    """
 
     question: str
     answer: str
@@ -37,7 +40,8 @@ ITEMS: dict[Split, list[str]] = {
     "heldout": "stones candies pears bottles keys ribbons postcards tickets".split(),
 }
 
-# Operators are applied from left to right: "+-" means (a + b) - c. Every problem asks for the last result.
+# Operators are applied from left to right: "+-" means (a + b) - c. Every problem asks for the last
+# result.
 TEMPLATES: dict[Split, dict[str, list[str]]] = {
     "train": {
         "+": [
@@ -150,7 +154,9 @@ def fact(left: int, operator: str, right: int, result: int) -> tuple[str, int, i
 
 
 def split_of(equation: tuple[int, str, int, int]) -> Split:
-    """The split that an equation belongs to; every order and inversion of it belongs to the same one."""
+    """The split that an equation belongs to; every order and inversion of it belongs to the same
+    one.
+    """
     return "heldout" if zlib.crc32(repr(fact(*equation)).encode()) % HELDOUT_SHARE == 0 else "train"
 
 

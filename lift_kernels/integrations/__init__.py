@@ -1,1 +1,3 @@
-"""Bridges to other libraries, each imported only when asked for: ``integrations.transformers``, ``integrations.peft``."""
+"""Bridges to other libraries, each imported only when asked for: ``integrations.transformers``,
+``integrations.peft``.
+"""

@@ -1,4 +1,6 @@
-"""Deltas as PEFT's SHiRA adapters and back, and a SHiRA mask of principal weights. Only loading an adapter needs peft itself."""
+"""Deltas as PEFT's SHiRA adapters and back, and a SHiRA mask of principal weights. Only loading an
+adapter needs peft itself.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,14 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def shira_mask(rank: int = 64) -> Callable[..., Tensor]:
-    """A mask function for ``ShiraConfig``: the r (m + n) principal weights of a layer, by an approximation of rank ``rank``.
+    """A mask function for ``ShiraConfig``: the r (m + n) principal weights of a layer, by an
+    approximation of rank ``rank``.
 
     >>> config = ShiraConfig(r=8, mask_type="lift", target_modules=["q_proj"])
     >>> config.mask_fn = shira_mask()
 
-    The function raises ValueError for a layer with fewer than r (m + n) entries and for non-finite weights.
+    The function raises ValueError for a layer with fewer than r (m + n) entries and for non-finite
+    weights.
     """
 
     def mask(base_layer: nn.Module, r: int, **kwargs: Any) -> Tensor:
@@ -45,9 +49,10 @@ def shira_mask(rank: int = 64) -> Callable[..., Tensor]:
 def export_shira(delta: str | Path, folder: str | Path, base_model: str | None = None) -> int:
     """Write a delta as a SHiRA adapter that stock peft loads; returns its r.
 
-    SHiRA wants r (m + n) entries in every matrix, so the smallest r is taken that all matrices fit in, and the rest is padded with
-    entries that change nothing. Values are differences in fp32; scale and base dtype are peft's. ``base_model`` is noted in the
-    adapter's configuration. Raises FileError when something other than a matrix changed, when a matrix has fewer than r (m + n)
+    SHiRA wants r (m + n) entries in every matrix, so the smallest r is taken that all matrices fit
+    in, and the rest is padded with entries that change nothing. Values are differences in fp32;
+    scale and base dtype are peft's. ``base_model`` is noted in the adapter's configuration. Raises
+    FileError when something other than a matrix changed, when a matrix has fewer than r (m + n)
     entries, or when ``folder`` holds an adapter already.
     """
     target = Path(folder)
@@ -61,11 +66,19 @@ def export_shira(delta: str | Path, folder: str | Path, base_model: str | None =
             tensors[f"{_PREFIX}{module}.shira_indices"] = indices
             tensors[f"{_PREFIX}{module}.shira_weight"] = values
         config = {
-            "peft_type": "SHIRA", "r": r, "mask_type": "lift", "inference_mode": True, "fan_in_fan_out": False,
-            "target_modules": [name.removesuffix(".weight") for name in opened.info.shapes], "init_weights": True,
-            "modules_to_save": None, "random_seed": None, "task_type": None, "revision": None,
+            "peft_type": "SHIRA",
+            "r": r,
+            "mask_type": "lift",
+            "inference_mode": True,
+            "fan_in_fan_out": False,
+            "target_modules": [name.removesuffix(".weight") for name in opened.info.shapes],
+            "init_weights": True,
+            "modules_to_save": None,
+            "random_seed": None,
+            "task_type": None,
+            "revision": None,
             "base_model_name_or_path": base_model,
-        }  # fmt: skip
+        }
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -75,10 +88,14 @@ def export_shira(delta: str | Path, folder: str | Path, base_model: str | None =
     return r
 
 
-def import_shira(folder: str | Path, base: Model, path: str | Path, settings: Mapping[str, Any] | None = None) -> DeltaInfo:
-    """Write a delta file of what a saved SHiRA adapter does to ``base``, rounded to the base's dtype.
+def import_shira(
+    folder: str | Path, base: Model, path: str | Path, settings: Mapping[str, Any] | None = None
+) -> DeltaInfo:
+    """Write a delta file of what a saved SHiRA adapter does to ``base``, rounded to the base's
+    dtype.
 
-    Raises FileError for a folder without a readable SHiRA adapter in safetensors and for one that does not fit the base.
+    Raises FileError for a folder without a readable SHiRA adapter in safetensors and for one that
+    does not fit the base.
     """
     source = Path(folder)
     try:
@@ -87,8 +104,16 @@ def import_shira(folder: str | Path, base: Model, path: str | Path, settings: Ma
         raise FileError(f"{source} holds no readable {_CONFIG}; give the folder of a saved adapter") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
     require(kind == "SHIRA", f"{source} holds an adapter of type {kind}; only SHIRA can become a delta", FileError)
-    require(not config.get("modules_to_save"), f"{source} replaces whole modules (modules_to_save); a delta cannot", FileError)
-    require((source / _WEIGHTS).is_file(), f"{source} holds no {_WEIGHTS}; save the adapter with safe serialization", FileError)
+    require(
+        not config.get("modules_to_save"),
+        f"{source} replaces whole modules (modules_to_save); a delta cannot",
+        FileError,
+    )
+    require(
+        (source / _WEIGHTS).is_file(),
+        f"{source} holds no {_WEIGHTS}; save the adapter with safe serialization",
+        FileError,
+    )
     with TensorFile(source / _WEIGHTS) as adapter, open_weights(base) as old:
         with _Adapted(old, adapter, str(source)) as model:
             return save_delta(model, old, path, {"method": "shira", "r": config.get("r")} | dict(settings or {}))
@@ -105,8 +130,12 @@ class _Adapted(Weights):
             name = f"{stem}.weight"
             fits = key.startswith(_PREFIX) and part in ("shira_weight", "shira_indices") and name in base.forms
             require(fits, f"{label} changes {key}, which {base.label} has not; give the base of the adapter", FileError)
-            require(self._key(name, "shira_indices") in adapter.entries and self._key(name, "shira_weight") in adapter.entries,
-                    f"{label} lacks indices or values of {stem}; save the adapter again", FileError)  # fmt: skip
+            require(
+                self._key(name, "shira_indices") in adapter.entries
+                and self._key(name, "shira_weight") in adapter.entries,
+                f"{label} lacks indices or values of {stem}; save the adapter again",
+                FileError,
+            )
 
     @staticmethod
     def _key(name: str, part: str) -> str:
@@ -117,8 +146,12 @@ class _Adapted(Weights):
         if self._key(name, "shira_weight") not in self.adapter.entries:
             return weight
         values, indices = (self.adapter.read(self._key(name, part)) for part in ("shira_weight", "shira_indices"))
-        good = weight.dim() == 2 and values.dim() == 1 and indices.shape == (2, len(values)) and values.is_floating_point()
-        require(good, f"{self.label}: indices and values of {name} do not fit a matrix; save the adapter again", FileError)
+        good = (
+            weight.dim() == 2 and values.dim() == 1 and indices.shape == (2, len(values)) and values.is_floating_point()
+        )
+        require(
+            good, f"{self.label}: indices and values of {name} do not fit a matrix; save the adapter again", FileError
+        )
         rows, columns = indices.long()
         m, n = weight.shape
         inside = bool(((rows >= 0) & (rows < m) & (columns >= 0) & (columns < n)).all())
@@ -137,16 +170,26 @@ def _smallest_r(info: DeltaInfo) -> int:
     require(info.entries > 0, "the delta changes nothing, and an adapter needs something to change", FileError)
     for name, shape in info.shapes.items():
         linear = len(shape) == 2 and name.endswith(".weight")
-        require(linear, f"{name} changed, and SHiRA changes weights of linear layers only; train with freeze_rest=True", FileError)
+        require(
+            linear,
+            f"{name} changed, and SHiRA changes weights of linear layers only; train with freeze_rest=True",
+            FileError,
+        )
     r = max(-(-info.counts[name] // sum(shape)) for name, shape in info.shapes.items())
     for name, (m, n) in info.shapes.items():
-        require(r * (m + n) <= m * n, f"{name} of {m} x {n} has fewer than the {r * (m + n)} entries that SHiRA needs for r = {r}; "
-                "use the delta itself, or a lower density", FileError)  # fmt: skip
+        require(
+            r * (m + n) <= m * n,
+            f"{name} of {m} x {n} has fewer than the {r * (m + n)} entries that SHiRA needs for r = {r}; "
+            "use the delta itself, or a lower density",
+            FileError,
+        )
     return r
 
 
 def _padded(delta: Delta, name: str, r: int) -> tuple[Tensor, Tensor]:
-    """(2, r (m + n)) int32 rows and columns, sorted, and fp32 differences; the lowest unchanged entries fill up with zeros."""
+    """(2, r (m + n)) int32 rows and columns, sorted, and fp32 differences; the lowest unchanged
+    entries fill up with zeros.
+    """
     indices, old, new = delta.read(name)
     m, n = delta.info.shapes[name]
     assert m * n <= MAX_ENTRIES

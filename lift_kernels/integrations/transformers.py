@@ -1,4 +1,6 @@
-"""LiftAdamW in transformers' Trainer and what builds on it (TRL): a callback that logs what LIFT does."""
+"""LiftAdamW in transformers' Trainer and what builds on it (TRL): a callback that logs what LIFT
+does.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,16 @@ logger = logging.getLogger("lift_kernels")
 class LiftCallback(TrainerCallback):
     """Adds figures about LIFT to what the Trainer logs with the training loss.
 
-    ``LiftCallback.attach(trainer)`` puts it in front of the callbacks that report (TensorBoard, W&B, ...), so that each of them
-    gets the figures; given as ``callbacks=[LiftCallback()]`` it comes behind those, and only the progress bar and
-    ``state.log_history`` do.
+    ``LiftCallback.attach(trainer)`` puts it in front of the callbacks that report (TensorBoard,
+    W&B, ...), so that each of them gets the figures; given as ``callbacks=[LiftCallback()]`` it
+    comes behind those, and only the progress bar and ``state.log_history`` do.
 
-    Logged: ``lift_density``, share of the matrices that is trained; ``lift_mask_overlap``, shared entries of the last two masks
-    over their number; ``lift_refresh_seconds``, of all masks of the last refresh (`LiftAdamW.last_refresh`); ``lift_grad_norm``,
-    norm of the gradient over trained entries, before clipping; ``lift_update_norm``, norm of the weights' change at this step.
-    An optimizer without ``max_grad_norm`` is given an infinite one, which measures the norm and clips nothing.
+    Logged: ``lift_density``, share of the matrices that is trained; ``lift_mask_overlap``, shared
+    entries of the last two masks over their number; ``lift_refresh_seconds``, of all masks of the
+    last refresh (`LiftAdamW.last_refresh`); ``lift_grad_norm``, norm of the gradient over trained
+    entries, before clipping; ``lift_update_norm``, norm of the weights' change at this step. An
+    optimizer without ``max_grad_norm`` is given an infinite one, which measures the norm and clips
+    nothing.
 
     Raises ValueError at the start of training when the optimizer is not a LiftAdamW.
     """
@@ -51,8 +55,11 @@ class LiftCallback(TrainerCallback):
         if lift.max_grad_norm is None:
             lift.max_grad_norm = math.inf
         if args.max_grad_norm:
-            logger.warning("TrainingArguments(max_grad_norm=%s) clips by the norm of dense gradients, several times larger than "
-                           "over trained entries; set it to 0 and give max_grad_norm to LiftAdamW", args.max_grad_norm)  # fmt: skip
+            logger.warning(
+                "TrainingArguments(max_grad_norm=%s) clips by the norm of dense gradients, several times larger than "
+                "over trained entries; set it to 0 and give max_grad_norm to LiftAdamW",
+                args.max_grad_norm,
+            )
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         lift = _unwrap(optimizer)
@@ -72,8 +79,10 @@ class LiftCallback(TrainerCallback):
         if report is not None and report.overlap is not None:
             self.figures["lift_mask_overlap"], self.figures["lift_refresh_seconds"] = report.overlap, report.seconds
         if self._before:
-            changes = [torch.linalg.vector_norm(packed_gather(matrix, indices).float() - old.float())
-                       for matrix, indices, old in self._before]  # fmt: skip
+            changes = [
+                torch.linalg.vector_norm(packed_gather(matrix, indices).float() - old.float())
+                for matrix, indices, old in self._before
+            ]
             self.figures["lift_update_norm"] = float(torch.linalg.vector_norm(torch.stack([c.cpu() for c in changes])))
             self._before = []
 
@@ -92,7 +101,9 @@ def _unwrap(optimizer: Any) -> LiftAdamW:
     """The LiftAdamW inside what accelerate made of it."""
     while not isinstance(optimizer, LiftAdamW) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
-    require(isinstance(optimizer, LiftAdamW), f"LiftCallback needs LiftAdamW as optimizer, got {type(optimizer).__name__}")
+    require(
+        isinstance(optimizer, LiftAdamW), f"LiftCallback needs LiftAdamW as optimizer, got {type(optimizer).__name__}"
+    )
     return optimizer
 
 

@@ -55,7 +55,8 @@ def _sparse_adamw_kernel(
     lanes = tl.arange(0, BLOCK)
     real = lanes < count
     if ALIGNED:
-        # The hint, and a bound that is a multiple of the vector width, let the compiler use 128-bit accesses.
+        # The hint, and a bound that is a multiple of the vector width, let the compiler use 128-bit
+        # accesses.
         start = tl.multiple_of(start, 64)
         inside = lanes < tl.cdiv(count, 64) * 64
     else:
@@ -136,10 +137,11 @@ def sparse_adamw_triton(
     packed_grads: bool = False,
     maximize: bool = False,
 ) -> None:
-    """One step in place. Arguments as in `ops.sparse_adamw_`, with derived scalars in place of lr and decay.
+    """One step in place. Arguments as in `ops.sparse_adamw_`, with derived scalars in place of lr
+    and decay.
 
-    ``table`` (n, 3) fp32, ``bias`` (2, T + 1) fp32 with ``births``, and ``keys`` (n,) int32, given to round
-    stochastically, are those of `lift_kernels.scalars`. Gradients are contiguous.
+    ``table`` (n, 3) fp32, ``bias`` (2, T + 1) fp32 with ``births``, and ``keys`` (n,) int32, given
+    to round stochastically, are those of `lift_kernels.scalars`. Gradients are contiguous.
     """
     block = block_size()
     with torch.cuda.device_of(indices):
@@ -148,9 +150,33 @@ def sparse_adamw_triton(
             return
         grad_table, wide_grads = pointer_table(grads, indices.device)
         _sparse_adamw_kernel[(blocks.shape[0],)](
-            pointer_table(weights, indices.device).data, grad_table, blocks, indices, bits(exp_avg), bits(exp_avg_sq),
-            master, births, table, steps, bias, keys, inv_scale, found_inf, 0 if bias is None else bias.shape[1] - 1,
-            1 - beta1, beta1, 1 - beta2, beta2, eps,
-            WEIGHT=FORMATS[weights[0].dtype], GRAD=FORMATS[grads[0].dtype], PACKED=packed_grads, ALIGNED=aligned,
-            WIDE_GRADS=wide_grads, MAXIMIZE=maximize, BLOCK=block, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
+            pointer_table(weights, indices.device).data,
+            grad_table,
+            blocks,
+            indices,
+            bits(exp_avg),
+            bits(exp_avg_sq),
+            master,
+            births,
+            table,
+            steps,
+            bias,
+            keys,
+            inv_scale,
+            found_inf,
+            0 if bias is None else bias.shape[1] - 1,
+            1 - beta1,
+            beta1,
+            1 - beta2,
+            beta2,
+            eps,
+            WEIGHT=FORMATS[weights[0].dtype],
+            GRAD=FORMATS[grads[0].dtype],
+            PACKED=packed_grads,
+            ALIGNED=aligned,
+            WIDE_GRADS=wide_grads,
+            MAXIMIZE=maximize,
+            BLOCK=block,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )

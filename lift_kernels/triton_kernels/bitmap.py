@@ -1,7 +1,9 @@
-"""Bitmaps of selections as sorted index lists, for many matrices at once, where the native CUDA version is absent.
+"""Bitmaps of selections as sorted index lists, for many matrices at once, where the native CUDA
+version is absent.
 
-A bitmap is (m, ceil(n / 32)) int32: each row starts a word of its own. A candidate is ``key << 32 | (LAST - position)`` int64, so
-that the larger one has the larger key or, of equal ones, the lower position. Atomics only "or" integers, in any order.
+A bitmap is (m, ceil(n / 32)) int32: each row starts a word of its own. A candidate is
+``key << 32 | (LAST - position)`` int64, so that the larger one has the larger key or, of equal
+ones, the lower position. Atomics only "or" integers, in any order.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ CHOOSE_WARPS = 8
 
 @triton.jit
 def popcount(x):
-    """Bits set in each uint32, as int32; the compiler knows this idiom and makes one instruction of it."""
+    """Bits set in each uint32, as int32; the compiler knows this idiom and makes one instruction of
+    it.
+    """
     x = x - ((x >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
     return ((((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
@@ -48,7 +52,9 @@ def _bitmap_choose_kernel(
     BLOCK: tl.constexpr,
     DIGIT: tl.constexpr,
 ):
-    """One program a matrix: the pivot among its candidates digit by digit, from the highest digit in which two of them differ."""
+    """One program a matrix: the pivot among its candidates digit by digit, from the highest digit
+    in which two of them differ.
+    """
     BINS: tl.constexpr = 1 << DIGIT
     LAST: tl.constexpr = 0x7FFFFFFF
     matrix = tl.program_id(0).to(tl.int64)
@@ -63,7 +69,9 @@ def _bitmap_choose_kernel(
         pivot = tl.load(candidates)
         differ = tl.zeros([BLOCK], dtype=tl.int64)
         for start in range(0, near, BLOCK):
-            differ = tl.maximum(differ, tl.load(candidates + start + lanes, mask=lanes < near - start, other=pivot) ^ pivot)
+            differ = tl.maximum(
+                differ, tl.load(candidates + start + lanes, mask=lanes < near - start, other=pivot) ^ pivot
+            )
         highest = tl.max(differ, axis=0)
         low = 0
         while (highest >> low) > 0:
@@ -80,7 +88,9 @@ def _bitmap_choose_kernel(
                 histogram += tl.histogram(digit, BINS, mask=same)
             low -= DIGIT
             above = tl.sum(histogram, axis=0) - tl.cumsum(histogram, axis=0)
-            bin = tl.sum((above + histogram >= rank).to(tl.int32), axis=0) - 1  # the highest in which the count reaches the rank
+            bin = (
+                tl.sum((above + histogram >= rank).to(tl.int32), axis=0) - 1
+            )  # the highest in which the count reaches the rank
             at = tl.arange(0, BINS) == bin
             rank -= tl.sum(tl.where(at, above, 0), axis=0)
             sharing = tl.sum(tl.where(at, histogram, 0), axis=0)
@@ -107,7 +117,9 @@ def _set_bits_kernel(bitmap, positions, count, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def _load_words(bitmaps, length, n, BLOCK: tl.constexpr):
-    """This program's words of its matrix as uint32, bits behind the last column dropped; the number of the first; the matrix."""
+    """This program's words of its matrix as uint32, bits behind the last column dropped; the number
+    of the first; the matrix.
+    """
     blocks = tl.cdiv(length, BLOCK)
     matrix = (tl.program_id(0) // blocks).to(tl.int64)
     start = tl.program_id(0) % blocks * BLOCK
@@ -126,7 +138,9 @@ def _count_bits_kernel(bitmaps, totals, length, n, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count", "n"])
 def _list_bits_kernel(bitmaps, ends, out, length, count, n, BLOCK: tl.constexpr):
-    """Write the flat positions of the first ``count`` bits of each matrix, in order; ``ends``: bits set up to each block's end."""
+    """Write the flat positions of the first ``count`` bits of each matrix, in order; ``ends``: bits
+    set up to each block's end.
+    """
     words, start, matrix = _load_words(bitmaps, length, n, BLOCK)
     bits = popcount(words)
     place = tl.load(ends + tl.program_id(0)) - tl.sum(bits) + tl.cumsum(bits, axis=0) - bits
@@ -152,7 +166,17 @@ def bitmap_to_indices_triton(
     bitmaps = bitmaps.clone()
     with torch.cuda.device_of(bitmaps):
         _bitmap_choose_kernel[(batch,)](
-            bitmaps, candidates, counts, thresholds, status, rows, columns, capacity, k, **CHOOSE, num_warps=CHOOSE_WARPS
+            bitmaps,
+            candidates,
+            counts,
+            thresholds,
+            status,
+            rows,
+            columns,
+            capacity,
+            k,
+            **CHOOSE,
+            num_warps=CHOOSE_WARPS,
         )
         indices, totals = list_bits(bitmaps, k, columns)
     missed = (status != 0) | (totals != k)
@@ -161,13 +185,17 @@ def bitmap_to_indices_triton(
 
 
 def set_bits(bitmap: Tensor, positions: Tensor, n: int) -> None:
-    """Set the bits of flat ``positions`` (count,) int32 in the bitmap of one matrix with ``n`` columns."""
+    """Set the bits of flat ``positions`` (count,) int32 in the bitmap of one matrix with ``n``
+    columns.
+    """
     count = positions.numel()
     _set_bits_kernel[(triton.cdiv(count, BLOCK),)](bitmap, positions, count, n, BLOCK=BLOCK, num_warps=4)
 
 
 def list_bits(bitmaps: Tensor, count: int, n: int) -> tuple[Tensor, Tensor]:
-    """(b, count) int32: positions of the first bits set in each bitmap (b, m, words) of ``n`` columns; (b,) bits set in all."""
+    """(b, count) int32: positions of the first bits set in each bitmap (b, m, words) of ``n``
+    columns; (b,) bits set in all.
+    """
     batch, length = len(bitmaps), bitmaps[0].numel()
     blocks = triton.cdiv(length, BLOCK)
     totals = bitmaps.new_empty(batch, blocks)

@@ -1,4 +1,6 @@
-"""Weight gradients of linear layers at the selected entries: torch's product and a gather, or one product that keeps only them."""
+"""Weight gradients of linear layers at the selected entries: torch's product and a gather, or one
+product that keeps only them.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,17 @@ from .numerics import bits, narrow
 from .packed import packed_gather_triton
 
 ROWS, COLUMNS, TOKENS, ENTRIES = 128, 128, 32, 8
-"""Sides of a tile of the gradient, tokens of one step of the product, and entries of a row that the epilogue writes at once."""
+"""Sides of a tile of the gradient, tokens of one step of the product, and entries of a row that the
+epilogue writes at once.
+"""
 WARPS, STAGES = 8, 3
 
 
 @triton.jit
 def _lower_bound(indices, bound, count, stride):
-    """How many of the ``count`` sorted ``indices`` lie below each int64 ``bound``; ``stride``: largest power of two <= count."""
+    """How many of the ``count`` sorted ``indices`` lie below each int64 ``bound``; ``stride``:
+    largest power of two <= count.
+    """
     low = tl.zeros_like(bound).to(tl.int32)
     while stride > 0:
         ahead = low + stride
@@ -49,8 +55,8 @@ def _packed_weight_grad_kernel(
 ):
     """One tile of grad_output^T @ input, of which only the entries in the index list reach memory.
 
-    The entries of a row within a tile are neighbours in the list, so each row of the tile searches for its first and its
-    last one. No atomics: every entry belongs to one tile.
+    The entries of a row within a tile are neighbours in the list, so each row of the tile searches
+    for its first and its last one. No atomics: every entry belongs to one tile.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS
@@ -83,10 +89,11 @@ def _packed_weight_grad_kernel(
 
 
 def packed_weight_grad_triton(grad_output: Tensor, input: Tensor, indices: Tensor, out: Tensor) -> None:
-    """Fill ``out`` (k,) with grad_output^T @ input at ``indices`` (k,) int32, without a dense gradient.
+    """Fill ``out`` (k,) with grad_output^T @ input at ``indices`` (k,) int32, without a dense
+    gradient.
 
-    ``grad_output`` (t, m) and ``input`` (t, n) are of one dtype and are made contiguous. Sums are fp32; fp32 products are exact
-    or TF32, as torch's own products on the GPU.
+    ``grad_output`` (t, m) and ``input`` (t, n) are of one dtype and are made contiguous. Sums are
+    fp32; fp32 products are exact or TF32, as torch's own products on the GPU.
     """
     count = indices.numel()
     if count == 0:
@@ -98,13 +105,29 @@ def packed_weight_grad_triton(grad_output: Tensor, input: Tensor, indices: Tenso
     precision = "tf32" if tf32_allowed() else "ieee"
     with torch.cuda.device_of(indices):
         _packed_weight_grad_kernel[(triton.cdiv(m, ROWS), triton.cdiv(n, COLUMNS))](
-            grad_output, input, indices, bits(out), tokens, m, n, count, 1 << (count.bit_length() - 1), PRECISION=precision,
-            ROWS=ROWS, COLUMNS=COLUMNS, TOKENS=TOKENS, ENTRIES=ENTRIES, num_warps=WARPS, num_stages=STAGES,
-        )  # fmt: skip
+            grad_output,
+            input,
+            indices,
+            bits(out),
+            tokens,
+            m,
+            n,
+            count,
+            1 << (count.bit_length() - 1),
+            PRECISION=precision,
+            ROWS=ROWS,
+            COLUMNS=COLUMNS,
+            TOKENS=TOKENS,
+            ENTRIES=ENTRIES,
+            num_warps=WARPS,
+            num_stages=STAGES,
+        )
 
 
 def product_and_gather(grad_output: Tensor, input: Tensor, indices: Tensor, out: Tensor) -> None:
-    """Fill ``out`` (k,) from torch's own dense product, formed in a buffer that all layers share; the same bits as the gather."""
+    """Fill ``out`` (k,) from torch's own dense product, formed in a buffer that all layers share;
+    the same bits as the gather.
+    """
     if indices.numel() == 0:
         return
     m, n = grad_output.shape[1], input.shape[1]
@@ -117,10 +140,11 @@ _scratch: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def scratch(entries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A vector whose contents nobody needs after the next call on this (device, stream); it grows to the largest request.
+    """A vector whose contents nobody needs after the next call on this (device, stream); it grows
+    to the largest request.
 
-    Work on one stream runs in order, so layers cannot disturb each other. Inside a CUDA-graph capture the memory must belong to
-    the graph, and is not kept.
+    Work on one stream runs in order, so layers cannot disturb each other. Inside a CUDA-graph
+    capture the memory must belong to the graph, and is not kept.
     """
     size = entries * dtype.itemsize
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():

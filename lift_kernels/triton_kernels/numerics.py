@@ -1,6 +1,8 @@
-"""Device functions for storage formats: widening to fp32, rounding from it, and the counter-based noise.
+"""Device functions for storage formats: widening to fp32, rounding from it, and the counter-based
+noise.
 
-A format is named by the element type of its pointer: ``tl.float32``, ``tl.float16``, or ``tl.int16`` for bf16 patterns.
+A format is named by the element type of its pointer: ``tl.float32``, ``tl.float16``, or
+``tl.int16`` for bf16 patterns.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ def widen(x):
 
 @triton.jit
 def narrow(x, FORMAT: tl.constexpr):
-    """fp32 ``x`` rounded to nearest even in a storage format; any NaN becomes the quiet bf16 NaN 0x7FC0 as in torch."""
+    """fp32 ``x`` rounded to nearest even in a storage format; any NaN becomes the quiet bf16 NaN
+    0x7FC0 as in torch.
+    """
     if FORMAT == tl.int16:
         pattern = x.to(tl.uint32, bitcast=True)
         pattern = tl.where(x == x, (pattern + 0x7FFF + ((pattern >> 16) & 1)) >> 16, 0x7FC0)
@@ -40,7 +44,9 @@ def narrow(x, FORMAT: tl.constexpr):
 
 @triton.jit
 def narrow_stochastic(x, noise, FORMAT: tl.constexpr):
-    """fp32 ``x`` rounded down or up to bf16 or fp16 by uniform uint32 ``noise``; non-finite values to nearest."""
+    """fp32 ``x`` rounded down or up to bf16 or fp16 by uniform uint32 ``noise``; non-finite values
+    to nearest.
+    """
     pattern = x.to(tl.uint32, bitcast=True)
     finite = (pattern & 0x7F800000) != 0x7F800000
     if FORMAT == tl.int16:
@@ -59,7 +65,9 @@ def narrow_stochastic(x, noise, FORMAT: tl.constexpr):
 
 @triton.jit
 def counter_hash(x):
-    """The bijective mix of uint32 counters that `lift_kernels.reference.counter_hash` specifies, to the bit."""
+    """The bijective mix of uint32 counters that `lift_kernels.reference.counter_hash` specifies, to
+    the bit.
+    """
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)

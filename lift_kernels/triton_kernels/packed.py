@@ -1,4 +1,6 @@
-"""Entries between dense tensors and packed vectors: gather, scatter, migration to a new list, sums of squares."""
+"""Entries between dense tensors and packed vectors: gather, scatter, migration to a new list, sums
+of squares.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from .tables import block_size, block_table, pointer_table
 
 @triton.jit
 def load_stream(start, count, BLOCK: tl.constexpr):
-    """``count`` values from ``start`` on, zeros behind them; no mask on whole blocks: loads are 128 bits wide."""
+    """``count`` values from ``start`` on, zeros behind them; no mask on whole blocks: loads are 128
+    bits wide.
+    """
     lanes = tl.arange(0, BLOCK)
     if count >= BLOCK:
         x = tl.load(start + lanes)
@@ -26,7 +30,9 @@ def load_stream(start, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def store_stream(start, x, count, BLOCK: tl.constexpr):
-    """Store the first ``count`` values of a block from ``start`` on; the counterpart of `load_stream`."""
+    """Store the first ``count`` values of a block from ``start`` on; the counterpart of
+    `load_stream`.
+    """
     lanes = tl.arange(0, BLOCK)
     if count >= BLOCK:
         tl.store(start + lanes, x)
@@ -36,7 +42,9 @@ def store_stream(start, x, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def _convert(x, FORMAT: tl.constexpr):
-    """A block in another storage format, rounded to nearest even; the same bits when it has that format already."""
+    """A block in another storage format, rounded to nearest even; the same bits when it has that
+    format already.
+    """
     if x.dtype == FORMAT:
         return x
     else:
@@ -45,7 +53,9 @@ def _convert(x, FORMAT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count"])
 def _packed_gather_kernel(source, indices, out, count, BLOCK: tl.constexpr):
-    """out[i] = source[indices[i]]; ``indices`` (count,) int32, ``out`` (count,) in any storage format."""
+    """out[i] = source[indices[i]]; ``indices`` (count,) int32, ``out`` (count,) in any storage
+    format.
+    """
     start = tl.program_id(0) * BLOCK
     left = count - start
     index = load_stream(indices + start, left, BLOCK).to(tl.int64)
@@ -55,7 +65,9 @@ def _packed_gather_kernel(source, indices, out, count, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count"])
 def _packed_scatter_kernel(dest, indices, values, count, BLOCK: tl.constexpr):
-    """dest[indices[i]] = values[i]; ``indices`` (count,) int32, ``values`` (count,) in any storage format."""
+    """dest[indices[i]] = values[i]; ``indices`` (count,) int32, ``values`` (count,) in any storage
+    format.
+    """
     start = tl.program_id(0) * BLOCK
     left = count - start
     index = load_stream(indices + start, left, BLOCK).to(tl.int64)
@@ -65,10 +77,12 @@ def _packed_scatter_kernel(dest, indices, values, count, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["old_count", "new_count", "stride"])
 def _packed_migrate_kernel(values, old_indices, new_indices, out, old_count, new_count, stride, BLOCK: tl.constexpr):
-    """out[i] = values[j] where old_indices[j] == new_indices[i]; other places of ``out`` (new_count,) stay.
+    """out[i] = values[j] where old_indices[j] == new_indices[i]; other places of ``out``
+    (new_count,) stay.
 
-    Each new entry counts the old ones below it, its lower bound, in steps of ``stride`` (the largest power of two up to
-    old_count, 0 for none), stride/2, ..., 1. No atomics, and neighbours walk through the same cache lines.
+    Each new entry counts the old ones below it, its lower bound, in steps of ``stride`` (the
+    largest power of two up to old_count, 0 for none), stride/2, ..., 1. No atomics, and neighbours
+    walk through the same cache lines.
     """
     start = tl.program_id(0) * BLOCK
     left = new_count - start
@@ -98,7 +112,9 @@ def _packed_square_sums_kernel(
     WIDE_GRADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Each program's sum of squared entries, in fp64: squares of fp32 neither overflow nor vanish there."""
+    """Each program's sum of squared entries, in fp64: squares of fp32 neither overflow nor vanish
+    there.
+    """
     row = blocks + tl.program_id(0).to(tl.int64) * 4
     matrix = tl.load(row)
     start = tl.load(row + 1)
@@ -124,17 +140,23 @@ def _packed_square_sums_kernel(
 
 
 def packed_gather_triton(source: Tensor, indices: Tensor, out: Tensor) -> None:
-    """Fill ``out`` (k,) with contiguous ``source`` at ``indices`` (k,) int32; each fp32, bf16 or fp16."""
+    """Fill ``out`` (k,) with contiguous ``source`` at ``indices`` (k,) int32; each fp32, bf16 or
+    fp16.
+    """
     _launch(_packed_gather_kernel, indices.numel(), bits(source), indices, bits(out), indices.numel())
 
 
 def packed_scatter_triton(dest: Tensor, indices: Tensor, values: Tensor) -> None:
-    """Write ``values`` (k,) into contiguous ``dest`` at ``indices`` (k,) int32; fp32, bf16 or fp16 each."""
+    """Write ``values`` (k,) into contiguous ``dest`` at ``indices`` (k,) int32; fp32, bf16 or fp16
+    each.
+    """
     _launch(_packed_scatter_kernel, indices.numel(), bits(dest), indices, bits(values), indices.numel())
 
 
 def packed_migrate_triton(values: Tensor, old_indices: Tensor, new_indices: Tensor, out: Tensor) -> None:
-    """Write into ``out`` (k_new) the values of entries in both sorted lists; fp32, bf16, fp16 or int32."""
+    """Write into ``out`` (k_new) the values of entries in both sorted lists; fp32, bf16, fp16 or
+    int32.
+    """
     old, new = old_indices.numel(), new_indices.numel()
     stride = 1 << (old.bit_length() - 1) if old > 0 else 0
     _launch(_packed_migrate_kernel, new, bits(values), old_indices, new_indices, bits(out), old, new, stride)
@@ -143,7 +165,9 @@ def packed_migrate_triton(values: Tensor, old_indices: Tensor, new_indices: Tens
 def packed_square_sums_triton(
     grads: Sequence[Tensor], indices: Tensor, offsets: Sequence[int], counts: Sequence[int], packed_grads: bool
 ) -> Tensor:
-    """(programs,) fp64 sums of squares over the selected entries of contiguous gradients; the same bits every time."""
+    """(programs,) fp64 sums of squares over the selected entries of contiguous gradients; the same
+    bits every time.
+    """
     block = block_size()
     with torch.cuda.device_of(indices):
         blocks, aligned = block_table(offsets, counts, indices.numel(), block, indices.device)
@@ -151,9 +175,18 @@ def packed_square_sums_triton(
         if partials.numel() > 0:
             grad_table, wide_grads = pointer_table(grads, indices.device)
             _packed_square_sums_kernel[(partials.numel(),)](
-                grad_table, blocks, indices, partials, GRAD=FORMATS[grads[0].dtype], PACKED=packed_grads,
-                ALIGNED=aligned, WIDE_GRADS=wide_grads, BLOCK=block, num_warps=4, enable_fp_fusion=False,
-            )  # fmt: skip
+                grad_table,
+                blocks,
+                indices,
+                partials,
+                GRAD=FORMATS[grads[0].dtype],
+                PACKED=packed_grads,
+                ALIGNED=aligned,
+                WIDE_GRADS=wide_grads,
+                BLOCK=block,
+                num_warps=4,
+                enable_fp_fusion=False,
+            )
         return partials
 
 

@@ -1,8 +1,10 @@
-"""The largest entries of a low-rank product, chosen while its tiles are recomputed: it never lies in memory.
+"""The largest entries of a low-rank product, chosen while its tiles are recomputed: it never lies
+in memory.
 
-Magnitudes are compared as keys: the fp32 pattern without its sign, a non-negative int32. So -0 equals 0, NaN comes
-above infinity, and the order is total. Chosen entries are bits of a bitmap (m, ceil(n / 32)) int32: each row starts a
-word of its own, so that no two tiles share one. Atomics add and "or" integers only: their order changes no result.
+Magnitudes are compared as keys: the fp32 pattern without its sign, a non-negative int32. So -0
+equals 0, NaN comes above infinity, and the order is total. Chosen entries are bits of a bitmap (m,
+ceil(n / 32)) int32: each row starts a word of its own, so that no two tiles share one. Atomics add
+and "or" integers only: their order changes no result.
 """
 
 from __future__ import annotations
@@ -21,9 +23,21 @@ TILE_OPTIONS = {"num_warps": 8, "num_stages": 2, "maxnreg": 128, "enable_fp_fusi
 
 
 @triton.jit
-def _tile_keys(left, right, m, n, r, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-               PRECISION: tl.constexpr):  # fmt: skip
-    """(ROWS, COLUMNS) int32 keys of left @ right.T from (row, column) on; -1, below every limit, outside of it.
+def _tile_keys(
+    left,
+    right,
+    m,
+    n,
+    r,
+    row,
+    column,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(ROWS, COLUMNS) int32 keys of left @ right.T from (row, column) on; -1, below every limit,
+    outside of it.
 
     All passes over the product come here with the same shapes, so that they see the same bits.
     """
@@ -46,7 +60,9 @@ def _tile_keys(left, right, m, n, r, row, column, ROWS: tl.constexpr, COLUMNS: t
 
 @triton.jit
 def _tile_corner(m, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """This program's matrix, and row and column where its tile begins; neighbours share their rows of the left factor."""
+    """This program's matrix, and row and column where its tile begins; neighbours share their rows
+    of the left factor.
+    """
     across = tl.cdiv(n, COLUMNS)
     tiles = tl.cdiv(m, ROWS) * across
     tile = tl.program_id(0) % tiles
@@ -55,7 +71,9 @@ def _tile_corner(m, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _load_limits(bracket):
-    """Lowest and highest key of a bracket (2,), fp32 patterns as int32; what is negative counts as zero."""
+    """Lowest and highest key of a bracket (2,), fp32 patterns as int32; what is negative counts as
+    zero.
+    """
     return tl.maximum(tl.load(bracket), 0), tl.maximum(tl.load(bracket + 1), 0)
 
 
@@ -151,10 +169,12 @@ def _lowrank_histogram_kernel(
 
 
 def scan_products(left: Tensor, right: Tensor, k: int, bracket: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Bitmaps, candidates and counts of ``left @ right.mT`` and the columns of the bitmaps: what `bitmap_to_indices` takes.
+    """Bitmaps, candidates and counts of ``left @ right.mT`` and the columns of the bitmaps: what
+    `bitmap_to_indices` takes.
 
-    ``left`` (b, m, r) and ``right`` (b, n, r) fp32, contiguous; ``bracket`` (b, 2) fp32: limits, included, of where the k-th
-    magnitude is expected. Candidates beyond max(4096, k / 2) are counted, not kept. Nothing waits for the device.
+    ``left`` (b, m, r) and ``right`` (b, n, r) fp32, contiguous; ``bracket`` (b, 2) fp32: limits,
+    included, of where the k-th magnitude is expected. Candidates beyond max(4096, k / 2) are
+    counted, not kept. Nothing waits for the device.
     """
     left, right = _filling_words(left, right)
     (batch, m, _), n = left.shape, right.shape[1]
@@ -166,7 +186,8 @@ def scan_products(left: Tensor, right: Tensor, k: int, bracket: Tensor) -> tuple
 
 
 def lowrank_topk_counting(left: Tensor, right: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Positions (k,) and k-th magnitude of one matrix without a bracket: its keys are counted in two passes more.
+    """Positions (k,) and k-th magnitude of one matrix without a bracket: its keys are counted in
+    two passes more.
 
     ``left`` (m, r) and ``right`` (n, r). Scratch: two bitmaps, a histogram and up to k ties.
     """
@@ -182,14 +203,24 @@ def lowrank_topk_counting(left: Tensor, right: Tensor, k: int) -> tuple[Tensor, 
 
 
 def _filling_words(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of the same flat product: a column lies flat as a row does, but a row fills its words."""
+    """Factors of the same flat product: a column lies flat as a row does, but a row fills its
+    words.
+    """
     return (right, left) if right.shape[1] == 1 else (left, right)
 
 
 def _scan(
-    left: Tensor, right: Tensor, bracket: Tensor, bitmaps: Tensor, *, ties: Tensor | None = None, candidates: Tensor | None = None
+    left: Tensor,
+    right: Tensor,
+    bracket: Tensor,
+    bitmaps: Tensor,
+    *,
+    ties: Tensor | None = None,
+    candidates: Tensor | None = None,
 ) -> Tensor:
-    """Mark keys above the bracket in ``bitmaps``, keep those in it as ``ties`` or ``candidates``; (b, 2) counts of both."""
+    """Mark keys above the bracket in ``bitmaps``, keep those in it as ``ties`` or ``candidates``;
+    (b, 2) counts of both.
+    """
     counts = torch.zeros(len(left), 2, dtype=torch.int32, device=left.device)
     capacity = 0 if candidates is None else candidates.shape[1]
     if len(left):
@@ -198,7 +229,9 @@ def _scan(
 
 
 def _kth_key(left: Tensor, right: Tensor, k: int) -> Tensor:
-    """The k-th largest key of one matrix, () int32, by a histogram of the high 15 bits and one of the low 16."""
+    """The k-th largest key of one matrix, () int32, by a histogram of the high 15 bits and one of
+    the low 16.
+    """
     low = torch.zeros((), dtype=torch.int32, device=left.device)
     rank: int | Tensor = k
     for bits, shift in ((15, 16), (16, 0)):

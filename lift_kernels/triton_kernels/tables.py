@@ -1,4 +1,5 @@
-"""Launch tables on the device: addresses of a launch's tensors, and which piece of which matrix a program works on.
+"""Launch tables on the device: addresses of a launch's tensors, and which piece of which matrix a
+program works on.
 
 Both are built on the host and cached, so that a step with the same tensors copies nothing.
 """
@@ -14,7 +15,9 @@ from .. import dispatch
 from ..device_tables import DeviceTables, Table
 
 ALIGNMENT = 64
-"""Entries to which segments must be aligned and padded for wide loads; at least 128 bytes in every dtype."""
+"""Entries to which segments must be aligned and padded for wide loads; at least 128 bytes in every
+dtype.
+"""
 
 
 def block_size() -> int:
@@ -25,9 +28,11 @@ def block_size() -> int:
 def block_table(
     offsets: Sequence[int], counts: Sequence[int], arena_length: int, block: int, device: torch.device
 ) -> Table:
-    """(programs, 4) int64: matrix, arena position, position in the matrix's list, entries left in it (at least 1).
+    """(programs, 4) int64: matrix, arena position, position in the matrix's list, entries left in
+    it (at least 1).
 
-    Aligned: every segment starts at a multiple of `ALIGNMENT` and reaches no other one when padded to it.
+    Aligned: every segment starts at a multiple of `ALIGNMENT` and reaches no other one when padded
+    to it.
     """
     offsets, counts = tuple(offsets), tuple(counts)
 
@@ -53,7 +58,9 @@ def pointer_table(tensors: Sequence[Tensor], device: torch.device) -> Table:
 
 
 def _padded(offset: Tensor, count: Tensor, arena_length: int) -> bool:
-    """Whether segments are aligned and can be padded to `ALIGNMENT` entries without reaching each other or the end."""
+    """Whether segments are aligned and can be padded to `ALIGNMENT` entries without reaching each
+    other or the end.
+    """
     start, order = offset[count > 0].sort()
     end = start + (count[count > 0][order] + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
     limit = torch.cat([start[1:], torch.tensor([arena_length], device="cpu")])
@@ -61,7 +68,9 @@ def _padded(offset: Tensor, count: Tensor, arena_length: int) -> bool:
 
 
 _pointers = DeviceTables(
-    "addresses of weights or gradients", 128,
-    "run the step once before the capture with the same tensors, and keep gradients in place with zero_grad(set_to_none=False)",
-)  # fmt: skip
+    "addresses of weights or gradients",
+    128,
+    "run the step once before the capture with the same tensors, and keep gradients in place with "
+    "zero_grad(set_to_none=False)",
+)
 _blocks = DeviceTables("segments", 64, "run the step once before the capture with the same matrices")

@@ -1,8 +1,9 @@
 """Writes the state dicts, checkpoints and deltas that every later version must load.
 
-Run once, by the version before the layout changed: ``python python_tests/data/write_saved_states.py``.
-`test_saved_states.py` reads the files. Gradients and the states that follow are stored too, because
-only elementwise updates give the same bits on every machine.
+Run once, by the version before the layout changed: ``python
+python_tests/data/write_saved_states.py``. `test_saved_states.py` reads the files. Gradients and the
+states that follow are stored too, because only elementwise updates give the same bits on every
+machine.
 """
 
 import itertools
@@ -73,7 +74,9 @@ def step(optimizer: LiftAdamW, grads: list[torch.Tensor]) -> None:
 
 def cases() -> list[str]:
     """Every form, dtype, bias correction, master and schedule that go together."""
-    forms = itertools.product(("matrix", "packed"), DTYPES, ("global", "per_entry"), ("fp32", "none"), ("all", "spread"))
+    forms = itertools.product(
+        ("matrix", "packed"), DTYPES, ("global", "per_entry"), ("fp32", "none"), ("all", "spread")
+    )
     return ["-".join(form) for form in forms if form[0] == "matrix" or form[3] == "fp32"]
 
 
@@ -83,7 +86,9 @@ def checkpointed() -> list[str]:
 
 
 def written(case: str) -> dict:
-    """Model and optimizer after a few steps, the gradients that follow, and model and optimizer after these."""
+    """Model and optimizer after a few steps, the gradients that follow, and model and optimizer
+    after these.
+    """
     torch.manual_seed(cases().index(case))
     generator = torch.Generator().manual_seed(cases().index(case))
     model = new_model(DTYPES[case.split("-")[1]])
