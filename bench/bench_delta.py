@@ -45,8 +45,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lift_kernels import apply_delta, delta_info, revert_delta, save_delta
-from lift_kernels.masks import MaskRequest, principal_masks
-from lift_kernels.weights import ModuleWeights, fingerprint
+from lift_kernels.delta.model_weights import ModuleWeights, fingerprint
+from lift_kernels.masks.principal import MaskRequest, principal_masks
 
 COLUMNS = [
     "set",
@@ -275,10 +275,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             training_methods.llama_config(*training_methods.TINY), torch.float32, "cpu"
         )
     else:
-        from lift_kernels.finetune import modelio
+        from lift_kernels.finetune import model_io
 
         label = Path(given.model).name if given.model else "SmolLM2-135M"
-        base, _ = modelio.load_model(modelio.find_model(given.model), torch.float32)
+        base, _ = model_io.load_model(model_io.find_model(given.model), torch.float32)
     tuned, table = tune(base), []
     with tempfile.TemporaryDirectory() as place:
         rates = Rates.measured(Path(place), 2 if given.dry_run else 128)

@@ -52,9 +52,11 @@ from mask_ways import (
 )
 from torch import Tensor
 
-from lift_kernels import lowrank, ops
-from lift_kernels.lowrank import LowRankFactors, block_width, low_rank_factors
-from lift_kernels.masks import Mask, largest_indices
+from lift_kernels import ops
+from lift_kernels.masks import lowrank
+from lift_kernels.masks.lowrank import LowRankFactors, block_width, low_rank_factors
+from lift_kernels.masks.principal import Mask
+from lift_kernels.masks.selection import largest_indices
 
 SKLEARN = "scikit-learn's randomized_svd(2r, 2)"
 COLUMNS = [

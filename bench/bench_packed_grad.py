@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from lift_kernels import LiftAdamW, lift_param_groups, ops, pack_gradients
-from lift_kernels.linear import PackedLinear
+from lift_kernels.nn.linear import PackedLinear
 
 DENSITY, RANK = 0.05, 64
 BETAS = (0.9, 0.95)
@@ -87,9 +87,9 @@ class Tiny(nn.Module):
 
 
 def loaded(name: str | None) -> nn.Module:
-    from lift_kernels.finetune import modelio
+    from lift_kernels.finetune import model_io
 
-    return modelio.load_model(modelio.find_model(name), torch.float32)[0]
+    return model_io.load_model(model_io.find_model(name), torch.float32)[0]
 
 
 class Models:

@@ -3,8 +3,8 @@ shared weights and gradients.
 
 Peers come from the extra ``[bench]``. One that is not installed, does not run on this device or is
 switched off has a row without a time whose ``status`` says why; none is left out. Our variants are
-first checked against `lift_kernels.reference`; a wrong one has a row without a time too, and the
-exit status is 1.
+first checked against `lift_kernels.ops.reference`; a wrong one has a row without a time too, and
+the exit status is 1.
 
 - ``state_bytes``: bytes of all distinct tensor storages behind an optimizer's state after its first
   step, per parameter of the matrices; ``computed_bytes`` is what its documented form should take,
@@ -36,7 +36,7 @@ from bench_sparse_adamw import BF16, DENSITY, FP32, HYPER, RANK, Published, Spar
 from bench_util import Contestant
 from torch import Tensor, nn
 
-from lift_kernels.masks import MaskRequest, principal_masks
+from lift_kernels.masks.principal import MaskRequest, principal_masks
 
 COLUMNS = [
     "set",

@@ -9,7 +9,7 @@ weight's dtype, and a plain rewrite of the published LIFT step. Rows with ``+ re
 hundredth of a refresh of all masks, as LiftAdamW makes it from the bases of the last one,
 ``+ cold refresh/100`` one without them.
 
-Every variant is first checked against `lift_kernels.reference`; a wrong one has a row without a
+Every variant is first checked against `lift_kernels.ops.reference`; a wrong one has a row without a
 time, and the exit status is 1.
 
 Bytes of the floor, per step. Sparse: each distinct 64-byte line that selected entries lie on,
@@ -36,8 +36,9 @@ from bench_arena import Arena, clustered_indices
 from bench_util import Contestant
 from torch import Tensor
 
-from lift_kernels import dispatch, ops
-from lift_kernels.masks import MaskRequest, principal_masks
+from lift_kernels import ops
+from lift_kernels.masks.principal import MaskRequest, principal_masks
+from lift_kernels.ops import dispatch
 
 HYPER = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -47,10 +48,10 @@ COLUMNS = ["set", "variant", "median_ms", "q25_ms", "q75_ms", "ratio", "floor_ms
 
 def model_weights(name: str | None) -> list[Tensor]:
     """The fp32 weights of a model's linear layers, embeddings and head left out."""
-    from lift_kernels import lift_param_groups
-    from lift_kernels.finetune import modelio
+    from lift_kernels.finetune import model_io
+    from lift_kernels.nn.param_groups import lift_param_groups
 
-    model, _ = modelio.load_model(modelio.find_model(name), FP32)
+    model, _ = model_io.load_model(model_io.find_model(name), FP32)
     return [weight.detach() for _, weight in lift_param_groups(model)[0]["params"]]
 
 

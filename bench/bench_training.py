@@ -94,9 +94,9 @@ def size_for(device: str) -> tuple[int, int, int, int]:
 def build(kind: str, name: str | None, dtype: torch.dtype, device: str) -> tuple[str, nn.Module]:
     """A label and a model: ``smollm2`` (or the model ``name``), ``random`` or ``tiny``."""
     if kind == "smollm2":
-        from lift_kernels.finetune import modelio
+        from lift_kernels.finetune import model_io
 
-        model, _ = modelio.load_model(modelio.find_model(name), dtype)
+        model, _ = model_io.load_model(model_io.find_model(name), dtype)
         return Path(name).name if name else "SmolLM2-135M", model.to(device).train()
     config = training_methods.llama_config(*(training_methods.TINY if kind == "tiny" else size_for(device)))
     model = training_methods.random_model(config, dtype, device)

@@ -23,7 +23,7 @@ class Case:
     """
 
     name: str
-    kernel: str  # module.function in lift_kernels.triton_kernels
+    kernel: str  # module.function in lift_kernels.ops.triton
     types: dict[str, str]
     constants: dict[str, object] = field(default_factory=dict)
     loads: (
@@ -99,7 +99,9 @@ def adamw_case(
     else:
         loads = stores = ()
         words.append("unaligned")
-    return Case("sparse_adamw: " + ", ".join(words), "adamw._sparse_adamw_kernel", types, constants, loads, stores)
+    return Case(
+        "sparse_adamw: " + ", ".join(words), "sparse_adamw._sparse_adamw_kernel", types, constants, loads, stores
+    )
 
 
 def packed_cases():
@@ -108,40 +110,40 @@ def packed_cases():
     for source, out in (("fp32", "fp32"), ("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "bf16"), ("fp16", "fp32")):
         types = {"source": f"*{FORMATS[source]}", "out": f"*{FORMATS[out]}", "indices": "*i32", "count": "i32"}
         name = f"packed_gather: {source} to {out}"
-        yield Case(name, "packed._packed_gather_kernel", types, block, ("int32",), (out,))
+        yield Case(name, "packed_ops._packed_gather_kernel", types, block, ("int32",), (out,))
         types = {"dest": f"*{FORMATS[out]}", "values": f"*{FORMATS[source]}", "indices": "*i32", "count": "i32"}
         name = f"packed_scatter: {source} to {out}"
-        yield Case(name, "packed._packed_scatter_kernel", types, block, ("int32", source))
+        yield Case(name, "packed_ops._packed_scatter_kernel", types, block, ("int32", source))
     for dtype in ("fp32", "bf16", "int32"):
         types = dict.fromkeys(("old_indices", "new_indices"), "*i32")
         types |= dict.fromkeys(("values", "out"), f"*{FORMATS[dtype]}")
         types |= dict.fromkeys(("old_count", "new_count", "stride"), "i32")
-        yield Case(f"packed_migrate: {dtype}", "packed._packed_migrate_kernel", types, block, ("int32",))
+        yield Case(f"packed_migrate: {dtype}", "packed_ops._packed_migrate_kernel", types, block, ("int32",))
     for dtype, packed in (("fp32", False), ("bf16", False), ("fp32", True), ("bf16", True)):
         types = {"grads": "*i64", "blocks": "*i64", "indices": "*i32", "partials": "*fp64"}
         constants = block | {"GRAD": FORMATS[dtype], "PACKED": packed, "ALIGNED": True, "WIDE_GRADS": True}
         name = f"packed_square_sums: {dtype}{' packed' if packed else ''}"
-        yield Case(name, "packed._packed_square_sums_kernel", types, constants, (dtype if packed else "int32",))
+        yield Case(name, "packed_ops._packed_square_sums_kernel", types, constants, (dtype if packed else "int32",))
 
 
 def weight_grad_case(dtype, out, precision="tf32", one=None):
     """The fused product of a weight gradient with the launcher's tile; an fp32 one by TF32 or
     exact. ``one``: the side "m" or "n" that is 1, which the compiler takes for a constant.
     """
-    from lift_kernels.triton_kernels import linear_grad
+    from lift_kernels.ops.triton import packed_weight_grad
 
     types = {name: f"*{dtype}" for name in ("grad_output", "input")} | {"indices": "*i32", "out": f"*{FORMATS[out]}"}
     types |= dict.fromkeys(("tokens", "count", "stride"), "i32") | dict.fromkeys({"m", "n"} - {one}, "i32")
-    constants = {name: getattr(linear_grad, name) for name in ("ROWS", "COLUMNS", "TOKENS", "ENTRIES")}
+    constants = {name: getattr(packed_weight_grad, name) for name in ("ROWS", "COLUMNS", "TOKENS", "ENTRIES")}
     constants |= {"PRECISION": precision} | ({one: 1} if one else {})
     name = (
         f"packed_weight_grad: {dtype}{f' by {precision}' if dtype == 'fp32' else ''} to "
         f"{out}{f', {one} = 1' if one else ''}"
     )
-    options = {"num_warps": linear_grad.WARPS, "num_stages": linear_grad.STAGES, "enable_fp_fusion": True}
+    options = {"num_warps": packed_weight_grad.WARPS, "num_stages": packed_weight_grad.STAGES, "enable_fp_fusion": True}
     return Case(
         name,
-        "linear_grad._packed_weight_grad_kernel",
+        "packed_weight_grad._packed_weight_grad_kernel",
         types,
         constants,
         None,
@@ -156,37 +158,42 @@ def select_cases():
     """The passes over the tiles of a low-rank product, and the kernels that fill and list a
     bitmap.
     """
-    from lift_kernels.triton_kernels import bitmap, select
+    from lift_kernels.ops.triton import bitmap_to_indices, lowrank_topk
 
     factors = {"left": "*fp32", "right": "*fp32", "m": "i32", "n": "i32", "r": "i32", "bracket": "*i32"}
     scan = factors | {"bitmap": "*i32", "counts": "*i32", "capacity": "i32"}
     passes = {
-        "candidates": ("select._lowrank_topk_kernel", scan | {"candidates": "*i64"}),
-        "ties": ("select._lowrank_topk_kernel", scan | {"ties": "*i32"}),
-        "histogram": ("select._lowrank_histogram_kernel", factors | {"histogram": "*i32", "shift": "i32"}),
+        "candidates": ("lowrank_topk._lowrank_topk_kernel", scan | {"candidates": "*i64"}),
+        "ties": ("lowrank_topk._lowrank_topk_kernel", scan | {"ties": "*i32"}),
+        "histogram": ("lowrank_topk._lowrank_histogram_kernel", factors | {"histogram": "*i32", "shift": "i32"}),
     }
-    tile = {"constants": select.TILE, "options": select.TILE_OPTIONS, "tensor_cores": True}
+    tile = {"constants": lowrank_topk.TILE, "options": lowrank_topk.TILE_OPTIONS, "tensor_cores": True}
     for name, (kernel, types) in passes.items():
         yield Case(f"lowrank_topk: {name}", kernel, types, multiples=("r",), wide_copies=True, **tile)
         yield Case(f"lowrank_topk: {name}, odd rank", kernel, types, **tile)
     block = {"BLOCK": BLOCK}
     types = {"bitmap": "*i32", "positions": "*i32", "count": "i32", "n": "i32"}
-    yield Case("set_bits", "bitmap._set_bits_kernel", types, block, ("int32",))
+    yield Case("set_bits", "bitmap_to_indices._set_bits_kernel", types, block, ("int32",))
     words = {"bitmaps": "*i32", "length": "i32", "n": "i32"}
     twice = ("int32", "int32")  # a whole block or the last one, whose length 16 divides too
     yield Case(
-        "count_bits", "bitmap._count_bits_kernel", words | {"totals": "*i32"}, block, twice, multiples=("length",)
+        "count_bits",
+        "bitmap_to_indices._count_bits_kernel",
+        words | {"totals": "*i32"},
+        block,
+        twice,
+        multiples=("length",),
     )
     types = words | {"ends": "*i32", "out": "*i32", "count": "i32"}
-    yield Case("list_bits", "bitmap._list_bits_kernel", types, block, twice, multiples=("length",))
+    yield Case("list_bits", "bitmap_to_indices._list_bits_kernel", types, block, twice, multiples=("length",))
     types = dict.fromkeys(("bitmaps", "counts", "thresholds", "status"), "*i32") | {"candidates": "*i64"}
     types |= dict.fromkeys(("m", "n", "capacity", "k"), "i32")
     yield Case(
         "bitmap_choose",
-        "bitmap._bitmap_choose_kernel",
+        "bitmap_to_indices._bitmap_choose_kernel",
         types,
-        bitmap.CHOOSE,
-        options={"num_warps": bitmap.CHOOSE_WARPS},
+        bitmap_to_indices.CHOOSE,
+        options={"num_warps": bitmap_to_indices.CHOOSE_WARPS},
     )
 
 

@@ -72,7 +72,7 @@ def compile_case(case: Case, target: int) -> Compiled:
     from triton.backends.compiler import GPUTarget
 
     module, function = case.kernel.split(".")
-    kernel = getattr(importlib.import_module(f"lift_kernels.triton_kernels.{module}"), function)
+    kernel = getattr(importlib.import_module(f"lift_kernels.ops.triton.{module}"), function)
     formats = {"fp32": tl.float32, "fp16": tl.float16, "i16": tl.int16}
     signature = {name: case.types.get(name, "constexpr") for name in kernel.arg_names}
     constants, attributes = {}, {}

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lift_kernels.lowrank import LowRankFactors, low_rank_factors
-from lift_kernels.masks import Mask, MaskRequest, largest_indices, principal_masks
+from lift_kernels.masks.lowrank import LowRankFactors, low_rank_factors
+from lift_kernels.masks.principal import Mask, MaskRequest, principal_masks
+from lift_kernels.masks.selection import largest_indices
 
 DENSITY = 0.05
 
@@ -146,15 +147,16 @@ def trained(steps: int, lr: float) -> tuple[list[Tensor], list[Tensor]]:
     """The linear weights of SmolLM2-135M before and after real steps of LiftAdamW on word
     problems.
     """
-    from lift_kernels import LiftAdamW, lift_param_groups
-    from lift_kernels.finetune import modelio, wordproblems
+    from lift_kernels.finetune import model_io, word_problems
+    from lift_kernels.nn.param_groups import lift_param_groups
+    from lift_kernels.optim.lift_adamw import LiftAdamW
 
-    model, tokenizer = modelio.load_model(modelio.find_model(None), torch.float32)
+    model, tokenizer = model_io.load_model(model_io.find_model(None), torch.float32)
     groups = lift_param_groups(model, freeze_rest=True)
     parameters = [p for _, p in groups[0]["params"]]
     before = [p.detach().clone() for p in parameters]
     optimizer = LiftAdamW(groups, lr=lr, betas=(0.9, 0.95), refresh_interval=None)
-    problems = wordproblems.generate(2 * steps, "train", seed=0)
+    problems = word_problems.generate(2 * steps, "train", seed=0)
     for step in range(steps):
         text = "\n\n".join(f"{p.question}\n{p.answer}" for p in problems[2 * step : 2 * step + 2])
         tokens = tokenizer(text, return_tensors="pt").input_ids

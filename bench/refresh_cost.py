@@ -37,7 +37,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from bench import bench_util
-from lift_kernels import lowrank, mask_ops, masks, native_cuda
+from lift_kernels import ops
+from lift_kernels.masks import lowrank, principal
+from lift_kernels.ops import cuda
 
 SHAPES = {(4096, 4096): 128, (11008, 4096): 64, (4096, 11008): 32}
 QUANTITIES = ("launches", "bytes", "tf32_flops", "fp32_flops")
@@ -97,9 +99,9 @@ def helper_cost(cost: Cost, rows: int, width: int, blocks_read: int, multiplied:
     """One round: the Gram matrix of X (``blocks_read`` 1) or of a combination of blocks, and
     ``multiplied`` blocks times R^-1.
     """
-    tile = native_cuda.tile(width)
+    tile = cuda.tile(width)
     tiles = -(-width // tile)
-    pairs, slabs, block = tiles * (tiles + 1) // 2, -(-rows // native_cuda.slab_rows(rows)), 4 * rows * width
+    pairs, slabs, block = tiles * (tiles + 1) // 2, -(-rows // cuda.slab_rows(rows)), 4 * rows * width
     partials, square = 4 * slabs * pairs * tile * tile, 4 * width * width
     written = block if blocks_read > 1 else 0
     cost.add("tall blocks", 1, blocks_read * block + written + partials, 2 * pairs * tile * tile * rows)
@@ -112,7 +114,7 @@ def helper_cost(cost: Cost, rows: int, width: int, blocks_read: int, multiplied:
 @contextmanager
 def helpers(cost: Cost):
     """The helpers' own cost in place of their twins', whose numbers go on."""
-    qr, step, sketch = mask_ops.cholesky_qr_, mask_ops.chebyshev_step_, mask_ops.gaussian_sketch
+    qr, step, sketch = ops.cholesky_qr_, ops.chebyshev_step_, ops.gaussian_sketch
 
     def counted_qr(block, other=None, *, rounds=1):
         for _ in range(rounds):
@@ -125,7 +127,7 @@ def helpers(cost: Cost):
         with torch.utils._python_dispatch._disable_current_modes():
             return step(product, block, previous, edge)
 
-    with mock.patch.multiple(mask_ops, cholesky_qr_=counted_qr, chebyshev_step_=counted_step, gaussian_sketch=sketch):
+    with mock.patch.multiple(ops, cholesky_qr_=counted_qr, chebyshev_step_=counted_step, gaussian_sketch=sketch):
         yield
 
 
@@ -159,7 +161,7 @@ def model_cost(rank: int, scale: int, with_helpers: bool) -> Cost:
     for (m, n), count in SHAPES.items():
         one = refresh((m // scale, n // scale), rank // scale, 1, with_helpers)
         first, second = (refresh((m // 16, n // 16), 8, matrices, with_helpers) for matrices in (1, 2))
-        batches = -(-count // max(1, masks.MEMORY_BUDGET // (4 * m * n)))
+        batches = -(-count // max(1, principal.MEMORY_BUDGET // (4 * m * n)))
         for part, quantity in one:
             if quantity == "launches":
                 alone, more = first[part, quantity], second[part, quantity] - first[part, quantity]

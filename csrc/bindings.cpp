@@ -1,5 +1,5 @@
 // Registers the private ops lift_kernels_native::* under torch's stable ABI: checks of form and dispatch by dtype, no math.
-// The public ops, with their schemas, fakes and argument checks, are named in lift_kernels/ops.py.
+// The public ops, with their schemas, fakes and argument checks, are named in lift_kernels/ops.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -1,16 +1,11 @@
-"""lift_kernels: fused kernels for LIFT fine-tuning, which trains only the principal weights of a
-model.
-"""
+"""Fused kernels for LIFT fine-tuning, which trains only the principal weights of a model."""
 
 from .delta import apply_delta, delta_info, revert_delta, save_delta, switch_delta
-from .dispatch import Backend, backends
-from .linear import LiftLinear, lift_linear
 from .masks import principal_indices
+from .nn import LiftLinear, lift_linear, lift_param_groups, pack_gradients, unpack
 from .ops import packed_gather, packed_l2_norm, packed_migrate, packed_scatter_, packed_weight_grad, sparse_adamw_
-from .optimizer import LiftAdamW
-from .packed import PackedState
-from .packing import pack_gradients, unpack
-from .param_groups import lift_param_groups
+from .ops.dispatch import Backend, backends
+from .optim import LiftAdamW, PackedState
 
 __version__ = "0.1.0"
 
@@ -21,8 +16,8 @@ __all__ = [
     "PackedState",
     "apply_delta",
     "backends",
-    "lift_linear",
     "delta_info",
+    "lift_linear",
     "lift_param_groups",
     "pack_gradients",
     "packed_gather",
@@ -34,6 +29,6 @@ __all__ = [
     "revert_delta",
     "save_delta",
     "sparse_adamw_",
-    "unpack",
     "switch_delta",
+    "unpack",
 ]

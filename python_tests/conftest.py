@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lift_kernels import dispatch
+from lift_kernels.ops import dispatch
 
 # These are enough for the tests marked gpu. A file that imports more is left out where that is not
 # installed, with a line that says so.
@@ -101,7 +101,7 @@ def places(test_name: str) -> list:
     if dispatch.interpreting():
         return [pytest.param(Where("triton", "cpu"), id="triton")]
     on_cuda = ["triton"]
-    if any(test_name.startswith(f"test_{op.rstrip('_')}") for op in dispatch.NATIVE_CUDA_OPS):
+    if any(test_name.startswith(f"test_{op.rstrip('_')}") for op in dispatch.ops_of("native-cuda")):
         on_cuda.append("native-cuda")
     return [
         pytest.param(Where("reference", "cpu"), id="reference"),

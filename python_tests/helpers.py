@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
-from lift_kernels import dispatch, ops, reference
+from lift_kernels import ops
+from lift_kernels.ops import dispatch, reference
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 GAP_INDEX, GAP_BIRTH = -123456789, 2**30
@@ -95,10 +96,8 @@ class Problem:
 
 
 def backend_of(where, op: str) -> str | None:
-    """The backend to ask for at a place: helpers of a refresh have a version of their own on a GPU
-    alone, and a torch twin.
-    """
-    return where.backend if where.backend in dispatch.HELPERS.get(op, dispatch.NAMES) else None
+    """The backend to ask for at a place: None, the default, where the backend has no such op."""
+    return where.backend if where.backend in dispatch.OPS[op] else None
 
 
 def make_problem(

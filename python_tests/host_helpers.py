@@ -61,7 +61,7 @@ def run(program: Path) -> subprocess.CompletedProcess:
 
 
 def mask_kernels(folder: Path) -> SimpleNamespace:
-    """What `lift_kernels.native_cuda` finds as private ops on a GPU, on CPU tensors: the kernels
+    """What `lift_kernels.ops.cuda` finds as private ops on a GPU, on CPU tensors: the kernels
     run as fibers of one thread.
     """
     host = library(HOST_CUDA / "mask_ops.cpp", folder, "-DSHIM_FIBERS")

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import test_finetune_resume as tests
 
-from lift_kernels.finetune import resume, run, settings_of
+from lift_kernels.finetune import run_dir
+from lift_kernels.finetune.run import run
+from lift_kernels.finetune.run_dir import settings_of
 
 RUNS, KILLS_EACH = 5, 2
 
@@ -30,7 +32,7 @@ def start(settings, folder: Path) -> int:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
-        if (folder / resume.SETTINGS).exists():
+        if (folder / run_dir.SETTINGS).exists():
             run(settings_of(folder), resumed=True)
         else:  # killed before it had noted its settings
             shutil.rmtree(folder, ignore_errors=True)
@@ -70,7 +72,7 @@ def main(model: Path, output: Path, seed: int) -> None:
         for _ in range(KILLS_EACH):
             share = rng.uniform(0.2, 0.95)
             while not kill_at(settings, folder, share * whole):
-                assert (folder / resume.REPORT).exists()
+                assert (folder / run_dir.REPORT).exists()
                 shutil.rmtree(folder)  # it was faster than the first one
                 share *= 0.7
             kills += 1

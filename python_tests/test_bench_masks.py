@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lift_kernels import ops
-from lift_kernels.masks import Mask
+from lift_kernels.masks.principal import Mask
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from helpers import BF16, bits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lift_kernels.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
-from lift_kernels.files import FileError
+from lift_kernels.checkpoint.training_state import load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from lift_kernels.errors import FileError
 
 STATE = {
     "step": 3,

@@ -15,10 +15,10 @@ from bitmap_cases import CASES, random_keys, selection
 from helpers import HANG_S
 from host_helpers import HOST_CUDA, ROOT, address, compiled, library, numbers
 
-from lift_kernels import native_cuda
+from lift_kernels.ops import cuda
 
 pytestmark = pytest.mark.slow
-SOURCE = ROOT / "csrc" / "cuda" / "bitmap.cuh"
+SOURCE = ROOT / "csrc" / "cuda" / "bitmap_to_indices.cuh"
 BARRIERS = len(re.findall(r"__syncthreads\(\)", SOURCE.read_text()))
 
 
@@ -71,7 +71,7 @@ def on_host(tmp_path_factory, monkeypatch):
     host = library(HOST_CUDA / "bitmap.cpp", tmp_path_factory.mktemp("bitmap"), "-DSHIM_FIBERS")
 
     def launch(bitmaps, candidates, counts, columns, totals, indices, thresholds, status):
-        words = -(-bitmaps[0].numel() // native_cuda._TILE_WORDS) if len(bitmaps) else 0
+        words = -(-bitmaps[0].numel() // cuda._TILE_WORDS) if len(bitmaps) else 0
         assert totals.numel() == len(bitmaps) * words
         host.bitmap_to_indices(
             address(bitmaps),
@@ -83,7 +83,7 @@ def on_host(tmp_path_factory, monkeypatch):
             *map(address, (totals, indices, thresholds, status)),
         )
 
-    monkeypatch.setattr(native_cuda, "native", SimpleNamespace(bitmap_to_indices=SimpleNamespace(default=launch)))
+    monkeypatch.setattr(cuda, "native", SimpleNamespace(bitmap_to_indices=SimpleNamespace(default=launch)))
 
 
 def test_cuda_bitmap_through_the_launcher(on_host):
@@ -94,7 +94,7 @@ def test_cuda_bitmap_through_the_launcher(on_host):
     for name, call in [*((name, case()) for name, case in CASES.items()), ("several tiles", large)]:
         arguments = call.arguments()
         before = [x.clone() for x in arguments[:3]]
-        indices, thresholds, status = native_cuda.bitmap_to_indices(*arguments)
+        indices, thresholds, status = cuda.bitmap_to_indices(*arguments)
         assert torch.equal(indices, call.indices) and torch.equal(status, call.status), name
         assert torch.equal(thresholds.view(torch.int32), call.thresholds), name
         assert all(torch.equal(x, y) for x, y in zip(arguments[:3], before)), name

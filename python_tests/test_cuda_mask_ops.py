@@ -12,7 +12,8 @@ import torch
 from helpers import bits
 from host_helpers import HOST_CUDA, ROOT, address, compiled, mask_kernels, run
 
-from lift_kernels import dispatch, mask_ops, native_cuda, reference
+from lift_kernels import ops
+from lift_kernels.ops import cuda, dispatch, reference
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +27,11 @@ def on_host(host, monkeypatch):
     choose = dispatch.choose
 
     def chosen(requested, device, op):
-        return "native-cuda" if op in dispatch.HELPERS and requested is None else choose(requested, device, op)
+        only_cuda = "native-cpu" not in dispatch.OPS[op]
+        return "native-cuda" if only_cuda and requested is None else choose(requested, device, op)
 
     monkeypatch.setattr(dispatch, "choose", chosen)
-    monkeypatch.setattr(native_cuda, "native", host)
+    monkeypatch.setattr(cuda, "native", host)
     return host
 
 
@@ -90,17 +92,17 @@ def test_gaussian_sketch_philox_is_the_published_generator(host, counter, key, e
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 4), (2, 7, 3), (1, 64, 33), (0, 4, 4), (2, 0, 4)])
 @pytest.mark.parametrize("seed, first", [(0, 0), (2**63 - 1, 5)])
 def test_gaussian_sketch_matches_its_twin(on_host, shape, seed, first):
-    found = mask_ops.gaussian_sketch(*shape, seed=seed, first=first)
-    expected = mask_ops.gaussian_sketch(*shape, seed=seed, first=first, backend="reference")
+    found = ops.gaussian_sketch(*shape, seed=seed, first=first)
+    expected = ops.gaussian_sketch(*shape, seed=seed, first=first, backend="reference")
     assert found.shape == shape and torch.allclose(found, expected, atol=4e-6, rtol=4e-6)
 
 
 def test_gaussian_sketch_depends_on_seed_matrix_and_position_alone(on_host):
-    batch = mask_ops.gaussian_sketch(4, 6, 5, seed=3)
+    batch = ops.gaussian_sketch(4, 6, 5, seed=3)
     for i in range(4):
-        assert torch.equal(mask_ops.gaussian_sketch(1, 6, 5, seed=3, first=i)[0], batch[i])
-    assert torch.equal(mask_ops.gaussian_sketch(1, 3, 5, seed=3)[0], batch[0, :3])
-    assert not torch.equal(mask_ops.gaussian_sketch(1, 6, 5, seed=4)[0], batch[0])
+        assert torch.equal(ops.gaussian_sketch(1, 6, 5, seed=3, first=i)[0], batch[i])
+    assert torch.equal(ops.gaussian_sketch(1, 3, 5, seed=3)[0], batch[0, :3])
+    assert not torch.equal(ops.gaussian_sketch(1, 6, 5, seed=4)[0], batch[0])
     out = torch.zeros(2, 30)
     on_host.host.gaussian_sketch(address(out), *map(ctypes.c_int64, (2, 30, 3, 0)), ctypes.c_uint(1))  # one block
     assert torch.equal(out.view(2, 6, 5), batch[:2])
@@ -114,8 +116,8 @@ def test_cholesky_qr_matches_its_twin(on_host, batch, rows, width):
     start, other = blocks(batch, rows, width), blocks(batch, 9, width, seed=1)
     found, expected = start.clone(), start.clone()
     found_other, expected_other = other.clone(), other.clone()
-    assert mask_ops.cholesky_qr_(found, found_other).tolist() == [0] * batch
-    assert mask_ops.cholesky_qr_(expected, expected_other, backend="reference").tolist() == [0] * batch
+    assert ops.cholesky_qr_(found, found_other).tolist() == [0] * batch
+    assert ops.cholesky_qr_(expected, expected_other, backend="reference").tolist() == [0] * batch
     # Near square blocks are ill-conditioned, and both ways then err by eps times their condition.
     limit = 4e-7 * float(torch.linalg.cond(start).max()) ** 2
     assert torch.allclose(found, expected, atol=max(4e-6, limit)), float((found - expected).abs().max())
@@ -132,16 +134,16 @@ def test_cholesky_qr_of_two_rounds_is_as_orthonormal_as_householder(on_host, bat
     block = blocks(batch, rows, width, spread=spread)
     others = [blocks(1, rows, width, seed=seed, spread=spread)[0] for seed in range(5)]
     householder = max(disorder(householder_q(other)[None]) for other in others)
-    assert mask_ops.cholesky_qr_(block, rounds=2).tolist() == [0] * batch
+    assert ops.cholesky_qr_(block, rounds=2).tolist() == [0] * batch
     assert disorder(block) <= 2 * householder
 
 
 def test_cholesky_qr_of_a_batch_gives_the_bits_of_each_alone(on_host):
     batch = blocks(3, 90, 20)
     alone = [batch[i : i + 1].clone() for i in range(3)]
-    mask_ops.cholesky_qr_(batch)
+    ops.cholesky_qr_(batch)
     for i, block in enumerate(alone):
-        mask_ops.cholesky_qr_(block)
+        ops.cholesky_qr_(block)
         assert torch.equal(block[0], batch[i])
 
 
@@ -172,7 +174,7 @@ def test_cholesky_qr_of_hard_blocks_has_the_status_of_its_twin(on_host):
     start, expected = hard_blocks()
     for backend in (None, "reference"):
         block, other = start.clone(), start.clone()
-        assert mask_ops.cholesky_qr_(block, other, backend=backend).tolist() == expected
+        assert ops.cholesky_qr_(block, other, backend=backend).tolist() == expected
         for i, status in enumerate(expected):
             if status == 2:  # left as it is, and so is the other one
                 assert torch.equal(bits(block[i]), bits(start[i]))
@@ -187,7 +189,7 @@ def test_cholesky_qr_of_hard_blocks_has_the_status_of_its_twin(on_host):
 
 def test_cholesky_qr_of_an_other_block_without_rows(on_host):
     block = blocks(2, 30, 8)
-    assert mask_ops.cholesky_qr_(block, torch.zeros(2, 0, 8)).tolist() == [0, 0] and disorder(block) < 1e-5
+    assert ops.cholesky_qr_(block, torch.zeros(2, 0, 8)).tolist() == [0, 0] and disorder(block) < 1e-5
 
 
 def shifted(tensor):
@@ -209,19 +211,19 @@ def test_mask_kernels_take_views_off_the_boundaries_of_wide_accesses(on_host):
         torch.tensor([0.5, 2.0]),
     )
     product, block, previous = product
-    expected, _ = mask_ops.chebyshev_step_(product, block.clone(), previous, edge)
-    found, _ = mask_ops.chebyshev_step_(shifted(product), shifted(block), shifted(previous), edge)
+    expected, _ = ops.chebyshev_step_(product, block.clone(), previous, edge)
+    found, _ = ops.chebyshev_step_(shifted(product), shifted(block), shifted(previous), edge)
     assert torch.equal(found, expected)
     aligned, off = block.clone(), shifted(block)
-    assert mask_ops.cholesky_qr_(aligned, off).tolist() == [0, 0]
+    assert ops.cholesky_qr_(aligned, off).tolist() == [0, 0]
     assert torch.equal(aligned, off)
     sketch = shifted(torch.zeros(2, 5, 8))
     on_host.gaussian_sketch_.default(sketch, 3, 0)
-    assert torch.equal(sketch, mask_ops.gaussian_sketch(2, 5, 8, seed=3))
+    assert torch.equal(sketch, ops.gaussian_sketch(2, 5, 8, seed=3))
 
 
 def test_cholesky_qr_of_an_empty_batch(on_host):
-    assert mask_ops.cholesky_qr_(torch.zeros(0, 8, 4), torch.zeros(0, 3, 4), rounds=2).shape == (0,)
+    assert ops.cholesky_qr_(torch.zeros(0, 8, 4), torch.zeros(0, 3, 4), rounds=2).shape == (0,)
 
 
 @pytest.mark.parametrize("shape", [(1, 30, 8), (2, 600, 65), (1, 50, 33)])
@@ -230,10 +232,8 @@ def test_chebyshev_step_matches_its_twin(on_host, shape, first):
     product, block, previous = (blocks(*shape, seed=seed) for seed in range(3))
     edge = torch.linspace(0.5, 2.0, shape[0])
     other, twin = block.clone(), block.clone()
-    found, status = mask_ops.chebyshev_step_(product, other, None if first else previous, edge)
-    expected, twin_status = mask_ops.chebyshev_step_(
-        product, twin, None if first else previous, edge, backend="reference"
-    )
+    found, status = ops.chebyshev_step_(product, other, None if first else previous, edge)
+    expected, twin_status = ops.chebyshev_step_(product, twin, None if first else previous, edge, backend="reference")
     assert status.tolist() == twin_status.tolist() == [0] * shape[0]
     assert torch.allclose(found, expected, atol=1e-5) and torch.allclose(
         other, twin, atol=1e-5 * float(twin.abs().max())
@@ -244,7 +244,7 @@ def test_chebyshev_step_reports_a_block_that_is_not_finite(on_host):
     product, block = blocks(2, 30, 8), blocks(2, 30, 8, seed=1)
     product[1, 3, 3] = float("nan")
     for backend in (None, "reference"):
-        assert mask_ops.chebyshev_step_(product, block.clone(), None, torch.ones(2), backend=backend)[1].tolist() == [
+        assert ops.chebyshev_step_(product, block.clone(), None, torch.ones(2), backend=backend)[1].tolist() == [
             0,
             2,
         ]

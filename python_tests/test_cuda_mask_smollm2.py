@@ -11,10 +11,10 @@ import pytest
 import torch
 from test_cuda_mask_ops import disorder, host, on_host  # noqa: F401  fixtures
 
-from lift_kernels import mask_ops
-from lift_kernels.finetune import modelio
-from lift_kernels.lowrank import low_rank_factors
-from lift_kernels.masks import largest_indices
+from lift_kernels import ops
+from lift_kernels.finetune import model_io
+from lift_kernels.masks.lowrank import low_rank_factors
+from lift_kernels.masks.selection import largest_indices
 
 pytestmark = pytest.mark.slow
 RANK, DENSITY = 64, 0.05
@@ -23,7 +23,7 @@ RANK, DENSITY = 64, 0.05
 @pytest.fixture(scope="module")
 def layer():
     """The seven matrices of the layer in the middle."""
-    model, _ = modelio.load_model(modelio.find_model(None), torch.float32)
+    model, _ = model_io.load_model(model_io.find_model(None), torch.float32)
     return {
         name: module.weight.detach()
         for name, module in model.model.layers[15].named_modules()
@@ -42,7 +42,7 @@ def compare(weight: torch.Tensor, monkeypatch) -> dict[str, float]:
         return largest_indices((factors.left @ factors.right.T).abs(), k), factors.passes
 
     met = []
-    step = mask_ops.chebyshev_step_
+    step = ops.chebyshev_step_
 
     def kept(product, block, previous, edge):
         raised = 2 / edge[:, None, None] * product - block
@@ -50,15 +50,15 @@ def compare(weight: torch.Tensor, monkeypatch) -> dict[str, float]:
         return step(product, block, previous, edge)
 
     with monkeypatch.context() as patch:
-        patch.setattr(mask_ops, "chebyshev_step_", kept)
+        patch.setattr(ops, "chebyshev_step_", kept)
         found, passes = mask()
     blocks = [met[0], met[-1]]  # the worst conditioned one, and one near the end
     householder = max(disorder(torch.linalg.qr(block).Q) for block in blocks)
     for block in blocks:
-        assert mask_ops.cholesky_qr_(block, rounds=2).tolist() == [0]
+        assert ops.cholesky_qr_(block, rounds=2).tolist() == [0]
     with monkeypatch.context() as patch:
         for name in ("gaussian_sketch", "cholesky_qr_", "chebyshev_step_"):
-            patch.setattr(mask_ops, name, _twin(getattr(mask_ops, name)))
+            patch.setattr(ops, name, _twin(getattr(ops, name)))
         expected, twin_passes = mask()
     return {
         "overlap": float(torch.isin(found, expected).double().mean()),

@@ -11,11 +11,11 @@ import pytest
 import torch
 from host_helpers import HOST_CUDA, address, compiled, library, run, size
 
-from lift_kernels import reference
+from lift_kernels.ops import reference
 
 HARNESS = r"""
 #include "shim.h"
-#include "packed.cuh"
+#include "packed_ops.cuh"
 
 using shim::launch;
 

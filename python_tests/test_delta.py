@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lift_kernels import LiftAdamW, apply_delta, delta_info, lift_param_groups, revert_delta, save_delta, switch_delta
-from lift_kernels.__main__ import main
-from lift_kernels.files import FileError
-from lift_kernels.weights import fingerprint
+from lift_kernels.cli import main
+from lift_kernels.delta.model_weights import fingerprint
+from lift_kernels.errors import FileError
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])

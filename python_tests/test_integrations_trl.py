@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from lift_kernels import LiftAdamW, lift_param_groups
-from lift_kernels.finetune import wordproblems
+from lift_kernels.finetune import word_problems
 from lift_kernels.integrations.transformers import LiftCallback
 
 OPTIONS = {"lr": 0.01, "rank": 4, "density": 0.1, "refresh_interval": 2, "max_grad_norm": 1.0}
@@ -21,7 +21,7 @@ OPTIONS = {"lr": 0.01, "rank": 4, "density": 0.1, "refresh_interval": 2, "max_gr
 def make_trainer(folder, by_hand: bool):
     torch.manual_seed(0)
     model = LlamaForCausalLM(tiny_config())
-    problems = wordproblems.generate(16, "train")
+    problems = word_problems.generate(16, "train")
     data = Dataset.from_list([{"prompt": p.question, "completion": f" {p.answer}"} for p in problems])
     arguments = SFTConfig(
         output_dir=str(folder),

@@ -104,7 +104,7 @@ def test_where_nvcc_is_missing_a_row_says_so(monkeypatch, capsys):
     monkeypatch.setenv("CUDA_HOME", "/nowhere")
     assert report(monkeypatch, [record()]) == 0
     out = capsys.readouterr().out
-    assert "nvcc is not in CUDA_HOME (/nowhere): " in out and "csrc/cuda/packed.cu" in out
+    assert "nvcc is not in CUDA_HOME (/nowhere): " in out and "csrc/cuda/packed_ops.cu" in out
 
 
 def test_a_triton_kernel_that_spills(monkeypatch, capsys):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lift_kernels import LiftAdamW, LiftLinear, lift_linear, lift_param_groups, pack_gradients, unpack
-from lift_kernels.linear import PackedLinear
+from lift_kernels.nn.linear import PackedLinear
 
 OPTIONS = {"rank": 3, "density": 0.2}
 

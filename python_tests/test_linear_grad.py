@@ -188,12 +188,12 @@ def test_packed_weight_grad_float64_is_for_the_reference():
 
 
 def test_packed_weight_grad_scratch_is_shared_and_grows():
-    from lift_kernels.triton_kernels import linear_grad
+    from lift_kernels.ops.triton import packed_weight_grad
 
     cpu = torch.device("cpu")
-    first = linear_grad.scratch(100, FP32, cpu)
-    assert linear_grad.scratch(100, BF16, cpu).data_ptr() == first.data_ptr()
-    larger = linear_grad.scratch(first.numel() * 100, FP32, cpu)
+    first = packed_weight_grad.scratch(100, FP32, cpu)
+    assert packed_weight_grad.scratch(100, BF16, cpu).data_ptr() == first.data_ptr()
+    larger = packed_weight_grad.scratch(first.numel() * 100, FP32, cpu)
     assert larger.numel() == first.numel() * 100
-    assert linear_grad.scratch(7, FP32, cpu).data_ptr() == larger.data_ptr()
-    linear_grad._scratch.clear()
+    assert packed_weight_grad.scratch(7, FP32, cpu).data_ptr() == larger.data_ptr()
+    packed_weight_grad._scratch.clear()

@@ -13,7 +13,7 @@ import torch
 from helpers import bits
 
 from lift_kernels import LiftAdamW, lift_param_groups, pack_gradients
-from lift_kernels.finetune import modelio
+from lift_kernels.finetune import model_io
 
 STEPS = 10
 CASES = {  # layers, options of the optimizer, micro-batches, checkpointing
@@ -27,7 +27,7 @@ CASES = {  # layers, options of the optimizer, micro-batches, checkpointing
 @pytest.fixture(scope="module")
 def models():
     """By number of layers: the model, and the principal masks of its linear layers."""
-    model, _ = modelio.load_model(modelio.find_model(None), torch.float32)
+    model, _ = model_io.load_model(model_io.find_model(None), torch.float32)
     optimizer = LiftAdamW(lift_param_groups(model, freeze_rest=True), rank=32)
     optimizer.refresh()
     masks = [optimizer.state[p]["indices"].clone() for p in optimizer.param_groups[0]["params"]]

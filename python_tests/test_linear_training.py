@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lift_kernels import LiftAdamW, lift_param_groups, pack_gradients, unpack
-from lift_kernels.linear import PackedLinear
+from lift_kernels.nn.linear import PackedLinear
 
 MASK = {"rank": 4, "density": 0.1}
 ADAMW = {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1}

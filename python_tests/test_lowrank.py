@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lift_kernels.lowrank import METHODS, low_rank_factors
+from lift_kernels.masks.lowrank import METHODS, low_rank_factors
 
 
 def with_spectrum(m: int, n: int, values: list[float], seed: int = 0) -> torch.Tensor:

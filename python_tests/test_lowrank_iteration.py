@@ -7,9 +7,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lift_kernels import lowrank, principal_indices
-from lift_kernels.lowrank import batched_factors, low_rank_factors, orthonormalized
-from lift_kernels.masks import MaskRequest, largest_indices, principal_masks
+from lift_kernels import principal_indices
+from lift_kernels.masks import lowrank
+from lift_kernels.masks.lowrank import batched_factors, low_rank_factors, orthonormalized
+from lift_kernels.masks.principal import MaskRequest, principal_masks
+from lift_kernels.masks.selection import largest_indices
 
 
 def slow_spectrum(m, n, seed=0, decay=0.15):
@@ -128,7 +130,7 @@ def test_masks_of_many_shapes_keep_their_order():
     shapes = [(40, 60), (60, 40), (40, 60), (30, 30), (40, 60)]
     requests = [MaskRequest(slow_spectrum(*s, seed=i), 4, 50 + i, f"w{i}") for i, s in enumerate(shapes)]
     counted = []
-    masks = principal_masks(requests, memory_budget=2 * 4 * 2400, made=counted.append)
+    masks = principal_masks(requests, memory_budget=2 * 4 * 2400, on_batch_done=counted.append)
     assert sorted(counted) == [1, 1, 1, 2] and sum(counted) == len(requests)
     for request, mask in zip(requests, masks):
         assert torch.equal(mask.indices, principal_indices(request.weight, 4, request.k)) and mask.seconds > 0

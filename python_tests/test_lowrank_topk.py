@@ -10,9 +10,9 @@ import sys
 import pytest
 import torch
 
-from lift_kernels import bracket as brackets
-from lift_kernels import dispatch, ops
-from lift_kernels.reference import lowrank_topk_ref
+from lift_kernels import ops
+from lift_kernels.ops import dispatch, threshold_bracket
+from lift_kernels.ops.reference import lowrank_topk_ref
 
 SHAPES = [(1, 1, 1), (1, 300, 1), (300, 1, 2), (7, 5, 3), (64, 64, 16), (65, 129, 5), (130, 70, 33), (50, 200, 20)]
 
@@ -114,7 +114,7 @@ def test_lowrank_topk_is_deterministic(where):
     left, right = (torch.randn(size, 9, generator=generator).to(where.device) for size in (150, 140))
     first = ops.lowrank_topk(left, right, 1000, backend=where.backend)
     threshold = first[1]
-    for bracket in (None, brackets.around(threshold), torch.zeros(2, device=where.device)):
+    for bracket in (None, threshold_bracket.around(threshold), torch.zeros(2, device=where.device)):
         again = ops.lowrank_topk(left, right, 1000, bracket=bracket, backend=where.backend)
         assert torch.equal(again[0], first[0]) and torch.equal(again[1], first[1])
 
@@ -129,7 +129,7 @@ def test_lowrank_topk_of_a_batch(where, m, n):
     for k in (1, m * n // 7 + 1, m * n):
         alone = [lowrank_topk_ref(*pair, k) for pair in pairs]
         brackets_given = torch.stack(
-            [brackets.around(alone[0][1]), torch.tensor([1e9, 2e9]), torch.tensor([0.0, float("inf")])]
+            [threshold_bracket.around(alone[0][1]), torch.tensor([1e9, 2e9]), torch.tensor([0.0, float("inf")])]
         )
         for bracket in (None, brackets_given):
             given = None if bracket is None else bracket.to(where.device)
@@ -161,11 +161,11 @@ def test_sampled_bracket_holds_the_threshold():
     left = torch.randn(300, 6, generator=generator) * torch.randn(300, 1, generator=generator).mul_(0.45).exp_()
     right = torch.randn(400, 6, generator=generator)
     for k in (1, 100, 6000, 60000, 119999, 120000):
-        low, high = brackets.sampled(left, right, k).tolist()
+        low, high = threshold_bracket.sampled(left, right, k).tolist()
         threshold = float(lowrank_topk_ref(left, right, k)[1])
         assert low <= threshold < high
-        assert torch.equal(brackets.sampled(left, right, k), brackets.sampled(left, right, k))
-    low, high = brackets.sampled(left, right, 6000).tolist()
+        assert torch.equal(threshold_bracket.sampled(left, right, k), threshold_bracket.sampled(left, right, k))
+    low, high = threshold_bracket.sampled(left, right, 6000).tolist()
     inside = ((left @ right.T).abs() >= low) & ((left @ right.T).abs() < high)
     assert inside.sum() < 0.6 * 6000, "a bracket that holds nearly everything saves nothing"
 

@@ -9,7 +9,9 @@ import sys
 import pytest
 import torch
 
-from lift_kernels import doctor, mask_ops
+from lift_kernels import ops
+from lift_kernels.cli import selfcheck
+from lift_kernels.ops import dispatch
 
 COUNT = 10_000_000
 
@@ -18,7 +20,7 @@ def test_gaussian_sketch_has_the_moments_of_a_normal_distribution():
     """Mean, variance, skewness, kurtosis and correlation of ten million numbers, within five
     standard errors.
     """
-    numbers = mask_ops.gaussian_sketch(4, 2500, 1000, seed=11).double()
+    numbers = ops.gaussian_sketch(4, 2500, 1000, seed=11).double()
     flat = numbers.flatten()
 
     def within(value, expected, deviation, count=COUNT):
@@ -32,13 +34,13 @@ def test_gaussian_sketch_has_the_moments_of_a_normal_distribution():
         within((flat[:-lag] * flat[lag:]).mean(), 0, 1, COUNT - lag)
         within((flat[:-lag].square() * flat[lag:].square()).mean(), 1, math.sqrt(8), COUNT - lag)
     within((numbers[0] * numbers[1]).mean(), 0, 1, COUNT // 4)  # two matrices
-    within((mask_ops.gaussian_sketch(4, 2500, 1000, seed=12).double() * numbers).mean(), 0, 1)  # two seeds
+    within((ops.gaussian_sketch(4, 2500, 1000, seed=12).double() * numbers).mean(), 0, 1)  # two seeds
     assert 5.0 < float(flat.abs().max()) < 7.0
 
 
 def test_gaussian_sketch_in_bf16_is_the_rounded_one():
-    rounded = mask_ops.gaussian_sketch(2, 9, 7, seed=1, dtype=torch.bfloat16)
-    assert torch.equal(rounded, mask_ops.gaussian_sketch(2, 9, 7, seed=1).bfloat16())
+    rounded = ops.gaussian_sketch(2, 9, 7, seed=1, dtype=torch.bfloat16)
+    assert torch.equal(rounded, ops.gaussian_sketch(2, 9, 7, seed=1).bfloat16())
 
 
 @pytest.mark.parametrize(
@@ -58,14 +60,14 @@ def test_gaussian_sketch_in_bf16_is_the_rounded_one():
             (1, 2, 3),
             {"seed": 0, "backend": "triton"},
             RuntimeError,
-            "there are native-cuda and reference versions only",
+            "is only available for native-cuda, reference",
         ),
         ((1, 2, 3), {"seed": 0, "backend": "cuda"}, ValueError, "unknown backend 'cuda'"),
     ],
 )
 def test_gaussian_sketch_bad_input(arguments, options, error, message):
     with pytest.raises(error, match=message):
-        mask_ops.gaussian_sketch(*arguments, **options)
+        ops.gaussian_sketch(*arguments, **options)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +86,7 @@ def test_gaussian_sketch_bad_input(arguments, options, error, message):
         ({"other": torch.ones(1, 6, 4)}, ValueError, "other must share the batch"),
         ({"other": torch.ones(2, 6, 4, device="meta")}, ValueError, "other is on meta, block on cpu"),
         ({"rounds": 3}, ValueError, "rounds must be 1 or 2, got 3"),
-        ({"backend": "native-cpu"}, RuntimeError, "there are native-cuda and reference versions only"),
+        ({"backend": "native-cpu"}, RuntimeError, "is only available for native-cuda, reference"),
     ],
 )
 @pytest.mark.parametrize("grad", [True, False])
@@ -93,7 +95,7 @@ def test_cholesky_qr_bad_input(change, error, message, grad):
     arguments = {"block": block, "other": other} | change
     before = block.clone(), other.clone()
     with torch.set_grad_enabled(grad), pytest.raises(error, match=message):
-        mask_ops.cholesky_qr_(**arguments)
+        ops.cholesky_qr_(**arguments)
     assert torch.equal(block, before[0]) and torch.equal(other, before[1])
 
 
@@ -112,7 +114,7 @@ def test_cholesky_qr_bad_input(change, error, message, grad):
 def test_chebyshev_step_bad_input(change, message):
     arguments = {name: torch.randn(2, 6, 4) for name in ("product", "block", "previous")} | {"edge": torch.ones(2)}
     with pytest.raises(ValueError, match=message):
-        mask_ops.chebyshev_step_(**(arguments | change))
+        ops.chebyshev_step_(**(arguments | change))
 
 
 def test_chebyshev_step_is_the_recurrence():
@@ -124,7 +126,7 @@ def test_chebyshev_step_is_the_recurrence():
     q, r = torch.linalg.qr(raised)
     sign = r.diagonal(dim1=-2, dim2=-1).sign()  # Cholesky's R has a positive diagonal
     expected, other = q * sign[:, None], block.double() @ torch.linalg.inv(r * sign[:, :, None])
-    found, status = mask_ops.chebyshev_step_(product, block, previous, edge)
+    found, status = ops.chebyshev_step_(product, block, previous, edge)
     assert status.tolist() == [0, 0]
     assert torch.allclose(found.double(), expected, atol=3e-6) and torch.allclose(block.double(), other, atol=3e-6)
 
@@ -135,7 +137,7 @@ def test_cholesky_qr_without_a_second_block_where_gradients_are_recorded():
     """
     block = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(0))
     assert torch.is_grad_enabled()
-    assert mask_ops.cholesky_qr_(block).tolist() == [0, 0]
+    assert ops.cholesky_qr_(block).tolist() == [0, 0]
     torch.testing.assert_close(block.mT @ block, torch.eye(4).expand(2, 4, 4), rtol=0, atol=1e-5)
     defaults = {
         a.name: a.has_default_value()
@@ -150,14 +152,14 @@ def test_cholesky_qr_without_a_second_block_where_gradients_are_recorded():
     "batch, rows, width", [(1, 1, 1), (3, 100, 17), (2, 700, 64), (5, 4096, 128), (2, 1100, 130), (1, 5000, 512)]
 )
 def test_helpers_on_a_gpu_match_their_twins(batch, rows, width):
-    sketch = mask_ops.gaussian_sketch(batch, rows, width, seed=3, device="cuda", backend="native-cuda")
-    assert torch.allclose(sketch.cpu(), mask_ops.gaussian_sketch(batch, rows, width, seed=3), atol=4e-6, rtol=4e-6)
+    sketch = ops.gaussian_sketch(batch, rows, width, seed=3, device="cuda", backend="native-cuda")
+    assert torch.allclose(sketch.cpu(), ops.gaussian_sketch(batch, rows, width, seed=3), atol=4e-6, rtol=4e-6)
     edge = torch.linspace(0.5, 2.0, batch, device="cuda")
     results = []
     for backend in ("native-cuda", "reference"):
         block, other = sketch.clone(), sketch.flip(1).contiguous()
-        assert mask_ops.cholesky_qr_(block, other, rounds=2, backend=backend).tolist() == [0] * batch
-        step, status = mask_ops.chebyshev_step_(sketch, other, block, edge, backend=backend)
+        assert ops.cholesky_qr_(block, other, rounds=2, backend=backend).tolist() == [0] * batch
+        step, status = ops.chebyshev_step_(sketch, other, block, edge, backend=backend)
         results.append((block, step, other, status))
     for found, expected in zip(*results):
         assert torch.allclose(found, expected, atol=2e-4 * max(1.0, float(expected.abs().max())))
@@ -167,33 +169,32 @@ def test_helpers_on_a_gpu_match_their_twins(batch, rows, width):
 
 @pytest.mark.gpu
 def test_helpers_on_a_gpu_with_hard_blocks():
-    good = mask_ops.gaussian_sketch(1, 60, 24, seed=0)[0]
+    good = ops.gaussian_sketch(1, 60, 24, seed=0)[0]
     twins, poisoned = good.clone(), good.clone()
     twins[:, 20], poisoned[7, 9] = twins[:, 3], float("nan")
     for backend in ("native-cuda", "reference"):
         block = torch.stack([good, twins, poisoned, 0 * good]).cuda()
-        assert mask_ops.cholesky_qr_(block, backend=backend).tolist() == [0, 1, 2, 1]
+        assert ops.cholesky_qr_(block, backend=backend).tolist() == [0, 1, 2, 1]
 
 
 @pytest.mark.gpu
 def test_the_doctor_finds_the_helpers_sound_on_a_gpu():
-    assert doctor.check_backend("native-cuda", "cuda") == []
+    assert selfcheck.check_backend("native-cuda", "cuda") == []
 
 
 def test_the_doctor_compares_the_helpers_with_their_twins(monkeypatch):
-    assert [doctor._HELPER_CASES[op]("reference", "cpu")[0] for op in doctor._HELPER_CASES] == [0.0, 0.0, 0.0]
-    qr = mask_ops.cholesky_qr_
-    monkeypatch.setattr(
-        doctor.ops, "cholesky_qr_", lambda block, *, backend: qr(block, backend=backend) if backend else None
-    )
-    error, limit = doctor._qr(None, "cpu")
+    only_cuda = [op for op, names in dispatch.OPS.items() if "native-cpu" not in names]
+    assert [selfcheck.CASES[op]("reference", "cpu")[0] for op in only_cuda] == [0.0] * 4
+    qr = ops.cholesky_qr_
+    monkeypatch.setattr(ops, "cholesky_qr_", lambda block, *, backend: qr(block, backend=backend) if backend else None)
+    error, limit = selfcheck._qr(None, "cpu")
     assert error > limit
 
 
 PRECISIONS = """
 import torch
 from types import SimpleNamespace
-from lift_kernels.precision import matmul_precision, tf32_allowed
+from lift_kernels.ops.precision import matmul_precision, tf32_allowed
 matmul = torch.backends.cuda.matmul
 tuned = [True]  # TunableOp, which a CPU build of torch lacks
 torch.cuda.tunable.is_enabled, torch.cuda.tunable.enable = lambda: tuned[-1], tuned.append
@@ -246,4 +247,4 @@ def test_the_precision_of_products_comes_back(start, tf32):
 def test_helpers_on_meta_tensors_give_shapes():
     block = torch.empty(2, 6, 4, device="meta")
     with torch.no_grad():
-        assert mask_ops.cholesky_qr_(block).shape == (2,)
+        assert ops.cholesky_qr_(block).shape == (2,)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny_llama import save_tiny
 
-from lift_kernels.__main__ import main
-from lift_kernels.mask_report import density_map, matrix_report, table
+from lift_kernels.cli import main
+from lift_kernels.masks.report import density_map, matrix_report, table
 
 
 def test_figures_of_a_matrix_of_rank_one():

@@ -11,7 +11,9 @@ import torch
 from test_lowrank import truncated, with_spectrum
 
 from lift_kernels import principal_indices
-from lift_kernels.masks import MaskRequest, entry_count, largest_indices, principal_masks, random_indices
+from lift_kernels.masks.budget import entry_count
+from lift_kernels.masks.principal import MaskRequest, principal_masks
+from lift_kernels.masks.selection import largest_indices, random_indices
 
 
 def stable_top(magnitude: torch.Tensor, k: int) -> torch.Tensor:
@@ -195,7 +197,9 @@ def test_masks_of_a_batch_are_those_of_each_matrix(where):
     near, far = alone[1].threshold, torch.tensor(1e9, device=where.device)
     requests[1:3] = [replace(r, threshold=threshold) for r, threshold in zip(requests[1:3], (near, far))]
     sizes: list[int] = []
-    together = principal_masks(requests, method="gram", memory_budget=2**30, backend=where.backend, made=sizes.append)
+    together = principal_masks(
+        requests, method="gram", memory_budget=2**30, backend=where.backend, on_batch_done=sizes.append
+    )
     assert sizes == [4]
     for mask, one, request in zip(together, alone, requests):
         assert_index_list(mask.indices, request.k, 60 * 90)

@@ -42,13 +42,17 @@ class Mutant:
     new: str = ""
 
 
-REFERENCE, SCALARS = "lift_kernels/reference.py", "lift_kernels/scalars.py"
-TRITON, TABLES = "lift_kernels/triton_kernels/adamw.py", "lift_kernels/triton_kernels/tables.py"
-TRITON_PACKED = "lift_kernels/triton_kernels/packed.py"
-NATIVE, NATIVE_BLOCKS, NATIVE_PACKED = "csrc/cpu/adamw.cpp", "csrc/cpu/blocks.h", "csrc/cpu/packed.cpp"
-NATIVE_SELECT, TRITON_SELECT = "csrc/cpu/select.cpp", "lift_kernels/triton_kernels/select.py"
-TRITON_BITMAP = "lift_kernels/triton_kernels/bitmap.py"
-NATIVE_GRAD, TRITON_GRAD = "csrc/cpu/weight_grad.cpp", "lift_kernels/triton_kernels/linear_grad.py"
+REFERENCE, SCALARS = "lift_kernels/ops/reference.py", "lift_kernels/ops/bias_correction.py"
+TRITON, TABLES = "lift_kernels/ops/triton/sparse_adamw.py", "lift_kernels/ops/triton/launch_tables.py"
+TRITON_PACKED = "lift_kernels/ops/triton/packed_ops.py"
+NATIVE, NATIVE_BLOCKS, NATIVE_PACKED = (
+    "csrc/cpu/sparse_adamw.cpp",
+    "csrc/cpu/guided_schedule.h",
+    "csrc/cpu/packed_ops.cpp",
+)
+NATIVE_SELECT, TRITON_SELECT = "csrc/cpu/lowrank_topk.cpp", "lift_kernels/ops/triton/lowrank_topk.py"
+TRITON_BITMAP = "lift_kernels/ops/triton/bitmap_to_indices.py"
+NATIVE_GRAD, TRITON_GRAD = "csrc/cpu/packed_weight_grad.cpp", "lift_kernels/ops/triton/packed_weight_grad.py"
 
 MUTANTS = [
     Mutant("intact", "reference"),

@@ -10,7 +10,7 @@ from helpers import BF16, FP16, FP32, bits
 from optimizer_helpers import OPTIONS, index_sets, make_weights, set_gradients, train
 
 from lift_kernels import LiftAdamW, principal_indices
-from lift_kernels.reference import packed_migrate_ref
+from lift_kernels.ops.reference import packed_migrate_ref
 
 
 def record_refreshes(optimizer, steps, **options):

@@ -13,8 +13,9 @@ from test_lowrank_topk import whole_factors
 from test_masks import assert_principal
 from test_packed_ops import LAST, int32
 
-from lift_kernels import lowrank, ops, principal_indices
-from lift_kernels.reference import lowrank_topk_ref
+from lift_kernels import ops, principal_indices
+from lift_kernels.masks import lowrank
+from lift_kernels.ops.reference import lowrank_topk_ref
 
 DTYPES = (FP32, BF16, FP16)
 SHARP = settings(max_examples=25, derandomize=True, deadline=None, database=None)

@@ -19,8 +19,8 @@ from tiny_llama import save_tiny
 from transformers import AutoModelForCausalLM
 
 from lift_kernels import delta_info
-from lift_kernels.__main__ import main
-from lift_kernels.finetune import wordproblems
+from lift_kernels.cli import main
+from lift_kernels.finetune import word_problems
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,7 +33,7 @@ def blocks(heading: str) -> list[str]:
 
 
 def write_jsonl(path: Path, count: int = 40) -> None:
-    rows = [{"question": p.question, "answer": p.answer} for p in wordproblems.generate(count, "train", seed=9)]
+    rows = [{"question": p.question, "answer": p.answer} for p in word_problems.generate(count, "train", seed=9)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -11,9 +11,11 @@ import pytest
 import torch
 from optimizer_helpers import set_gradients, train
 
-from lift_kernels import LiftAdamW, lowrank, pack_gradients, principal_indices
-from lift_kernels.masks import MaskRequest, largest_indices, principal_masks
-from lift_kernels.refresh import spread_share
+from lift_kernels import LiftAdamW, pack_gradients, principal_indices
+from lift_kernels.masks import lowrank
+from lift_kernels.masks.principal import MaskRequest, principal_masks
+from lift_kernels.masks.selection import largest_indices
+from lift_kernels.optim.refresh import spread_share
 
 WIDE = (300, 280)  # wide enough for the iteration
 

@@ -11,7 +11,7 @@ import torch
 from data import write_saved_states as writer
 
 from lift_kernels import apply_delta, delta_info, revert_delta
-from lift_kernels.checkpoint import load_checkpoint
+from lift_kernels.checkpoint.training_state import load_checkpoint
 
 DATA = Path(__file__).parent / "data"
 

@@ -20,7 +20,7 @@ from helpers import (
     torch_step,
 )
 
-from lift_kernels import reference
+from lift_kernels.ops import reference
 
 STORAGE = [(FP32, False), (BF16, False), (BF16, True), (FP16, False), (FP16, True)]  # weight, with a master
 ONE_MATRIX = [((40, 30), 300)]

@@ -12,7 +12,7 @@ from optimizer_helpers import OPTIONS, assert_same, make_weights, set_gradients,
 from torch import nn
 
 from lift_kernels import LiftAdamW, lift_param_groups, pack_gradients
-from lift_kernels.checkpoint import load_checkpoint, save_checkpoint
+from lift_kernels.checkpoint.training_state import load_checkpoint, save_checkpoint
 
 NAMES = ("layers.0.weight", "layers.1.weight", "layers.2.weight", "norm.weight")
 SHAPES = ((24, 40), (24, 40), (24, 40), (17,))  # matrices of one shape: nothing but the name tells them apart

@@ -60,10 +60,10 @@ def test_triton_compile_covers_every_kernel():
     import importlib
     import pkgutil
 
-    from lift_kernels import triton_kernels
+    from lift_kernels.ops import triton
 
     kernels = set()
-    for module in pkgutil.iter_modules(triton_kernels.__path__):
-        names = vars(importlib.import_module(f"lift_kernels.triton_kernels.{module.name}"))
+    for module in pkgutil.iter_modules(triton.__path__):
+        names = vars(importlib.import_module(f"lift_kernels.ops.triton.{module.name}"))
         kernels |= {f"{module.name}.{name}" for name in names if name.startswith("_") and name.endswith("_kernel")}
     assert kernels == {case.kernel for case in CASES}

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from lift_kernels.finetune import wordproblems
+from lift_kernels.finetune import word_problems
 from lift_kernels.finetune.evaluation import extract_number
-from lift_kernels.finetune.wordproblems import ITEMS, KINDS, NAMES, TEMPLATES, fact, generate, split_of
+from lift_kernels.finetune.word_problems import ITEMS, KINDS, NAMES, TEMPLATES, fact, generate, split_of
 
 COMPUTE = {"+": int.__add__, "-": int.__sub__, "x": int.__mul__, "/": int.__floordiv__}
 FORMULA = {
@@ -101,7 +101,7 @@ def test_wordproblems_refuses_bad_arguments():
 
 
 def test_wordproblems_templates_fit_their_kind():
-    for templates in wordproblems.TEMPLATES.values():
+    for templates in word_problems.TEMPLATES.values():
         assert tuple(templates) == KINDS
         for kind, phrasings in templates.items():
             for text in phrasings:

@@ -79,7 +79,7 @@ def build(run: Run) -> None:
             f"extension for sm_{arch}", status="killed, it took too long" if killed else f"failed: {last_line(output)}"
         )
         return
-    from lift_kernels import dispatch
+    from lift_kernels.ops import dispatch
 
     for name, backend in dispatch.backends().items():  # the extension is loaded here for the first time
         status = "ok" if backend.usable else f"not usable: {backend.reason}"[:300]

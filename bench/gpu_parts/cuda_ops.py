@@ -17,7 +17,7 @@ import bench_util  # noqa: F401  (puts the checkout first on the path)
 import torch
 from torch import Tensor
 
-from lift_kernels import mask_ops, ops
+from lift_kernels import ops
 
 from . import bitmaps
 
@@ -99,8 +99,8 @@ def gaussian_sketch(device: str) -> str:
     for dtype in (torch.float32, torch.bfloat16):
         for shape in ((1, 1, 1), (2, 33, 7), (3, 64, 20)):
             options = {"seed": 5, "first": 2, "dtype": dtype}
-            got = mask_ops.gaussian_sketch(*shape, **options, device=device, backend=helper(device))
-            right = mask_ops.gaussian_sketch(*shape, **options, backend="reference")
+            got = ops.gaussian_sketch(*shape, **options, device=device, backend=helper(device))
+            right = ops.gaussian_sketch(*shape, **options, backend="reference")
             if problem := far(got, right, 1e-5 if dtype == torch.float32 else 2.0**-6, f"sketch {shape} of {dtype}"):
                 return problem
     return ""
@@ -116,7 +116,7 @@ def cholesky_qr(device: str) -> str:
             results = []
             for where, name in ((device, helper(device)), ("cpu", "reference")):
                 block, other = normal(*shape).to(where), normal(shape[0], 5, shape[2]).to(where)
-                status = mask_ops.cholesky_qr_(block, other, rounds=rounds, backend=name)
+                status = ops.cholesky_qr_(block, other, rounds=rounds, backend=name)
                 results.append((block, other, status))
             for got, right in zip(*results):
                 if problem := far(got, right, 1e-3, f"block {shape}, {rounds} rounds"):
@@ -131,9 +131,7 @@ def chebyshev_step(device: str) -> str:
             for where, name in ((device, helper(device)), ("cpu", "reference")):
                 product, block, previous = (normal(*shape, seed=seed).to(where) for seed in (1, 2, 3))
                 edge = torch.full((shape[0],), 2.0, device=where)
-                raised, status = mask_ops.chebyshev_step_(
-                    product, block, previous if again else None, edge, backend=name
-                )
+                raised, status = ops.chebyshev_step_(product, block, previous if again else None, edge, backend=name)
                 results.append((raised, block, status))
             for got, right in zip(*results):
                 if problem := far(got, right, 1e-3, f"blocks {shape}{', with a previous one' if again else ''}"):

@@ -2,7 +2,7 @@
 ways, at the widths of rank 128.
 
 - torch.linalg.eigh alone: ``eigh_cost`` is what one costs in FLOPs of a TF32 product a third power
-  of the side; such a number is assumed for CUDA in `lift_kernels.lowrank`.
+  of the side; such a number is assumed for CUDA in `lift_kernels.masks.lowrank`.
 - `gaussian_sketch` against torch.randn: bytes written. Checked against the reference, 1e-5.
 - `cholesky_qr_` and `chebyshev_step_` against torch.linalg.qr and the reference (Cholesky of the
   scaled Gram matrix and a triangular solve): 2 n l^2 FLOPs at the fp32 rate (Gram matrix and
@@ -20,7 +20,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lift_kernels import dispatch, mask_ops
+from lift_kernels import ops
+from lift_kernels.ops import dispatch
 
 from .report import Run
 
@@ -57,7 +58,7 @@ def helpers(run: Run) -> None:
     batch, rows, width = (2, 64, 16) if run.dry else (32, 4096, 256)
     shape = (batch, rows, width)
     labels = {"dtype": "fp32", "shape": f"{batch} of {rows} x {width}"}
-    sketch = partial(mask_ops.gaussian_sketch, *shape, seed=1, device=run.device)
+    sketch = partial(ops.gaussian_sketch, *shape, seed=1, device=run.device)
     baseline = run.time("torch.randn", partial(torch.randn, shape, device=run.device), op="gaussian_sketch_", **labels)
     problem = run.problem(lambda: far(sketch(), sketch(backend="reference"), 1e-5))
     against = None if baseline is None else ("torch.randn", baseline)
@@ -74,7 +75,7 @@ def helpers(run: Run) -> None:
 
     start = sketch(backend="reference")
     product, previous = (
-        mask_ops.gaussian_sketch(*shape, seed=seed, device=run.device, backend="reference") for seed in (2, 3)
+        ops.gaussian_sketch(*shape, seed=seed, device=run.device, backend="reference") for seed in (2, 3)
     )
     edge = torch.full((batch,), 2.0, device=run.device)
     flops, block_bytes = 2.0 * batch * rows * width**2, 4.0 * batch * rows * width
@@ -84,13 +85,13 @@ def helpers(run: Run) -> None:
 
     def orthonormal(backend: str | None) -> Tensor:
         block = start.clone()
-        status = mask_ops.cholesky_qr_(block, backend=backend)
+        status = ops.cholesky_qr_(block, backend=backend)
         assert not bool(status.any()), f"status {status.tolist()}"
         return block
 
     def stepped(backend: str | None) -> tuple[Tensor, Tensor]:
         block = start.clone()
-        raised, status = mask_ops.chebyshev_step_(product, block, previous, edge, backend=backend)
+        raised, status = ops.chebyshev_step_(product, block, previous, edge, backend=backend)
         assert not bool(status.any()), f"status {status.tolist()}"
         return raised, block
 
@@ -105,7 +106,7 @@ def helpers(run: Run) -> None:
     for backend in dict.fromkeys(("reference", default(run, "cholesky_qr_"))):
         against = None if qr is None else ("torch.linalg.qr", qr)
         problem = run.problem(lambda b=backend: qr_problem(b))
-        qr_call = partial(mask_ops.cholesky_qr_, start.clone(), backend=backend)
+        qr_call = partial(ops.cholesky_qr_, start.clone(), backend=backend)
         run.time(
             f"cholesky_qr_, {backend}",
             qr_call,
@@ -119,7 +120,7 @@ def helpers(run: Run) -> None:
             **labels,
         )
         problem = run.problem(lambda b=backend: step_problem(b))
-        step = partial(mask_ops.chebyshev_step_, product, start.clone(), previous, edge, backend=backend)
+        step = partial(ops.chebyshev_step_, product, start.clone(), previous, edge, backend=backend)
         run.time(
             f"chebyshev_step_, {backend}",
             step,

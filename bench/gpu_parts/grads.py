@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lift_kernels import ops
-from lift_kernels.linear import LiftLinear
-from lift_kernels.packing import _hook
+from lift_kernels.nn.grad_hooks import pack_on_accumulate
+from lift_kernels.nn.linear import LiftLinear
 
 from .models import BF16, LLAMA_2_7B, LLAMA_3_8B, Model
 from .report import Call, Run
@@ -109,7 +109,7 @@ def lifted(weight: Tensor, index: Tensor) -> nn.Module:
 
 def hooked(weight: Tensor, index: Tensor) -> nn.Module:
     layer = Held(weight)
-    _hook(layer.weight, index)
+    pack_on_accumulate(layer.weight, index)
     return layer
 
 

@@ -26,9 +26,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lift_kernels import mask_ops, ops
-from lift_kernels.lowrank import block_width
-from lift_kernels.masks import Mask, MaskRequest, principal_masks
+from lift_kernels import ops
+from lift_kernels.masks.lowrank import block_width
+from lift_kernels.masks.principal import Mask, MaskRequest, principal_masks
 
 from .models import BF16, DENSITY, LLAMA_2_7B, LLAMA_3_8B, Model
 from .report import Run
@@ -108,8 +108,8 @@ def slow_spectrum(m: int, n: int, rank: int, generator: torch.Generator) -> Tens
 SPANS = [
     (torch.linalg, "eigh", "eigh_share"),
     (torch.linalg, "qr", "orth_share"),
-    (mask_ops, "cholesky_qr_", "orth_share"),
-    (mask_ops, "chebyshev_step_", "orth_share"),
+    (ops, "cholesky_qr_", "orth_share"),
+    (ops, "chebyshev_step_", "orth_share"),
 ]
 
 

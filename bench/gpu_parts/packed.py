@@ -17,7 +17,8 @@ from bench_arena import Arena, clustered_indices
 from bench_packed_ops import neighbour
 from torch import Tensor
 
-from lift_kernels import dispatch, ops
+from lift_kernels import ops
+from lift_kernels.ops import dispatch
 
 from .models import BF16, DENSITY, FP32, LLAMA_2_7B, dtype_name
 from .report import Run

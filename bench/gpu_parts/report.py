@@ -30,7 +30,7 @@ import bench_util
 import numpy as np
 import torch
 
-from lift_kernels import dispatch
+from lift_kernels.ops import dispatch
 
 Call = Callable[[], object]
 LAG_CYCLES = 9_000_000  # of the waiting kernel: about 5 ms
@@ -166,7 +166,7 @@ class Run:
             self.add(variant, **labels, correct=correct, status=f"refused, it is wrong: {problem}"[:300])
             return None
         if problem is not None:
-            labels.setdefault("backend", dispatch.choose(None, torch.device(self.device), ""))
+            labels.setdefault("backend", dispatch.choose(None, torch.device(self.device), "sparse_adamw_"))
         several = list(calls) if isinstance(calls, Sequence) else [calls]
         factories = [ready] if ready is not None else [lambda call=call: call for call in several]
         try:

@@ -2,7 +2,7 @@
 #include "cholesky_qr.cuh"
 
 #include "launch.h"
-#include "sketch.cuh"
+#include "gaussian_sketch.cuh"
 
 namespace lift {
 namespace {

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "wide.cuh"
+#include "vectorized.cuh"
 
 namespace lift::cuda {
 

@@ -5,8 +5,9 @@ Needs the extra ``finetune`` (transformers and its friends); nothing else in lif
 this package.
 """
 
-from .job import run
-from .resume import settings_of
-from .settings import Settings, UserError
+from ..errors import UserError
+from .config import Settings
+from .run import run
+from .run_dir import settings_of
 
 __all__ = ["Settings", "UserError", "run", "settings_of"]

@@ -1,5 +1,7 @@
 """Prompts, losses and exact match of a causal language model on question/answer problems."""
 
+from __future__ import annotations
+
 import copy
 import inspect
 import math
@@ -11,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from .encoding import IGNORE, Example, collate, opening, prompt
+from .prompts import IGNORE, Example, collate, opening, prompt
 
 # Prose about everything but sums: a rise of the loss on it shows what fine-tuning made the model
 # forget.

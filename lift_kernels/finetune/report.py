@@ -1,11 +1,13 @@
 """What a fine-tuning run leaves behind: a table, ``report.json`` and ``loss.png``."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import write_atomic
+from ..checkpoint.atomic_file import write_atomic
 
 Report = dict[str, Any]  # flat, with dotted keys such as "heldout_loss.before"
 

@@ -1,13 +1,121 @@
 """Trainer of the main job: mean loss over answer tokens, checkpoints of ours."""
 
+from __future__ import annotations
+
 import math
+import tempfile
+from pathlib import Path
 from typing import Any
 
-from . import evaluation, resume
-from .settings import UserError
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+
+from ..checkpoint.training_state import rng_state, save_checkpoint, set_rng_state
+from ..errors import UserError
+from . import evaluation
+from .run_dir import CHECKPOINT, trained_weights
 
 
-class AnswerTrainer(resume.Resumable):
+class EpochStart(TrainerCallback):
+    """Keeps the random state from which an epoch drew its order, or puts the one of the interrupted
+    epoch back.
+    """
+
+    def __init__(self) -> None:
+        self.random: dict[str, Any] | None = None
+        self.interrupted: dict[str, Any] | None = None
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self.interrupted is not None:
+            set_rng_state(self.interrupted)
+            self.interrupted = None
+        self.random = rng_state()
+
+
+class Resumable(Trainer):
+    """A Trainer whose checkpoint is one file of ours, and resuming from it changes no bit.
+
+    Trainer's own checkpoints are several files, some of them pickles, that a crash can leave
+    half-written.
+    """
+
+    model: Any  # Trainer declares these as optional; they are there once training or loading begins
+    optimizer: Any
+    lr_scheduler: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.identity: dict[str, str] = {}
+        self.checkpoint: dict[str, Any] = {}
+        self.epoch_start = EpochStart()
+        self.add_callback(self.epoch_start)
+
+    def progress(self) -> dict[str, Any]:
+        """Records of the run so far, plain values; kept in checkpoints."""
+        return {}
+
+    def restore_progress(self, progress: dict[str, Any]) -> None:
+        """Take up what `progress` gave."""
+
+    def train_from(self, checkpoint: dict[str, Any] | None) -> None:
+        """Train to the end, from the start or from a loaded checkpoint."""
+        if checkpoint is None:
+            self.train()
+            return
+        self.checkpoint = checkpoint
+        self.restore_progress(checkpoint["progress"])
+        if checkpoint["step"] >= self.args.max_steps:
+            self._load_from_checkpoint("")
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            return
+        self.epoch_start.interrupted = checkpoint["epoch_random"]
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / TRAINER_STATE_NAME).write_text(checkpoint["trainer_state"])
+            self.train(resume_from_checkpoint=folder)
+
+    # ---- Trainer's own names ---------------------------------------------------------------------
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self.store_flos()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / TRAINER_STATE_NAME
+            self.state.save_to_json(str(path))
+            trainer_state = path.read_text()
+        state = {
+            "identity": self.identity,
+            "step": self.state.global_step,
+            "model": trained_weights(self.model),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.lr_scheduler.state_dict(),
+            "trainer_state": trainer_state,
+            "random": rng_state(),
+            "epoch_random": self.epoch_start.random,
+            "progress": self.progress(),
+        }
+        save_checkpoint(Path(str(self.args.output_dir)) / CHECKPOINT, state)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        saved = self.checkpoint["model"]
+        trained = trained_weights(self.model)
+        fitting = trained.keys() == saved.keys() and all(p.shape == saved[name].shape for name, p in trained.items())
+        if not fitting:
+            raise UserError(f"{CHECKPOINT} is of another model; start a new run")
+        with torch.no_grad():
+            for name, p in trained.items():
+                p.copy_(saved[name])
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        if checkpoint is not None:
+            self.optimizer.load_state_dict(self.checkpoint["optimizer"])
+            self.lr_scheduler.load_state_dict(self.checkpoint["scheduler"])
+
+    def _load_rng_state(self, checkpoint) -> None:
+        if checkpoint is not None:
+            set_rng_state(self.checkpoint["random"])
+
+
+class AnswerTrainer(Resumable):
     """Trainer on the mean loss over answer tokens; ``losses`` collects it step by step."""
 
     def __init__(self, *args: Any, clock: Any, **kwargs: Any) -> None:

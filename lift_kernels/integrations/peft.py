@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import MAX_ENTRIES, require
-from ..delta import save_delta
-from ..delta_format import Delta, DeltaInfo
-from ..files import FileError, TensorFile, save_tensors, write_atomic
-from ..masks import principal_indices
-from ..weights import Model, Weights, open_weights
+from ..checkpoint.atomic_file import write_atomic
+from ..checkpoint.safetensors_file import TensorFile, save_tensors
+from ..delta.format import Delta, DeltaInfo
+from ..delta.model_weights import Model, Weights, open_weights
+from ..delta.save import save_delta
+from ..errors import FileError
+from ..masks.principal import principal_indices
+from ..validation import MAX_ENTRIES, require
 
 _PREFIX = "base_model.model."
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

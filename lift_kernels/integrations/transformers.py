@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from .. import owners
-from ..checks import require
-from ..ops import packed_gather
-from ..optimizer import LiftAdamW
+from ..nn import trainable
+from ..ops.packed_ops import packed_gather
+from ..optim.lift_adamw import LiftAdamW
+from ..validation import require
 
 logger = logging.getLogger("lift_kernels")
 
@@ -68,13 +68,13 @@ class LiftCallback(TrainerCallback):
             for p, entry in lift.state.items():
                 if "indices" in entry:
                     indices = entry["indices"].clone()  # a refresh at the end of this step overwrites the list
-                    matrix = owners.matrix_of(p).detach()
+                    matrix = trainable.matrix_of(p).detach()
                     self._before.append((matrix, indices, packed_gather(matrix, indices)))
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         lift = _unwrap(optimizer)
         masks = {p: entry["indices"].numel() for p, entry in lift.state.items() if "indices" in entry}
-        self.figures["lift_density"] = sum(masks.values()) / max(1, sum(owners.matrix_of(p).numel() for p in masks))
+        self.figures["lift_density"] = sum(masks.values()) / max(1, sum(trainable.matrix_of(p).numel() for p in masks))
         report = lift.last_refresh
         if report is not None and report.overlap is not None:
             self.figures["lift_mask_overlap"], self.figures["lift_refresh_seconds"] = report.overlap, report.seconds

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lift_kernels import LiftAdamW, pack_gradients, save_delta
-from lift_kernels.checkpoint import save_checkpoint
+from lift_kernels.checkpoint.training_state import save_checkpoint
 
 HERE = Path(__file__).parent
 STEPS_BEFORE, STEPS_AFTER = 4, 3

@@ -16,7 +16,7 @@ void barrier() { __syncthreads(); }
 }  // namespace
 
 #define __syncthreads() (__COUNTER__ == dropped ? void() : barrier())
-#include "bitmap.cuh"
+#include "bitmap_to_indices.cuh"
 constexpr int kBarriers = __COUNTER__;
 
 namespace {

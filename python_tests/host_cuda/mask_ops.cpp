@@ -3,7 +3,7 @@
 #include "shim.h"
 
 #include "cholesky_qr.cuh"
-#include "sketch.cuh"
+#include "gaussian_sketch.cuh"
 
 #include <cstdio>
 #include <vector>

@@ -250,7 +250,7 @@ inline void sincospif(float x, float* sine, float* cosine) {
   *cosine = float(std::cos(angle));
 }
 
-// Integer atomics and bit functions, for bitmap.cuh. Relaxed, as on a GPU: they order nothing else.
+// Integer atomics and bit functions, for bitmap_to_indices.cuh. Relaxed, as on a GPU: they order nothing else.
 template <class T>
 T atomicAdd(T* address, T value) {
   return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);

@@ -1,0 +1,70 @@
+"""Files that appear under their name only when they are complete and on the disk."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+from ..errors import FileError
+
+
+class AtomicFile:
+    """A context manager that yields a binary file and gives it its name when the body has
+    succeeded, flushed to the disk.
+
+    Until then, and when the body fails, a file of that name stays as it was. Raises FileError where
+    the disk refuses.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def __enter__(self):
+        try:
+            number, self._temporary = tempfile.mkstemp(prefix=f".{self.path.name}.", dir=self.path.parent)
+        except OSError as error:
+            raise FileError(f"cannot write {self.path}: {error.strerror}; choose another place") from error
+        self._file = os.fdopen(number, "w+b")
+        return self._file
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if error is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                umask = os.umask(0)
+                os.umask(umask)
+                os.chmod(self._temporary, 0o666 & ~umask)  # mkstemp makes files for the owner alone
+                os.replace(self._temporary, self.path)
+                sync_folder(self.path.parent)
+        except OSError as late:
+            error = late
+        finally:
+            try:
+                self._file.close()
+            except OSError as late:  # what a full disk left in the buffer
+                error = error or late
+        if error is not None:
+            Path(self._temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise FileError(
+                f"cannot write {self.path}: {error.strerror}; free some space or choose another place; "
+                "a file that was there is unchanged"
+            ) from error
+
+
+def write_atomic(path: str | Path, content: str | bytes) -> None:
+    """Write a small file as `AtomicFile` does; text as UTF-8."""
+    with AtomicFile(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a directory, so that a rename in it survives a loss of power."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -1,0 +1,189 @@
+"""Files: safetensors read with bounds, one tensor at a time, and atomic writing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ..errors import FileError
+from ..validation import require
+from .atomic_file import AtomicFile
+
+MAX_HEADER = 100_000_000
+"""Bytes: as much as the safetensors library itself accepts."""
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+"""How safetensors spells a dtype."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies in a file: bytes ``start .. end`` behind the header."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class TensorFile:
+    """A safetensors file whose tensors are read one at a time.
+
+    Nothing is allocated before it is known to fit: the header must be smaller than the file, and
+    the tensors must fill the rest of it exactly. Raises FileError for a file that cannot be read or
+    is truncated or malformed.
+
+    Attributes:
+        entries: by tensor name.
+        metadata: the strings that the file carries.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self._file = open(self.path, "rb")  # noqa: SIM115  closed by close()
+        except OSError as error:
+            raise FileError(f"cannot read {path}: {error.strerror}; check the path") from error
+        try:
+            self._header, self._data = self._read_header()
+            self.entries, self.metadata = self._parse()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of its own, on the CPU. Raises FileError when the file lacks it or became
+        shorter.
+        """
+        self._require(name in self.entries, f"holds no tensor {name}")
+        entry = self.entries[name]
+        buffer = torch.empty(entry.end - entry.start, dtype=torch.uint8)
+        try:
+            self._file.seek(self._data + entry.start)
+            got = self._file.readinto(buffer.numpy().data)
+        except OSError as error:
+            raise FileError(f"cannot read {self.path}: {error.strerror}") from error
+        self._require(got == buffer.numel(), f"was cut off inside {name} while it was read")
+        return buffer.view(entry.dtype).reshape(entry.shape)
+
+    def place(self, name: str) -> int:
+        """The position of a tensor's first byte in the file."""
+        return self._data + self.entries[name].start
+
+    def _require(self, condition: bool, problem: str) -> None:
+        require(
+            condition, f"{self.path} {problem}; it is damaged or of another kind: fetch or make it again", FileError
+        )
+
+    def _read_header(self) -> tuple[bytes, int]:
+        try:
+            size = os.fstat(self._file.fileno()).st_size
+            length = int.from_bytes(self._file.read(8), "little")
+            self._require(size >= 8, f"has {size} bytes and is no safetensors file")
+            self._require(
+                0 < length <= min(size - 8, MAX_HEADER), f"claims a header of {length} bytes in a file of {size}"
+            )
+            header = self._file.read(length)
+        except OSError as error:  # a directory, for one
+            raise FileError(f"cannot read {self.path}: {error.strerror}; give a safetensors file") from error
+        self._require(len(header) == length, "is cut off inside its header")
+        self._size = size
+        return header, 8 + length
+
+    def _parse(self) -> tuple[dict[str, Entry], dict[str, str]]:
+        try:
+            parsed = json.loads(self._header.decode("utf-8"), object_pairs_hook=_without_duplicates)
+        except (ValueError, RecursionError) as error:
+            raise FileError(
+                f"{self.path} has a header that is not valid JSON; it is damaged or no safetensors file"
+            ) from error
+        self._require(isinstance(parsed, dict), "has a header that is no JSON object")
+        metadata = parsed.pop("__metadata__", {})
+        self._require(
+            isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()),
+            "has metadata that are not strings",
+        )
+        entries = {name: self._entry(name, value) for name, value in parsed.items()}
+        end = 0
+        for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+            self._require(entry.start == end, f"has a gap or an overlap before the tensor {name[:80]!r}")
+            end = entry.end
+        self._require(self._data + end == self._size, f"should have {self._data + end} bytes and has {self._size}")
+        return entries, metadata
+
+    def _entry(self, name: str, value: Any) -> Entry:
+        shown = name[:80]
+        self._require(
+            isinstance(value, dict) and value.keys() == {"dtype", "shape", "data_offsets"},
+            f"describes the tensor {shown!r} wrongly",
+        )
+        dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+        self._require(isinstance(dtype, str) and dtype in _DTYPES, f"has the tensor {shown!r} of an unknown dtype")
+        for numbers in (shape, offsets):
+            good = isinstance(numbers, list) and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+            self._require(good and len(numbers) < 64, f"has the tensor {shown!r} of a malformed shape or place")
+        self._require(len(offsets) == 2, f"has the tensor {shown!r} of a malformed place")
+        bytes_needed = math.prod(shape) * _DTYPES[dtype].itemsize
+        self._require(
+            offsets[1] - offsets[0] == bytes_needed,
+            f"has {offsets[1] - offsets[0]} bytes for the tensor {shown!r} of {bytes_needed}",
+        )
+        return Entry(_DTYPES[dtype], tuple(shape), *offsets)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return out
+
+
+def save_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
+    """Write an ordinary safetensors file as `AtomicFile` does."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header = header.ljust(-(-len(header) // 8) * 8)
+    with AtomicFile(path) as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for tensor in tensors.values():
+            file.write(tensor_bytes(tensor))
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in row-major order."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,38 @@
+"""Command line: ``python -m lift_kernels finetune|delta|mask|doctor``.
+
+Each command has a module with its parser and a ``run``. Heavy imports wait until a command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ..errors import UserError
+from . import delta, doctor, finetune, mask
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(prog="lift_kernels", description="LIFT: fine-tuning of principal weights.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command in (finetune, delta, doctor, mask):
+        command.add_parser(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code, 2 for invalid user input."""
+    options = build_parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except ModuleNotFoundError as error:
+        message = f"the package {error.name} is missing; run `pip install 'lift_kernels[finetune]'`"
+        print(f"error: {message}", file=sys.stderr)
+    except (UserError, OSError, *options.input_errors) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 2

@@ -1,0 +1,126 @@
+"""The command ``delta``: make, apply, revert or describe a delta file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ..errors import FileError
+
+MODEL_HELP = "model directory, safetensors or GGUF file, or hub id (default: the bundled SmolLM2-135M)"
+_TUNED_HELP = "the fine-tuned model: a directory with safetensors or one such file"
+
+
+def add_parser(commands: Any) -> None:
+    """Add the parser of the command."""
+    parser = commands.add_parser("delta", help="make, apply, revert or describe a delta file: what fine-tuning changed")
+    actions = parser.add_subparsers(dest="action", required=True)
+    make = actions.add_parser("make", help="write every entry that differs from the base")
+    make.add_argument("model", metavar="MODEL", help=_TUNED_HELP)
+    make.add_argument("output", metavar="DELTA", help="the file to write")
+    make.add_argument("--base", metavar="MODEL", help=MODEL_HELP)
+    apply = actions.add_parser("apply", help="write the fine-tuned model: the base with a delta")
+    apply.add_argument("--base", metavar="MODEL", help=MODEL_HELP)
+    revert = actions.add_parser("revert", help="write the base again: the fine-tuned model without the delta")
+    revert.add_argument("model", metavar="MODEL", help=_TUNED_HELP)
+    for action in (apply, revert):
+        action.add_argument("delta", metavar="DELTA")
+        action.add_argument("output", metavar="OUTPUT", help="the model to write; must not exist")
+    info = actions.add_parser("info", help="say what a delta file holds")
+    info.add_argument("delta", metavar="DELTA")
+    for action, run in ((make, _make), (apply, _apply), (revert, _revert), (info, _info)):
+        action.set_defaults(run=run, input_errors=(ValueError, TypeError, IndexError))
+
+
+def _make(options: argparse.Namespace) -> int:
+    from ..delta import save_delta
+
+    base, _ = _find_base(options.base, list(_floating_dtypes(options.model)))
+    info = save_delta(options.model, base, options.output, _settings(Path(options.model)), progress=True)
+    print(_describe(options.output, info))
+    return 0
+
+
+def _apply(options: argparse.Namespace) -> int:
+    from ..delta import apply_delta, delta_info
+
+    info = delta_info(options.delta)
+    base, tokenizer = _find_base(options.base, list(set(info.dtypes.values())))
+    if isinstance(base, Path):
+        apply_delta(base, options.delta, options.output)
+    else:
+        output = Path(options.output)
+        if output.exists():
+            raise FileError(f"{output} exists already; choose another output or remove it")
+        apply_delta(base, options.delta)
+        from ..finetune.model_io import save_model  # needs transformers
+
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as work:
+            save_model(base, tokenizer, Path(work) / output.name)
+            (Path(work) / output.name).rename(output)
+    print(f"{options.output}: the base with {options.delta} ({info.entries:,} entries)")
+    return 0
+
+
+def _revert(options: argparse.Namespace) -> int:
+    from ..delta import revert_delta
+
+    revert_delta(options.model, options.delta, options.output)
+    print(f"{options.output}: {options.model} without {options.delta}")
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    from ..delta import delta_info
+
+    print(_describe(options.delta, delta_info(options.delta)))
+    return 0
+
+
+def _find_base(name: str | None, dtypes: list) -> tuple[Any, Any]:
+    """The base: a path where its tensors can be read from safetensors, else the model and tokenizer
+    that transformers loads.
+    """
+    path = None if name is None else Path(name).expanduser()
+    if path is not None and (path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors")))):
+        # A bfloat16 base of a model that was trained in float32 has to be widened as training did.
+        if path.is_file() or _floating_dtypes(path) == set(dtypes):
+            return path, None
+    from ..finetune.model_io import find_model, load_model
+
+    if len(dtypes) != 1:
+        raise FileError(
+            f"a model in {len(dtypes)} dtypes needs a base in safetensors; save the base with save_pretrained first"
+        )
+    return load_model(find_model(name), dtypes[0])
+
+
+def _floating_dtypes(path: str | Path) -> set:
+    from ..delta.model_weights import CheckpointWeights
+
+    with CheckpointWeights(path) as weights:
+        return {dtype for dtype, _ in weights.forms.values() if dtype.is_floating_point}
+
+
+def _settings(model: Path) -> dict[str, Any]:
+    """The settings of the run that made a model, where its report lies beside it."""
+    try:
+        report = json.loads((model.parent / "report.json").read_text())
+        return {key.removeprefix("settings."): value for key, value in report.items() if key.startswith("settings.")}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _describe(path: str, info: Any) -> str:
+    each = info.file_bytes / max(1, info.entries)
+    lines = [
+        f"{path}: {info.entries:,} entries changed in {len(info.counts)} tensors; {info.file_bytes / 2**20:.1f} MiB, "
+        f"{each:.2f} bytes an entry",
+        f"base {info.base[:16]}, result {info.result[:16]}",
+    ]
+    if info.settings:
+        lines.append(", ".join(f"{key} {value}" for key, value in info.settings.items() if value is not None))
+    return "\n".join(lines)

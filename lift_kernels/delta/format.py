@@ -1,0 +1,148 @@
+"""What a delta file holds, and its checks: sorted indices with old and new values of every entry
+that changed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.checksummed_file import SealedFile
+from ..errors import FileError
+from ..validation import MAX_ENTRIES, check_index_list, require
+from .model_weights import Weights
+
+
+def delta_info(path: str | Path) -> DeltaInfo:
+    """What a delta file holds. Raises FileError for a file that is damaged or no delta."""
+    with Delta(path) as delta:
+        return delta.info
+
+
+KIND = "delta"
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By bytes an element: how values are compared and written, so that -0.0 and NaN count like any
+other bits.
+"""
+
+
+@dataclass(frozen=True)
+class DeltaInfo:
+    """What a delta file says about itself.
+
+    Attributes:
+        base, result: fingerprints of the models without and with the delta.
+        shapes, dtypes, counts: by name of each tensor that changed: its form and how many of its
+            entries changed.
+        settings: of the method, as they were given to `save_delta`.
+        file_bytes: size of the file.
+    """
+
+    base: str
+    result: str
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+    counts: dict[str, int]
+    settings: dict[str, Any]
+    file_bytes: int
+
+    @property
+    def entries(self) -> int:
+        """How many entries changed in all."""
+        return sum(self.counts.values())
+
+
+class Delta:
+    """An open delta file, read one tensor at a time. Raises FileError for a file that is not
+    exactly what `save_delta` wrote.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._file = SealedFile(path, KIND)
+        try:
+            self.info = self._check()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Delta:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def read(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Indices (int32, sorted, within the tensor), old and new values (the tensor's dtype) of
+        the tensor ``name``.
+        """
+        indices, old, new = (self._file.read(part) for part in parts(name))
+        try:
+            check_index_list(indices, math.prod(self.info.shapes[name]), name)
+        except (ValueError, IndexError) as error:
+            raise FileError(f"{self.path}: {error}; the file is damaged: make it again") from error
+        return indices, old, new
+
+    def check(self, weights: Weights, *, reverse: bool = False, values: bool = True) -> None:
+        """Raise FileError unless every index list is right and ``weights`` hold the values that
+        this delta replaces.
+
+        ``reverse``: the new values instead of the old ones; ``values=False`` compares none.
+        """
+        for name, shape in self.info.shapes.items():
+            form = (self.info.dtypes[name], shape)
+            require(
+                weights.forms.get(name) == form,
+                f"{self.path} changes {name} of form {form}, {weights.label} has {weights.forms.get(name)}; "
+                "give the model that it was made for",
+                FileError,
+            )
+            indices, old, new = self.read(name)
+            if values:
+                present = bits(weights.read(name))[indices.long()]
+                require(
+                    torch.equal(present, bits(new if reverse else old)),
+                    f"{self.path}: {name} of {weights.label} holds other values than this delta replaces; "
+                    "give the model that it was made for",
+                    FileError,
+                )
+
+    def _check(self) -> DeltaInfo:
+        file = self._file
+        hashes, shapes, settings = file.json("hashes"), file.json("shapes"), file.json("settings")
+        self._require(isinstance(shapes, dict) and isinstance(settings, dict) and isinstance(hashes, dict))
+        self._require(all(isinstance(hashes.get(key), str) for key in ("base", "result")))
+        self._require(sorted(part for name in shapes for part in parts(name)) == sorted(file.entries))
+        dtypes, counts = {}, {}
+        for name, shape in shapes.items():
+            good = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
+            self._require(good and len(shape) < 64 and math.prod(shape) <= MAX_ENTRIES)
+            index, old, new = (file.entries[part] for part in parts(name))
+            self._require(index.dtype == torch.int32 and old.dtype == new.dtype)
+            self._require(len(index.shape) == 1 and index.shape == old.shape == new.shape and 0 < index.shape[0])
+            dtypes[name], counts[name] = old.dtype, index.shape[0]
+        size = self.path.stat().st_size
+        tuples = {name: tuple(shape) for name, shape in shapes.items()}
+        return DeltaInfo(hashes["base"], hashes["result"], tuples, dtypes, counts, settings, size)
+
+    def _require(self, condition: bool) -> None:
+        require(condition, f"{self.path} is inconsistent; it is damaged: make it again", FileError)
+
+
+def parts(name: str) -> tuple[str, str, str]:
+    """The names under which a file holds indices, old and new values of the tensor ``name``."""
+    return f"{name}:indices", f"{name}:old", f"{name}:new"
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """A flat view of a contiguous tensor as integers."""
+    return tensor.detach().reshape(-1).view(INTEGERS[tensor.element_size()])

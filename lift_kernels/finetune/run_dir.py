@@ -1,0 +1,138 @@
+"""What a run leaves in its directory while it goes on, and how an interrupted one goes on from
+there with the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from ..checkpoint.atomic_file import write_atomic
+from ..checkpoint.training_state import load_checkpoint
+from ..delta.model_weights import fingerprint
+from ..errors import FileError, UserError
+from ..nn.linear import PackedLinear
+from .config import Settings
+from .model_io import save_model
+from .prompts import Example
+
+
+def make_folder(settings: Settings) -> Path:
+    """Create the directory of the run; raises UserError when it holds files already or cannot be
+    written.
+    """
+    name = settings.name or f"{settings.method}-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = Path(settings.output).expanduser() / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create {folder}: {error.strerror}; choose another --output") from error
+    if any(folder.iterdir()):
+        raise UserError(f"{folder} holds files already; choose another --name or remove it")
+    return folder
+
+
+CHECKPOINT, SETTINGS, BEFORE, REPORT = "checkpoint.safetensors", "settings.json", "before.json", "report.json"
+
+
+def trained_weights(model) -> dict[str, torch.Tensor]:
+    """What training changes, by name: trainable parameters, and of packed layers the weight in
+    place of its values.
+    """
+    packed = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    found = {}
+    for name, p in model.named_parameters():
+        owner, _, own = name.rpartition(".")
+        if own == "weight" if owner in packed and own in ("weight", "values") else p.requires_grad:
+            found[name] = p.detach()
+    return found
+
+
+def identity(model, sequences: Sequence[Example]) -> dict[str, str]:
+    """Fingerprints of what a checkpoint does not hold and a resumed run reads again: frozen weights
+    and training data.
+    """
+    trained = trained_weights(model)
+    frozen = fingerprint({name: p for name, p in model.state_dict().items() if name not in trained})
+    return {"frozen weights": frozen, "training data": hashlib.sha256(json.dumps(sequences).encode()).hexdigest()}
+
+
+def find_checkpoint(folder: Path, expected: dict[str, str]) -> dict[str, Any] | None:
+    """The checkpoint of an interrupted run, None before the first. Raises UserError when it is
+    damaged or does not fit.
+    """
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return None
+    try:
+        checkpoint = load_checkpoint(path)
+    except FileError as error:
+        raise UserError(f"{error}; or remove the file, and the run starts its training anew") from error
+    for what, value in expected.items():
+        if checkpoint["identity"].get(what) != value:
+            raise UserError(f"the {what} are not those of the interrupted run; put them back, or start a new run")
+    return checkpoint
+
+
+def begin(folder: Path, settings: Settings) -> None:
+    """Note the settings of a run in its directory."""
+    write_atomic(folder / SETTINGS, json.dumps(asdict(settings), indent=2) + "\n")
+
+
+def settings_of(folder: str | Path) -> Settings:
+    """The settings of an interrupted run. Raises UserError for a directory that is none or holds a
+    finished run.
+    """
+    path = Path(folder).expanduser()
+    try:
+        saved = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} holds no readable {SETTINGS}, so there is no run to resume; start a new one"
+        ) from error
+    if (path / REPORT).exists():
+        raise UserError(f"the run in {path} is finished; start a new one with another --name")
+    if not isinstance(saved, dict) or saved.keys() != {field.name for field in fields(Settings)}:
+        raise UserError(f"{path / SETTINGS} is of another version of lift_kernels; start a new run")
+    return Settings(**saved | {"name": path.resolve().name, "output": str(path.resolve().parent)})
+
+
+def save_once(model, tokenizer, folder: Path) -> None:
+    """Write ``folder/model`` whole or not at all; one that a killed run left there is replaced."""
+    target = folder / "model"
+    work = Path(tempfile.mkdtemp(prefix=".model.", dir=folder))
+    try:
+        save_model(model, tokenizer, work / "model")
+        if target.exists():
+            shutil.rmtree(target)
+        (work / "model").rename(target)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {target}: {error}; free some space, then --resume {folder}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def clean(folder: Path) -> None:
+    """Remove what a killed run left half-written: files that have not got their name yet."""
+    for name in (CHECKPOINT, SETTINGS, BEFORE, REPORT, "model"):
+        for path in folder.glob(f".{name}.*"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def finish(folder: Path) -> None:
+    """Remove the checkpoint of a finished run: the model is saved."""
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    (folder / BEFORE).unlink(missing_ok=True)

@@ -1,0 +1,66 @@
+"""How many entries of a matrix are trained, and the rank of the approximation that selects them."""
+
+from __future__ import annotations
+
+import torch
+
+from ..validation import MAX_ENTRIES, require
+
+DEFAULT_RANK = 64
+
+
+def entry_count(
+    shape: torch.Size,
+    *,
+    k: int | None = None,
+    density: float | None = None,
+    budget_rank: int | None = None,
+    name: str = "weight",
+) -> int:
+    """How many entries of an m x n matrix are trained, from exactly one of the three ways to say
+    it.
+    """
+    given = [
+        label for label, value in (("k", k), ("density", density), ("budget_rank", budget_rank)) if value is not None
+    ]
+    require(
+        len(given) == 1, f"{name}: give exactly one of k, density and budget_rank, got {' and '.join(given) or 'none'}"
+    )
+    m, n = shape
+    require(m * n <= MAX_ENTRIES, f"{name}: a matrix may have up to 2^31-1 entries, got {m} x {n}")
+    if budget_rank is not None:
+        require(
+            isinstance(budget_rank, int) and budget_rank >= 1,
+            f"{name}: budget_rank must be an integer of at least 1, got {budget_rank!r}",
+        )
+        return min((m + n) * budget_rank, m * n)
+    if density is not None:
+        require(0.0 < density <= 1.0, f"{name}: density must be in (0, 1], got {density}")
+        return max(1, round(density * m * n))
+    assert k is not None
+    require(isinstance(k, int) and 1 <= k <= m * n, f"{name}: k must be an integer from 1 to {m * n}, got {k!r}")
+    return k
+
+
+def check_rank(rank: int, shape: torch.Size, name: str) -> None:
+    """Raise ValueError unless 1 <= rank <= min(shape)."""
+    small = min(shape)
+    require(
+        isinstance(rank, int) and 1 <= rank <= small,
+        f"{name}: rank must be an integer from 1 to the smaller side, {small}, got {rank!r}",
+    )
+
+
+def default_rank(shape: torch.Size, rank: int | None) -> int:
+    """The LRA rank of a matrix, or of each matrix of a batch: 64, or the smaller side, where None
+    is given.
+    """
+    return rank if rank is not None else min(DEFAULT_RANK, *shape[-2:])
+
+
+def trained_entries(shape: torch.Size, density: float, budget_rank: int | None, name: str) -> int:
+    """k of a matrix, or of each matrix of a batch: by ``budget_rank`` where it is given, else by
+    ``density``.
+    """
+    share = density if budget_rank is None else None
+    return entry_count(shape[-2:], density=share, budget_rank=budget_rank, name=name)

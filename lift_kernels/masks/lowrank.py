@@ -1,0 +1,326 @@
+"""Low-rank factors of weight matrices: W_r = L R^T, the best rank-r approximation (paper section 3,
+Eckart-Young).
+
+Two ways lead there. *Gram*: the top eigenvectors of the smaller Gram matrix, exact. *Chebyshev*:
+subspace iteration with about 2r vectors whose filter is a Chebyshev polynomial of A^T A; from a
+random block (cold start) or from the basis of the last time (warm start). It stops when the Ritz
+energy, the sum of the top r Ritz values, says that the mask has settled. A is the matrix with its
+shorter side inside. Matrices of one shape go through together, so that small factorizations do not
+leave a GPU idle.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..ops.precision import matmul_precision
+from ..validation import check_finite, require
+from .budget import check_rank
+
+METHODS = ("auto", "gram", "chebyshev", "svd")
+TOLERANCE = 3e-5
+"""Relative growth of the Ritz energy over one degree below which a mask counts as settled: on
+trained matrices about 0.3 % of its entries are then still wrong, 2 % at worst.
+"""
+OVERSAMPLING = 2
+"""Vectors of the iterated block per rank: spectra are flat, so a wide block converges in far fewer
+passes.
+"""
+MAX_DEGREES, MAX_WARM_DEGREES = 24, 3
+_CYCLE = 3  # degrees of one Chebyshev polynomial; then it is fitted anew to the smallest Ritz value
+_EIGH_COST = {
+    "cpu": 12.0,
+    "cuda": 2000.0,
+}  # of an n x n eigenproblem, in flops of a product per n^3; cpu measured, cuda assumed
+_SMALL = 256  # shorter sides up to here go the exact way: overheads decide there, not flops
+_EXACT_BONUS = 1.5  # auto leaves the exact way only for a predicted cost this many times lower
+
+
+class LowRankFactors(NamedTuple):
+    """``left`` (m x r) and ``right`` (n x r), fp32, with W_r = left @ right.T, and how they came
+    about.
+
+    ``basis``: (min(m, n), l) bf16, for the next warm start, or None where the exact way is cheaper.
+    ``passes``: products with W or its transpose. ``settled``: False when the iteration ended before
+    the Ritz energy stalled.
+    """
+
+    left: Tensor
+    right: Tensor
+    basis: Tensor | None
+    method: str
+    passes: int
+    settled: bool
+
+
+def low_rank_factors(
+    weight: Tensor,
+    rank: int,
+    *,
+    method: str = "auto",
+    generator: torch.Generator | None = None,
+    warm_start: Tensor | None = None,
+    tolerance: float = TOLERANCE,
+    name: str = "weight",
+) -> LowRankFactors:
+    """Factors of the best rank-r approximation of ``weight`` (m x n; fp32, bf16 or fp16). One
+    orthonormal, nothing is divided by a small singular value.
+
+    Args:
+        method: ``"gram"`` and ``"svd"`` are exact, ``"chebyshev"`` iterates, ``"auto"`` takes what
+            is predicted to be fastest.
+        generator: of the random block of a cold start; by default one seeded with 0.
+        warm_start: ``basis`` of an earlier call; when it does not settle, a cold start follows.
+        tolerance: relative growth of the Ritz energy over a degree at which the iteration stops.
+
+    Raises ValueError, naming ``name``, for a weight that is no matrix, a rank outside 1..min(m, n),
+    an unknown method, a basis of another shape and non-finite entries.
+    """
+    return batched_factors(
+        [weight], rank, method=method, generator=generator, warm_starts=[warm_start], tolerance=tolerance, names=[name]
+    )[0]
+
+
+@torch.no_grad()
+def batched_factors(
+    weights: Sequence[Tensor],
+    rank: int,
+    *,
+    method: str = "auto",
+    generator: torch.Generator | None = None,
+    warm_starts: Sequence[Tensor | None] | None = None,
+    tolerance: float = TOLERANCE,
+    names: Sequence[str] | None = None,
+) -> list[LowRankFactors]:
+    """`low_rank_factors` of matrices of one shape, dtype and device, computed together. Those with
+    a warm start come first.
+    """
+    names = names or [f"weight {i}" for i in range(len(weights))]
+    warm_starts = warm_starts or [None] * len(weights)
+    require(method in METHODS, f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+    require(0.0 < tolerance < 1.0, f"tolerance must be between 0 and 1, got {tolerance}")
+    for weight, start, name in zip(weights, warm_starts, names):
+        _check(weight, rank, start, name)
+    shape = weights[0].shape
+    units = _units(weights, names)
+    if method == "svd":
+        return [_svd(weight, rank) for weight in weights]
+    if method == "auto":
+        all_warm = all(start is not None for start in warm_starts)
+        method = cheapest_method(shape, rank, warm=all_warm, device=weights[0].device.type)
+    if method == "gram" or block_width(shape, rank) == min(shape):  # a block of all directions has nothing to iterate
+        return [_gram(_tall(w, unit), shape, rank, unit) for w, unit in zip(weights, units)]
+
+    results: dict[int, LowRankFactors] = {}
+    for warm in (True, False):
+        members = [i for i, start in enumerate(warm_starts) if i not in results and (start is not None or not warm)]
+        if not members:
+            continue
+        tall = (
+            torch.stack([_tall(weights[i], units[i]) for i in members])
+            if len(members) > 1
+            else _tall(weights[members[0]], units[members[0]])[None]
+        )
+        if warm:
+            block = torch.stack([warm_starts[i].to(tall.device).float() for i in members])  # type: ignore[union-attr]
+        else:
+            block = _cold_block(tall, rank, generator)
+        ended = _chebyshev(tall, block, rank, tolerance, MAX_WARM_DEGREES if warm else MAX_DEGREES)
+        for at, i in enumerate(members):
+            if ended.settled[at] or not warm:
+                passes = ended.passes[at] + (0 if warm else 2)
+                method_used = "warm" if warm else ("cold after warm" if warm_starts[i] is not None else "chebyshev")
+                results[i] = _oriented(
+                    ended.long[at],
+                    ended.short[at],
+                    ended.basis[at],
+                    shape,
+                    units[i],
+                    method_used,
+                    passes,
+                    bool(ended.settled[at]),
+                )
+    return [results[i] for i in range(len(weights))]
+
+
+def cheapest_method(shape: Sequence[int], rank: int, *, warm: bool = False, device: str = "cpu") -> str:
+    """``"gram"`` or ``"chebyshev"``: which is predicted to be faster for an m x n matrix, from its
+    flops.
+    """
+    long, short = max(shape), min(shape)
+    if short <= _SMALL:
+        return "gram"
+    width = block_width(shape, rank)
+    eigh = _EIGH_COST.get(device, _EIGH_COST["cuda"])
+    gram = 2.0 * long * short**2 + eigh * short**3 + 2.0 * long * short * rank
+    degrees = 1 if warm else 7
+    passes = 3 if warm else 17
+    small = (
+        2.0 * long * width**2 + 6.0 * short * width**2 + eigh * width**3
+    )  # Gram matrix, orthonormalization, Ritz values
+    chebyshev = passes * 2.0 * long * short * width + (degrees + 1) * small
+    return "chebyshev" if chebyshev * (1.0 if warm else _EXACT_BONUS) < gram else "gram"
+
+
+def block_width(shape: Sequence[int], rank: int) -> int:
+    """Vectors l of the iterated block."""
+    return min(min(shape), max(OVERSAMPLING * rank, rank + 8))
+
+
+def check_basis(basis: Tensor, shape: torch.Size, rank: int, name: str) -> None:
+    """Raise ValueError unless ``basis`` can be the warm start of an m x n matrix at this rank."""
+    fits = basis.dim() == 2 and basis.shape[0] == min(shape) and rank <= basis.shape[1] <= min(shape)
+    require(
+        fits and basis.is_floating_point(),
+        f"{name}: a warm start for shape {tuple(shape)} and rank {rank} is a floating ({min(shape)}, l >= "
+        f"{rank}) basis, got "
+        f"{basis.dtype} {tuple(basis.shape)}; drop it, and a cold start is made",
+    )
+
+
+def _check(weight: Tensor, rank: int, warm: Tensor | None, name: str) -> None:
+    require(weight.dim() == 2, f"{name}: a matrix is needed, got shape {tuple(weight.shape)}")
+    check_rank(rank, weight.shape, name)
+    if warm is not None:
+        check_basis(warm, weight.shape, rank, name)
+
+
+def _units(weights: Sequence[Tensor], names: Sequence[str]) -> list[float]:
+    """For each matrix 1, or the power of two that brings extreme entries to about 1, so that
+    squares stay in range.
+
+    It changes no digit. One pass over each matrix and one wait for the device.
+    """
+    extremes = torch.stack([extreme for weight in weights for extreme in torch.aminmax(weight.detach())])
+    units = []
+    for (low, high), weight, name in zip(extremes.float().view(-1, 2).tolist(), weights, names):
+        largest = max(-low, high)
+        if not math.isfinite(low) or not math.isfinite(high):
+            check_finite(weight, name)
+        exponent = math.frexp(largest)[1]
+        units.append(1.0 if -24 <= exponent <= 24 or largest == 0.0 else 2.0 ** -max(-126, min(126, exponent)))
+    return units
+
+
+def _tall(weight: Tensor, unit: float) -> Tensor:
+    """fp32 (long, short) view or copy of a matrix, in units of 1/unit."""
+    matrix = weight.detach().float()
+    matrix = matrix if unit == 1.0 else matrix * unit
+    return matrix if weight.shape[0] >= weight.shape[1] else matrix.T
+
+
+def _oriented(long, short, basis, shape, unit, method, passes, settled) -> LowRankFactors:
+    """Factors of W from those of the tall A: ``long`` carries the singular values."""
+    long = long if unit == 1.0 else long / unit
+    left, right = (long, short) if shape[0] >= shape[1] else (short, long)
+    return LowRankFactors(left.contiguous(), right.contiguous(), basis, method, passes, settled)
+
+
+def _svd(weight: Tensor, rank: int) -> LowRankFactors:
+    u, s, vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)
+    return LowRankFactors((u[:, :rank] * s[:rank]).contiguous(), vh[:rank].T.contiguous(), None, "svd", 0, True)
+
+
+def _gram(tall: Tensor, shape: torch.Size, rank: int, unit: float) -> LowRankFactors:
+    _, vectors = torch.linalg.eigh(_exact_product(tall.T, tall))  # ascending eigenvalues
+    short = vectors[:, -rank:].contiguous()
+    basis = None
+    if cheapest_method(shape, rank, warm=True, device=tall.device.type) == "chebyshev":
+        basis = vectors[:, -block_width(shape, rank) :].to(torch.bfloat16)
+    return _oriented(_exact_product(tall, short), short, basis, shape, unit, "gram", 2, True)
+
+
+class _Ended(NamedTuple):
+    long: Tensor  # (b, M, r)
+    short: Tensor  # (b, N, r)
+    basis: Tensor  # (b, N, l) bf16
+    passes: list[int]
+    settled: list[bool]
+
+
+def _cold_block(tall: Tensor, rank: int, generator: torch.Generator | None) -> Tensor:
+    """(b, N, l) orthonormal blocks near the top singular vectors, after two passes. All matrices
+    start from one random block.
+    """
+    width = block_width(tall.shape[1:], rank)
+    seed = 0
+    if generator is not None:
+        seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
+    noise = ops.gaussian_sketch(1, tall.shape[2], width, seed=seed, device=tall.device)[0]
+    image, _ = orthonormalized(_product(tall, noise))
+    return orthonormalized(_product(tall.mT, image))[0]
+
+
+def _chebyshev(tall: Tensor, block: Tensor, rank: int, tolerance: float, max_degrees: int) -> _Ended:
+    """Subspace iteration on A (b, M, N) from blocks (b, N, l) near the wanted subspace, until the
+    Ritz energies stall.
+
+    Each degree: Y = A X; Z = A^T Y; X <- orth(2 ((2/a) Z - X) - X_previous), the first of a cycle X
+    <- orth((2/a) Z - X). The polynomial is small on [0, a] and grows beyond; a is the smallest Ritz
+    value at the cycle's start.
+    """
+    block, _ = orthonormalized(block.contiguous())
+    previous: Tensor | None = None
+    energy = torch.zeros(len(tall), device=tall.device)
+    passes, settled = [0] * len(tall), [False] * len(tall)
+    for degree in range(max_degrees + 1):
+        image = _product(tall, block)
+        values, rotation = torch.linalg.eigh(_product(image.mT, image))  # ascending Ritz values
+        new = values[:, -rank:].sum(1)
+        growth = (new - energy) / new.clamp_min(torch.finfo(new.dtype).tiny)
+        energy = new
+        done = (growth <= tolerance).tolist() if degree else [not e > 0 for e in new.tolist()]
+        for i, stalled in enumerate(done):
+            settled[i] = settled[i] or stalled
+            passes[i] = passes[i] if settled[i] and not stalled else 2 * degree + 1
+        if all(settled) or degree == max_degrees:
+            break
+        if previous is None:  # Ritz vectors as columns: scaling them then takes out most of the condition number
+            block, image = _product(block, rotation), _product(image, rotation)
+            edge = values[:, 0].clamp_min(1e-12 * values[:, -1] + torch.finfo(values.dtype).tiny)
+        raised, status = ops.chebyshev_step_(_product(tall.mT, image), block, previous, edge)
+        block, previous = _repaired(raised, block, status)
+        if degree % _CYCLE == _CYCLE - 1:
+            previous = None
+    top = rotation[:, :, -rank:]
+    short, basis = _exact_product(block, top), _product(block, rotation).to(torch.bfloat16)
+    if tall.is_cuda:  # the image was formed in TF32: once more, for the factors
+        return _Ended(_exact_product(tall, short), short, basis, [p + 1 for p in passes], settled)
+    return _Ended(image @ top, short, basis, passes, settled)
+
+
+def orthonormalized(block: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Orthonormal columns that span those of ``block`` (b, n, l), n >= l, in its place, by
+    Cholesky-QR: block = Q R.
+
+    Also ``other`` R^-1 in the place of ``other``; None where R is singular: then Q comes from
+    Householder QR and a recurrence that needs both starts anew.
+    """
+    return _repaired(block, other, ops.cholesky_qr_(block, other))
+
+
+def _repaired(block: Tensor, other: Tensor | None, status: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Blocks after a round of Cholesky-QR with this status: two more rounds where one was not
+    enough, then Householder QR.
+    """
+    if bool(status.any()) and bool(ops.cholesky_qr_(block, other, rounds=2).any()):
+        return torch.linalg.qr(block).Q.contiguous(), None
+    return block, other
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b within the iteration: on a GPU in TF32, whose error stays below what stops it."""
+    with matmul_precision(a, "tf32"):
+        return a @ b
+
+
+def _exact_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in full fp32, whatever the user's setting."""
+    with matmul_precision(a, "ieee"):
+        return a @ b

@@ -1,0 +1,216 @@
+"""From low-rank factors to sorted index lists: the k entries of largest |W_r|, without W_r."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..ops import threshold_bracket
+from ..validation import require
+from .budget import entry_count
+from .lowrank import TOLERANCE, LowRankFactors, batched_factors
+
+MEMORY_BUDGET = 2**31
+"""Bytes of fp32 copies of weights that are factored together on a GPU. On the CPU one matrix at a
+time is enough for a core.
+"""
+_SMALL = 2**22  # entries
+
+
+@dataclass(frozen=True)
+class MaskRequest:
+    """What a mask is made from: the matrix, its rank and k, and what its last mask left for a warm
+    start.
+    """
+
+    weight: Tensor
+    rank: int
+    k: int
+    name: str = "weight"
+    basis: Tensor | None = None
+    threshold: Tensor | None = None
+
+
+class Mask(NamedTuple):
+    """``indices``: sorted int32 (k,). ``threshold`` (0-dim fp32, the k-th magnitude) and ``basis``
+    serve the next warm start.
+
+    How it came about: ``method``, ``passes`` over the matrix, whether the iteration ``settled``,
+    ``seconds`` (a share of its batch's).
+    """
+
+    indices: Tensor
+    threshold: Tensor | None = None
+    basis: Tensor | None = None
+    method: str = ""
+    passes: int = 0
+    settled: bool = True
+    seconds: float = 0.0
+
+
+def principal_indices(
+    weight: Tensor,
+    rank: int,
+    k: int | None = None,
+    density: float | None = None,
+    budget_rank: int | None = None,
+    *,
+    method: str = "auto",
+    generator: torch.Generator | None = None,
+    warm_start: Tensor | None = None,
+    tolerance: float = TOLERANCE,
+    name: str = "weight",
+    backend: str | None = None,
+) -> Tensor:
+    """The principal weights of a matrix (m x n): flat, sorted int32 positions of the k largest
+    |W_r| (paper section 3).
+
+    Exactly one of ``k``, ``density`` (k = round(density * m * n)) and ``budget_rank`` (k = (m + n)
+    * budget_rank, at most m * n) says how many; ties go to the lower position. The weight itself is
+    not changed. ``method``, ``generator``, ``warm_start`` and ``tolerance`` are those of
+    `low_rank_factors`.
+
+    Raises ValueError, naming ``name``, for a rank or a k out of range and for non-finite weights.
+    """
+    require(weight.dim() == 2, f"{name}: a matrix is needed, got shape {tuple(weight.shape)}")
+    k = entry_count(weight.shape, k=k, density=density, budget_rank=budget_rank, name=name)
+    request = MaskRequest(weight, rank, k, name, warm_start)
+    return principal_masks([request], method=method, generator=generator, tolerance=tolerance, backend=backend)[
+        0
+    ].indices
+
+
+def principal_masks(
+    requests: Sequence[MaskRequest],
+    *,
+    method: str = "auto",
+    generator: torch.Generator | None = None,
+    tolerance: float = TOLERANCE,
+    memory_budget: int | None = None,
+    backend: str | None = None,
+    on_batch_done: Callable[[int], object] = lambda count: None,
+) -> list[Mask]:
+    """Masks of many matrices; those of one shape, dtype, rank and device are factored together
+    within ``memory_budget`` bytes.
+
+    Small matrices on the CPU are spread over the cores instead, one thread each. A given
+    ``generator`` keeps them in order.
+
+    ``on_batch_done(count)`` is called after every batch, for a progress bar. Raises as
+    `principal_indices` does, before or between batches; nothing is changed in any case.
+    """
+    batches = _batches(requests, memory_budget)
+    masks: dict[int, Mask] = {}
+
+    def make(batch: list[int]) -> list[Mask]:
+        return _batch_masks([requests[i] for i in batch], method, generator, tolerance, backend)
+
+    def keep(batch: list[int], found: list[Mask]) -> None:
+        masks.update(zip(batch, found))
+        on_batch_done(len(batch))
+
+    # Triton on CPU tensors is its interpreter, which is not made for several threads.
+    spread = generator is None and backend != "triton"
+    small = [batch for batch in batches if spread and _is_small(requests[batch[0]].weight)]
+    for batch in batches:
+        if batch not in small:
+            keep(batch, make(batch))
+    with _single_threaded(len(small)) as pool:
+        for batch, found in zip(small, pool.map(make, small)):
+            keep(batch, found)
+    return [masks[i] for i in range(len(requests))]
+
+
+def _batch_masks(
+    requests: list[MaskRequest], method: str, generator: torch.Generator | None, tolerance: float, backend: str | None
+) -> list[Mask]:
+    """Masks of matrices of one shape, dtype, rank and device."""
+    start = time.perf_counter()
+    factors = batched_factors(
+        [r.weight for r in requests],
+        requests[0].rank,
+        method=method,
+        generator=generator,
+        tolerance=tolerance,
+        warm_starts=[r.basis for r in requests],
+        names=[r.name for r in requests],
+    )
+    chosen: dict[int, tuple[Tensor, Tensor]] = {}
+    for k in sorted({r.k for r in requests}):
+        members = [i for i, r in enumerate(requests) if r.k == k]
+        thresholds = [requests[i].threshold for i in members]
+        chosen.update(zip(members, zip(*_select([factors[i] for i in members], k, thresholds, backend))))
+    seconds = (time.perf_counter() - start) / len(requests)
+    return [Mask(*chosen[i], f.basis, f.method, f.passes, f.settled, seconds) for i, f in enumerate(factors)]
+
+
+def _select(
+    factors: list[LowRankFactors], k: int, thresholds: list[Tensor | None], backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """Index lists (b, k) and k-th magnitudes (b,) of b products, near which ``thresholds`` lie
+    where they are known.
+
+    On a GPU, bitmaps (twice 1/8 byte an entry) and candidates (4 bytes for each of the k) take the
+    place of the fp32 copies (4 bytes an entry), which are free again: the memory budget holds.
+    """
+    expected = None
+    if any(threshold is not None for threshold in thresholds):
+        expected = torch.stack(
+            [
+                threshold_bracket.sampled(f.left, f.right, k)
+                if threshold is None
+                else threshold_bracket.around(threshold)
+                for f, threshold in zip(factors, thresholds)
+            ]
+        )
+    left, right = _stacked([f.left for f in factors]), _stacked([f.right for f in factors])
+    return ops.lowrank_topk(left, right, k, bracket=expected, backend=backend)
+
+
+def _stacked(matrices: list[Tensor]) -> Tensor:
+    """One batch of matrices of one shape; a view of a single one."""
+    return torch.stack(matrices) if len(matrices) > 1 else matrices[0][None]
+
+
+def _is_small(weight: Tensor) -> bool:
+    """Whether one core does a matrix best by itself: the small factorizations of several cores wait
+    for each other.
+    """
+    return weight.device.type == "cpu" and weight.numel() <= _SMALL
+
+
+@contextmanager
+def _single_threaded(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Up to ``count`` workers that compute with one thread each, as many as torch has threads."""
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(max(1, min(count, threads)), initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if count:
+            torch.set_num_threads(threads)  # of threads to come: the workers have set it for them too
+
+
+def _batches(requests: Sequence[MaskRequest], memory_budget: int | None) -> list[list[int]]:
+    """Numbers of requests that go through together, in order of their first."""
+    kinds: dict[tuple, list[int]] = defaultdict(list)
+    for i, r in enumerate(requests):
+        basis = None if r.basis is None else tuple(r.basis.shape)
+        kinds[(r.weight.shape, r.weight.dtype, r.weight.device, r.rank, basis)].append(i)
+    batches = []
+    for members in kinds.values():
+        weight = requests[members[0]].weight
+        budget = memory_budget if memory_budget is not None else MEMORY_BUDGET if weight.is_cuda else 0
+        size = max(1, budget // (4 * max(1, weight.numel())))
+        batches += [members[at : at + size] for at in range(0, len(members), size)]
+    return batches

@@ -1,0 +1,184 @@
+"""Selection of the entries to train: principal weights, and the baselines that benches compare them
+with.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._progress import progress_bar
+from ..validation import check_finite, check_index_list, require
+from .principal import Mask, MaskRequest, principal_masks
+
+SELECTIONS = ("principal", "magnitude", "gradient", "random")
+BAR_DELAY = 5.0
+"""Seconds after which the masks of a model get a progress bar."""
+_BATCH_STRIDE = 1_000_003  # between the numbers of matrices of one batch
+
+
+class SelectionRequest(NamedTuple):
+    """A matrix, or a 3-D batch of matrices, that needs a mask.
+
+    Attributes:
+        matrix: the present weight, detached.
+        grad: its dense gradient, or None; only ``selection="gradient"`` reads it.
+        rank: of the approximation that selects entries.
+        k: entries to select in each matrix.
+        name: of the parameter, for messages.
+        number: of the parameter among all that are selected; random masks of different numbers
+            differ.
+        kept: ``basis`` and ``threshold`` of the last mask, where there was one.
+    """
+
+    matrix: Tensor
+    grad: Tensor | None
+    rank: int
+    k: int
+    name: str
+    number: int
+    kept: dict[str, Tensor]
+
+    def matrices(self) -> list[SelectionRequest]:
+        """One request for each matrix of a batch."""
+        if self.matrix.dim() == 2:
+            return [self]
+        return [
+            self._replace(
+                matrix=self.matrix[i],
+                grad=None if self.grad is None else self.grad[i],
+                name=f"{self.name}[{i}]",
+                number=self.number + _BATCH_STRIDE * i,
+                kept={key: t[i] for key, t in self.kept.items()},
+            )
+            for i in range(len(self.matrix))
+        ]
+
+
+def make_masks(
+    requests: Sequence[SelectionRequest],
+    *,
+    selection: str | Callable[[Tensor, int], Tensor],
+    seed: int,
+    method: str = "auto",
+    backend: str | None = None,
+) -> list[Mask]:
+    """A mask for every request, from its present weight.
+
+    Raises ValueError, naming the parameter, for non-finite weights, a missing gradient, a wrong
+    list of a callable.
+    """
+    parts = [request.matrices() for request in requests]
+    flat = [part for of_one in parts for part in of_one]
+    if selection == "principal":
+        with progress_bar(len(flat), "masks", "matrix", delay=BAR_DELAY) as bar:
+            principal = [_principal_request(part) for part in flat]
+            found = principal_masks(principal, method=method, backend=backend, on_batch_done=bar.update)
+    else:
+        found = [_baseline_mask(part, selection, seed) for part in flat]
+    rest = iter(found)
+    return [_joined([next(rest) for _ in of_one], of_one[0].matrix.numel()) for of_one in parts]
+
+
+def check_selection(selection: str | Callable[[Tensor, int], Tensor]) -> None:
+    """Raise ValueError unless `make_masks` knows this selection."""
+    require(
+        callable(selection) or selection in SELECTIONS,
+        f"selection must be one of {', '.join(SELECTIONS)} or a callable, got {selection!r}",
+    )
+
+
+def _principal_request(part: SelectionRequest) -> MaskRequest:
+    # A basis narrower than a raised rank is of no use.
+    useful = {key: t for key, t in part.kept.items() if key != "basis" or t.shape[1] >= part.rank}
+    kept = {key: t.to(part.matrix.device) for key, t in useful.items()}
+    return MaskRequest(part.matrix, part.rank, part.k, part.name, **kept)
+
+
+def _baseline_mask(part: SelectionRequest, selection: str | Callable[[Tensor, int], Tensor], seed: int) -> Mask:
+    """A mask of any selection but the principal weights."""
+    start = time.perf_counter()
+    indices = _selected(selection, part.matrix, part.grad, part.k, part.name, seed + part.number)
+    label = selection if isinstance(selection, str) else getattr(selection, "__name__", "callable")
+    return Mask(indices, method=label, seconds=time.perf_counter() - start)
+
+
+def _joined(masks: list[Mask], numel: int) -> Mask:
+    """One mask of the masks of a batch of matrices with ``numel`` entries each."""
+    if len(masks) == 1:
+        return masks[0]
+    return masks[0]._replace(
+        indices=torch.cat([m.indices + i * numel for i, m in enumerate(masks)]),
+        basis=_stacked([m.basis for m in masks]),
+        threshold=_stacked([m.threshold for m in masks]),
+        passes=max(m.passes for m in masks),
+        settled=all(m.settled for m in masks),
+        seconds=sum(m.seconds for m in masks),
+    )
+
+
+def _stacked(tensors: list[Tensor | None]) -> Tensor | None:
+    known = [t for t in tensors if t is not None]
+    return torch.stack(known) if len(known) == len(tensors) else None
+
+
+def warm_part(entry: dict[str, Any], p: Tensor, where: str | None) -> dict[str, Tensor]:
+    """``basis`` and ``threshold`` of a mask or of a saved state, moved to where they are kept;
+    nothing for ``where=None``.
+    """
+    if where is None:
+        return {}
+    target = p.device if where == "device" else torch.device("cpu")
+    return {key: entry[key].to(target) for key in ("basis", "threshold") if entry.get(key) is not None}
+
+
+def _selected(
+    selection: str | Callable[[Tensor, int], Tensor], matrix: Tensor, grad: Tensor | None, k: int, name: str, seed: int
+) -> Tensor:
+    check_finite(matrix, name)
+    if selection == "random":
+        return random_indices(matrix.numel(), k, seed, matrix.device)
+    if selection == "magnitude":
+        return largest_indices(matrix.abs(), k)
+    if selection == "gradient":
+        if grad is None:
+            raise ValueError(
+                f"{name}: selection='gradient' needs a dense gradient when a mask is made; refresh after backward()"
+            )
+        check_finite(grad, f"gradient of {name}")
+        return largest_indices(grad.abs(), k)
+    assert callable(selection)
+    indices = selection(matrix, k)
+    check_index_list(indices, matrix.numel(), name, matrix.device)
+    return indices
+
+
+def largest_indices(magnitude: Tensor, k: int) -> Tensor:
+    """Flat, sorted int32 positions of the k largest entries of a non-negative tensor; ties go to
+    the lower position.
+    """
+    flat = magnitude.reshape(-1)
+    chosen = flat > (threshold := _kth_largest(flat, k))
+    ties = (flat == threshold).nonzero().flatten()
+    chosen[ties[: k - int(chosen.sum())]] = True
+    return chosen.nonzero().flatten().int()
+
+
+def random_indices(numel: int, k: int, seed: int, device: torch.device) -> Tensor:
+    """k distinct flat positions drawn uniformly, sorted int32; the same for the same seed on every
+    device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(numel, generator=generator)[:k].sort().values.int().to(device)
+
+
+def _kth_largest(flat: Tensor, k: int) -> Tensor:
+    place = flat.numel() - k
+    if flat.device.type == "cpu":  # numpy's introselect is ten times faster than torch.kthvalue
+        return torch.from_numpy(np.partition(flat.float().numpy(), place)[place : place + 1])[0]
+    return torch.kthvalue(flat, place + 1).values

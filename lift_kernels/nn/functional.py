@@ -1,0 +1,98 @@
+"""The autograd Function of a packed linear layer.
+
+Its backward computes only the k selected entries of the weight gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from .. import ops
+
+_NO_SECOND = (
+    "the backward pass of a LiftLinear cannot be differentiated again or transformed (create_graph=True, torch.func); "
+    "lift_kernels.unpack(model) gives the plain model, which can"
+)
+
+
+class LiftLinearFunction(torch.autograd.Function):
+    """y = x W^T + b with a packed weight gradient.
+
+    Differentiable in x (..., n), values (k,) and bias (m,); the value of ``values`` is not used.
+    ``weight`` is (m, n), or (n, m) with ``transposed``, and is cast to ``compute``.
+    """
+
+    @staticmethod
+    def forward(x, values, weight, bias, indices, transposed, compute, backend):
+        weight = weight.to(compute)
+        return F.linear(x, weight.t() if transposed else weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, values, weight, bias, indices, ctx.transposed, ctx.compute, ctx.backend = inputs
+        ctx.dtype = values.dtype
+        needs_x, needs_values = ctx.needs_input_grad[:2]
+        # Only what backward reads. The index list is saved too, so that a refresh between the
+        # passes is noticed.
+        ctx.save_for_backward(
+            x if needs_values else None, weight if needs_x else None, indices if needs_values else None
+        )
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(_NO_SECOND)
+        x, weight, indices = ctx.saved_tensors
+        grad = grad_output.reshape(-1, grad_output.shape[-1])
+        grad_x = grad_values = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            weight = weight if weight.dtype == ctx.compute else weight.to(ctx.compute)
+            weight = weight.t() if ctx.transposed else weight
+            grad_x = torch.mm(grad, weight).view(*grad_output.shape[:-1], weight.shape[1])
+        if ctx.needs_input_grad[1]:
+            flat = x.reshape(-1, x.shape[-1])
+            rows, columns = (flat, grad) if ctx.transposed else (grad, flat)
+            grad_values = ops.packed_weight_grad(rows, columns, indices, dtype=ctx.dtype, backend=ctx.backend)
+        if ctx.needs_input_grad[3]:
+            grad_bias = grad.sum(0)
+        return grad_x, grad_values, None, grad_bias, None, None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        raise RuntimeError(_NO_SECOND)
+
+
+def lift_linear(
+    x: Tensor,
+    values: Tensor,
+    weight: Tensor,
+    indices: Tensor,
+    bias: Tensor | None = None,
+    *,
+    transposed: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """x W^T + b (x W + b with ``transposed``) whose weight gradient goes to ``values`` at the flat
+    ``indices``. Honours autocast.
+
+    Args:
+        x: (..., n). values: (k,) fp32; only its gradient matters here. weight: (m, n), holding the
+            values at ``indices``.
+        indices: (k,) int32, sorted; trusted, as everywhere in a step.
+
+    Raises ValueError when ``values`` and ``indices`` are not equally long.
+    """
+    if values.shape != indices.shape:
+        raise ValueError(f"values has shape {tuple(values.shape)}, its index list {tuple(indices.shape)}")
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None:
+        raise RuntimeError(_NO_SECOND)  # a custom jvp that raises would break torch.compile
+    device = x.device.type
+    compute = weight.dtype
+    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
+        compute = torch.get_autocast_dtype(device)
+        x = x.to(compute)
+        bias = bias if bias is None else bias.to(compute)
+    return LiftLinearFunction.apply(x, values, weight, bias, indices, transposed, compute, backend)

@@ -1,0 +1,211 @@
+"""LiftLinear: linear layers whose weight gradient is born packed, as the k values at an index list.
+
+The layer's trainable parameter is ``values``, an fp32 vector of the selected entries. ``weight`` is
+a parameter without gradient that holds the values rounded to its dtype; the forward pass uses it
+alone, and ``values`` is in the autograd graph only to receive its gradient. Whoever changes
+``values`` writes the weight too: LiftAdamW in its step, `PackedLinear.scatter` for everyone else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..validation import check_index_list, check_matrix, require
+from . import trainable
+from .functional import lift_linear
+
+logger = logging.getLogger("lift_kernels")
+
+
+class PackedLinear(nn.Module):
+    """What packed layers share; a layer that was made plain becomes one by `pack` and plain again
+    by `unpack`.
+
+    Attributes:
+        weight: parameter without gradient, the rounded values in it at ``indices``.
+        values: (k,) fp32 parameter, kept fp32 through ``.to(dtype)`` and ``.half()``.
+        indices: (k,) int32, no buffer: DDP broadcasts buffers.
+        lift_name: the layer's name for messages.
+    """
+
+    weight: nn.Parameter
+    values: nn.Parameter
+    indices: Tensor
+    bias: nn.Parameter | None
+    lift_name: str = ""
+    lift_backend: str | None = None  # of the weight gradient; None: the default of the device
+    lift_foreign: str = ""  # the class of another optimizer that has stepped ``values``
+    _transposed = False
+    _plain: type[nn.Module]
+    _required_grad: bool  # of the weight, before
+    _seen: tuple[int, int]  # address and version of the weight when values last agreed with it
+
+    @staticmethod
+    def check(module: nn.Module, name: str = "") -> None:
+        """Raise, naming the layer, unless `pack` can convert it."""
+        label = name or type(module).__name__
+        require(
+            "forward" not in vars(module),
+            f"{label}: its forward was replaced on the instance, which a packed layer would not call; pack "
+            "the model before "
+            "another library wraps it",
+            RuntimeError,
+        )
+        weight = module.get_parameter("weight")
+        check_matrix(weight, label)
+        require(weight.dim() == 2, f"{label}: a layer's weight must be a matrix, got shape {tuple(weight.shape)}")
+
+    @classmethod
+    def pack(
+        cls, module: nn.Module, indices: Tensor, name: str = "", values: nn.Parameter | None = None
+    ) -> PackedLinear:
+        """Convert ``module`` in place: hooks, names and the weight itself stay. ``values`` are
+        given for a tied weight.
+
+        Raises, naming the layer, for a weight or an index list that cannot be used; nothing is
+        changed then.
+        """
+        cls.check(module, name)
+        label, weight = name or type(module).__name__, module.get_parameter("weight")
+        check_index_list(indices, weight.numel(), label, weight.device)
+        if values is None:
+            values = nn.Parameter(ops.packed_gather(weight.detach(), indices, dtype=torch.float32))
+        require(
+            values.shape == indices.shape and values.dtype == torch.float32,
+            f"{label}: values must be {indices.numel()} float32 numbers, got {tuple(values.shape)} {values.dtype}",
+        )
+        plain, required = type(module), weight.requires_grad
+        module.__class__ = cls  # type: ignore[assignment]
+        assert isinstance(module, PackedLinear)
+        module._plain, module._required_grad, module.lift_name, module.indices = plain, required, name, indices
+        weight.requires_grad_(False)
+        weight.grad = None
+        module.register_parameter("values", values)
+        module._mark()
+        trainable.register(values, module)
+        return module
+
+    def unpack(self) -> nn.Module:
+        """The plain layer again, in place, with the weight it has."""
+        self.follow_weight()
+        required, values, plain = self._required_grad, self.values, self._plain
+        trainable.forget(values, self)
+        del self.values
+        for name in ("_plain", "_required_grad", "_seen", "lift_name", "lift_foreign", "lift_backend", "indices"):
+            self.__dict__.pop(name, None)
+        self.__class__ = plain  # type: ignore[assignment]
+        self.weight.requires_grad_(required)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return lift_linear(
+            x, self.values, self.weight, self.indices, self.bias, transposed=self._transposed, backend=self.lift_backend
+        )
+
+    @torch.no_grad()
+    def scatter(self) -> None:
+        """Write ``values`` into the weight, rounded to nearest even."""
+        ops.packed_scatter_(self.weight, self.indices, self.values)
+        self._mark()
+
+    @torch.no_grad()
+    def regather(self) -> bool:
+        """Let ``values`` follow the weight; entries that round to its present value keep all their
+        bits.
+
+        Returns whether any value changed.
+        """
+        present = ops.packed_gather(self.weight, self.indices)
+        stale = self.values.to(present.dtype) != present
+        changed = bool(stale.any())
+        if changed:
+            self.values.copy_(torch.where(stale, present.float(), self.values))
+        self._mark()
+        return changed
+
+    def follow_weight(self) -> None:
+        """`regather` when the weight was written since ``values`` last agreed with it, which is
+        said with the layer's name.
+        """
+        if self._seen != (self.weight.data_ptr(), self.weight._version) and self.regather():
+            logger.warning(
+                "%s was changed outside the optimizer; its values follow the new weight", self.lift_name or "a layer"
+            )
+
+    def _mark(self) -> None:
+        self._seen = (self.weight.data_ptr(), self.weight._version)
+
+    @contextmanager
+    def _without_values(self) -> Iterator[None]:
+        """For a while ``values`` is no parameter of the layer."""
+        values = self._parameters.pop("values")
+        try:
+            yield
+        finally:
+            self._parameters["values"] = values
+
+    def _apply(self, fn, recurse=True):
+        values = self.values
+        with self._without_values():
+            super()._apply(fn, recurse)
+        with torch.no_grad():
+            moved = _moved(values.data, fn)
+            if torch._has_compatible_shallow_copy_type(values, moved):
+                values.data = moved
+                if values.grad is not None:
+                    values.grad.data = _moved(values.grad, fn)
+            else:  # from and to the meta device, where nn.Module makes new parameters too
+                self._parameters["values"] = nn.Parameter(moved, values.requires_grad)
+                trainable.register(self.values, self)
+            self.indices = _moved(self.indices, fn)
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(f"{prefix}values", None)
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments):
+        with self._without_values():
+            super()._load_from_state_dict(state_dict, prefix, *arguments)
+        self.weight.requires_grad_(False)  # assign=True brings a new parameter
+        self.regather()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A view of an optimizer's arena would be copied and pickled with the whole arena.
+        return {**self.__dict__, "indices": self.indices.clone()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        trainable.register(self.values, self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "values" and type(value).__name__ == "DTensor":
+            raise RuntimeError(
+                f"{self.lift_name or type(self).__name__}: fully_shard cuts values into equal chunks, "
+                "which do not match the "
+                "rows of the weight; unpack(model) and use LiftAdamW on the matrices (matrix mode)"
+            )
+        super().__setattr__(name, value)
+
+
+def _moved(tensor: Tensor, fn) -> Tensor:
+    """The tensor where ``fn`` would put it, without a conversion of its dtype."""
+    moved = fn(tensor)
+    return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+
+class LiftLinear(PackedLinear, nn.Linear):  # type: ignore[misc]
+    """nn.Linear with a packed weight gradient."""
+
+
+class LiftConv1D(PackedLinear):
+    """transformers' Conv1D (y = x W + b) with a packed weight gradient."""
+
+    _transposed = True

@@ -1,0 +1,51 @@
+"""Other optimizers on the ``values`` of packed layers: torch.optim.SGD and the like, which know
+nothing of the weight.
+
+Two hooks around every optimizer's step, installed when the first layer is packed: before it, values
+follow a weight that was changed; after it, the weight follows the values. LiftAdamW writes both by
+itself. An index list cannot change under another optimizer, whose moments would then belong to
+other entries: a refresh raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from . import trainable
+
+_installed = False
+
+
+def install() -> None:
+    """Add the hooks, once a process."""
+    global _installed
+    if not _installed:
+        _installed = True
+        register_optimizer_step_pre_hook(_before)
+        register_optimizer_step_post_hook(_after)
+
+
+def _layers(optimizer: Optimizer) -> Iterator[Any]:
+    """One layer of every ``values`` that this foreign optimizer holds."""
+    if getattr(optimizer, "writes_weights", False):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            yield from trainable.layers_of(parameter)[:1]
+
+
+def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for layer in _layers(optimizer):
+        layer.follow_weight()
+
+
+def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for layer in _layers(optimizer):
+        if layer.values.grad is not None:
+            layer.scatter()
+            for sharer in trainable.layers_of(layer.values):
+                sharer.lift_foreign = type(optimizer).__name__

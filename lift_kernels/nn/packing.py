@@ -1,0 +1,164 @@
+"""Convert a model so that the gradients of the matrices that LIFT trains are packed, and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..masks.budget import check_rank, default_rank, trained_entries
+from ..masks.selection import SelectionRequest, check_selection, make_masks, warm_part
+from ..validation import check_matrix, require
+from . import optimizer_hooks, trainable
+from .grad_hooks import hooked_parameters, pack_on_accumulate, remove_hook
+from .linear import LiftConv1D, LiftLinear, PackedLinear
+from .param_groups import lift_param_groups
+
+
+def pack_gradients(
+    model: nn.Module,
+    include: str | None = None,
+    exclude: str | None = None,
+    *,
+    extra: str | None = None,
+    rank: int | None = None,
+    density: float = 0.05,
+    budget_rank: int | None = None,
+    selection: str | Callable[[Tensor, int], Tensor] = "principal",
+    seed: int = 0,
+    freeze_rest: bool = False,
+    backend: str | None = None,
+) -> list[dict[str, Any]]:
+    """Convert ``model`` in place, so that no dense gradient of a trained matrix is kept; returns
+    groups for `LiftAdamW`.
+
+    Linear layers (those of `lift_param_groups`) become `LiftLinear` or `LiftConv1D`; layers that
+    share a weight share ``values``. A weight that something else than plain linear layers holds,
+    and every parameter whose name matches ``extra`` (matrices or 3-D batches of matrices, such as
+    stacked expert weights), keeps its place and gets a hook that packs its gradient into
+    ``p.lift_grad``. The first masks are made here, with the same options and results as
+    `LiftAdamW`. ``backend`` is that of the layers' weight gradients.
+
+    ``state_dict()`` keeps the plain model's keys; `unpack` gives the plain model back. Convert
+    before other libraries wrap the model, and move it to its device first or afterwards as you
+    like, but before the first step.
+
+    Raises ValueError, TypeError or RuntimeError, naming the parameter, for a model that cannot be
+    converted; it is unchanged then.
+    """
+    require(
+        not any(isinstance(module, PackedLinear) for module in model.modules()) and not hooked_parameters(model),
+        "the model has packed gradients already; unpack(model) first",
+        RuntimeError,
+    )
+    required = {p: p.requires_grad for p in model.parameters()}
+    try:
+        chosen = dict(lift_param_groups(model, include, exclude, freeze_rest=freeze_rest)[0]["params"])
+        chosen |= _extra_parameters(model, extra, chosen)
+        options = {"rank": rank, "density": density, "budget_rank": budget_rank}
+        check_selection(selection)
+        requests = [_selection_request(i, *item, rank, density, budget_rank) for i, item in enumerate(chosen.items())]
+        masks = dict(zip(chosen, make_masks(requests, selection=selection, seed=seed)))
+        holders = _holders(model)
+        layers = {name: _plain_layers(holders[id(p)], p) for name, p in chosen.items()}
+        _check_layers(layers)
+    except Exception:
+        for p, grad in required.items():
+            p.requires_grad_(grad)
+        raise
+    optimizer_hooks.install()
+    trained = []
+    for name, p in chosen.items():
+        if layers[name]:
+            for _, module in layers[name]:
+                module.lift_backend = backend  # type: ignore[assignment]
+            trained.append((f"{name.removesuffix('weight')}values", _pack_layers(layers[name], masks[name].indices)))
+        else:
+            pack_on_accumulate(p.requires_grad_(True), masks[name].indices)
+            trained.append((name, p))
+        trainable.note_first_mask(trained[-1][1], warm_part(masks[name]._asdict(), p, "device"))
+    return [{"params": trained, "lift": True, **options}]
+
+
+def unpack(model: nn.Module) -> nn.Module:
+    """Give the plain model back, in place: the layers' own classes, trainable weights as before, no
+    hooks. Gradients are dropped.
+
+    An optimizer that was made for the packed model has nothing to train any more.
+    """
+    for module in list(model.modules()):
+        if isinstance(module, PackedLinear):
+            module.unpack()
+    for p in hooked_parameters(model):
+        remove_hook(p)
+    return model
+
+
+def _selection_request(
+    number: int, name: str, p: Tensor, rank: int | None, density: float, budget_rank: int | None
+) -> SelectionRequest:
+    """What `make_masks` needs of a parameter. Raises, naming it, unless LIFT can train it."""
+    check_matrix(p, name)
+    used = default_rank(p.shape, rank)
+    check_rank(used, p.shape[-2:], name)
+    k = trained_entries(p.shape, density, budget_rank, name)
+    return SelectionRequest(p.detach(), p.grad, used, k, name, number, {})
+
+
+def _extra_parameters(model: nn.Module, extra: str | None, chosen: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters whose names match ``extra`` and that are not among the chosen ones."""
+    taken = {id(p) for p in chosen.values()}
+    found: dict[str, Tensor] = {
+        name: p for name, p in model.named_parameters() if extra and re.search(extra, name) and id(p) not in taken
+    }
+    require(bool(found) or not extra, f"extra={extra!r} matches no further parameter of {type(model).__name__}")
+    return found
+
+
+def _holders(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
+    """Where each parameter is: (name of the module, module, name within it)."""
+    holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    for module_name, module in model.named_modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                holders.setdefault(id(p), []).append((module_name, module, name))
+    return holders
+
+
+def _plain_layers(holders: list[tuple[str, nn.Module, str]], p: Tensor) -> list[tuple[str, nn.Module]]:
+    """The layers that hold the weight, with their names; none when something else than plain linear
+    layers holds it too.
+
+    A subclass of nn.Linear may use its weight in ways that a packed layer does not know
+    (nn.MultiheadAttention does).
+    """
+    plain = all(_class_of(module) is not None and name == "weight" for _, module, name in holders)
+    return [(name, module) for name, module, _ in holders] if plain else []
+
+
+def _class_of(module: nn.Module) -> type[PackedLinear] | None:
+    if type(module) is nn.Linear:
+        return LiftLinear
+    return LiftConv1D if type(module).__name__ == "Conv1D" else None
+
+
+def _check_layers(layers: dict[str, list[tuple[str, nn.Module]]]) -> None:
+    for members in layers.values():
+        for name, module in members:
+            PackedLinear.check(module, name)
+
+
+def _pack_layers(members: list[tuple[str, nn.Module]], indices: Tensor) -> nn.Parameter:
+    """Convert the layers that share one weight; returns the values that they share."""
+    values: nn.Parameter | None = None
+    weight = members[0][1].get_parameter("weight")
+    required = weight.requires_grad
+    for name, module in members:
+        cls = _class_of(module)
+        assert cls is not None
+        weight.requires_grad_(required)  # what each layer remembers for `unpack`
+        values = cls.pack(module, indices, name, values).values
+    assert values is not None
+    return values

@@ -1,0 +1,68 @@
+"""Parameter groups for LiftAdamW: which weights of a model LIFT trains."""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor, nn
+
+from ..validation import require
+from .linear import PackedLinear
+
+
+def lift_param_groups(
+    model: nn.Module, include: str | None = None, exclude: str | None = None, *, freeze_rest: bool = False
+) -> list[dict]:
+    """One group ``{"params": [(name, weight), ...], "lift": True}`` with the weights of the model's
+    linear layers.
+
+    Linear layers are nn.Linear and transformers' Conv1D (whose weight is transposed, which changes
+    no mask); packed ones (`pack_gradients`) give their ``values`` in place of the weight.
+    Embeddings, the output head and weights tied to them are left out; a weight shared by several
+    layers is taken once. ``include`` and ``exclude`` are regular expressions searched in parameter
+    names. ``freeze_rest`` turns ``requires_grad`` off for every other parameter, as in the paper's
+    recipe.
+
+    Raises ValueError when a name matches both expressions or when no weight is left.
+    """
+    heads = _embeddings_and_head(model)
+    chosen: dict[int, tuple[str, Tensor]] = {}
+    for module_name, module in model.named_modules():
+        packed = isinstance(module, PackedLinear)
+        if not (packed or isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"):
+            continue
+        weight = module.values if packed else module.weight
+        name = f"{module_name}{'.' if module_name else ''}{'values' if packed else 'weight'}"
+        if id(module.weight) in heads or id(weight) in chosen:
+            continue
+        included = include is not None and re.search(include, name) is not None
+        excluded = exclude is not None and re.search(exclude, name) is not None
+        require(
+            not (included and excluded),
+            f"{name} matches both include={include!r} and exclude={exclude!r}; make the rules disjoint",
+        )
+        if excluded or (include is not None and not included):
+            continue
+        chosen[id(weight)] = (name, weight)
+    require(
+        bool(chosen),
+        f"no linear weight of {type(model).__name__} is left with include={include!r}, exclude={exclude!r}",
+    )
+    if freeze_rest:
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in chosen)
+    return [{"params": list(chosen.values()), "lift": True}]
+
+
+def _embeddings_and_head(model: nn.Module) -> set[int]:
+    """ids of embedding tables and of the output head's weight, found by type and by transformers'
+    accessor.
+    """
+    found = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is not None and getattr(head, "weight", None) is not None:
+        found.add(id(head.weight))
+    for name, module in model.named_modules():
+        if name.split(".")[-1] in ("lm_head", "embed_out") and getattr(module, "weight", None) is not None:
+            found.add(id(module.weight))
+    return found

@@ -1,0 +1,191 @@
+"""Which implementations of the ops are usable here, why the others are not, and which one serves a
+device.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger("lift_kernels")
+
+NAMES = ("native-cpu", "native-cuda", "triton", "reference")
+
+# The device that a backend is a default for; the reference serves every one.
+_DEFAULT_DEVICE = {"native-cpu": "cpu", "native-cuda": "cuda", "triton": "cuda", "reference": None}
+
+OPS: dict[str, tuple[str, ...]] = {
+    "sparse_adamw_": ("native-cpu", "triton", "reference"),
+    "packed_gather": ("native-cpu", "triton", "native-cuda", "reference"),
+    "packed_scatter_": ("native-cpu", "triton", "native-cuda", "reference"),
+    "packed_migrate": ("native-cpu", "triton", "native-cuda", "reference"),
+    "packed_l2_norm": ("native-cpu", "triton", "reference"),
+    "packed_weight_grad": ("native-cpu", "triton", "reference"),
+    "lowrank_topk": ("native-cpu", "triton", "reference"),
+    "bitmap_to_indices": ("native-cuda", "triton", "reference"),
+    "gaussian_sketch_": ("native-cuda", "reference"),
+    "cholesky_qr_": ("native-cuda", "reference"),
+    "chebyshev_step_": ("native-cuda", "reference"),
+}
+"""The backends of every op, fastest first. The first usable one that serves a device is its
+default.
+
+Subspace iteration has no C++ CPU version: there the reference calls LAPACK. It has no Triton
+version either: its factorizations are awkward to write in Triton.
+"""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One line of `backends`: whether a backend can run here and, in words, what it is or why it
+    cannot.
+    """
+
+    usable: bool
+    reason: str
+
+
+def backends() -> dict[str, Backend]:
+    """The state of every backend on this machine; never raises and never needs a GPU.
+
+    >>> for name, backend in lift_kernels.backends().items():
+    ...     print(name, backend.usable, backend.reason)
+    """
+    return {"native-cpu": _native_cpu(), "native-cuda": _native_cuda(), "triton": _triton(), "reference": _REFERENCE}
+
+
+def ops_of(backend: str) -> tuple[str, ...]:
+    """The ops that a backend has, in the order of `OPS`."""
+    return tuple(op for op, names in OPS.items() if backend in names)
+
+
+def choose(requested: str | None, device: torch.device, op: str) -> str:
+    """The backend that runs ``op`` on ``device``: the one asked for, or the fastest usable one.
+
+    Raises ValueError for an unknown name and RuntimeError for one that cannot run here, naming the
+    reason.
+    """
+    if requested is None:
+        return _default(device.type, OPS[op])
+    if requested not in NAMES:
+        raise ValueError(f"unknown backend {requested!r}; choose one of {', '.join(NAMES)}")
+    problem = _problem(requested, device.type)
+    if requested not in OPS[op]:
+        problem = f"{op} is only available for {', '.join(OPS[op])}"
+    if problem:
+        raise RuntimeError(f"backend {requested!r} cannot run {op} on {device.type} tensors here: {problem}")
+    return requested
+
+
+@functools.cache
+def _default(device_type: str, candidates: tuple[str, ...]) -> str:
+    """The first usable backend for a device; one warning says so when it is not the fastest."""
+    names = [name for name in candidates if _DEFAULT_DEVICE[name] in (device_type, None)]
+    chosen = next(name for name in names if not _problem(name, device_type))
+    if chosen != names[0]:
+        _warn_once(chosen, device_type, names[0])
+    return chosen
+
+
+@functools.cache
+def _warn_once(chosen: str, device_type: str, missing: str) -> None:
+    logger.warning(
+        "falling back to the slower %s backend for %s tensors: %s is unavailable (%s)",
+        chosen,
+        device_type,
+        missing,
+        _problem(missing, device_type),
+    )
+
+
+def _problem(name: str, device_type: str) -> str:
+    """Why backend ``name`` cannot serve tensors of this device type; empty when it can."""
+    status = backends()[name]
+    if not status.usable:
+        return status.reason
+    serves = {"native-cpu": "cpu", "native-cuda": "cuda", "triton": "cpu" if interpreting() else "cuda"}
+    if name in serves and serves[name] != device_type:
+        return f"it serves {serves[name]} tensors"
+    return ""
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors (TRITON_INTERPRET=1 before
+    triton is imported).
+    """
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def native_library() -> Path | None:
+    """Path of the compiled extension, or None when this installation has none."""
+    spec = importlib.util.find_spec("lift_kernels._C")
+    return Path(spec.origin) if spec is not None and spec.origin is not None else None
+
+
+@functools.cache
+def _load_native() -> str:
+    """Register the private ops ``lift_kernels_native``; returns why it cannot, or an empty
+    string.
+    """
+    library = native_library()
+    if library is None:
+        return (
+            "the compiled extension lift_kernels._C is missing; install with a C++ compiler: pip install "
+            "--no-build-isolation ."
+        )
+    try:
+        torch.ops.load_library(str(library))
+    except (OSError, RuntimeError) as error:  # an extension built for a newer torch, or a damaged file
+        return f"{library.name} does not load under torch {torch.__version__}: {error}"
+    return ""
+
+
+def _native_cpu() -> Backend:
+    problem = _load_native()
+    return Backend(not problem, problem or "compiled C++ for the CPU")
+
+
+@functools.cache
+def _native_cuda() -> Backend:
+    problem = _load_native()
+    if problem:
+        return Backend(False, problem)
+    runtime = torch.ops.lift_kernels_native.cuda_runtime_version()
+    if runtime == 0:
+        return Backend(False, "the extension was built without CUDA; nvcc was not found at build time")
+    if not torch.cuda.is_available():
+        return Backend(False, "torch sees no CUDA device")
+    driver = torch.ops.lift_kernels_native.cuda_driver_version()
+    if driver // 1000 < runtime // 1000:
+        old = f"the driver serves CUDA {driver // 1000}, the extension holds CUDA {runtime // 1000}"
+        return Backend(False, f"{old}; update the driver, or let Triton serve")
+    if not torch.ops.lift_kernels_native.cuda_has_code():
+        major, minor = torch.cuda.get_device_capability()
+        needs = f"build it again with LIFT_CUDA_ARCHS={major}{minor}, or let Triton and torch serve"
+        return Backend(False, f"the extension has no code for this device (sm_{major}{minor}); {needs}")
+    return Backend(True, f"compiled CUDA {runtime // 1000}.{runtime % 1000 // 10}: {', '.join(ops_of('native-cuda'))}")
+
+
+@functools.cache
+def _triton() -> Backend:
+    if importlib.util.find_spec("triton") is None:
+        return Backend(False, "triton is not installed; pip install triton")
+    if interpreting():
+        return Backend(True, "in the interpreter, on CPU tensors (TRITON_INTERPRET=1)")
+    if not torch.cuda.is_available():
+        return Backend(False, "torch sees no CUDA device; TRITON_INTERPRET=1 runs the kernels on the CPU for tests")
+    return Backend(True, "Triton kernels on CUDA devices")
+
+
+_REFERENCE = Backend(True, "plain PyTorch on any device; slow")

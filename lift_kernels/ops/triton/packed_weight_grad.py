@@ -1,0 +1,156 @@
+"""Weight gradients of linear layers at the selected entries: torch's product and a gather, or one
+product that keeps only them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import dispatch
+from ..precision import tf32_allowed
+from .packed_ops import packed_gather_triton
+from .rounding import bits, narrow
+
+ROWS, COLUMNS, TOKENS, ENTRIES = 128, 128, 32, 8
+"""Sides of a tile of the gradient, tokens of one step of the product, and entries of a row that the
+epilogue writes at once.
+"""
+WARPS, STAGES = 8, 3
+
+
+@triton.jit
+def _lower_bound(indices, bound, count, stride):
+    """How many of the ``count`` sorted ``indices`` lie below each int64 ``bound``; ``stride``:
+    largest power of two <= count.
+    """
+    low = tl.zeros_like(bound).to(tl.int32)
+    while stride > 0:
+        ahead = low + stride
+        inside = ahead <= count
+        below = inside & (tl.load(indices + ahead - 1, mask=inside, other=0).to(tl.int64) < bound)
+        low = tl.where(below, ahead, low)
+        stride = stride >> 1
+    return low
+
+
+@triton.jit(do_not_specialize=["tokens", "count", "stride"])
+def _packed_weight_grad_kernel(
+    grad_output,  # (tokens, m) fp32, bf16 or fp16, row-major
+    input,  # (tokens, n), the same
+    indices,  # (count,) int32, sorted
+    out,  # (count,) in any storage format
+    tokens,
+    m,
+    n,
+    count,
+    stride,  # largest power of two up to count, 0 for none
+    PRECISION: tl.constexpr,  # of an fp32 product: "ieee" or "tf32"
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+):
+    """One tile of grad_output^T @ input, of which only the entries in the index list reach memory.
+
+    The entries of a row within a tile are neighbours in the list, so each row of the tile searches
+    for its first and its last one. No atomics: every entry belongs to one tile.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS
+    start = row.to(tl.int64) * n + column
+    width = tl.minimum(n - column, COLUMNS)
+    first = _lower_bound(indices, start, count, stride)
+    last = tl.where(row < m, _lower_bound(indices, start + width, count, stride), first)
+    longest = tl.max(last - first, axis=0)
+    if longest > 0:
+        token = tl.arange(0, TOKENS)
+        columns = column + tl.arange(0, COLUMNS)
+        tile = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+        at_grad = grad_output + token.to(tl.int64)[:, None] * m + row[None, :]
+        at_input = input + token.to(tl.int64)[:, None] * n + columns[None, :]
+        ahead = tl.full([], TOKENS, tl.int64)  # a side of 1 is a constant to the compiler and has no dtype to convert
+        for done in range(0, tokens, TOKENS):
+            inside = token[:, None] < tokens - done
+            g = tl.load(at_grad, mask=inside & (row[None, :] < m), other=0.0)
+            x = tl.load(at_input, mask=inside & (columns[None, :] < n), other=0.0)
+            tile = tl.dot(tl.trans(g), x, tile, input_precision=PRECISION)
+            at_grad += ahead * m
+            at_input += ahead * n
+        lane = tl.arange(0, ENTRIES)
+        for done in range(0, longest, ENTRIES):
+            place = first[:, None] + done + lane[None, :]
+            real = place < last[:, None]
+            index = tl.load(indices + place, mask=real, other=0).to(tl.int64)
+            within = tl.where(real, index - start[:, None], 0).to(tl.int32)
+            tl.store(out + place, narrow(tl.gather(tile, within, axis=1), out.dtype.element_ty), mask=real)
+
+
+def packed_weight_grad_triton(grad_output: Tensor, input: Tensor, indices: Tensor, out: Tensor) -> None:
+    """Fill ``out`` (k,) with grad_output^T @ input at ``indices`` (k,) int32, without a dense
+    gradient.
+
+    ``grad_output`` (t, m) and ``input`` (t, n) are of one dtype and are made contiguous. Sums are
+    fp32; fp32 products are exact or TF32, as torch's own products on the GPU.
+    """
+    count = indices.numel()
+    if count == 0:
+        return
+    grad_output, input = grad_output.contiguous(), input.contiguous()
+    if dispatch.interpreting():  # its dot knows no bf16; widening changes no value
+        grad_output, input = grad_output.float(), input.float()
+    (tokens, m), n = grad_output.shape, input.shape[1]
+    precision = "tf32" if tf32_allowed() else "ieee"
+    with torch.cuda.device_of(indices):
+        _packed_weight_grad_kernel[(triton.cdiv(m, ROWS), triton.cdiv(n, COLUMNS))](
+            grad_output,
+            input,
+            indices,
+            bits(out),
+            tokens,
+            m,
+            n,
+            count,
+            1 << (count.bit_length() - 1),
+            PRECISION=precision,
+            ROWS=ROWS,
+            COLUMNS=COLUMNS,
+            TOKENS=TOKENS,
+            ENTRIES=ENTRIES,
+            num_warps=WARPS,
+            num_stages=STAGES,
+        )
+
+
+def product_and_gather(grad_output: Tensor, input: Tensor, indices: Tensor, out: Tensor) -> None:
+    """Fill ``out`` (k,) from torch's own dense product, formed in a buffer that all layers share;
+    the same bits as the gather.
+    """
+    if indices.numel() == 0:
+        return
+    m, n = grad_output.shape[1], input.shape[1]
+    product = scratch(m * n, grad_output.dtype, grad_output.device).view(m, n)
+    torch.mm(grad_output.t(), input, out=product)
+    packed_gather_triton(product, indices, out)
+
+
+_scratch: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def scratch(entries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A vector whose contents nobody needs after the next call on this (device, stream); it grows
+    to the largest request.
+
+    Work on one stream runs in order, so layers cannot disturb each other. Inside a CUDA-graph
+    capture the memory must belong to the graph, and is not kept.
+    """
+    size = entries * dtype.itemsize
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.empty(entries, dtype=dtype, device=device)
+    key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if key not in _scratch or _scratch[key].numel() < size:
+        _scratch.pop(key, None)  # freed before the larger one is made
+        _scratch[key] = torch.empty(size, dtype=torch.uint8, device=device)
+    return _scratch[key][:size].view(dtype)

@@ -1,0 +1,183 @@
+"""AdamW on the selected entries of many matrices in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch_tables import block_size, block_table, pointer_table
+from .memory import load_stream
+from .rounding import FORMATS, bits, counter_hash, narrow, narrow_stochastic, widen
+
+
+@triton.jit(do_not_specialize=["last_age"])
+def _sparse_adamw_kernel(
+    weights,  # (n,) int64 addresses of matrices
+    grads,  # (n,) int64 addresses of matrices, or of packed vectors
+    blocks,  # (programs, 4) int64: matrix, arena position, position in the list, entries left
+    indices,  # arena, int32
+    exp_avg,  # arena, fp32 or bf16 bits
+    exp_avg_sq,  # arena, the same
+    master,  # arena, fp32, or None
+    births,  # arena, int32, or None: global bias correction
+    table,  # (n, 3) fp32: step size, 1/sqrt(bias correction 2), decay factor
+    steps,  # (n,) fp32
+    bias,  # (2, last_age + 1) fp32 corrections by age, with births
+    keys,  # (n,) int32 of the rounding noise, or None: to nearest
+    inv_scale,  # () fp32 or None
+    found_inf,  # () fp32 or None
+    last_age,
+    one_minus_beta1,
+    beta1,
+    one_minus_beta2,
+    beta2,
+    eps,
+    WEIGHT: tl.constexpr,  # element types, bf16 as int16
+    GRAD: tl.constexpr,
+    PACKED: tl.constexpr,  # gradients are packed
+    ALIGNED: tl.constexpr,  # segments are aligned and padded to 64 entries
+    WIDE_GRADS: tl.constexpr,  # packed gradients start at multiples of 16 bytes
+    MAXIMIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = blocks + tl.program_id(0).to(tl.int64) * 4
+    matrix = tl.load(row)
+    start = tl.load(row + 1)
+    place = tl.load(row + 2)
+    count = tl.minimum(tl.load(row + 3), BLOCK).to(tl.int32)
+    if found_inf is not None:
+        count = tl.where(tl.load(found_inf) != 0.0, 0, count)  # masks every access below
+
+    lanes = tl.arange(0, BLOCK)
+    real = lanes < count
+    if ALIGNED:
+        # The hint, and a bound that is a multiple of the vector width, let the compiler use 128-bit
+        # accesses.
+        start = tl.multiple_of(start, 64)
+        inside = lanes < tl.cdiv(count, 64) * 64
+    else:
+        inside = real
+
+    index = tl.load(indices + start + lanes, mask=inside, other=0).to(tl.int64)
+    grad = tl.load(grads + matrix).to(tl.pointer_type(GRAD), bitcast=True)
+    if PACKED:
+        if WIDE_GRADS:
+            place = tl.multiple_of(place, 64)
+            grad = tl.multiple_of(grad, 16)
+        g = widen(load_stream(grad + place, count, BLOCK))
+    else:
+        g = widen(tl.load(grad + index, mask=real, other=0))
+    if inv_scale is not None:
+        g = g * tl.load(inv_scale)
+    if MAXIMIZE:
+        g = -g
+
+    m_stored = tl.load(exp_avg + start + lanes, mask=inside, other=0)
+    v_stored = tl.load(exp_avg_sq + start + lanes, mask=inside, other=0)
+    m = widen(m_stored)
+    v = widen(v_stored)
+    # torch's lerp: exact at both ends, so that beta1 = 0 leaves the gradient itself.
+    m = tl.where(one_minus_beta1 < 0.5, m + one_minus_beta1 * (g - m), g - beta1 * (g - m))
+    v = beta2 * v + one_minus_beta2 * g * g
+
+    step_size = tl.load(table + matrix * 3)
+    correction = tl.load(table + matrix * 3 + 1)
+    decay = tl.load(table + matrix * 3 + 2)
+    if births is not None:
+        age = tl.load(steps + matrix).to(tl.int32) - tl.load(births + start + lanes, mask=inside, other=0)
+        age = tl.minimum(tl.maximum(age, 0), last_age)
+        step_size = step_size * tl.load(bias + age, mask=real, other=0.0)
+        correction = correction * tl.load(bias + last_age + 1 + age, mask=real, other=0.0)
+
+    weight = tl.load(weights + matrix).to(tl.pointer_type(WEIGHT), bitcast=True) + index
+    if master is not None:
+        w_stored = tl.load(master + start + lanes, mask=inside, other=0)
+        w = w_stored
+    else:
+        w = widen(tl.load(weight, mask=real, other=0))
+    w = w * decay - tl.div_rn(step_size * m, tl.sqrt_rn(v) * correction + eps)
+
+    # Padding gets its old bits back: a vector store must cover it, but what lies there is not ours.
+    tl.store(exp_avg + start + lanes, tl.where(real, narrow(m, m_stored.dtype), m_stored), mask=inside)
+    tl.store(exp_avg_sq + start + lanes, tl.where(real, narrow(v, v_stored.dtype), v_stored), mask=inside)
+    if master is not None:
+        tl.store(master + start + lanes, tl.where(real, w, w_stored), mask=inside)
+    if keys is not None:
+        position = start.to(tl.uint32) + lanes.to(tl.uint32)
+        key = tl.load(keys + matrix).to(tl.uint32, bitcast=True)
+        tl.store(weight, narrow_stochastic(w, counter_hash(counter_hash(position) ^ key), WEIGHT), mask=real)
+    else:
+        tl.store(weight, narrow(w, WEIGHT), mask=real)
+
+
+def sparse_adamw_triton(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    indices: Tensor,
+    offsets: Sequence[int],
+    counts: Sequence[int],
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    table: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    *,
+    master: Tensor | None = None,
+    births: Tensor | None = None,
+    steps: Tensor | None = None,
+    bias: Tensor | None = None,
+    keys: Tensor | None = None,
+    inv_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    packed_grads: bool = False,
+    maximize: bool = False,
+) -> None:
+    """One step in place. Arguments as in `ops.sparse_adamw_`, with derived scalars in place of lr
+    and decay.
+
+    ``table`` (n, 3) fp32, ``bias`` (2, T + 1) fp32 with ``births``, and ``keys`` (n,) int32, given
+    to round stochastically, are those of `lift_kernels.ops.bias_correction`. Gradients are
+    contiguous.
+    """
+    block = block_size()
+    with torch.cuda.device_of(indices):
+        blocks, aligned = block_table(offsets, counts, indices.numel(), block, indices.device)
+        if blocks.shape[0] == 0:
+            return
+        grad_table, wide_grads = pointer_table(grads, indices.device)
+        _sparse_adamw_kernel[(blocks.shape[0],)](
+            pointer_table(weights, indices.device).data,
+            grad_table,
+            blocks,
+            indices,
+            bits(exp_avg),
+            bits(exp_avg_sq),
+            master,
+            births,
+            table,
+            steps,
+            bias,
+            keys,
+            inv_scale,
+            found_inf,
+            0 if bias is None else bias.shape[1] - 1,
+            1 - beta1,
+            beta1,
+            1 - beta2,
+            beta2,
+            eps,
+            WEIGHT=FORMATS[weights[0].dtype],
+            GRAD=FORMATS[grads[0].dtype],
+            PACKED=packed_grads,
+            ALIGNED=aligned,
+            WIDE_GRADS=wide_grads,
+            MAXIMIZE=maximize,
+            BLOCK=block,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )

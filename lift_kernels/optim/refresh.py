@@ -1,0 +1,92 @@
+"""Refreshes: which matrices are due, how their new masks are selected, and a report of what came of
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..masks.principal import Mask
+
+
+@dataclass(frozen=True)
+class MatrixRefresh:
+    """What a refresh did to one matrix.
+
+    ``method``: ``"gram"``, ``"chebyshev"`` (cold), ``"warm"``, ``"cold after warm"`` (the warm
+    start did not settle) or the selection. ``entries``: k. ``passes`` over the matrix; whether the
+    iteration ``settled``; ``overlap`` with the old mask as a share of k, None for a first mask;
+    ``seconds``.
+    """
+
+    name: str
+    method: str
+    entries: int
+    passes: int
+    settled: bool
+    overlap: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RefreshReport:
+    """One refresh, matrix by matrix."""
+
+    matrices: tuple[MatrixRefresh, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Of all masks together."""
+        return sum(matrix.seconds for matrix in self.matrices)
+
+    @property
+    def overlap(self) -> float | None:
+        """Share of all entries that stayed, or None for first masks."""
+        known = [
+            (matrix.overlap * matrix.entries, matrix.entries) for matrix in self.matrices if matrix.overlap is not None
+        ]
+        return sum(stayed for stayed, _ in known) / max(1, sum(k for _, k in known)) if known else None
+
+    @property
+    def unsettled(self) -> tuple[str, ...]:
+        """Names of the matrices whose iteration ended before its Ritz energy stalled."""
+        return tuple(matrix.name for matrix in self.matrices if not matrix.settled)
+
+
+class MatrixRef(NamedTuple):
+    """A matrix that an optimizer trains. ``number`` is its place among all sparse parameters."""
+
+    number: int
+    parameter: Tensor
+    group: dict[str, Any]
+    name: str
+
+
+def report_on(due: Sequence[MatrixRef], masks: Sequence[Mask], stayed: Sequence[Tensor] | None) -> RefreshReport:
+    """``stayed``: how many entries each mask shares with the one before, on the device; None for
+    first masks.
+    """
+    shared: Sequence[int | None] = [None] * len(masks)
+    if stayed:
+        shared = torch.stack([count.to(stayed[0].device) for count in stayed]).tolist()  # one wait for the device
+    return RefreshReport(
+        tuple(
+            MatrixRefresh(
+                d.name, m.method, k := m.indices.numel(), m.passes, m.settled, None if s is None else s / k, m.seconds
+            )
+            for d, m, s in zip(due, masks, shared)
+        )
+    )
+
+
+def spread_share(due: Sequence[MatrixRef], step: int, interval: int) -> list[MatrixRef]:
+    """The matrices whose turn it is at ``step`` of 1..interval, so that each has one turn in an
+    interval.
+    """
+    n = len(due)
+    return list(due[n * (step - 1) // interval : n * step // interval])

@@ -1,0 +1,223 @@
+"""The saved form of LiftAdamW's state: compact copies of plain types; order and checks of a loaded
+one.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..masks.lowrank import check_basis
+from ..validation import MOMENT_DTYPES, check_index_list, require
+from .hyperparameters import OPTIONS, check_group
+
+logger = logging.getLogger("lift_kernels")
+VERSION = 1
+"""Of the saved form; stored with each matrix, where every tool that moves optimizer state about
+keeps it.
+"""
+
+
+def compact(entry: dict[str, Any], shape: torch.Size | None = None) -> dict[str, Any]:
+    """Clones without a shared storage; with ``shape``, that of the matrix and the version of the
+    form are added.
+    """
+    out = {key: value.clone() if isinstance(value, Tensor) else value for key, value in entry.items()}
+    return out if shape is None else {**out, "shape": list(shape), "version": VERSION}
+
+
+def in_own_order(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The state dict with groups and parameters in the order of ``groups``, those of the optimizer
+    that loads it.
+
+    Parameters are matched by name where both sides have ``param_names``, else by position, as torch
+    does; entries are found by the ids or names in the saved groups' ``params``, and are returned by
+    position. ``values`` of a packed layer and its ``weight`` are the same name, so that matrix mode
+    and packed mode load into each other.
+
+    Raises ValueError, with the names that differ, for parameters of other names or in other groups.
+    """
+    require(
+        "state" in state_dict and "param_groups" in state_dict,
+        f"a state dict holds 'state' and 'param_groups', got {sorted(state_dict)}",
+    )
+    saved, ordered = state_dict["param_groups"], [dict(group) for group in state_dict["param_groups"]]
+    if saved and all("param_names" in group for group in (*saved, *groups)):
+        ordered = _by_name(saved, groups)
+    count, own = (sum(len(group["params"]) for group in side) for side in (saved, groups))
+    require(count == own, f"the state dict is of a model with {count} parameters, this optimizer has {own}")
+    ids = list(chain.from_iterable(group["params"] for group in ordered))
+    for key in state_dict["state"]:
+        require(key in ids, f"the state dict has an entry for parameter {key}, which is in none of its groups")
+    positions = iter(range(len(ids)))
+    for group in ordered:
+        group["params"] = [next(positions) for _ in group["params"]]
+    entries = {i: state_dict["state"][key] for i, key in enumerate(ids) if key in state_dict["state"]}
+    return {**state_dict, "state": entries, "param_groups": ordered}
+
+
+def _by_name(saved: list[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Copies of the ``saved`` groups, in the order of ``groups`` and each with its parameters in
+    the order of these.
+    """
+    ours = [list(group["param_names"]) for group in groups]
+    own = set(chain(*ours))
+    theirs = [[_own_name(name, own) for name in group["param_names"]] for group in saved]
+    for group, names in zip(saved, theirs):
+        require(
+            len(names) == len(group["params"]),
+            f"a group of the state dict has {len(names)} param_names for {len(group['params'])} parameters",
+        )
+    if theirs == ours:
+        return [{**group, "param_names": names} for group, names in zip(saved, ours)]
+    _check_names(theirs, ours)
+    at: dict[frozenset[str], list[int]] = {}
+    for i, names in enumerate(theirs):
+        at.setdefault(frozenset(names), []).append(i)
+    places = [at[frozenset(names)].pop(0) for names in ours]  # more than one only for groups without parameters
+    if places != sorted(places) and any("initial_lr" in group for group in saved):
+        logger.warning(
+            "the groups of the state dict come in another order: options follow the names of their parameters, but a "
+            "learning rate scheduler's own state goes by position"
+        )
+    ordered = []
+    for place, names in zip(places, ours):
+        keys = dict(zip(theirs[place], saved[place]["params"]))
+        ordered.append({**saved[place], "params": [keys[name] for name in names], "param_names": names})
+    return ordered
+
+
+def _own_name(name: str, own: set[str]) -> str:
+    """The name that a saved one has here: that of a packed layer's ``values`` may be its
+    ``weight``, and the other way round.
+    """
+    other = re.sub(
+        r"(?<![^.])(values|weight)$", lambda found: {"values": "weight", "weight": "values"}[found[0]], str(name)
+    )
+    return other if name not in own and other in own else name
+
+
+def _check_names(theirs: list[list[str]], ours: list[list[str]]) -> None:
+    """Both sides have the same names, each once, in the same groups."""
+    for side, groups in (("the state dict", theirs), ("this optimizer", ours)):
+        repeated = [name for name, count in Counter(chain(*groups)).items() if count > 1]
+        require(
+            not repeated,
+            f"{side} has more than one parameter named {_some(repeated)}: parameters in another order can only "
+            "be matched by names that differ",
+        )
+    saved, own = set(chain(*theirs)), set(chain(*ours))
+    require(
+        saved == own,
+        f"the state dict is of other parameters: only it has {_some(saved - own)}, only this optimizer has "
+        f"{_some(own - saved)}; build the optimizer from the same named parameters, or rename those in the "
+        "state dict's "
+        "param_names",
+    )
+    together = {name: set(names) for names in theirs for name in names}
+    for names in ours:
+        for name in names:
+            require(
+                together[name] == set(names),
+                f"{name} shares its group of the state dict with {_some(together[name] - {name})}, its "
+                "group of this optimizer "
+                f"with {_some(set(names) - {name})}; build the optimizer with the groups that were saved",
+            )
+    require(len(theirs) == len(ours), f"the state dict has {len(theirs)} groups, this optimizer {len(ours)}")
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first few names in a message."""
+    listed = sorted(map(str, names))
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "") if listed else "none"
+
+
+def check_state_dict(
+    state_dict: dict[str, Any], parameters: list[Tensor], sparse: list[bool], names: list[str]
+) -> None:
+    """Raise ValueError, TypeError or IndexError unless the state, `in_own_order`, fits the
+    parameters.
+    """
+    for group in state_dict["param_groups"]:
+        missing = sorted(OPTIONS - group.keys())
+        require(
+            not missing, f"a group of the state dict lacks {', '.join(missing)}; was it saved by another optimizer?"
+        )
+        check_group(group)
+    for i, entry in state_dict["state"].items():
+        p, name = parameters[i], names[i]
+        for key, value in entry.items():
+            number = key in ("step", "version") and isinstance(value, (int, float))
+            require(
+                isinstance(value, Tensor) or number or key == "shape",
+                f"{name}: {key} of the state dict must be a tensor, got {type(value).__name__}",
+                TypeError,
+            )
+        if "step" in entry:
+            step = torch.as_tensor(entry["step"])
+            require(step.numel() == 1, f"{name}: step must be one number, got shape {tuple(step.shape)}")
+        if not sparse[i]:
+            require(
+                "indices" not in entry,
+                f"{name}: the state dict holds a LIFT mask, but this parameter is trained densely",
+            )
+            for key in ("step", "exp_avg", "exp_avg_sq") if entry else ():
+                require(key in entry, f"{name}: the state dict holds no {key}")
+                held = tuple(p.shape) if key == "step" else tuple(entry[key].shape)
+                require(
+                    held == tuple(p.shape),
+                    f"{name}: {key} of the state dict has shape {held}, this parameter {tuple(p.shape)}",
+                )
+            continue
+        require("indices" in entry, f"{name}: the state dict holds no index list; was it saved by another optimizer?")
+        version = entry.get("version", VERSION)
+        require(
+            version == VERSION,
+            f"{name}: the state dict has version {version}, this package reads {VERSION}; update lift_kernels",
+        )
+        shape = entry.get("shape", p.shape)
+        require(
+            isinstance(shape, (list, tuple)),
+            f"{name}: shape of the state dict must be a list, got {shape!r}",
+            TypeError,
+        )
+        shape = tuple(shape)
+        require(
+            shape == tuple(p.shape),
+            f"{name}: the state dict is of a matrix of shape {shape}, this one is {tuple(p.shape)}",
+        )
+        check_index_list(entry["indices"], p.numel(), name)
+        basis, threshold = entry.get("basis"), entry.get("threshold")
+        for part in [] if basis is None else [basis] if p.dim() == 2 else basis:
+            check_basis(part, p.shape[-2:], 1, name)
+        numbers = 1 if p.dim() == 2 else len(p)
+        require(
+            threshold is None or threshold.numel() == numbers,
+            f"{name}: threshold must hold {numbers} numbers, got {getattr(threshold, 'shape', threshold)}",
+        )
+        require("step" in entry, f"{name}: the state dict holds no step")
+        for key, dtypes in {
+            "exp_avg": MOMENT_DTYPES,
+            "exp_avg_sq": MOMENT_DTYPES,
+            "master": (torch.float32,),
+            "births": (torch.int32,),
+        }.items():
+            value = entry.get(key)
+            require(value is not None or key in ("master", "births"), f"{name}: the state dict holds no {key}")
+            if value is not None:
+                require(
+                    value.shape == entry["indices"].shape,
+                    f"{name}: {key} has {value.numel()} entries, its index list {entry['indices'].numel()}",
+                )
+                require(
+                    value.dtype in dtypes,
+                    f"{name}: {key} must be one of {', '.join(map(str, dtypes))}, got {value.dtype}",
+                    TypeError,
+                )

@@ -1,0 +1,110 @@
+"""Argument validation shared across modules.
+
+Each check raises before anything is changed, names the value and says what to do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOMENT_DTYPES = (torch.float32, torch.bfloat16)
+MAX_ENTRIES = 2**31 - 1
+
+
+def require(condition: bool, message: str, error: type[Exception] = ValueError) -> None:
+    """Raise ``error(message)`` unless ``condition`` holds."""
+    if not condition:
+        raise error(message)
+
+
+def check_matrix(weight: Tensor, name: str) -> None:
+    """A weight that LIFT can train: a contiguous strided matrix, or a 3-D batch, of a supported
+    dtype with under 2^31 entries.
+    """
+    require(weight.layout == torch.strided, f"{name}: a dense (strided) weight is needed, got layout {weight.layout}")
+    require(
+        weight.dtype in WEIGHT_DTYPES,
+        f"{name}: weights must be float32, bfloat16 or float16, got {weight.dtype}",
+        TypeError,
+    )
+    require(
+        weight.dim() in (2, 3),
+        f"{name}: LIFT trains matrices and 3-D batches, got shape {tuple(weight.shape)}; "
+        "pass lift=False for dense AdamW",
+    )
+    require(
+        0 < weight.numel() <= MAX_ENTRIES,
+        f"{name}: needs 1 to 2^31-1 entries, got {weight.numel()} (int32 index lists)",
+    )
+    require(
+        weight.is_contiguous(),
+        f"{name}: the weight must be contiguous, got strides {weight.stride()}; call .contiguous()",
+    )
+
+
+def check_gradient(grad: Tensor, weight: Tensor, name: str, sparse: bool = True) -> None:
+    """A strided gradient of the weight's shape and device, and for a weight that LIFT trains of a
+    supported dtype.
+    """
+    ordinary = grad.layout == torch.strided and grad.dtype == weight.dtype and grad.device == weight.device
+    if ordinary and grad.shape == weight.shape:
+        return  # as nearly always: the messages below take longer to build than all checks
+    require(
+        grad.layout == torch.strided,
+        f"{name}: sparse gradients are not supported, got layout {grad.layout}",
+        RuntimeError,
+    )
+    require(not grad.is_complex(), f"{name}: complex gradients are not supported, got {grad.dtype}", TypeError)
+    require(
+        not sparse or grad.dtype in WEIGHT_DTYPES,
+        f"{name}: gradients must be float32, bfloat16 or float16, got {grad.dtype}",
+        TypeError,
+    )
+    require(grad.device == weight.device, f"{name}: the gradient is on {grad.device}, the weight on {weight.device}")
+    require(
+        grad.shape == weight.shape,
+        f"{name}: the gradient has shape {tuple(grad.shape)}, the weight {tuple(weight.shape)}",
+    )
+
+
+def check_index_list(indices: Tensor, numel: int, name: str, device: torch.device | None = None) -> None:
+    """A flat int32 index list: sorted, unique, within ``0 .. numel - 1``. Reads the list, so it
+    waits for its device.
+    """
+    require(
+        isinstance(indices, Tensor), f"{name}: the index list must be a tensor, got {type(indices).__name__}", TypeError
+    )
+    require(indices.dtype == torch.int32, f"{name}: the index list must be int32, got {indices.dtype}", TypeError)
+    require(indices.dim() == 1, f"{name}: the index list must be one-dimensional, got shape {tuple(indices.shape)}")
+    require(
+        device is None or indices.device == device, f"{name}: the index list is on {indices.device}, expected {device}"
+    )
+    if indices.numel() == 0:
+        return
+    # Neighbours are compared as they are: a difference of two int32 could wrap and hide a disorder.
+    disorder = (indices[1:] <= indices[:-1]).nonzero()
+    if disorder.numel():
+        at = int(disorder[0])
+        raise ValueError(
+            f"{name}: the index list must be sorted without duplicates, got {int(indices[at])} "
+            f"before {int(indices[at + 1])} at position {at}"
+        )
+    low, high = int(indices[0]), int(indices[-1])
+    require(
+        low >= 0 and high < numel,
+        f"{name}: index {low if low < 0 else high} is out of range for {numel} entries",
+        IndexError,
+    )
+
+
+def check_finite(tensor: Tensor, name: str) -> None:
+    """No NaN and no infinity. Waits for the device."""
+    finite = torch.isfinite(tensor)
+    if not bool(finite.all()):
+        bad = int((~finite).sum())
+        first = int((~finite).reshape(-1).nonzero()[0])
+        raise ValueError(
+            f"{name}: {bad} non-finite weights, the first at flat index {first}; repair or reload the weight"
+        )
