@@ -44,6 +44,7 @@ import training_methods
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from bench import plots
 from lift_kernels import apply_delta, delta_info, revert_delta, save_delta
 from lift_kernels.delta.model_weights import ModuleWeights, fingerprint
 from lift_kernels.masks.principal import MaskRequest, principal_masks
@@ -290,8 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = given.out or bench_util.results_folder()
     folder.mkdir(parents=True, exist_ok=True)
     bench_util.write_csv(folder / "delta.csv", table)
-    if drawn := [row for row in table if "ratio" in row]:
-        bench_util.plot_ratios(folder / "delta.png", drawn, "set", "delta files, against the whole model", "the floor")
+    plots.draw("delta", folder)
     return int(any(row["status"].startswith("refused") for row in table))
 
 

@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import bench_util
@@ -52,6 +51,7 @@ from mask_ways import (
 )
 from torch import Tensor
 
+from bench import plots
 from lift_kernels import ops
 from lift_kernels.masks import lowrank
 from lift_kernels.masks.lowrank import LowRankFactors, block_width, low_rank_factors
@@ -246,23 +246,14 @@ def mean_overlap(truths: Sequence[Truth], masks: Sequence[Mask]) -> float:
     return float(np.mean([truth.judge(mask.indices)[0] for truth, mask in zip(truths, masks)]))
 
 
-def plot(path: Path, curves: dict[str, dict[str, list[tuple[float, float]]]]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4.5))
-    for title, lines in curves.items():
-        for label, points in lines.items():
-            axis.plot(*zip(*points), marker="o", markersize=3, label=f"{title}: {label}")
-    axis.set_xlabel("passes over the matrix")
-    axis.set_ylabel("mean overlap with the exact mask")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    print(f"wrote {path}")
+def curve_rows(curves: dict[str, dict[str, list[tuple[float, float]]]]) -> list[dict]:
+    """A row a point, for the plot."""
+    return [
+        {"op": "masks", "set": name, "variant": variant, "passes": passes, "overlap_mean": overlap, "status": "ok"}
+        for name, lines in curves.items()
+        for variant, points in lines.items()
+        for passes, overlap in points
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -356,7 +347,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if folder:
         bench_util.write_csv(folder / "masks.csv", [row | bench_util.environment() for row in table])
         if curves:
-            plot(folder / "masks.png", curves)
+            points = [row | bench_util.environment() for row in curve_rows(curves)]
+            bench_util.write_csv(folder / "masks_by_passes.csv", points)
+            plots.draw("masks", folder)
     return bench_util.exit_status(table)
 
 

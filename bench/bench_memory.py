@@ -42,6 +42,7 @@ from bench_peers import BLOCK, attribute, state_bytes
 from torch import Tensor, nn
 from training_methods import HYPER, RANK, adapter_rank, matrices
 
+from bench import plots
 from lift_kernels import LiftAdamW
 
 PARTS = ["added", "gradients", "indices", "master", "moments", "warm_start"]
@@ -177,36 +178,6 @@ def compare(shape: tuple[int, int, int, int]) -> list[dict]:
     return [r | ({"share_of_adamw": round(r["total"] / adamw[r["set"][:4]], 4)} if "total" in r else {}) for r in table]
 
 
-def plot(path: Path, table: Sequence[dict]) -> None:
-    """Stacked bars of the parts, one panel a form."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    counts = {form: len([r for r in table if r["set"] == form]) for form in FORMS}
-    figure, axes = plt.subplots(
-        len(FORMS), 1, figsize=(9, 0.4 * len(table) + 2), height_ratios=list(counts.values()), sharex=True
-    )
-    for form, axis in zip(FORMS, axes):
-        chosen = [r for r in table if r["set"] == form][::-1]
-        left = [0.0] * len(chosen)
-        for part in PARTS:
-            sizes = [r.get(part, 0.0) for r in chosen]
-            axis.barh([r["variant"] for r in chosen], sizes, left=left, label=part)
-            left = [a + b for a, b in zip(left, sizes)]
-        for place, (end, r) in enumerate(zip(left, chosen)):
-            axis.text(end, place, f" {end:.2f}" if "total" in r else f" {r['status']}", va="center", fontsize=8)
-        axis.set_title(form, fontsize=10)
-        axis.tick_params(labelsize=8)
-    axes[0].legend(fontsize=8)
-    axes[-1].set_xlabel("bytes per parameter beside the weights")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    print(f"wrote {path}")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -221,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = given.out or bench_util.results_folder()
     folder.mkdir(parents=True, exist_ok=True)
     bench_util.write_csv(folder / "memory.csv", table)
-    plot(folder / "memory.png", table)
+    plots.draw("memory", folder)
     return int(any(r["status"].startswith("refused") for r in table))
 
 

@@ -23,6 +23,7 @@ from bench_arena import Arena, clustered_indices
 from bench_util import Contestant
 from torch import Tensor
 
+from bench import plots
 from lift_kernels import ops
 
 Op = Callable[[str | None], Tensor]  # backend -> result
@@ -94,8 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     if folder := bench_util.output_folder(arguments):
         bench_util.write_csv(folder / "packed_ops.csv", table)
-        timed = [row for row in table if row["status"] == "ok"]
-        bench_util.plot_ratios(folder / "packed_ops.png", timed, "set", "packed ops on the CPU, 5 % of the entries")
+        plots.draw("packed_ops", folder)
     return bench_util.exit_status(table)
 
 

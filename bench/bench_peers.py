@@ -36,6 +36,7 @@ from bench_sparse_adamw import BF16, DENSITY, FP32, HYPER, RANK, Published, Spar
 from bench_util import Contestant
 from torch import Tensor, nn
 
+from bench import plots
 from lift_kernels.masks.principal import MaskRequest, principal_masks
 
 COLUMNS = [
@@ -312,9 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             table += [row | bench_util.environment(arguments.device) for row in new]
     folder = arguments.out or bench_util.results_folder(arguments.device)
     bench_util.write_csv(folder / "peers.csv", table)
-    bench_util.plot_ratios(
-        folder / "peers.png", [r for r in table if r["status"] == "ok"], "set", "the step beside its peers"
-    )
+    plots.draw("peers", folder)
     return int(any(row["status"].startswith("refused") for row in table))
 
 

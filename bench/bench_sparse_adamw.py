@@ -36,6 +36,7 @@ from bench_arena import Arena, clustered_indices
 from bench_util import Contestant
 from torch import Tensor
 
+from bench import plots
 from lift_kernels import ops
 from lift_kernels.masks.principal import MaskRequest, principal_masks
 from lift_kernels.ops import dispatch
@@ -258,10 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = None if arguments.no_context else bench_util.output_folder(arguments)
     if folder:
         bench_util.write_csv(folder / "sparse_adamw.csv", table)
-        timed = [row for row in table if row["status"] == "ok"]
-        bench_util.plot_ratios(
-            folder / "sparse_adamw.png", timed, "set", "sparse_adamw_ on the CPU, 5 % of the entries"
-        )
+        plots.draw("sparse_adamw", folder)
     return bench_util.exit_status(table)
 
 

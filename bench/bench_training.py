@@ -57,6 +57,8 @@ import training_methods
 from torch import Tensor, nn
 from training_methods import FULL, INTERVAL, MATRIX, METHODS, PACKED, Step, Trainer
 
+from bench import plots
+
 COLUMNS = [
     "set",
     "variant",
@@ -299,10 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = given.out or bench_util.results_folder(device)
     folder.mkdir(parents=True, exist_ok=True)
     bench_util.write_csv(folder / "training.csv", table)
-    if drawn := [row for row in table if row["status"] == "ok" and row["ratio"] != ""]:
-        bench_util.plot_ratios(
-            folder / "training.png", drawn, "set", "training steps, against full fine-tuning", "the floor"
-        )
+    plots.draw("training", folder)
     return int(any(str(row.get(key)).startswith("refused") for row in table for key in ("status", "memory_status")))
 
 

@@ -1,4 +1,4 @@
-"""What the benches share: alternating timing in one process, a small machine model, CSV and plots.
+"""What the benches share: alternating timing in one process, a small machine model and CSVs.
 
 Other work on a machine, its clock and its caches drift. So contestants are timed in turns, in a new
 random order each round, with the caches emptied before each run, and compared by the median of the
@@ -265,37 +265,3 @@ def show(table: Sequence[dict], columns: Sequence[str]) -> None:
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)), flush=True)
-
-
-def plot_ratios(
-    path: Path, table: Sequence[dict], panel: str, title: str, floor: str = "at the measured copy bandwidth"
-) -> None:
-    """Bars of ``ratio`` by variant, one panel a value of column ``panel``; a tick where the floor
-    would put the bar.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = list(dict.fromkeys(row[panel] for row in table))
-    height = sum(len([r for r in table if r[panel] == name]) for name in names) * 0.28 + len(names) * 0.9
-    counts = [len([r for r in table if r[panel] == name]) for name in names]
-    figure, axes = plt.subplots(len(names), 1, figsize=(9, height), height_ratios=counts, squeeze=False)
-    for name, axis in zip(names, axes[:, 0]):
-        chosen = [row for row in table if row[panel] == name][::-1]
-        axis.barh([row["variant"] for row in chosen], [row["ratio"] for row in chosen], color="#4477aa")
-        for place, row in enumerate(chosen):
-            axis.text(row["ratio"], place, f" {row['ratio']:.2f}x  {row['median_ms']:.3g} ms", va="center", fontsize=8)
-            if row["share_of_floor"] != "":
-                axis.plot([row["ratio"] / row["share_of_floor"]] * 2, [place - 0.4, place + 0.4], color="#cc3311")
-        axis.axvline(1.0, color="black", linewidth=0.6)
-        axis.set_title(name, fontsize=10)
-        axis.tick_params(labelsize=8)
-        axis.margins(x=0.2)
-    axes[-1, 0].set_xlabel(f"times as fast as the baseline (red: {floor})")
-    figure.suptitle(title, fontsize=11)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    print(f"wrote {path}")
