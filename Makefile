@@ -56,7 +56,7 @@ bench: setup $(VENV)/.peers
 	$(BIN)/python bench/bench_training.py --runs 3
 	$(BIN)/python -m bench.tables
 
-# What the kernels compile to, and the README's tables from the CSVs.
+# What the kernels compile to, and the tables of the READMEs from the CSVs.
 report: setup
 	$(BIN)/python -m bench.kernel_report --csv bench/results/compiled/kernels.csv
 	$(BIN)/python -m bench.tables

@@ -1,6 +1,4 @@
-"""What each table of the README shows, for `bench.tables`: rows of a CSV and the format of the
-cells.
-"""
+"""What each table of the READMEs shows, for `bench.tables`: rows of CSVs and formats of cells."""
 
 from __future__ import annotations
 
@@ -10,9 +8,7 @@ from bench.tables import Selection, Table
 
 
 def _step_rows() -> list[tuple[str, Mapping[str, Selection]]]:
-    """The step of all matrices of a set: dense and packed gradients beside fused AdamW and the
-    published step.
-    """
+    """The step of all matrices of a set, beside fused AdamW and the authors' code."""
     rows = []
     for name, label in (
         ("smollm2", "SmolLM2-135M (210, real masks, 5 %)"),
@@ -56,7 +52,7 @@ def _refresh_rows() -> list[tuple[str, Mapping[str, Selection]]]:
     ]
 
 
-def _peer_rows() -> list[tuple[str, Mapping[str, Selection]]]:
+def _baseline_rows() -> list[tuple[str, Mapping[str, Selection]]]:
     ours = {
         "**ours**, dense gradients": (
             "sparse_adamw_, dense grads",
@@ -79,11 +75,11 @@ def _peer_rows() -> list[tuple[str, Mapping[str, Selection]]]:
         "torchao AdamW8bit",
         "flashoptim FlashAdamW",
         "one indexed Triton launch a parameter",
-        "published LIFT step",
     ]
+    renamed = {"authors' code": ("published LIFT step", "published LIFT step")}
     return [
         (label, {"fp32": {"set": "*, float32", "variant": fp32}, "bf16": {"set": "*, bfloat16", "variant": bf16}})
-        for label, (fp32, bf16) in (ours | {name: (name, name) for name in others}).items()
+        for label, (fp32, bf16) in (ours | {name: (name, name) for name in others} | renamed).items()
     ]
 
 
@@ -148,7 +144,45 @@ def _kernel_rows() -> list[tuple[str, Mapping[str, Selection]]]:
     ]
 
 
+def _headline_rows() -> list[tuple[str, Mapping[str, Selection]]]:
+    """Memory and speed of training by each method, from two CSVs."""
+    memory = {"file": "memory.csv", "set": "fp32"}
+    training = {"file": "training.csv", "set": "SmolLM2-135M, *"}
+    return [
+        (label, {"memory": {**memory, "variant": held}, "training": {**training, "variant": trained}})
+        for label, held, trained in (
+            ("full fine-tuning, AdamW fused", "AdamW fused", "full fine-tuning, AdamW fused"),
+            ("GaLore, r = 64", "GaLore, r = 64", "GaLore, r = 64"),
+            ("SHiRA (peft)", "SHiRA (peft), AdamW fused", "SHiRA (peft), AdamW fused"),
+            ("LoRA (peft)", "LoRA (peft), AdamW fused", "LoRA (peft), AdamW fused"),
+            ("**LIFT**, dense gradients", "LIFT, matrix mode", "LIFT, matrix mode"),
+            ("**LIFT**, packed gradients", "LIFT, packed mode", "LIFT, packed mode"),
+        )
+    ]
+
+
 TABLES = {
+    "headline": Table(
+        "training.csv, memory.csv",
+        {
+            "training of SmolLM2-135M, fp32": "{label}",
+            "peak memory beyond the model": "{training.peak_over_model_mib:.0f} MiB",
+            "bytes per parameter": "{memory.total:.3g}",
+            "tokens/s": "{training.tokens_s:.3g}, {training.ratio:.2f} x",
+        },
+        _headline_rows(),
+    ),
+    "headline_step": Table(
+        "sparse_adamw.csv",
+        {
+            "one step on its 210 matrices": "{label}",
+            "AdamW fused": "{fused.median_ms:.3g} ms",
+            "LIFT, dense gradients": "{dense.median_ms:.3g} ms, **{dense.ratio:.2f} x**",
+            "LIFT, packed gradients": "{packed.median_ms:.3g} ms, **{packed.ratio:.2f} x**",
+            "authors' code": "{published.median_ms:.3g} ms",
+        },
+        [(label.partition("), ")[2], picks) for label, picks in _step_rows()[:2]],
+    ),
     "step": Table(
         "sparse_adamw.csv",
         {
@@ -156,10 +190,10 @@ TABLES = {
             "AdamW fused": "{fused.median_ms:.3g} ms",
             "dense gradients": "{dense.median_ms:.3g} ms, **{dense.ratio:.2f} x**",
             "packed gradients": "{packed.median_ms:.3g} ms, **{packed.ratio:.2f} x**",
-            "published step": "{published.median_ms:.3g} ms",
-            "over ours, dense / packed": "{published.median_ms/dense.median_ms:.1f} / "
+            "authors' code": "{published.median_ms:.3g} ms",
+            "ours is x times faster, dense / packed": "{published.median_ms/dense.median_ms:.1f} / "
             "{published.median_ms/packed.median_ms:.1f} x",
-            "of the floor, dense / packed": "{dense.share_of_floor:.0%} / {packed.share_of_floor:.0%}",
+            "% of roofline, dense / packed": "{dense.share_of_floor:.0%} / {packed.share_of_floor:.0%}",
         },
         _step_rows(),
     ),
@@ -168,7 +202,7 @@ TABLES = {
         {"SmolLM2-135M": "{label}", "fp32": "{fp32.median_ms:.3g} ms", "bf16, default": "{bf16.median_ms:.3g} ms"},
         _refresh_rows(),
     ),
-    "peers": Table(
+    "baselines": Table(
         "peers.csv",
         {
             "optimizer": "{label}",
@@ -177,19 +211,19 @@ TABLES = {
             "bf16": "{bf16.median_ms:.3g} ms, {bf16.ratio:.2g} x||{bf16.status}",
             "bytes, bf16": "{bf16.state_bytes:.3g}",
         },
-        _peer_rows(),
+        _baseline_rows(),
     ),
     "masks": Table(
         "masks.csv",
         {
             "matrices": "{label}",
             "number": "{row.matrices}",
-            "way": "{row.variant}",
+            "method": "{row.variant}",
             "seconds": "{row.seconds:.3g}",
             "overlap": "{row.overlap_mean:.3f} / {row.overlap_min:.3f}",
             "captured": "{row.captured_mean:.4f} / {row.captured_min:.4f}",
             "passes": "{row.passes:.3g}",
-            "of the floor": "{row.share_of_floor:.0%}",
+            "% of roofline": "{row.share_of_floor:.0%}",
         },
         _mask_rows(),
     ),
@@ -197,10 +231,10 @@ TABLES = {
         "masks.csv",
         {
             "matrix": "{row.set}, r = {row.rank}",
-            "way": "{row.variant}",
+            "method": "{row.variant}",
             "ms": "{row.seconds/ms:.3g}",
             "times as fast as torch.topk": "{row.times_topk:.3g}",
-            "of the floor": "{row.share_of_floor:.0%}",
+            "% of roofline": "{row.share_of_floor:.0%}",
         },
         each=[{"set": "4096x11008", "times_topk": "?*"}],
     ),
@@ -217,7 +251,7 @@ TABLES = {
             "trained": "{row.entries/M:.2f} M, {row.density:.2%}",
             "optimizer state": "{row.state_bytes/MiB:.1f} MiB, {row.state_bytes/row.dense_state_bytes:.1%} of dense",
             "on top of the frozen model": "{row.extra_bytes/MiB:.1f} MiB, "
-            "{row.extra_bytes_an_entry:.2f} bytes an entry",
+            "{row.extra_bytes_an_entry:.2f} bytes per entry",
         },
         each=[{"status": "ok"}],
     ),
@@ -238,11 +272,11 @@ TABLES = {
         {
             "4096 x 11008": "{label}",
             "fp32": "{fp32.median_ms:.3g} ms",
-            "over plain PyTorch, fp32": "{fp32.ratio:.3g} x",
-            "of the floor, fp32": "{fp32.share_of_floor:.0%}",
+            "speed against plain PyTorch, fp32": "{fp32.ratio:.3g} x",
+            "% of roofline, fp32": "{fp32.share_of_floor:.0%}",
             "bf16": "{bf16.median_ms:.3g} ms",
-            "over plain PyTorch, bf16": "{bf16.ratio:.3g} x",
-            "of the floor, bf16": "{bf16.share_of_floor:.0%}",
+            "speed against plain PyTorch, bf16": "{bf16.ratio:.3g} x",
+            "% of roofline, bf16": "{bf16.share_of_floor:.0%}",
         },
         _packed_op_rows(),
     ),
@@ -254,7 +288,7 @@ TABLES = {
             "gradients kept": "{row.kept_bytes/MiB:.3g} MiB, {row.share_of_dense:.2%}",
             "peak beyond the model": "{row.peak_bytes/MiB:.3g} MiB",
             "median": "{row.median_ms:.4g} ms",
-            "over dense (95 % interval)": "{row.cost:.3f} ({row.cost_low:.3f} to {row.cost_high:.3f})",
+            "time against dense (95 % interval)": "{row.cost:.3f} ({row.cost_low:.3f} to {row.cost_high:.3f})",
         },
         each=[{}],
     ),
@@ -264,12 +298,12 @@ TABLES = {
             "model": "{row.set}",
             "method": "{row.variant}",
             "tokens/s": "{row.tokens_s:.3g}||{row.status}",
-            "over full fine-tuning": "{row.ratio:.2f} x",
+            "speed against full fine-tuning": "{row.ratio:.2f} x",
             "forward, backward": "{row.forward_backward_ms:.4g} ms",
             "step": "{row.step_ms:.3g} ms",
             "refresh": "{row.refresh_ms:.3g} ms",
-            "peak over the model": "{row.peak_over_model_mib:.4g} MiB",
-            "of the floor": "{row.share_of_floor:.0%}",
+            "peak beyond the model": "{row.peak_over_model_mib:.4g} MiB",
+            "% of roofline": "{row.share_of_floor:.0%}",
         },
         each=[{}],
     ),
@@ -277,13 +311,13 @@ TABLES = {
         "delta.csv",
         {
             "model": "{row.set}",
-            "way": "{row.variant}",
+            "method": "{row.variant}",
             "median": "{row.median_ms:.4g} ms||{row.status}",
-            "over safetensors": "{row.ratio:.2f} x",
+            "speed against safetensors": "{row.ratio:.2f} x",
             "file": "{row.file_bytes/MiB:.4g} MiB",
-            "bytes an entry": "{row.bytes_per_entry:.2f}",
+            "bytes per entry": "{row.bytes_per_entry:.2f}",
             "computed": "{row.computed_bytes}",
-            "of the floor": "{row.share_of_floor:.0%}",
+            "% of roofline": "{row.share_of_floor:.0%}",
         },
         each=[{}],
     ),
@@ -298,7 +332,7 @@ TABLES = {
             "masters": "{row.master:.3g}",
             "moments": "{row.moments:.3g}",
             "warm start": "{row.warm_start:.3g}",
-            "total, bytes a parameter": "{row.total:.3g}||{row.status}",
+            "total, bytes per parameter": "{row.total:.3g}||{row.status:reason}",
             "computed": "{row.computed:.3g}",
             "of AdamW": "{row.share_of_adamw:.1%}",
         },
@@ -319,7 +353,7 @@ TABLES = {
             "spills": "{all.spills}",
             "tensor cores": "{all.tensor_cores}",
         },
-        _kernel_rows(),
+        [(label, picks) for label, picks in _kernel_rows() if not label.startswith("CUDA")],
     ),
     "cuda": Table(
         "kernels.csv",

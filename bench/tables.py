@@ -4,9 +4,10 @@
 
 Between ``<!-- table: NAME (from bench/results/DEVICE/FILE.csv; python -m bench.tables) -->`` and
 ``<!-- end -->`` stands the table NAME of `bench.table_specs`, made of that file, and below it where
-the rows come from. Without ``--check`` the READMEs are rewritten, with it nothing is written and
-the exit status is 1 with a diff where one says something else. The exit status is 2 when a marked
-table cannot be made: its file, a row or a column of it is missing, or no such table is described.
+the rows come from. A table may have several files, with commas between them. Without ``--check``
+the READMEs are rewritten. With it nothing is written, and the exit status is 1 with a diff where a
+README differs from the CSVs. The exit status is 2 when a marked table cannot be made: a file, a row
+or a column is missing, or no such table is described.
 """
 
 from __future__ import annotations
@@ -24,13 +25,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(
-    r"^(<!-- table: (\S+) \(from (\S+\.csv); python -m bench\.tables\) -->\n)(.*?)^<!-- end -->$", re.M | re.S
+    r"^(<!-- table: (\S+) \(from (\S+\.csv(?:, \S+\.csv)*); python -m bench\.tables\) -->\n)(.*?)^<!-- end -->$",
+    re.M | re.S,
 )
+READMES = [ROOT / "README.md", ROOT / "bench" / "README.md", ROOT / "csrc" / "README.md"]
 UNITS = {"ms": 1e-3, "KiB": 2.0**10, "MiB": 2.0**20, "M": 1e6, "GB": 1e9, "T": 1e12}
 ORIGIN = {"device": "{}", "torch": "torch {}", "compiler": "{}", "runs": "repeats: {}", "commit": "commit {}"}
 
 Selection = Mapping[str, str]
-"""CSV column to the text that a row has there; ``*`` stands for anything."""
+"""CSV column to the text that a row has there; ``*`` stands for anything. The column ``file`` is
+the name of the CSV.
+"""
 
 
 class TableError(ValueError):
@@ -43,7 +48,7 @@ class Missing(Exception):
 
 @dataclass(frozen=True)
 class Table:
-    """A Markdown table made of the rows of a CSV.
+    """A Markdown table made of the rows of a CSV, or of several (``csv`` with commas in between).
 
     ``columns``: headers and the format of their cells, as `Cell` reads it. ``rows``: one line each,
     its ``label`` (a field of that name) and which rows of the CSV its other fields mean, by alias.
@@ -61,8 +66,9 @@ class Cell(string.Formatter):
     """Formats cells: ``{alias.column:format}``, numbers where the CSV has numbers.
 
     A quotient is ``{a.x/b.y}``; the divisor may be a unit of `UNITS`. Where an alias means several
-    rows, the least and the largest number are given, or the different texts. ``||`` separates
-    alternatives; the first one without an empty field is taken, else the cell is empty.
+    rows, the least and the largest number are given, or the different texts. The format ``reason``
+    drops from a text all before its last colon. ``||`` separates alternatives; the first one
+    without an empty field is taken, else the cell is empty.
     """
 
     def cell(self, text: str, picks: Mapping[str, Sequence[Mapping[str, str]]], label: str) -> str:
@@ -85,6 +91,8 @@ class Cell(string.Formatter):
         if isinstance(value, str):
             return value
         if isinstance(value[0], str):
+            if format_spec == "reason":
+                value = [text.rpartition(": ")[2] for text in value]
             return ", ".join(dict.fromkeys(value)).replace("|", r"\|")
         return "..".join(
             dict.fromkeys(format(number, format_spec or "g").replace("%", " %") for number in (value[0], value[-1]))
@@ -108,7 +116,7 @@ def select(rows: Sequence[dict], selection: Selection) -> list[dict]:
     """The rows that have these texts; TableError when none has."""
     found = [row for row in rows if all(fnmatchcase(row.get(column, ""), text) for column, text in selection.items())]
     if not found:
-        raise TableError(f"no row has {dict(selection)}; make the CSV anew or change bench/table_specs.py")
+        raise TableError(f"no row has {dict(selection)}; make the CSV again or change bench/table_specs.py")
     return found
 
 
@@ -137,22 +145,24 @@ def distinct(rows: Sequence[dict], column: str) -> list[str]:
 
 
 def rewrite(text: str, tables: Mapping[str, Table], root: Path = ROOT) -> str:
-    """The text with every marked table made anew. TableError names the table that cannot be
-    made.
-    """
+    """The text with every marked table rendered. TableError names the table that cannot be made."""
 
     def replace(match: re.Match) -> str:
-        marker, name, path, _ = match.groups()
-        if name not in tables or tables[name].csv != Path(path).name:
-            raise TableError(f"table {name}: bench/table_specs.py describes none of that name from {Path(path).name}")
-        if not (root / path).is_file():
-            raise TableError(f"table {name}: {path} is missing; run its bench, or take the table out of the README")
-        with (root / path).open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        marker, name, sources, _ = match.groups()
+        paths = [Path(path) for path in sources.split(", ")]
+        files = ", ".join(path.name for path in paths)
+        if name not in tables or tables[name].csv != files:
+            raise TableError(f"table {name}: bench/table_specs.py describes none of that name from {files}")
+        rows: list[dict] = []
+        for path in paths:
+            if not (root / path).is_file():
+                raise TableError(f"table {name}: {path} is missing; run its bench, or take the table out of the README")
+            with (root / path).open(newline="") as file:
+                rows += [{"file": path.name, **row} for row in csv.DictReader(file)]
         try:
             return f"{marker}\n{render(tables[name], rows)}\n<!-- end -->"
         except TableError as error:
-            raise TableError(f"table {name} from {path}: {error}") from None
+            raise TableError(f"table {name} from {sources}: {error}") from None
 
     if len(BLOCK.findall(text)) != text.count("<!-- table:") or text.count("<!-- table:") != text.count("<!-- end -->"):
         raise TableError("a marker of a table is malformed, or not followed by <!-- end -->")
@@ -163,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from bench.table_specs import TABLES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("readmes", nargs="*", type=Path, default=[ROOT / "README.md", ROOT / "csrc" / "README.md"])
+    parser.add_argument("readmes", nargs="*", type=Path, default=READMES)
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit status 1 when a README differs from the CSVs"
     )

@@ -1,4 +1,4 @@
-"""bench/tables.py: the README says what the CSVs say, and a table is made of the rows that its
+"""bench/tables.py: the READMEs say what the CSVs say, and a table is made of the rows that its
 description selects.
 """
 
@@ -34,12 +34,19 @@ def body(table: Table, root) -> list[str]:
     return text.split("\n")[3:-4]
 
 
-def test_the_readme_says_what_the_csvs_say(capsys):
+def test_the_readmes_say_what_the_csvs_say(capsys):
     assert tables.main(["--check"]) == 0, capsys.readouterr().out
 
 
-def test_a_readme_that_differs_is_shown_and_made_anew(tmp_path, capsys):
-    text = (tables.ROOT / "README.md").read_text()
+def test_every_table_is_in_a_readme_and_every_csv_in_a_table():
+    shown = [match for readme in tables.READMES for match in tables.BLOCK.findall(readme.read_text())]
+    assert sorted(name for _, name, _, _ in shown) == sorted(TABLES)
+    used = {path for _, _, sources, _ in shown for path in sources.split(", ")}
+    assert used == {str(path.relative_to(tables.ROOT)) for path in (tables.ROOT / "bench/results").glob("*/*.csv")}
+
+
+def test_a_readme_that_differs_is_shown_and_rendered_again(tmp_path, capsys):
+    text = (tables.ROOT / "bench" / "README.md").read_text()
     cell = re.search(r"\*\*(\d\.\d\d) x\*\*", text)
     assert cell is not None
     stale = text.replace(cell[0], "**99 x**")
@@ -83,6 +90,18 @@ def test_a_line_for_each_row(root):
         "small.csv", {"op": "{row.op}", "way": "{row.variant}", "ms": "{row.ms:.1f}"}, each=[{"status": "ok"}]
     )
     assert body(table, root)[2:4] == [r"| step | ours \| packed | 2.5 |", "|  | theirs too | 30.0 |"]
+
+
+def test_a_table_of_two_csvs(root):
+    (root / "results" / "other.csv").write_text("op,ms,status\nstep,7,missing: Error: no card\n")
+    columns = {"small": "{small.ms:.1f}", "other": "{other.ms:.0f}", "why": "{other.status:reason}"}
+    picks = {"small": {"file": "small.csv", "variant": "theirs"}, "other": {"file": "other.csv", "op": "step"}}
+    table = Table("small.csv, other.csv", columns, [("", picks)])
+    marker = MARKER.replace("small.csv", "small.csv, results/other.csv")
+    text = tables.rewrite(f"{marker}\n<!-- end -->\n", {"small": table}, root)
+    assert "| 10.0 | 7 | no card |\n" in text
+    with pytest.raises(TableError, match="none of that name from small.csv"):
+        tables.rewrite(f"{MARKER}\n<!-- end -->\n", {"small": table}, root)
 
 
 @pytest.mark.parametrize(
