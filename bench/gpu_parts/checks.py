@@ -91,7 +91,7 @@ def tests(run: Run) -> None:
     one for all.
     """
     shards = 1 if run.dry else max(1, min(14, (os.cpu_count() or 2) - 2))
-    mode = ["--collect-only", "python_tests/test_packed_ops.py"] if run.dry else ["python_tests"]
+    mode = ["--collect-only", "python_tests/ops/test_packed_ops.py"] if run.dry else ["python_tests"]
     # A package is imported only when its plugin is; what is installed here beside pytest is not
     # ours to load.
     path = os.pathsep.join(filter(None, [str(BENCH), os.environ.get("PYTHONPATH")]))

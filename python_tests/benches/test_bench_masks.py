@@ -1,0 +1,109 @@
+"""bench/bench_masks.py: its dry run, that wrong masks are refused, scikit-learn's way and how its
+absence is told.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lift_kernels import ops
+from lift_kernels.masks.principal import Mask
+
+
+@pytest.fixture
+def masks(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
+    names = ("bench_masks", "bench_util", "mask_ways")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import bench_masks
+
+    yield bench_masks
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def test_a_randomized_svd_of_full_width_gives_the_exact_mask(masks, monkeypatch):
+    def randomized_svd(a, rank, *, n_oversamples, n_iter, random_state):
+        assert (rank, n_oversamples, n_iter) == (16, 16, 2)
+        u, s, vh = np.linalg.svd(a, full_matrices=False)
+        return u[:, :rank], s[:rank], vh[:rank]
+
+    extmath = types.ModuleType("sklearn.utils.extmath")
+    extmath.randomized_svd = randomized_svd
+    monkeypatch.setitem(sys.modules, "sklearn", types.ModuleType("sklearn"))
+    monkeypatch.setitem(sys.modules, "sklearn.utils", types.ModuleType("sklearn.utils"))
+    monkeypatch.setitem(sys.modules, "sklearn.utils.extmath", extmath)
+    weight = torch.randn(80, 48, generator=torch.Generator().manual_seed(0))
+    truth = masks.Truth.of(weight, 16)
+    of_more = masks.Truth.of(weight, 16, masks.exact_factors([weight], 32)[0])
+    assert torch.equal(of_more.indices, truth.indices) and of_more.best == pytest.approx(truth.best)
+    overlap, captured = truth.judge(masks.sklearn_svd(weight, 16).indices)
+    assert overlap >= 0.99 and captured == pytest.approx(1.0, abs=1e-4)
+    assert masks.sklearn_problem() == ""
+
+
+def test_its_absence_is_told(masks, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.delitem(sys.modules, "sklearn.utils", raising=False)
+    monkeypatch.delitem(sys.modules, "sklearn.utils.extmath", raising=False)
+    assert masks.sklearn_problem().endswith("pip install scikit-learn")
+
+
+def dry_run(masks, folder) -> tuple[int, dict[tuple[str, str], dict[str, str]]]:
+    """Exit status, and rows by set and variant."""
+    status = masks.main(["--dry-run", "--no-svd", "--out", str(folder)])
+    with (folder / "masks.csv").open(newline="") as file:
+        return status, {(row["set"], row["variant"]): row for row in csv.DictReader(file)}
+
+
+@pytest.mark.native
+def test_dry_run(masks, tmp_path, monkeypatch):
+    monkeypatch.setattr(masks, "sklearn_problem", lambda: "not installed")
+    status, rows = dry_run(masks, tmp_path)
+    assert status == 0 and (tmp_path / "masks.png").stat().st_size > 0
+    assert rows.pop(("96x128", masks.SKLEARN))["status"] == "not installed"
+    assert len(rows) == 11 and all(row["status"] == "ok" and float(row["seconds"]) > 0 for row in rows.values())
+    exact = rows["96x128", "Gram + eigh + topk"]
+    assert float(exact["overlap_mean"]) == float(exact["captured_mean"]) == 1.0
+    assert 0.9 < float(rows["96x128", "chebyshev, cold"]["overlap_mean"]) <= 1.0
+    assert float(rows["96x128", "svd_lowrank(2r, 2) (published)"]["overlap_mean"]) < 0.9
+
+
+@pytest.mark.native
+def test_wrong_masks_and_a_wrong_selection_are_refused(masks, tmp_path, monkeypatch):
+    right = ops.lowrank_topk
+
+    def wrong(left, right_, k, **options):
+        indices, threshold = right(left, right_, k, **options)
+        return torch.arange(k, dtype=torch.int32).expand_as(indices), threshold
+
+    monkeypatch.setattr(masks, "sklearn_problem", lambda: "not installed")
+    monkeypatch.setattr(ops, "lowrank_topk", wrong)
+    status, rows = dry_run(masks, tmp_path)
+    assert status == 1
+    ours = [("96x128", "default, cold"), ("96x128", "chebyshev, cold"), ("96x128, changed by 3 %", "warm")]
+    for key in ours:
+        assert (
+            rows[key]["status"].startswith("refused, it is wrong: a mean overlap of 0.") and rows[key]["seconds"] == ""
+        )
+    for label in ("lowrank_topk, cold", "lowrank_topk, warm bracket"):
+        row = rows["96x128", label]
+        assert row["status"].startswith("refused, it is wrong: it shares only 0.") and row["seconds"] == ""
+    others = [row for (_, label), row in rows.items() if "topk of" in label or "published" in label or "Gram" in label]
+    assert len(others) == 3 and all(row["status"] == "ok" and float(row["seconds"]) > 0 for row in others)
+
+
+@pytest.mark.parametrize("spoil", [lambda i: i[:-1], lambda i: i.flip(0), lambda i: torch.cat([i[:1], i[:-1]])])
+def test_a_list_that_is_no_mask_is_refused(masks, spoil):
+    weight = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    way = {"another way": lambda weights, rank: [Mask(spoil(masks.ours(weights, rank, "gram")[0].indices))]}
+    row = masks.compare("it", 4, [weight], way, masks.Machine(1e9, 1e9), 1, masks.exact_factors([weight], 4))[0]
+    assert row["status"].startswith("refused, it is wrong: ") and "seconds" not in row

@@ -1,0 +1,235 @@
+"""The branches of the GPU suite that a card takes, run on the CPU: torch.cuda's clock, memory and
+properties are stood in for.
+
+Nothing can be said about a card's results here; but a name that does not exist, a wrong argument or
+a forgotten column is found.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+import types
+
+import pytest
+import torch
+from helpers.restricted_imports import BENCH
+
+
+class Event:
+    """A CUDA event on the host's clock."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, other) -> float:
+        return 1e3 * (other.at - self.at)
+
+
+@pytest.fixture
+def card(monkeypatch, tmp_path):
+    """Makes a `Run` that takes the branches of a card, on CPU tensors of the tiny shapes."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    before = set(sys.modules)
+    from gpu_parts.report import Run
+
+    class OnCard(Run):
+        dry = False
+
+        def found(self) -> list[dict]:
+            return [json.loads(line) for line in self.rows.read_text().splitlines()]
+
+    asleep: list[int] = []
+    stand_ins = {
+        "Event": Event,
+        "_sleep": asleep.append,
+        "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 1000,
+        "max_memory_allocated": lambda: 2_001_000,
+        "mem_get_info": lambda: (2 * 2**30, 80 * 2**30),
+        "get_device_properties": lambda device: types.SimpleNamespace(L2_cache_size=2**20),
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    (tmp_path / "rows").touch()
+    run = OnCard("it", "cpu", tmp_path / "rows", time.monotonic() + 1e6, 4, {"copy": 1e9, "bf16": 1e9, "tf32": 1e9})
+    run.asleep = asleep
+    yield run
+    for name in set(sys.modules) - before:
+        if str(BENCH) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def statuses(run) -> dict[str, int]:
+    words = [row["status"].partition(":")[0] for row in run.found()]
+    return {word: words.count(word) for word in words}
+
+
+def test_calls_take_turns_behind_a_waiting_kernel(card):
+    called = []
+    card.time("three", [lambda i=i: called.append(i) for i in range(3)], repeats=5)
+    assert called == [0, 1, 2] + [0, 1, 2, 0, 1]  # each once to warm up
+    assert len(card.asleep) == 5
+    card.time("waits", lambda: called.append(9), waits=True, repeats=2)
+    assert len(card.asleep) == 5 and called[8:] == [9] * 4
+    made = []
+    card.time("ready", ready=lambda: made.append(1) or (lambda: None), repeats=3)
+    assert len(made) == 5 and [row["repeats"] for row in card.found()] == [5, 2, 3]
+
+
+def test_tensors_beyond_three_times_the_l2_take_turns(card):
+    assert (card.sets(2**20), card.sets(2**19), card.sets(2**30), card.sets(10)) == (3, 6, 1, 64)
+
+
+def test_a_call_that_raises_is_a_row(card):
+    def broken():
+        raise RuntimeError("out of memory")
+
+    assert card.time("broken", broken, problem="") is None
+    assert card.found()[0]["status"] == "failed: RuntimeError: out of memory"
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("step.llama2", {"ok": 10}),
+        ("packed.work", {"not usable": 2, "ok": 9}),  # Triton and native CUDA
+        ("grads.work", {"ok": 12, "refused, it is wrong": 3}),  # the fused product is a Triton kernel
+        ("masks.selection", {"ok": 8}),
+        ("masks.refresh", {"ok": 4}),
+    ],
+)
+def test_the_branches_of_a_card(card, target, expected):
+    module, function = target.split(".")
+    getattr(importlib.import_module(f"gpu_parts.{module}"), function)(card)
+    assert statuses(card) == expected
+    rows = [row for row in card.found() if "median_ms" in row]
+    assert all(row["host_ms"] > 0 for row in rows)
+    for row in rows:
+        if row["op"] == "backward":
+            assert row["peak_mb"] == 2.0 and "kept_mb" in row
+        if row["op"] == "principal_masks":
+            assert 0 < row["eigh_share"] < 1
+
+
+@pytest.mark.native
+def test_training_reports_memory(card, monkeypatch):
+    from gpu_parts import train
+
+    monkeypatch.setattr(train, "SIZE", train.TINY)
+    train.work(card)
+    rows = card.found()
+    assert statuses(card) == {"ok": 3}
+    assert all(row["peak_gb"] == 0.002 and row["tokens_per_s"] > 0 for row in rows)
+
+
+def test_eigenproblems_and_rates(card, monkeypatch):
+    from gpu_parts import factors, report
+
+    small = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda gram: small(gram[:, :8, :8]))
+    factors.eigenproblems(card)
+    assert [row["shape"] for row in card.found()] == [
+        "1 of 4096 x 4096",
+        "1 of 256 x 256",
+        "32 of 256 x 256",
+        "32 of 128 x 128",
+    ]
+    assert all(row["eigh_cost"] > 0 for row in card.found())
+    assert report.Run.dry.fget(card) and not card.dry
+
+
+def test_fp32_takes_the_layers_that_fit(card, monkeypatch):
+    from gpu_parts.models import LLAMA_2_7B, LLAMA_3_8B
+    from gpu_parts.step import BYTES_FP32, fitting_layers
+
+    free = 78 * 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, free))
+    for model in (LLAMA_2_7B, LLAMA_3_8B):
+        layers = fitting_layers(card, model)
+        assert 15 <= layers < 32 and layers * model.layer_entries * BYTES_FP32 <= 0.9 * free
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2 * free, 2 * free))
+    assert fitting_layers(card, LLAMA_2_7B) == 32
+
+
+SANITIZER = """#!/bin/sh
+case "$*" in *racecheck*) echo "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"; exit 9;; esac
+for op in a b c d e f g h i j; do echo "$op: right"; done | head -n "$OPS"
+echo "========= ERROR SUMMARY: 0 errors"
+"""
+
+
+def test_sanitizer_found_and_read(card, monkeypatch, tmp_path):
+    from gpu_parts import checks
+
+    home = tmp_path / "cuda"
+    (home / "bin").mkdir(parents=True)
+    tool = home / "bin" / "compute-sanitizer"
+    tool.write_text(SANITIZER)
+    tool.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    monkeypatch.setenv("OPS", str(checks.cases()))
+    assert checks.sanitizer_path() == str(tool)
+    checks.sanitizer(card)
+    memory, race = card.found()
+    assert memory["status"] == "ok" and memory["shape"].endswith(
+        f"of {checks.cases()} ops right; ERROR SUMMARY: 0 errors"
+    )
+    assert (
+        race["status"] == "failed: RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"
+        and race["correct"] == "no"
+    )
+
+
+def test_a_missing_sanitizer_is_named(card, monkeypatch):
+    from gpu_parts import checks
+
+    monkeypatch.setattr(checks.shutil, "which", lambda name: None)
+    checks.sanitizer(card)
+    assert card.found()[0]["status"].startswith("missing: neither in CUDA_HOME/bin nor on PATH")
+
+
+def test_the_build_names_what_is_missing(card, monkeypatch):
+    from gpu_parts import checks
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    given = {}
+
+    def child(arguments, **environment):
+        given.update(environment, arguments=arguments[1:])
+        return real([sys.executable, "-c", "print('built')"])
+
+    real = checks.child
+    monkeypatch.setattr(checks, "child", child)
+    monkeypatch.setattr(checks.shutil, "which", lambda name: None)
+    checks.build(card)
+    assert given == {
+        "LIFT_CUDA_ARCHS": "90",
+        "LIFT_REQUIRE_NATIVE": "1",
+        "arguments": ["setup.py", "build_ext", "--inplace"],
+    }
+    rows = {row["variant"]: row["status"] for row in card.found() if "variant" in row}
+    assert rows["backend native-cuda"].startswith("not usable: ") and rows["backend reference"] == "ok"
+
+
+def test_shards_are_disjoint_and_complete(card, monkeypatch):
+    from gpu_parts import shard
+
+    found = []
+    for i in range(3):
+        monkeypatch.setenv("LIFT_SHARD", f"{i}/3")
+        items = list("abcdefgh")
+        shard.pytest_collection_modifyitems(items)
+        found.append("".join(items))
+    assert found == ["adg", "beh", "cf"]

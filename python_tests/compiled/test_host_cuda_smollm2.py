@@ -1,0 +1,80 @@
+"""The CUDA helpers on real matrices: masks as through their twins, blocks as orthonormal as from
+Householder QR.
+
+`compare` takes any matrices; the tests take one layer of SmolLM2-135M. csrc/README.md tells what
+all 210 gave.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.host_cuda import disorder
+
+from lift_kernels import ops
+from lift_kernels.finetune import model_io
+from lift_kernels.masks.lowrank import low_rank_factors
+from lift_kernels.masks.selection import largest_indices
+
+pytestmark = pytest.mark.slow
+RANK, DENSITY = 64, 0.05
+
+
+@pytest.fixture(scope="module")
+def layer():
+    """The seven matrices of the layer in the middle."""
+    model, _ = model_io.load_model(model_io.find_model(None), torch.float32)
+    return {
+        name: module.weight.detach()
+        for name, module in model.model.layers[15].named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+
+
+def compare(weight: torch.Tensor, monkeypatch) -> dict[str, float]:
+    """Overlap of the masks through helpers and twins; worst |Q^T Q - I| of two rounds and of
+    Householder QR over the blocks met.
+    """
+    k = round(DENSITY * weight.numel())
+
+    def mask():
+        factors = low_rank_factors(weight, RANK, method="chebyshev")
+        return largest_indices((factors.left @ factors.right.T).abs(), k), factors.passes
+
+    met = []
+    step = ops.chebyshev_step_
+
+    def kept(product, block, previous, edge):
+        raised = 2 / edge[:, None, None] * product - block
+        met.append(raised if previous is None else 2 * raised - previous)
+        return step(product, block, previous, edge)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "chebyshev_step_", kept)
+        found, passes = mask()
+    blocks = [met[0], met[-1]]  # the worst conditioned one, and one near the end
+    householder = max(disorder(torch.linalg.qr(block).Q) for block in blocks)
+    for block in blocks:
+        assert ops.cholesky_qr_(block, rounds=2).tolist() == [0]
+    with monkeypatch.context() as patch:
+        for name in ("gaussian_sketch", "cholesky_qr_", "chebyshev_step_"):
+            patch.setattr(ops, name, _twin(getattr(ops, name)))
+        expected, twin_passes = mask()
+    return {
+        "overlap": float(torch.isin(found, expected).double().mean()),
+        "passes": passes,
+        "twin passes": twin_passes,
+        "disorder": max(map(disorder, blocks)),
+        "householder": householder,
+    }
+
+
+def _twin(op):
+    return lambda *arguments, **options: op(*arguments, **options, backend="reference")
+
+
+@pytest.mark.parametrize("name", ["self_attn.k_proj", "mlp.gate_proj"])
+def test_mask_kernels_on_a_real_matrix(layer, on_host, monkeypatch, name):  # noqa: F811
+    found = compare(layer[name], monkeypatch)
+    assert found["overlap"] >= 0.998 and found["passes"] == found["twin passes"]
+    assert found["disorder"] <= 2 * found["householder"]

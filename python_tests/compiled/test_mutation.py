@@ -1,0 +1,321 @@
+"""Tests of the tests: a copy of the project with one bit of logic broken on purpose must fail the
+tests of the ops.
+
+Each mutant is a textual change that matches exactly once, so that a change of the code it breaks is
+noticed here. It runs a core of the suite in a forked process, and so does an intact copy for every
+backend, which must pass.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).parents[2]
+CORE = (
+    "sparse_adamw_several_blocks or sparse_adamw_first_step or sparse_adamw_scaled_gradients or "
+    "found_inf_changes_nothing or noise_is_the_specified_one or decay_touches or packed_migrate or "
+    "packed_l2_norm or one_matrix_at_a_time or weight_grad_by_hand or weight_grad_in_several_panels or "
+    "lowrank_topk_of_whole or lowrank_topk_with_any or lowrank_topk_where_all or bitmap_to_indices"
+)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """``old`` becomes ``new`` in ``file``; the tests of ``backend`` must notice. Without a file:
+    the intact copy.
+    """
+
+    name: str
+    backend: str
+    file: str = ""
+    old: str = ""
+    new: str = ""
+
+
+REFERENCE, SCALARS = "lift_kernels/ops/reference.py", "lift_kernels/ops/bias_correction.py"
+TRITON, TABLES = "lift_kernels/ops/triton/sparse_adamw.py", "lift_kernels/ops/triton/launch_tables.py"
+TRITON_PACKED = "lift_kernels/ops/triton/packed_ops.py"
+NATIVE, NATIVE_BLOCKS, NATIVE_PACKED = (
+    "csrc/cpu/sparse_adamw.cpp",
+    "csrc/cpu/guided_schedule.h",
+    "csrc/cpu/packed_ops.cpp",
+)
+NATIVE_SELECT, TRITON_SELECT = "csrc/cpu/lowrank_topk.cpp", "lift_kernels/ops/triton/lowrank_topk.py"
+TRITON_BITMAP = "lift_kernels/ops/triton/bitmap_to_indices.py"
+NATIVE_GRAD, TRITON_GRAD = "csrc/cpu/packed_weight_grad.cpp", "lift_kernels/ops/triton/packed_weight_grad.py"
+
+MUTANTS = [
+    Mutant("intact", "reference"),
+    Mutant("intact", "native-cpu"),
+    Mutant("intact", "triton"),
+    Mutant("no bias correction", "reference", REFERENCE, "v.sqrt() / (1 - beta2**step) ** 0.5", "v.sqrt()"),
+    Mutant(
+        "index shifted",
+        "reference",
+        REFERENCE,
+        "index = indices[segment].long()",
+        "index = (indices[segment].long() + 1) % weight.numel()",
+    ),
+    Mutant(
+        "last entry skipped",
+        "reference",
+        REFERENCE,
+        "segment = slice(offsets[i], offsets[i] + counts[i])",
+        "segment = slice(offsets[i], offsets[i] + max(counts[i] - 1, 0)); grad = grad.reshape(-1)[:counts[i] - 1] "
+        "if packed_grads else grad",
+    ),
+    Mutant(
+        "decay on unselected entries",
+        "reference",
+        REFERENCE,
+        "        w.mul_(1 - lr * weight_decay)\n",
+        "        w.mul_(1 - lr * weight_decay); weight.mul_(1 - lr * weight_decay)\n",
+    ),
+    Mutant("gradient scale ignored", "reference", REFERENCE, "g = g * inv_scale.to(compute)", "pass"),
+    Mutant("no first bias correction", "native-cpu", NATIVE, "a.lr / (1 - std::pow(a.beta1, double(step)))", "a.lr"),
+    Mutant("ages off by one", "native-cpu", SCALARS, "age = torch.arange(", "age = 1 + torch.arange("),
+    Mutant(
+        "scalars of the first matrix for all",
+        "native-cpu",
+        NATIVE,
+        "scalars.emplace_back(adamw, segments[i].step)",
+        "scalars.emplace_back(adamw, segments[0].step)",
+    ),
+    Mutant("no bias correction", "native-cpu", NATIVE, "* s.inv_sqrt_bc2 + s.eps", "+ s.eps"),
+    Mutant("no decay", "native-cpu", NATIVE, "w[j] * s.decay - s.step_size * now.m", "w[j] - s.step_size * now.m"),
+    Mutant("index shifted", "native-cpu", NATIVE, "weight[index[j]] = rounded[j]", "weight[index[j] + 1] = rounded[j]"),
+    Mutant(
+        "last block skipped",
+        "native-cpu",
+        NATIVE_BLOCKS,
+        "left = blocks_ - at_;",
+        "left = std::max<int64_t>(blocks_ - at_ - 1, 0);",
+    ),
+    Mutant(
+        "last block of a run done twice",
+        "native-cpu",
+        NATIVE_BLOCKS,
+        "compare_exchange_weak(at_, end_,",
+        "compare_exchange_weak(at_, end_ < blocks_ ? end_ - 1 : end_,",
+    ),
+    Mutant(
+        "noise of the segment", "native-cpu", NATIVE, "uint32_t(arena), scalars.key", "uint32_t(block.at), scalars.key"
+    ),
+    Mutant(
+        "merge advances once",
+        "native-cpu",
+        NATIVE_PACKED,
+        "while (at < last && *at < new_indices[j]) ++at;",
+        "if (at < last && *at < new_indices[j]) ++at;",
+    ),
+    Mutant("no first bias correction", "triton", SCALARS, "lr if per_entry else lr / (1 - beta1**step)", "lr"),
+    Mutant(
+        "scalars of the first matrix for all",
+        "triton",
+        SCALARS,
+        "step, lr = steps.double()",
+        "step, lr = steps.double()[:1].expand(len(steps))",
+    ),
+    Mutant("no bias correction", "triton", TRITON, "tl.sqrt_rn(v) * correction + eps", "tl.sqrt_rn(v) + eps"),
+    Mutant("no decay", "triton", TRITON, "w = w * decay - ", "w = w - "),
+    Mutant(
+        "padding overwritten",
+        "triton",
+        TRITON,
+        "tl.where(real, narrow(m, m_stored.dtype), m_stored)",
+        "narrow(m, m_stored.dtype)",
+    ),
+    Mutant(
+        "last block skipped",
+        "triton",
+        TABLES,
+        "programs = (count + block - 1) // block",
+        "programs = torch.where(count > block, count // block, (count + block - 1) // block)",
+    ),
+    Mutant(
+        "index shifted",
+        "triton",
+        TRITON,
+        "tl.pointer_type(WEIGHT), bitcast=True) + index",
+        "tl.pointer_type(WEIGHT), bitcast=True) + index + 1",
+    ),
+    Mutant("found_inf ignored", "triton", TRITON, "tl.load(found_inf) != 0.0", "tl.load(found_inf) > 1.0"),
+    Mutant("sides exchanged", "reference", REFERENCE, "grad_output.t() @ input", "input.t() @ grad_output"),
+    Mutant(
+        "first entry of a panel lost",
+        "native-cpu",
+        NATIVE_GRAD,
+        "indices + k, row * n, below",
+        "indices + k, row * n + 1, below",
+    ),
+    Mutant("ties to the higher position", "native-cpu", NATIVE_SELECT, "index < other.index", "index > other.index"),
+    Mutant(
+        "candidates in no order",
+        "native-cpu",
+        NATIVE_SELECT,
+        "std::nth_element(candidates.begin(), candidates.begin() + (missing - 1), candidates.end());",
+        "",
+    ),
+    Mutant(
+        "ties by the last bit",
+        "native-cpu",
+        NATIVE_SELECT,
+        "bitmap_[at] |= rest & -rest",
+        "bitmap_[at] |= uint64_t{1} << (63 - std::countl_zero(rest))",
+    ),
+    Mutant(
+        "threshold left out", "triton", TRITON_SELECT, "(keys >= low) & (keys <= high)", "(keys >= low) & (keys < high)"
+    ),
+    Mutant(
+        "bitmap: pivot left out", "triton", TRITON_BITMAP, "chosen = candidate >= pivot", "chosen = candidate > pivot"
+    ),
+    Mutant(
+        "bitmap: the lower of two digits",
+        "triton",
+        TRITON_BITMAP,
+        "(above + histogram >= rank)",
+        "(above + histogram > rank)",
+    ),
+    Mutant(
+        "bitmap: bits behind the last column", "triton", TRITON_BITMAP, "tl.where(last, words & real, words)", "words"
+    ),
+    Mutant("bitmap: spare candidates read", "reference", REFERENCE, "candidates[i, :near].sort", "candidates[i].sort"),
+    Mutant("bitmap: too few bits accepted", "reference", REFERENCE, "len(positions) == k", "len(positions) <= k"),
+    Mutant(
+        "bound included", "triton", TRITON_GRAD, "other=0).to(tl.int64) < bound)", "other=0).to(tl.int64) <= bound)"
+    ),
+    Mutant("any old entry is found", "triton", TRITON_PACKED, "== entry)\n", "!= -1)\n"),
+]
+
+
+def compile_native(source: Path, build: Path, *names: str) -> None:
+    """Objects of the named C++ files: quick to compile, one instruction set; the results do not
+    depend on either.
+    """
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-fPIC",
+        "-DLIFT_NO_CLONES",
+        "-ffp-contract=off",
+        "-DTORCH_TARGET_VERSION=0x020B000000000000",
+    ]
+    includes = [f"-I{path}" for path in cpp_extension.include_paths()]
+    for name in names:
+        target = build / (Path(name).stem + ".o")
+        subprocess.run([os.environ.get("CXX", "g++"), *flags, *includes, "-c", source / name, "-o", target], check=True)
+
+
+@pytest.fixture(scope="module")
+def intact_objects(tmp_path_factory) -> Path:
+    """A folder with every object file of the native CPU ops."""
+    build = tmp_path_factory.mktemp("objects")
+    compile_native(
+        ROOT, build, "csrc/bindings.cpp", *(f"csrc/cpu/{path.name}" for path in (ROOT / "csrc/cpu").glob("*.cpp"))
+    )
+    return build
+
+
+def build_copy(mutant: Mutant, objects: Path, copy: Path) -> None:
+    """The project in folder ``copy``, changed, with its native extension."""
+    for folder in ("lift_kernels", "csrc", "python_tests"):
+        shutil.copytree(
+            ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.safetensors")
+        )
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    build = copy / "objects"
+    shutil.copytree(objects, build)
+    if mutant.file:
+        text = (copy / mutant.file).read_text()
+        assert text.count(mutant.old) == 1, (
+            f"{mutant.file}: {mutant.old!r} is there {text.count(mutant.old)} times; renew the mutant"
+        )
+        (copy / mutant.file).write_text(text.replace(mutant.old, mutant.new))
+        if mutant.file.startswith("csrc"):
+            compile_native(copy, build, NATIVE if mutant.file == NATIVE_BLOCKS else mutant.file)
+    libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
+    target = ["-o", copy / "lift_kernels" / "_C.abi3.so"]
+    subprocess.run([os.environ.get("CXX", "g++"), "-shared", *build.glob("*.o"), *libraries, *target], check=True)
+
+
+# A warm process that forks for each copy: importing torch and what it loads late takes longer than
+# most runs.
+RUNNER = """
+import os, sys
+import pytest, torch
+torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).step()
+for copy, selection, *files in map(str.split, sys.argv[1].splitlines()):
+    if os.fork() == 0:
+        os.chdir(copy)
+        sys.path.insert(0, copy)
+        os.dup2(os.open("output", os.O_CREAT | os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        arguments = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-k", selection.replace("+", " "), *files]
+        code = pytest.main(arguments)
+        sys.stdout.flush()
+        os._exit(code)
+    os.wait()
+"""
+
+
+def run_core(copies: dict[Mutant, Path], interpret: str) -> None:
+    """The core tests of each mutant's backend, up to the first failure; what they print goes to
+    ``copy/output``.
+    """
+    lines = []
+    for mutant, copy in copies.items():
+        files = [
+            "python_tests/ops/test_sparse_adamw.py",
+            "python_tests/ops/test_packed_ops.py",
+            "python_tests/ops/test_packed_weight_grad.py",
+        ]
+        if not mutant.file:
+            files += ["python_tests/ops/test_lowrank_topk.py", "python_tests/ops/test_bitmap_to_indices.py"]
+        if mutant.name.startswith("bitmap"):
+            files = ["python_tests/ops/test_bitmap_to_indices.py"]
+        elif mutant.file in (NATIVE_SELECT, TRITON_SELECT):
+            files = ["python_tests/ops/test_lowrank_topk.py"]
+        elif mutant.file in (NATIVE_GRAD, TRITON_GRAD) or mutant.name == "sides exchanged":
+            files = files[2:]
+        elif mutant.file:
+            files = files[1:2] if "packed" in mutant.file else files[:1]
+        lines.append(" ".join([str(copy), f"{mutant.backend} and ({CORE})".replace(" ", "+"), *files]))
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": "", "TRITON_INTERPRET": interpret}
+    subprocess.run([sys.executable, "-c", RUNNER, "\n".join(lines)], env=os.environ | settings, cwd="/", check=True)
+
+
+@pytest.fixture(scope="module")
+def outputs(request, intact_objects, tmp_path_factory) -> dict[Mutant, str]:
+    """What pytest said about each selected mutant. Two processes run them, one with Triton's
+    interpreter.
+    """
+    items = [item for item in request.session.items if item.path == request.path]
+    selected = [item.callspec.params["mutant"] for item in items]
+    copies = {mutant: tmp_path_factory.mktemp("copy") for mutant in selected}
+    interpreted = {mutant: copy for mutant, copy in copies.items() if mutant.backend == "triton"}
+    compiled = {mutant: copy for mutant, copy in copies.items() if mutant.backend != "triton"}
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda mutant: build_copy(mutant, intact_objects, copies[mutant]), selected))
+        list(pool.map(run_core, (interpreted, compiled), ("1", "0")))
+    return {mutant: (copy / "output").read_text() for mutant, copy in copies.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.backend}: {mutant.name}")
+def test_mutation(outputs, mutant):
+    output = outputs[mutant]
+    verdict = output.strip().splitlines()[-1]
+    if mutant.file:
+        assert re.match(r"1 failed.* in ", verdict), f"the mutant survived, or failed for another reason:\n{output}"
+    else:
+        assert re.match(r"\d\d+ passed.* in ", verdict), f"the intact copy failed:\n{output}"

@@ -1,0 +1,230 @@
+"""An interrupted main job goes on to the same bits, wherever it was interrupted; damaged leftovers
+are refused.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.finetune_runs import assert_same_end, make_runs_cheap, make_settings
+from helpers.step_problems import HANG_S
+from helpers.tiny_llama import save_tiny
+from safetensors.torch import load_file, save_file
+
+from lift_kernels.checkpoint import load_checkpoint
+from lift_kernels.cli import main
+from lift_kernels.errors import UserError
+from lift_kernels.finetune import run_dir, trainer, word_problems
+from lift_kernels.finetune.config import Settings
+from lift_kernels.finetune.run import run
+from lift_kernels.finetune.run_dir import settings_of
+from lift_kernels.finetune.trainer import AnswerTrainer
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny"), num_hidden_layers=1)
+
+
+@pytest.fixture(autouse=True)
+def cheap_runs(monkeypatch):
+    make_runs_cheap(monkeypatch.setattr)
+
+
+def interrupted(monkeypatch, settings: Settings, after: int) -> None:
+    """Run and stop in the forward pass that follows step ``after``."""
+    original = AnswerTrainer.compute_loss
+
+    def compute_loss(self, *args, **kwargs):
+        if len(self.losses) == after:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerTrainer, "compute_loss", compute_loss)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings)
+
+
+FORMS = {
+    "lift": {},
+    "bf16": {"dtype": "bfloat16"},
+    "random": {"method": "random"},
+    "lora": {"method": "lora"},
+    "full": {"method": "full", "lr": 1e-3},
+}
+
+
+CASES = [("lift", 0), ("lift", 2), ("lift", 3), ("lift", 4), ("bf16", 3), ("random", 2), ("lora", 3), ("full", 5)]
+
+
+@pytest.mark.parametrize(("form", "at"), CASES)
+def test_resuming_changes_no_bit(tiny, tmp_path, monkeypatch, undisturbed, form, at):
+    """Before the first step, just before, at and after a refresh, and with every method."""
+    settings = make_settings(tiny, tmp_path, **FORMS[form])
+    interrupted(monkeypatch, settings, at)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        *["before.json"] * (at >= 0),
+        *["checkpoint.safetensors"] * (at > 0),
+        "settings.json",
+    ]
+    assert main(["finetune", "--resume", str(tmp_path / "run")]) == 0
+    assert_same_end(tmp_path / "run", undisturbed(form))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny, tmp_path_factory):
+    """Directories of runs that nothing disturbed, by form."""
+    folders: dict[str, Path] = {}
+
+    def make(form: str, **changes) -> Path:
+        if form not in folders:
+            output = tmp_path_factory.mktemp(form)
+            run(make_settings(tiny, output, **(FORMS.get(form, {}) | changes)))
+            folders[form] = output / "run"
+        return folders[form]
+
+    return make
+
+
+def test_resuming_in_a_later_epoch(tiny, tmp_path, monkeypatch, undisturbed):
+    """The order of each epoch is drawn from the global random numbers; a checkpoint holds those its
+    epoch began with.
+    """
+    data = tmp_path / "data.jsonl"
+    problems = word_problems.generate(14, "train")
+    data.write_text("".join(json.dumps({"question": p.question, "answer": p.answer}) + "\n" for p in problems))
+    expected = undisturbed("epochs", data=str(data))  # four steps an epoch
+    interrupted(monkeypatch, make_settings(tiny, tmp_path, data=str(data)), 6)
+    run(settings_of(tmp_path / "run"), resumed=True)
+    assert_same_end(tmp_path / "run", expected)
+    data.write_text(data.read_text().replace("How", "Now"))
+    (tmp_path / "run" / "report.json").unlink()
+    with pytest.raises(UserError, match="training data are not those"):
+        run(settings_of(tmp_path / "run"), resumed=True)
+
+
+@pytest.mark.slow
+def test_sigkill_at_ten_random_points_changes_no_bit(tiny, tmp_path):
+    command = [sys.executable, "-m", "helpers.killed_runs", str(tiny), str(tmp_path), "0"]
+    path = os.pathsep.join(filter(None, sys.path))  # of the helpers too
+    # One thread: on a busy machine two of them wait for each other at every one of the tiny
+    # operations.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "10 kills, 5 runs ended with the bits of the undisturbed one" in result.stdout
+
+
+def test_a_run_leaves_no_checkpoint_when_it_is_finished(tiny, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    run(make_settings(tiny, tmp_path, steps=2))
+    names = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert names == ["answers.jsonl", "loss.png", "model", "report.json", "settings.json"]
+
+
+def test_no_checkpoints_when_none_are_wanted(tiny, tmp_path, monkeypatch):
+    interrupted(monkeypatch, make_settings(tiny, tmp_path, save_steps=0), 3)
+    assert not (tmp_path / "run" / run_dir.CHECKPOINT).exists()
+
+
+def refused(capsys, *arguments) -> str:
+    assert main(["finetune", *map(str, arguments)]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1
+    return error[0]
+
+
+def test_resume_refuses_in_one_line(tiny, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    interrupted(monkeypatch, make_settings(tiny, tmp_path), 2)
+    assert "leave out steps, lr" in refused(capsys, "--resume", folder, "--steps", 3, "--lr", 0.1)
+    assert "no run to resume" in refused(capsys, "--resume", tmp_path)
+    assert "no run to resume" in refused(capsys, "--resume", tmp_path / "none")
+    path = folder / run_dir.CHECKPOINT
+    whole = path.read_bytes()
+    for damaged, reason in (
+        (whole[:-9], "bytes and has"),
+        (whole[:-1] + b"x", "does not match its checksum"),
+        (b"PK" + whole, "claims a header of"),
+        (b"", "has 0 bytes"),
+    ):
+        path.write_bytes(damaged)
+        message = refused(capsys, "--resume", folder)
+        assert str(path) in message and reason in message and "remove the file" in message
+    path.write_bytes(whole)
+    (folder / run_dir.SETTINGS).write_text('{"model": null}')
+    assert "another version" in refused(capsys, "--resume", folder)
+    (folder / run_dir.SETTINGS).write_text("{")
+    assert "no run to resume" in refused(capsys, "--resume", folder)
+
+
+def test_resume_refuses_another_base_and_a_finished_run(tiny, tmp_path, monkeypatch, capsys):
+    model = save_tiny(tmp_path / "model", num_hidden_layers=1)
+    interrupted(monkeypatch, make_settings(model, tmp_path), 2)
+    weights = load_file(model / "model.safetensors")
+    weights["model.embed_tokens.weight"][0, 0] += 1
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    assert "the frozen weights are not those of the interrupted run" in refused(capsys, "--resume", tmp_path / "run")
+    weights["model.embed_tokens.weight"][0, 0] -= 1
+    save_tiny(model, num_hidden_layers=1)
+    assert main(["finetune", "--resume", str(tmp_path / "run")]) == 0
+    assert "is finished" in refused(capsys, "--resume", tmp_path / "run")
+
+
+@contextlib.contextmanager
+def files_up_to(size: int):
+    """The kernel refuses to let any file grow beyond this size, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_while_the_model_is_saved(tiny, tmp_path, capsys, monkeypatch, undisturbed):
+    """No model appears, the last checkpoint stays, and the run ends once there is room."""
+    settings = make_settings(tiny, tmp_path)
+    original = run_dir.save_model
+
+    def full(*arguments):
+        with files_up_to(10000):
+            original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_dir, "save_model", full)
+        with pytest.raises(UserError, match="cannot write .*model: .* free some space, then --resume"):
+            run(settings)
+    names = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert names == ["before.json", "checkpoint.safetensors", "settings.json"]
+    assert main(["finetune", "--resume", str(tmp_path / "run")]) == 0
+    assert_same_end(tmp_path / "run", undisturbed("lift"))
+
+
+def test_a_full_disk_while_saving_is_one_line_and_the_run_can_go_on(tiny, tmp_path, capsys, undisturbed):
+    """The third checkpoint finds no room; the second stays, and with room again the run ends as if
+    nothing had been.
+    """
+    settings = make_settings(tiny, tmp_path)
+    original, calls = trainer.save_checkpoint, []
+
+    def full(path, state):
+        calls.append(path)
+        if len(calls) == 3:
+            with files_up_to(10000):
+                original(path, state)
+        original(path, state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "save_checkpoint", full)
+        with pytest.raises(UserError, match="cannot write .* a file that was there is unchanged"):
+            run(settings)
+    assert load_checkpoint(tmp_path / "run" / run_dir.CHECKPOINT)["step"] == 2
+    assert main(["finetune", "--resume", str(tmp_path / "run")]) == 0
+    assert_same_end(tmp_path / "run", undisturbed("lift"))

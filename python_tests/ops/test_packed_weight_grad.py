@@ -1,0 +1,199 @@
+"""packed_weight_grad on every backend: the dense weight gradient at the index list, value by
+value.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.step_problems import BF16, FP16, FP32, assert_near, bits, random_indices
+
+from lift_kernels import ops
+
+INPUTS = (FP32, BF16, FP16)
+IDS = ["fp32", "bf16", "fp16"]
+SHAPES = {  # tokens, m, n, k
+    "odd": (7, 13, 17, 40),
+    "all entries": (5, 9, 8, 72),
+    "one entry": (3, 6, 5, 1),
+    "no entry": (3, 6, 5, 0),
+    "no token": (0, 6, 5, 11),
+    "one by one": (4, 1, 1, 1),
+    "one row": (33, 1, 300, 60),
+    "one column": (33, 300, 1, 60),
+    "several tiles": (70, 260, 391, 5000),
+}
+
+
+def factors(where, tokens, m, n, dtype=FP32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(tokens, side, generator=generator).to(where.device, dtype) for side in (m, n)]
+
+
+def index_list(where, m, n, k, seed=1):
+    return random_indices(m * n, k, torch.Generator().manual_seed(seed)).to(where.device)
+
+
+def ways(where):
+    """The options that choose an implementation of this backend."""
+    return [{"fused": False}, {"fused": True}] if where.backend == "triton" else [{}]
+
+
+def summed_in_order(grad_output, input):
+    """The product as a plain loop over tokens forms it, in fp32 on the CPU."""
+    total = torch.zeros(grad_output.shape[1], input.shape[1])
+    for g, x in zip(grad_output.float().cpu(), input.float().cpu()):
+        total += torch.outer(g, x)
+    return total.to(input.device)
+
+
+def assert_entries(actual, grad_output, input, index, exact):
+    """As near to the fp64 product as torch's own product in this dtype; or to the bit what a gather
+    from that one gives.
+
+    Each BLAS library sums in an order of its own, and some are lucky: a plain loop's error is
+    admitted everywhere.
+    """
+    dense = (grad_output.t() @ input).reshape(-1)[index.long()].float()
+    assert actual.dtype == FP32 and actual.shape == index.shape
+    if exact:
+        assert torch.equal(bits(actual), bits(dense))
+    elif index.numel():
+        truth = (grad_output.double().t() @ input.double()).reshape(-1)[index.long()]
+        looped = summed_in_order(grad_output, input).reshape(-1)[index.long()]
+        yardstick = max((dense.double(), looped.double()), key=lambda product: float((product - truth).abs().max()))
+        assert_near(actual, truth, yardstick, "gradient")
+
+
+@pytest.mark.parametrize("dtype", INPUTS, ids=IDS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_packed_weight_grad(where, shape, dtype):
+    tokens, m, n, k = shape
+    grad_output, input = factors(where, tokens, m, n, dtype)
+    index = index_list(where, m, n, k)
+    for way in ways(where):
+        out = ops.packed_weight_grad(grad_output, input, index, backend=where.backend, **way)
+        exact = where.backend == "reference" or way == {"fused": False}
+        assert_entries(out, grad_output, input, index, exact)
+        again = ops.packed_weight_grad(grad_output, input, index, backend=where.backend, **way)
+        assert torch.equal(bits(out), bits(again)), "the same bits every time"
+
+
+def test_packed_weight_grad_by_hand(where):
+    """Two tokens, four entries: sums of products that are exact in every dtype."""
+    for dtype in INPUTS:
+        grad_output = torch.tensor([[1.0, 2.0], [4.0, 8.0]], device=where.device, dtype=dtype)
+        input = torch.tensor([[1.0, 0.0, 3.0], [0.5, 1.0, 0.0]], device=where.device, dtype=dtype)
+        index = torch.tensor([0, 2, 4, 5], dtype=torch.int32, device=where.device)
+        for way in ways(where):
+            out = ops.packed_weight_grad(grad_output, input, index, backend=where.backend, **way)
+            assert out.tolist() == [3.0, 3.0, 8.0, 6.0]
+            for wanted in INPUTS:
+                cast = ops.packed_weight_grad(grad_output, input, index, dtype=wanted, backend=where.backend, **way)
+                assert cast.dtype == wanted and cast.tolist() == [3.0, 3.0, 8.0, 6.0]
+
+
+@pytest.mark.parametrize("dtype", INPUTS, ids=IDS)
+def test_packed_weight_grad_of_any_layout(where, dtype):
+    """Transposed, expanded and sliced factors count as what they show."""
+    index = index_list(where, 12, 9, 30)
+    grad_output, input = factors(where, 6, 12, 9, dtype)
+    layouts = {
+        "transposed": (grad_output.t().contiguous().t(), input.t().contiguous().t()),
+        "expanded": (grad_output[:1].expand(6, 12), input),
+        "sliced": (torch.cat([grad_output] * 2, 1)[:, ::2], torch.cat([input] * 2)[::2]),
+    }
+    for name, (g, x) in layouts.items():
+        assert not g.is_contiguous(), name
+        for way in ways(where):
+            out = ops.packed_weight_grad(g, x, index, backend=where.backend, **way)
+            assert_entries(out, g, x, index, exact=False)
+
+
+def test_packed_weight_grad_in_several_panels(where):
+    """A weight of more than the scratch of the CPU: rows at the seams, and panels without any
+    entry.
+    """
+    m, n = (500, 4500) if where.backend != "triton" else (140, 300)  # the interpreter takes its time, and has no panels
+    grad_output, input = factors(where, 3, m, n)
+    everywhere = index_list(where, m, n, 3000)
+    height = min(4 * 2**20 // (4 * n), m // 2)
+    seams = torch.tensor([0, height * n - 1, height * n, 2 * height * n - 1, m * n - 1], dtype=torch.int32).unique()
+    last_row = (torch.arange(n) + (m - 1) * n).int()
+    for index in (everywhere, seams.to(where.device), last_row.to(where.device)):
+        for way in ways(where):
+            out = ops.packed_weight_grad(grad_output, input, index, backend=where.backend, **way)
+            assert_entries(out, grad_output, input, index, exact=False)
+
+
+def test_packed_weight_grad_passes_non_finite_values_on(where):
+    """As the dense product: NaN and infinity reach the entries of their row and column, and no
+    others.
+    """
+    grad_output, input = factors(where, 4, 5, 6)
+    grad_output[2, 1], input[1, 3] = float("nan"), float("inf")
+    index = torch.arange(30, dtype=torch.int32, device=where.device)
+    expected = grad_output.t() @ input
+    for way in ways(where):
+        out = ops.packed_weight_grad(grad_output, input, index, backend=where.backend, **way).view(5, 6)
+        assert torch.equal(out.isnan(), expected.isnan())
+        assert torch.equal(out.isinf(), expected.isinf())
+        assert out[1].isnan().all() and out[:, 3].isfinite().logical_not().all() and out[0, 0].isfinite()
+
+
+def test_packed_weight_grad_writes_nothing_else(where):
+    """The factors and the index list are only read; entries beyond the list's end stay."""
+    grad_output, input = factors(where, 4, 13, 17)
+    index = index_list(where, 13, 17, 50)
+    before = [t.clone() for t in (grad_output, input, index)]
+    for way in ways(where):
+        ops.packed_weight_grad(grad_output, input, index, backend=where.backend, **way)
+    assert all(torch.equal(t, b) for t, b in zip((grad_output, input, index), before))
+
+
+@pytest.mark.parametrize("switch", [torch.backends.cuda.matmul, torch.backends], ids=["matmul", "all backends"])
+def test_packed_weight_grad_after_the_newer_precision_switch(where, switch):
+    """torch.get_float32_matmul_precision raises once it was used. The numbers are small integers,
+    exact in TF32 too.
+    """
+    index = index_list(where, 13, 17, 50)
+    grad_output, input = (t.mul(4).round() for t in factors(where, 7, 13, 17))
+    expected = (grad_output.t() @ input).reshape(-1)[index.long()]
+    before, switch.fp32_precision = switch.fp32_precision, "tf32"
+    try:
+        for way in ways(where):
+            assert torch.equal(
+                ops.packed_weight_grad(grad_output, input, index, backend=where.backend, **way), expected
+            )
+    finally:
+        switch.fp32_precision = before
+
+
+def test_packed_weight_grad_needs_a_backend_for_fused(where):
+    if where.backend == "triton":
+        return
+    grad_output, input = factors(where, 4, 5, 6)
+    index = index_list(where, 5, 6, 3)
+    with pytest.raises(ValueError, match=f"fused=True is a Triton kernel, and the {where.backend} backend serves"):
+        ops.packed_weight_grad(grad_output, input, index, fused=True, backend=where.backend)
+
+
+def test_packed_weight_grad_float64_is_for_the_reference():
+    grad_output, input = torch.randn(4, 5).double(), torch.randn(4, 6).double()
+    index = torch.tensor([0, 7, 29], dtype=torch.int32)
+    out = ops.packed_weight_grad(grad_output, input, index, backend="reference")
+    assert out.dtype == torch.float64 and torch.equal(out, (grad_output.t() @ input).view(-1)[index.long()])
+    with pytest.raises(TypeError, match="grad_output must be one of .*float64"):
+        ops.packed_weight_grad(grad_output, input, index)
+
+
+def test_packed_weight_grad_scratch_is_shared_and_grows():
+    from lift_kernels.ops.triton import packed_weight_grad
+
+    cpu = torch.device("cpu")
+    first = packed_weight_grad.scratch(100, FP32, cpu)
+    assert packed_weight_grad.scratch(100, BF16, cpu).data_ptr() == first.data_ptr()
+    larger = packed_weight_grad.scratch(first.numel() * 100, FP32, cpu)
+    assert larger.numel() == first.numel() * 100
+    assert packed_weight_grad.scratch(7, FP32, cpu).data_ptr() == larger.data_ptr()
+    packed_weight_grad._scratch.clear()
