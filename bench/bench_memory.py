@@ -126,7 +126,7 @@ def measure(build: Callable[[nn.Module], torch.optim.Optimizer], model: nn.Modul
     optimizer.step()
     if isinstance(optimizer, LiftAdamW):
         for arena in optimizer._arenas.values():
-            for name, held in arena.arenas().items():
+            for name, held in arena.buffers().items():
                 found["moments" if name.startswith("exp_avg") else name] += state_bytes(held)
             found["moments"] += state_bytes(arena.steps)
         bases = sum(s[key].nbytes for s in optimizer.state.values() for key in ("basis", "threshold") if key in s)

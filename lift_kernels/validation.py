@@ -11,6 +11,11 @@ from torch import Tensor
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOMENT_DTYPES = (torch.float32, torch.bfloat16)
 MAX_ENTRIES = 2**31 - 1
+ALIGNMENT = 64
+"""Entries: a segment of an arena starts at a multiple of it and is padded to the next.
+
+That is a 128-byte boundary in every stored dtype, so wide loads are legal.
+"""
 
 
 def require(condition: bool, message: str, error: type[Exception] = ValueError) -> None:

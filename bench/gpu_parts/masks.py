@@ -183,7 +183,7 @@ def refresh_rows(run: Run, model: Model, weights: list[Tensor], exact: Tensor, r
         problem = run.problem(lambda masks=masks: overlap_problem(masks[0], exact))
         labels |= {
             "passes": round(sum(m.passes for m in masks) / len(masks), 2),
-            "settled": sum(m.settled for m in masks),
+            "settled": sum(m.converged for m in masks),
         }
         run.time(
             f"{name}, "

@@ -23,7 +23,7 @@ _CHUNK = 4 << 20
 _NO_CHECKSUM = "0" * 64
 
 
-class SealedFile(TensorFile):
+class ChecksummedFile(TensorFile):
     """A file of ours: of a kind (``"delta"``, ``"checkpoint"``) and version, with a checksum over
     header and data.
 
@@ -67,7 +67,7 @@ def _seal(header: bytes, data: Any) -> str:
     return hashlib.sha256(header + data.digest()).hexdigest()
 
 
-class SealedWriter:
+class ChecksummedWriter:
     """Writes a sealed file tensor by tensor; as a context manager it appears under its name only
     when it is complete.
 
@@ -84,7 +84,7 @@ class SealedWriter:
         self._digest = hashlib.sha256()
         self._atomic = AtomicFile(path)
 
-    def __enter__(self) -> SealedWriter:
+    def __enter__(self) -> ChecksummedWriter:
         self._file = self._atomic.__enter__()
         try:
             self._file.seek(8 + self._room)

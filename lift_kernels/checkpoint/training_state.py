@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FileError
-from .checksummed_file import SealedFile, SealedWriter, header_room
+from .checksummed_file import ChecksummedFile, ChecksummedWriter, header_room
 
 KIND = "checkpoint"
 
@@ -29,7 +29,7 @@ def save_checkpoint(path: str | Path, state: Any) -> None:
     """
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_encode(state, "state", tensors))
-    with SealedWriter(path, KIND, header_room(tensors, [tree])) as out:
+    with ChecksummedWriter(path, KIND, header_room(tensors, [tree])) as out:
         out.metadata["tree"] = tree
         for name, tensor in tensors.items():
             out.add(name, tensor)
@@ -39,7 +39,7 @@ def load_checkpoint(path: str | Path) -> Any:
     """What `save_checkpoint` wrote, to the bit, tensors on the CPU. Raises FileError for a damaged
     file or one of another kind.
     """
-    with SealedFile(path, KIND) as file:
+    with ChecksummedFile(path, KIND) as file:
         try:
             return _decode(file.json("tree"), file)
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -95,7 +95,7 @@ def _key(key: Any, place: str) -> str | int:
     return key
 
 
-def _decode(value: Any, file: SealedFile) -> Any:
+def _decode(value: Any, file: ChecksummedFile) -> Any:
     if isinstance(value, list):
         return [_decode(v, file) for v in value]
     if not isinstance(value, dict):

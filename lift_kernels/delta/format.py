@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.checksummed_file import SealedFile
+from ..checkpoint.checksummed_file import ChecksummedFile
 from ..errors import FileError
 from ..validation import MAX_ENTRIES, check_index_list, require
 from .model_weights import Weights
@@ -64,7 +64,7 @@ class Delta:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._file = SealedFile(path, KIND)
+        self._file = ChecksummedFile(path, KIND)
         try:
             self.info = self._check()
         except BaseException:

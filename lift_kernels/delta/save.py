@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from .._progress import with_progress
-from ..checkpoint.checksummed_file import SealedWriter, header_room
+from ..checkpoint.checksummed_file import ChecksummedWriter, header_room
 from ..errors import FileError
 from ..validation import MAX_ENTRIES, WEIGHT_DTYPES, check_finite, require
 from .format import KIND, DeltaInfo, bits, delta_info, parts
@@ -37,7 +37,7 @@ def save_delta(
         room = header_room((part for name in names for part in parts(name)), (described, shapes_size, hashes_size))
         shapes: dict[str, list[int]] = {}
         before, after = Fingerprint(), Fingerprint()
-        with SealedWriter(path, KIND, room) as out:
+        with ChecksummedWriter(path, KIND, room) as out:
             for name in with_progress(names, "tensors", shown=progress):
                 a, b = old.read(name), new.read(name)
                 before.add(name, a)

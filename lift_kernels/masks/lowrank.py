@@ -4,7 +4,7 @@ Eckart-Young).
 Two ways lead there. *Gram*: the top eigenvectors of the smaller Gram matrix, exact. *Chebyshev*:
 subspace iteration with about 2r vectors whose filter is a Chebyshev polynomial of A^T A; from a
 random block (cold start) or from the basis of the last time (warm start). It stops when the Ritz
-energy, the sum of the top r Ritz values, says that the mask has settled. A is the matrix with its
+energy, the sum of the top r Ritz values, says that the mask has converged. A is the matrix with its
 shorter side inside. Matrices of one shape go through together, so that small factorizations do not
 leave a GPU idle.
 """
@@ -25,7 +25,7 @@ from .budget import check_rank
 
 METHODS = ("auto", "gram", "chebyshev", "svd")
 TOLERANCE = 3e-5
-"""Relative growth of the Ritz energy over one degree below which a mask counts as settled: on
+"""Relative growth of the Ritz energy over one degree below which a mask counts as converged: on
 trained matrices about 0.3 % of its entries are then still wrong, 2 % at worst.
 """
 OVERSAMPLING = 2
@@ -47,7 +47,7 @@ class LowRankFactors(NamedTuple):
     about.
 
     ``basis``: (min(m, n), l) bf16, for the next warm start, or None where the exact way is cheaper.
-    ``passes``: products with W or its transpose. ``settled``: False when the iteration ended before
+    ``passes``: products with W or its transpose. ``converged``: False when the iteration ended before
     the Ritz energy stalled.
     """
 
@@ -56,7 +56,12 @@ class LowRankFactors(NamedTuple):
     basis: Tensor | None
     method: str
     passes: int
-    settled: bool
+    converged: bool
+
+    @property
+    def settled(self) -> bool:
+        """The old name of ``converged``; it goes with the next release."""
+        return self.converged
 
 
 def low_rank_factors(
@@ -133,7 +138,7 @@ def batched_factors(
             block = _cold_block(tall, rank, generator)
         ended = _chebyshev(tall, block, rank, tolerance, MAX_WARM_DEGREES if warm else MAX_DEGREES)
         for at, i in enumerate(members):
-            if ended.settled[at] or not warm:
+            if ended.converged[at] or not warm:
                 passes = ended.passes[at] + (0 if warm else 2)
                 method_used = "warm" if warm else ("cold after warm" if warm_starts[i] is not None else "chebyshev")
                 results[i] = _oriented(
@@ -144,7 +149,7 @@ def batched_factors(
                     units[i],
                     method_used,
                     passes,
-                    bool(ended.settled[at]),
+                    bool(ended.converged[at]),
                 )
     return [results[i] for i in range(len(weights))]
 
@@ -215,11 +220,11 @@ def _tall(weight: Tensor, unit: float) -> Tensor:
     return matrix if weight.shape[0] >= weight.shape[1] else matrix.T
 
 
-def _oriented(long, short, basis, shape, unit, method, passes, settled) -> LowRankFactors:
+def _oriented(long, short, basis, shape, unit, method, passes, converged) -> LowRankFactors:
     """Factors of W from those of the tall A: ``long`` carries the singular values."""
     long = long if unit == 1.0 else long / unit
     left, right = (long, short) if shape[0] >= shape[1] else (short, long)
-    return LowRankFactors(left.contiguous(), right.contiguous(), basis, method, passes, settled)
+    return LowRankFactors(left.contiguous(), right.contiguous(), basis, method, passes, converged)
 
 
 def _svd(weight: Tensor, rank: int) -> LowRankFactors:
@@ -241,7 +246,7 @@ class _Ended(NamedTuple):
     short: Tensor  # (b, N, r)
     basis: Tensor  # (b, N, l) bf16
     passes: list[int]
-    settled: list[bool]
+    converged: list[bool]
 
 
 def _cold_block(tall: Tensor, rank: int, generator: torch.Generator | None) -> Tensor:
@@ -268,7 +273,7 @@ def _chebyshev(tall: Tensor, block: Tensor, rank: int, tolerance: float, max_deg
     block, _ = orthonormalized(block.contiguous())
     previous: Tensor | None = None
     energy = torch.zeros(len(tall), device=tall.device)
-    passes, settled = [0] * len(tall), [False] * len(tall)
+    passes, converged = [0] * len(tall), [False] * len(tall)
     for degree in range(max_degrees + 1):
         image = _product(tall, block)
         values, rotation = torch.linalg.eigh(_product(image.mT, image))  # ascending Ritz values
@@ -277,9 +282,9 @@ def _chebyshev(tall: Tensor, block: Tensor, rank: int, tolerance: float, max_deg
         energy = new
         done = (growth <= tolerance).tolist() if degree else [not e > 0 for e in new.tolist()]
         for i, stalled in enumerate(done):
-            settled[i] = settled[i] or stalled
-            passes[i] = passes[i] if settled[i] and not stalled else 2 * degree + 1
-        if all(settled) or degree == max_degrees:
+            converged[i] = converged[i] or stalled
+            passes[i] = passes[i] if converged[i] and not stalled else 2 * degree + 1
+        if all(converged) or degree == max_degrees:
             break
         if previous is None:  # Ritz vectors as columns: scaling them then takes out most of the condition number
             block, image = _product(block, rotation), _product(image, rotation)
@@ -291,8 +296,8 @@ def _chebyshev(tall: Tensor, block: Tensor, rank: int, tolerance: float, max_deg
     top = rotation[:, :, -rank:]
     short, basis = _exact_product(block, top), _product(block, rotation).to(torch.bfloat16)
     if tall.is_cuda:  # the image was formed in TF32: once more, for the factors
-        return _Ended(_exact_product(tall, short), short, basis, [p + 1 for p in passes], settled)
-    return _Ended(image @ top, short, basis, passes, settled)
+        return _Ended(_exact_product(tall, short), short, basis, [p + 1 for p in passes], converged)
+    return _Ended(image @ top, short, basis, passes, converged)
 
 
 def orthonormalized(block: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

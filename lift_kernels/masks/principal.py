@@ -44,7 +44,7 @@ class Mask(NamedTuple):
     """``indices``: sorted int32 (k,). ``threshold`` (0-dim fp32, the k-th magnitude) and ``basis``
     serve the next warm start.
 
-    How it came about: ``method``, ``passes`` over the matrix, whether the iteration ``settled``,
+    How it came about: ``method``, ``passes`` over the matrix, whether the iteration ``converged``,
     ``seconds`` (a share of its batch's).
     """
 
@@ -53,8 +53,13 @@ class Mask(NamedTuple):
     basis: Tensor | None = None
     method: str = ""
     passes: int = 0
-    settled: bool = True
+    converged: bool = True
     seconds: float = 0.0
+
+    @property
+    def settled(self) -> bool:
+        """The old name of ``converged``; it goes with the next release."""
+        return self.converged
 
 
 def principal_indices(
@@ -150,7 +155,7 @@ def _batch_masks(
         thresholds = [requests[i].threshold for i in members]
         chosen.update(zip(members, zip(*_select([factors[i] for i in members], k, thresholds, backend))))
     seconds = (time.perf_counter() - start) / len(requests)
-    return [Mask(*chosen[i], f.basis, f.method, f.passes, f.settled, seconds) for i, f in enumerate(factors)]
+    return [Mask(*chosen[i], f.basis, f.method, f.passes, f.converged, seconds) for i, f in enumerate(factors)]
 
 
 def _select(

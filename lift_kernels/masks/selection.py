@@ -117,7 +117,7 @@ def _joined(masks: list[Mask], numel: int) -> Mask:
         basis=_stacked([m.basis for m in masks]),
         threshold=_stacked([m.threshold for m in masks]),
         passes=max(m.passes for m in masks),
-        settled=all(m.settled for m in masks),
+        converged=all(m.converged for m in masks),
         seconds=sum(m.seconds for m in masks),
     )
 

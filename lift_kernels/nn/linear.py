@@ -20,6 +20,7 @@ from .. import ops
 from ..validation import check_index_list, check_matrix, require
 from . import trainable
 from .functional import lift_linear
+from .weight_version import WeightVersion, update_stale
 
 logger = logging.getLogger("lift_kernels")
 
@@ -41,11 +42,11 @@ class PackedLinear(nn.Module):
     bias: nn.Parameter | None
     lift_name: str = ""
     lift_backend: str | None = None  # of the weight gradient; None: the default of the device
-    lift_foreign: str = ""  # the class of another optimizer that has stepped ``values``
+    stepped_by: str = ""  # the class of another optimizer that has stepped ``values``
     _transposed = False
     _plain: type[nn.Module]
     _required_grad: bool  # of the weight, before
-    _seen: tuple[int, int]  # address and version of the weight when values last agreed with it
+    _seen: WeightVersion  # of the weight when values last agreed with it
 
     @staticmethod
     def check(module: nn.Module, name: str = "") -> None:
@@ -98,7 +99,7 @@ class PackedLinear(nn.Module):
         required, values, plain = self._required_grad, self.values, self._plain
         trainable.forget(values, self)
         del self.values
-        for name in ("_plain", "_required_grad", "_seen", "lift_name", "lift_foreign", "lift_backend", "indices"):
+        for name in ("_plain", "_required_grad", "_seen", "lift_name", "stepped_by", "lift_backend", "indices"):
             self.__dict__.pop(name, None)
         self.__class__ = plain  # type: ignore[assignment]
         self.weight.requires_grad_(required)
@@ -122,11 +123,7 @@ class PackedLinear(nn.Module):
 
         Returns whether any value changed.
         """
-        present = ops.packed_gather(self.weight, self.indices)
-        stale = self.values.to(present.dtype) != present
-        changed = bool(stale.any())
-        if changed:
-            self.values.copy_(torch.where(stale, present.float(), self.values))
+        changed = update_stale(self.values, ops.packed_gather(self.weight, self.indices))
         self._mark()
         return changed
 
@@ -134,13 +131,13 @@ class PackedLinear(nn.Module):
         """`regather` when the weight was written since ``values`` last agreed with it, which is
         said with the layer's name.
         """
-        if self._seen != (self.weight.data_ptr(), self.weight._version) and self.regather():
+        if self._seen != WeightVersion.of(self.weight) and self.regather():
             logger.warning(
                 "%s was changed outside the optimizer; its values follow the new weight", self.lift_name or "a layer"
             )
 
     def _mark(self) -> None:
-        self._seen = (self.weight.data_ptr(), self.weight._version)
+        self._seen = WeightVersion.of(self.weight)
 
     @contextmanager
     def _without_values(self) -> Iterator[None]:

@@ -48,4 +48,4 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if layer.values.grad is not None:
             layer.scatter()
             for sharer in trainable.layers_of(layer.values):
-                sharer.lift_foreign = type(optimizer).__name__
+                sharer.stepped_by = type(optimizer).__name__

@@ -78,7 +78,7 @@ def pack_gradients(
         else:
             pack_on_accumulate(p.requires_grad_(True), masks[name].indices)
             trained.append((name, p))
-        trainable.note_first_mask(trained[-1][1], warm_part(masks[name]._asdict(), p, "device"))
+        trainable.set_initial_mask(trained[-1][1], warm_part(masks[name]._asdict(), p, "device"))
     return [{"params": trained, "lift": True, **options}]
 
 

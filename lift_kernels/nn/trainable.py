@@ -105,12 +105,12 @@ def check_hooked_gradient(parameter: Tensor, name: str) -> None:
     )
 
 
-def note_first_mask(parameter: Tensor, warm: dict[str, Tensor]) -> None:
+def set_initial_mask(parameter: Tensor, warm: dict[str, Tensor]) -> None:
     """Keep ``basis`` and ``threshold`` of a mask that was made before there is an optimizer."""
     _first[parameter] = warm
 
 
-def first_entry(parameter: Tensor) -> dict[str, Tensor] | None:
+def initial_state(parameter: Tensor) -> dict[str, Tensor] | None:
     """What an optimizer starts from: the index list that `pack_gradients` chose and the present
     values; None without one.
     """
@@ -122,7 +122,7 @@ def first_entry(parameter: Tensor) -> dict[str, Tensor] | None:
     return None
 
 
-def show(parameter: Tensor, entry: dict[str, Tensor]) -> None:
+def bind(parameter: Tensor, entry: dict[str, Tensor]) -> None:
     """Let the owner of the index list see an optimizer's present slices: its layers, or the hook of
     a matrix.
 
@@ -140,7 +140,7 @@ def show(parameter: Tensor, entry: dict[str, Tensor]) -> None:
         parameter.lift_indices = indices  # type: ignore[attr-defined]
 
 
-def drop_gradient(parameter: Tensor) -> None:
+def clear_gradient(parameter: Tensor) -> None:
     """Forget a packed gradient, whose entries may be others than those of a new mask."""
     if is_values(parameter):
         parameter.grad = None

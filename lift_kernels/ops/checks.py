@@ -281,7 +281,7 @@ def check_weights(weights: Sequence[Tensor], grads: Sequence[Tensor], device: to
             raise ValueError(f"weight {i} is on {weight.device}, its gradient on {grad.device}, indices on {device}")
 
 
-def all_ordinary(
+def fast_check(
     weights: Sequence[Tensor], grads: Sequence[Tensor], counts: Sequence[int], packed_grads: bool, device: torch.device
 ) -> bool:
     """Whether `check_grads` and `check_weights` would pass, in a fifth of their time; in doubt
@@ -325,7 +325,7 @@ def check_adamw(
     """Everything `sparse_adamw_` can check without reading a tensor."""
     require(len(grads) == len(weights), f"got {len(weights)} weights and {len(grads)} gradients")
     check_arena(weights, indices, offsets, counts, "weights")
-    if not all_ordinary(weights, grads, counts, packed_grads, indices.device):
+    if not fast_check(weights, grads, counts, packed_grads, indices.device):
         check_grads(grads, weights, counts, packed_grads)
         check_weights(weights, grads, indices.device)
     require(

@@ -16,7 +16,7 @@ from ..validation import require
 from .state import PackedState
 
 
-class Job(NamedTuple):
+class Bucket(NamedTuple):
     """One launch: matrices that share an arena, a group, and the form and dtype of their
     gradients.
     """
@@ -71,11 +71,13 @@ class Job(NamedTuple):
         )
 
 
-def any_infinite(jobs: Sequence[Job], flag: Tensor | None, scale: Tensor | None, backend: str | None) -> Tensor | None:
+def any_infinite(
+    buckets: Sequence[Bucket], flag: Tensor | None, scale: Tensor | None, backend: str | None
+) -> Tensor | None:
     """GradScaler's ``flag``, raised also by packed gradients that it cannot see; None without a
     scaler.
     """
-    hooked = [job for job in jobs if any(trainable.hooked_gradient(p) is not None for p in job.parameters)]
+    hooked = [bucket for bucket in buckets if any(trainable.hooked_gradient(p) is not None for p in bucket.parameters)]
     if flag is None or not hooked:
         return flag
     require(
@@ -83,20 +85,24 @@ def any_infinite(jobs: Sequence[Job], flag: Tensor | None, scale: Tensor | None,
         "scaler.unscale_ does not reach packed gradients p.lift_grad; leave it out and clip by max_grad_norm=",
         RuntimeError,
     )
-    for job in hooked:
-        flag = flag + (~job.norm(backend).isfinite()).float()
+    for bucket in hooked:
+        flag = flag + (~bucket.norm(backend).isfinite()).float()
     return flag
 
 
 def clipping(
-    jobs: Sequence[Job], dense: Sequence[Tensor], inv_scale: Tensor | None, max_grad_norm: float, backend: str | None
+    buckets: Sequence[Bucket],
+    dense: Sequence[Tensor],
+    inv_scale: Tensor | None,
+    max_grad_norm: float,
+    backend: str | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """What gradients are multiplied by, and their norm before: over trained entries and the
     ``dense`` parameters together.
 
     Without any gradient ``inv_scale`` comes back, and no norm. Nothing waits for the host.
     """
-    norms = [job.norm(backend) for job in jobs]
+    norms = [bucket.norm(backend) for bucket in buckets]
     norms += [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in dense if p.grad is not None]
     if not norms:
         return inv_scale, None

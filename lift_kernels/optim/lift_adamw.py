@@ -20,7 +20,7 @@ from ..nn import trainable
 from ..ops import dispatch
 from ..validation import check_gradient, require
 from . import hyperparameters
-from .bucket import Job, any_infinite, clipping
+from .bucket import Bucket, any_infinite, clipping
 from .dense_adamw import dense_adamw_
 from .refresh import MatrixRef, RefreshReport, report_on, spread_share
 from .state import PackedState
@@ -230,23 +230,23 @@ class LiftAdamW(Optimizer):
         self._check_gradients()
         self._make_first_masks()
         self._compare_ranks()
-        jobs = self._sparse_jobs()
-        for job in jobs:
-            job.arena.check_weights(job.rows)
+        buckets = self._buckets()
+        for bucket in buckets:
+            bucket.arena.check_weights(bucket.rows)
         dense = [
             (g, [p for p in g["params"] if p.grad is not None and not hyperparameters.is_sparse(p, g)])
             for g in self.param_groups
         ]
         found_inf = any_infinite(
-            jobs, getattr(self, "found_inf", None), getattr(self, "grad_scale", None), self.backend
+            buckets, getattr(self, "found_inf", None), getattr(self, "grad_scale", None), self.backend
         )
-        inv_scale = self._gradient_factor(jobs, [p for _, parameters in dense for p in parameters])
-        for job in jobs:
-            self._step_sparse(job, inv_scale, found_inf)
+        inv_scale = self._gradient_factor(buckets, [p for _, parameters in dense for p in parameters])
+        for bucket in buckets:
+            self._step_sparse(bucket, inv_scale, found_inf)
         for group, parameters in dense:
             if parameters:
                 dense_adamw_(parameters, self.state, group, inv_scale, found_inf)
-        self._count_step([job.group for job in jobs], found_inf)
+        self._count_step([bucket.group for bucket in buckets], found_inf)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -256,7 +256,7 @@ class LiftAdamW(Optimizer):
         super().zero_grad(set_to_none)
         for p in self._all_parameters():
             if trainable.hooked_gradient(p) is not None:
-                trainable.drop_gradient(p)
+                trainable.clear_gradient(p)
 
     def _check_gradients(self) -> None:
         for group in self.param_groups:
@@ -273,10 +273,10 @@ class LiftAdamW(Optimizer):
             arena, row = self._places[p]
             arena.weights[row] = layer.weight
 
-    def _sparse_jobs(self) -> list[Job]:
+    def _buckets(self) -> list[Bucket]:
         """The launches of a step."""
         self._follow_layers()
-        jobs: dict[tuple, Job] = {}
+        buckets: dict[tuple, Bucket] = {}
         for group_number, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if p not in self._places:
@@ -287,13 +287,13 @@ class LiftAdamW(Optimizer):
                     continue
                 arena, row = self._places[p]
                 key = id(arena), group_number, grad.dtype, packed
-                job = jobs.setdefault(key, Job(arena, group, packed, [], [], []))
-                job.rows.append(row)
-                job.parameters.append(p)
-                job.grads.append(grad)
-        return list(jobs.values())
+                bucket = buckets.setdefault(key, Bucket(arena, group, packed, [], [], []))
+                bucket.rows.append(row)
+                bucket.parameters.append(p)
+                bucket.grads.append(grad)
+        return list(buckets.values())
 
-    def _gradient_factor(self, jobs: Sequence[Job], dense: list[Tensor]) -> Tensor | None:
+    def _gradient_factor(self, buckets: Sequence[Bucket], dense: list[Tensor]) -> Tensor | None:
         """What gradients are multiplied by: GradScaler's inverse scale times the clipping factor,
         or None for one.
         """
@@ -301,25 +301,25 @@ class LiftAdamW(Optimizer):
         inv_scale = None if scale is None else scale.reshape(()).reciprocal().float()
         if self.max_grad_norm is None:
             return inv_scale
-        factor, norm = clipping(jobs, dense, inv_scale, self.max_grad_norm, self.backend)
+        factor, norm = clipping(buckets, dense, inv_scale, self.max_grad_norm, self.backend)
         self.grad_norm = self.grad_norm if norm is None else norm
         return factor
 
-    def _step_sparse(self, job: Job, inv_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        arena, rows = job.arena, job.rows
+    def _step_sparse(self, bucket: Bucket, inv_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        arena, rows = bucket.arena, bucket.rows
         device = arena.indices.device
         inv_scale, found_inf = (
             None if t is None else t.to(device, non_blocking=True).reshape(()) for t in (inv_scale, found_inf)
         )
         arena.regather_masters(rows)
         steps = arena.next_steps(rows, found_inf)
-        job.step(steps, inv_scale, found_inf, self.seed, self.backend)
-        arena.written(rows, steps)
-        for p in job.parameters:
+        bucket.step(steps, inv_scale, found_inf, self.seed, self.backend)
+        arena.end_step(rows, steps)
+        for p in bucket.parameters:
             if p in self._layers:
                 torch.autograd.graph.increment_version(p)  # a view of the master with a counter of its own
-            elif job.packed:
-                trainable.drop_gradient(p)  # model.zero_grad() would not clear it
+            elif bucket.packed:
+                trainable.clear_gradient(p)  # model.zero_grad() would not clear it
 
     # ---- masks -----------------------------------------------------------------------------------
 
@@ -344,7 +344,7 @@ class LiftAdamW(Optimizer):
     def _check_packed(self, drop_gradients: bool) -> None:
         """Nothing packed stands in the way of new masks."""
         for p, _, name in self._sparse_parameters():
-            foreign = next((layer.lift_foreign for layer in trainable.layers_of(p) if layer.lift_foreign), None)
+            foreign = next((layer.stepped_by for layer in trainable.layers_of(p) if layer.stepped_by), None)
             require(
                 foreign is None,
                 f"{name} is trained by {foreign} too, whose state would belong to other entries after a "
@@ -362,7 +362,7 @@ class LiftAdamW(Optimizer):
         self._follow_layers()
         if drop_gradients:
             for p, _, _ in self._sparse_parameters():
-                trainable.drop_gradient(p)
+                trainable.clear_gradient(p)
 
     def _compare_ranks(self) -> None:
         """Replicas have the same new index lists, or each of them raises. What was refused is
@@ -396,7 +396,7 @@ class LiftAdamW(Optimizer):
             numbers.append(row)
             lists.append(mask.indices)
         stayed = [
-            self._places[d.parameter][0].stayed(self._places[d.parameter][1], m.indices, self.backend)
+            self._places[d.parameter][0].count_kept(self._places[d.parameter][1], m.indices, self.backend)
             for d, m in zip(due, masks)
         ]
         for arena, numbers, lists in rows.values():
@@ -434,7 +434,7 @@ class LiftAdamW(Optimizer):
                 [
                     (d.parameter, d.group, d.name, entry)
                     for d in missing
-                    if (entry := trainable.first_entry(d.parameter)) is not None
+                    if (entry := trainable.initial_state(d.parameter)) is not None
                 ]
             )
             due = [d for d in missing if d.parameter not in self._places]
@@ -481,7 +481,7 @@ class LiftAdamW(Optimizer):
         """Show the arenas' present slices as ``optimizer.state[p]``."""
         for p, (arena, row) in self._places.items():
             self.state[p] = arena.views(row) | self._kept.get(p, {})
-            trainable.show(p, self.state[p])
+            trainable.bind(p, self.state[p])
 
     def _count_step(self, groups: list[dict[str, Any]], found_inf: Tensor | None) -> None:
         """Advance the refresh schedule; a step that found_inf skipped does not count."""
@@ -498,14 +498,14 @@ class LiftAdamW(Optimizer):
         if turn:
             self._renew(turn)
             for d in turn:
-                trainable.drop_gradient(d.parameter)  # consumed, and of the old entries
+                trainable.clear_gradient(d.parameter)  # consumed, and of the old entries
         if any(self._due(group) for group in groups):
             self._settle_skipped()
             due = [group for group in groups if self._due(group)]
             if due:
                 self._refresh(due)
                 for p in (p for group in due for p in group["params"]):
-                    trainable.drop_gradient(p)
+                    trainable.clear_gradient(p)
 
     def _turn(self, group: dict[str, Any]) -> list[MatrixRef]:
         """The matrices of a spread group whose turn it is; the count starts anew after an
@@ -537,7 +537,7 @@ class LiftAdamW(Optimizer):
         """Bytes of every tensor storage the optimizer holds, index lists, masters and padding
         included.
         """
-        tensors = [t for arena in self._arenas.values() for t in (*arena.arenas().values(), arena.steps)]
+        tensors = [t for arena in self._arenas.values() for t in (*arena.buffers().values(), arena.steps)]
         tensors += [t for entry in self.state.values() for t in entry.values() if isinstance(t, Tensor)]
         return storage_bytes(tensors)
 
@@ -604,7 +604,7 @@ class LiftAdamW(Optimizer):
         groups = [g for g in self.param_groups for _ in g["params"]]
         self._reset_arenas()
         for p in parameters:
-            trainable.drop_gradient(p)  # of other entries
+            trainable.clear_gradient(p)  # of other entries
         self._adopt(
             [(parameters[i], groups[i], names[i], entry) for i, entry in state_dict["state"].items() if sparse[i]]
         )

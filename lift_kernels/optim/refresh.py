@@ -20,7 +20,7 @@ class MatrixRefresh:
 
     ``method``: ``"gram"``, ``"chebyshev"`` (cold), ``"warm"``, ``"cold after warm"`` (the warm
     start did not settle) or the selection. ``entries``: k. ``passes`` over the matrix; whether the
-    iteration ``settled``; ``overlap`` with the old mask as a share of k, None for a first mask;
+    iteration ``converged``; ``overlap`` with the old mask as a share of k, None for a first mask;
     ``seconds``.
     """
 
@@ -28,9 +28,14 @@ class MatrixRefresh:
     method: str
     entries: int
     passes: int
-    settled: bool
+    converged: bool
     overlap: float | None
     seconds: float
+
+    @property
+    def settled(self) -> bool:
+        """The old name of ``converged``; it goes with the next release."""
+        return self.converged
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,14 @@ class RefreshReport:
         return sum(stayed for stayed, _ in known) / max(1, sum(k for _, k in known)) if known else None
 
     @property
-    def unsettled(self) -> tuple[str, ...]:
+    def not_converged(self) -> tuple[str, ...]:
         """Names of the matrices whose iteration ended before its Ritz energy stalled."""
-        return tuple(matrix.name for matrix in self.matrices if not matrix.settled)
+        return tuple(matrix.name for matrix in self.matrices if not matrix.converged)
+
+    @property
+    def unsettled(self) -> tuple[str, ...]:
+        """The old name of ``not_converged``; it goes with the next release."""
+        return self.not_converged
 
 
 class MatrixRef(NamedTuple):
@@ -77,7 +87,7 @@ def report_on(due: Sequence[MatrixRef], masks: Sequence[Mask], stayed: Sequence[
     return RefreshReport(
         tuple(
             MatrixRefresh(
-                d.name, m.method, k := m.indices.numel(), m.passes, m.settled, None if s is None else s / k, m.seconds
+                d.name, m.method, k := m.indices.numel(), m.passes, m.converged, None if s is None else s / k, m.seconds
             )
             for d, m, s in zip(due, masks, shared)
         )

@@ -11,14 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..validation import check_index_list, check_matrix, require
+from ..nn.weight_version import WeightVersion, update_stale
+from ..validation import ALIGNMENT, check_index_list, check_matrix, require
 
 logger = logging.getLogger("lift_kernels")
-
-ALIGNMENT = 64
-"""Entries: a segment starts on a 128-byte boundary for any stored type and is padded to the next,
-so wide loads are legal.
-"""
 
 
 class PackedState:
@@ -45,9 +41,9 @@ class PackedState:
         self.births = torch.zeros(0, dtype=torch.int32, device=device) if births else None
         self._dtypes: list[torch.dtype] = []  # of the weights when they came in
         self._row_tensors: dict[tuple[int, ...], Tensor] = {}
-        self._seen: list[tuple[int, int]] = []  # (address, version) of each weight when its master was last right
+        self._seen: list[WeightVersion] = []  # of each weight when its master was last right
 
-    def arenas(self) -> dict[str, Tensor]:
+    def buffers(self) -> dict[str, Tensor]:
         """The arenas that exist, by name."""
         names = ("indices", "exp_avg", "exp_avg_sq", "master", "births")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
@@ -70,8 +66,8 @@ class PackedState:
             self.offsets.append(size)
             self.counts.append(entry["indices"].numel())
             size += -(-self.counts[-1] // ALIGNMENT) * ALIGNMENT
-        self._seen += [(0, 0)] * len(weights)
-        for name, arena in self.arenas().items():
+        self._seen += [WeightVersion(0, 0)] * len(weights)
+        for name, arena in self.buffers().items():
             grown = torch.zeros(size, dtype=arena.dtype, device=arena.device)
             grown[: arena.numel()] = arena
             setattr(self, name, grown)
@@ -85,7 +81,7 @@ class PackedState:
     def views(self, i: int) -> dict[str, Tensor]:
         """Views of matrix i: ``step`` (0-dim) and its slice of every arena."""
         segment = self.segment(i)
-        return {"step": self.steps[i], **{name: arena[segment] for name, arena in self.arenas().items()}}
+        return {"step": self.steps[i], **{name: arena[segment] for name, arena in self.buffers().items()}}
 
     def segment(self, i: int) -> slice:
         """The arena positions of matrix i."""
@@ -98,7 +94,7 @@ class PackedState:
         count = 1.0 if found_inf is None else (found_inf == 0).to(torch.float32)
         return self._of(rows) + count
 
-    def written(self, rows: Sequence[int], steps: Tensor) -> None:
+    def end_step(self, rows: Sequence[int], steps: Tensor) -> None:
         """Note that the weights of ``rows`` were updated: their step counts, and that they hold
         what their masters say.
         """
@@ -123,7 +119,7 @@ class PackedState:
                     f"{dtype} on {self.indices.device}; make the optimizer after converting the model"
                 )
 
-    def stayed(self, row: int, new: Tensor, backend: str | None = None) -> Tensor:
+    def count_kept(self, row: int, new: Tensor, backend: str | None = None) -> Tensor:
         """How many entries of matrix ``row`` are also in the sorted list ``new``; a 0-dim tensor on
         the device.
         """
@@ -158,16 +154,13 @@ class PackedState:
             return
         for row in rows:
             weight = self.weights[row]
-            if self._seen[row] == (weight.data_ptr(), weight._version):
+            if self._seen[row] == WeightVersion.of(weight):
                 continue
             segment = self.segment(row)
-            values = ops.packed_gather(weight.detach(), self.indices[segment])
-            kept = self.master[segment].to(weight.dtype) == values
-            if not bool(kept.all()):
+            if update_stale(self.master[segment], ops.packed_gather(weight.detach(), self.indices[segment])):
                 logger.warning(
                     "%s was changed outside the optimizer; its fp32 master follows the new values", self.names[row]
                 )
-                self.master[segment] = torch.where(kept, self.master[segment], values.float())
             self._mark(row)
 
     def _of(self, rows: Sequence[int]) -> Tensor:
@@ -183,14 +176,13 @@ class PackedState:
         return self._row_tensors[rows]
 
     def _mark(self, row: int) -> None:
-        weight = self.weights[row]
-        self._seen[row] = (weight.data_ptr(), weight._version)
+        self._seen[row] = WeightVersion.of(self.weights[row])
 
     def _migrated(self, row: int, new: Tensor, backend: str | None) -> dict[str, Tensor]:
         """Arena slices of matrix ``row`` for the index list ``new``."""
         old = self.indices[self.segment(row)]
         out = {"indices": new}
-        for name, arena in self.arenas().items():
+        for name, arena in self.buffers().items():
             if name == "indices":
                 continue
             fill = None
@@ -214,7 +206,7 @@ class PackedState:
 
     def _fill(self, i: int, weight: Tensor, entry: dict[str, Tensor]) -> None:
         segment = self.segment(i)
-        for name, arena in self.arenas().items():
+        for name, arena in self.buffers().items():
             if name in entry:
                 arena[segment] = entry[name].to(device=arena.device, dtype=arena.dtype)
             elif name == "master":
@@ -232,7 +224,7 @@ class PackedState:
             f"{name}: the weight is on {weight.device}, the state on {self.indices.device}",
         )
         check_index_list(indices, weight.numel(), name)
-        for key in self.arenas():
+        for key in self.buffers():
             value = entry.get(key)
             require(
                 value is None or value.shape == indices.shape,

@@ -61,7 +61,7 @@ def test_the_usual_randomized_svd_would_not_be():
 def test_a_smaller_tolerance_is_more_faithful():
     weight = slow_spectrum(300, 200)
     factors = [low_rank_factors(weight, 8, method="chebyshev", tolerance=t) for t in (1e-2, 1e-5)]
-    assert factors[0].passes < factors[1].passes and all(f.settled for f in factors)
+    assert factors[0].passes < factors[1].passes and all(f.converged for f in factors)
     masks = [largest_indices((f.left @ f.right.T).abs(), 3000) for f in factors]
     assert quality(masks[0], weight, 8)[0] < quality(masks[1], weight, 8)[0] > 0.99
 
@@ -81,7 +81,7 @@ def test_products_in_tf32_cost_no_fidelity(monkeypatch):
         factors = low_rank_factors(weight, 8, method="chebyshev")
         mask = largest_indices((weight @ factors.right @ factors.right.T).abs(), 3000)
         overlap, captured = quality(mask, weight, 8)
-        assert factors.settled and overlap >= 0.985 and captured >= 0.9999
+        assert factors.converged and overlap >= 0.985 and captured >= 0.9999
 
 
 def test_a_warm_start_takes_three_passes_after_a_small_change():
@@ -91,7 +91,7 @@ def test_a_warm_start_takes_three_passes_after_a_small_change():
     moved = weight.clone()
     moved.view(-1)[mask.long()] += 1e-3 * weight.std() * torch.randn(1200, generator=torch.Generator().manual_seed(1))
     warm = low_rank_factors(moved, 8, method="chebyshev", warm_start=cold.basis)
-    assert (warm.method, warm.passes, warm.settled) == ("warm", 3, True)
+    assert (warm.method, warm.passes, warm.converged) == ("warm", 3, True)
     assert cold.basis.dtype == torch.bfloat16 and cold.basis.shape == (120, 16)
     overlap, captured = quality(largest_indices((warm.left @ warm.right.T).abs(), 1200), moved, 8)
     assert overlap >= 0.99 and captured >= 0.9999
@@ -102,14 +102,14 @@ def test_a_useless_warm_start_is_followed_by_a_cold_one():
     stale = torch.linalg.qr(torch.randn(200, 16, generator=torch.Generator().manual_seed(1))).Q.bfloat16()
     factors = low_rank_factors(weight, 8, method="chebyshev", warm_start=stale)
     cold = low_rank_factors(weight, 8, method="chebyshev")
-    assert factors.method == "cold after warm" and factors.settled
+    assert factors.method == "cold after warm" and factors.converged
     assert torch.equal(factors.left, cold.left) and torch.equal(factors.right, cold.right)
 
 
 def test_an_iteration_that_cannot_settle_says_so(monkeypatch):
     monkeypatch.setattr(lowrank, "MAX_DEGREES", 1)
     factors = low_rank_factors(slow_spectrum(200, 120), 8, method="chebyshev", tolerance=1e-9)
-    assert not factors.settled and factors.left.isfinite().all()
+    assert not factors.converged and factors.left.isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(60, 90), (90, 60)])
@@ -120,8 +120,8 @@ def test_a_batch_gives_what_each_matrix_gives_alone(shape):
     for weight, basis, factors in zip(weights, bases, together):
         alone = low_rank_factors(weight, 5, method="chebyshev", warm_start=basis, tolerance=1e-6)
         exact = low_rank_factors(weight, 5, method="svd")
-        assert factors.settled and alone.settled
-        for found in (factors, alone):  # a batch goes on until its last matrix has settled, so they are not equal
+        assert factors.converged and alone.converged
+        for found in (factors, alone):  # a batch goes on until its last matrix has converged, so they are not equal
             gap = found.left @ found.right.T - exact.left @ exact.right.T
             assert float(gap.norm()) <= 0.02 * float((exact.left @ exact.right.T).norm())
 

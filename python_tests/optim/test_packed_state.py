@@ -43,7 +43,7 @@ def make_state(sizes=SIZES, dtype=BF16, moments=FP32, master=True, births=True, 
 
 def copies(state):
     """Bits of all arenas, the step counts and the layout."""
-    arenas = {name: bits(arena).clone() for name, arena in state.arenas().items()}
+    arenas = {name: bits(arena).clone() for name, arena in state.buffers().items()}
     return {
         **arenas,
         "steps": state.steps.clone(),
@@ -70,7 +70,7 @@ def assert_layout(state):
     used = torch.zeros(end, dtype=torch.bool)
     for i in range(len(state.counts)):
         used[state.segment(i)] = True
-    for name, arena in state.arenas().items():
+    for name, arena in state.buffers().items():
         assert arena.shape == (end,) and not arena[~used].any(), f"padding of {name} is not zero"
 
 
@@ -125,7 +125,7 @@ def test_append_keeps_what_was_trained_since():
     state.steps += 3
     before = copies(state)
     state.append([make_weight((3, 3), 9, BF16)], [{"indices": torch.tensor([4], dtype=torch.int32)}], ["late"])
-    for name in state.arenas():
+    for name in state.buffers():
         assert torch.equal(bits(getattr(state, name))[: before[name].numel()], before[name])
     assert state.steps.tolist() == [10.0] * 5 + [0.0] and state.names[-1] == "late"
     assert_layout(state)
@@ -146,14 +146,14 @@ def test_steps_count_only_their_rows():
     """
     state, _, _ = make_state()
     assert state.next_steps([0, 2]).tolist() == [8.0, 8.0] and state.steps.tolist() == [7] * 5
-    state.written([0, 2], state.next_steps([0, 2]))
+    state.end_step([0, 2], state.next_steps([0, 2]))
     assert state.steps.tolist() == [8, 7, 8, 7, 7]
-    state.written([4, 2], state.next_steps([4, 2], torch.tensor(1.0)))
+    state.end_step([4, 2], state.next_steps([4, 2], torch.tensor(1.0)))
     assert state.steps.tolist() == [8, 7, 8, 7, 7]
-    state.written([4, 2], state.next_steps([4, 2], torch.tensor(0.0)))
+    state.end_step([4, 2], state.next_steps([4, 2], torch.tensor(0.0)))
     assert state.steps.tolist() == [8, 7, 9, 7, 8]
     address = state.steps.data_ptr()
-    state.written(range(5), state.next_steps(range(5)))
+    state.end_step(range(5), state.next_steps(range(5)))
     assert state.steps.tolist() == [9, 8, 10, 8, 9] and state.steps.data_ptr() == address
 
 
@@ -198,13 +198,13 @@ def test_migrate(where, moments, counts):
         expected_entry(state, i, lists[i]) if i in rows else {k: v.clone() for k, v in state.views(i).items()}
         for i in range(5)
     ]
-    addresses = {name: arena.data_ptr() for name, arena in state.arenas().items()}
+    addresses = {name: arena.data_ptr() for name, arena in state.buffers().items()}
     state.migrate(rows, [lists[i] for i in rows], backend=where.backend)
     for i in range(5):
         assert_equal({k: bits(v) for k, v in state.views(i).items()}, {k: bits(v) for k, v in expected[i].items()})
     assert_layout(state)
     if counts is None:
-        assert {name: arena.data_ptr() for name, arena in state.arenas().items()} == addresses
+        assert {name: arena.data_ptr() for name, arena in state.buffers().items()} == addresses
 
 
 def test_migrate_leaves_weights_alone_and_keeps_the_step_tensor_usable():
@@ -212,7 +212,7 @@ def test_migrate_leaves_weights_alone_and_keeps_the_step_tensor_usable():
     before = [bits(w).clone() for w in weights]
     state.migrate([0, 1], new_lists(state, (50, 72, 129, 0, 1))[:2])
     assert all(torch.equal(bits(w), old) for w, old in zip(weights, before))
-    state.written([1, 0], state.next_steps([1, 0]))
+    state.end_step([1, 0], state.next_steps([1, 0]))
     assert state.steps.tolist() == [8, 8, 7, 7, 7]
 
 
@@ -299,6 +299,6 @@ def test_marked_writes_are_not_outside_changes(caplog):
     before = state.master.clone()
     with torch.no_grad():
         weights[2] += 1.0
-    state.written([2], torch.tensor([8.0]))
+    state.end_step([2], torch.tensor([8.0]))
     state.regather_masters([0, 1, 2])
     assert torch.equal(state.master, before) and not caplog.records

@@ -35,7 +35,7 @@ def test_the_report_of_first_masks_and_of_a_refresh():
     train(optimizer, range(1))
     report = optimizer.last_refresh
     assert [m.overlap for m in report.matrices] == [None, None] and report.overlap is None
-    assert [m.method for m in report.matrices] == ["gram", "gram"] and report.unsettled == ()
+    assert [m.method for m in report.matrices] == ["gram", "gram"] and report.not_converged == ()
     assert report.seconds == sum(m.seconds for m in report.matrices) > 0
     old = masks(optimizer)
     train(optimizer, range(1, 2))
@@ -56,7 +56,7 @@ def test_a_refresh_starts_from_the_basis_of_the_last(where_kept):
     assert ("basis" in optimizer.state[weight]) == (where_kept is not None)
     optimizer.refresh()
     record = optimizer.last_refresh.matrices[0]
-    assert record.method == ("chebyshev" if where_kept is None else "warm") and record.settled
+    assert record.method == ("chebyshev" if where_kept is None else "warm") and record.converged
     assert where_kept is None or record.passes == 3
     exact = principal_indices(weight.detach(), 16, density=0.05, method="gram")
     assert torch.isin(masks(optimizer)[0], exact).double().mean() > 0.9

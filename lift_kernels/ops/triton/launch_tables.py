@@ -11,13 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...validation import ALIGNMENT
 from .. import dispatch
 from ..device_tables import DeviceTables, Table
-
-ALIGNMENT = 64
-"""Entries to which segments must be aligned and padded for wide loads; at least 128 bytes in every
-dtype.
-"""
 
 
 def block_size() -> int:
