@@ -38,21 +38,17 @@ process.
 """
 POLL_S = 0.005
 WAYS_OUT = (
-    "name the ranks that hold replicas by LiftAdamW(process_group=...), or say "
-    "process_group='independent' if ranks are meant to "
-    "differ"
+    "name the ranks that hold replicas by LiftAdamW(process_group=...), or say process_group='independent' if ranks "
+    "are meant to differ"
 )
 _DIFFERENT = (
     "ranks {low} and {high} would train different entries of {name}{more}: their masks were made from "
-    "different weights, options "
-    "or seeds. Give every rank the same weights before its first mask is made (seed them alike, or "
-    "broadcast rank 0's before "
-    f"pack_gradients and the first step); or {WAYS_OUT}"
+    "different weights, options or seeds. Give every rank the same weights before its first mask is made (seed them "
+    f"alike, or broadcast rank 0's before pack_gradients and the first step); or {WAYS_OUT}"
 )
 _ABSENT = (
-    "{ranks} trains {name} too, but has shown no new index list for {patience:.0f} s: it made no new "
-    "mask, or it stopped. Refresh "
-    f"on all ranks at the same step; or {WAYS_OUT}"
+    "{ranks} trains {name} too, but has shown no new index list for {patience:.0f} s: it made no new mask, or "
+    f"it stopped. Refresh on all ranks at the same step; or {WAYS_OUT}"
 )
 
 

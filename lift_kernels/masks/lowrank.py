@@ -47,8 +47,8 @@ class LowRankFactors(NamedTuple):
     about.
 
     ``basis``: (min(m, n), l) bf16, for the next warm start, or None where the exact way is cheaper.
-    ``passes``: products with W or its transpose. ``converged``: False when the iteration ended before
-    the Ritz energy stalled.
+    ``passes``: products with W or its transpose. ``converged``: False when the iteration ended
+    before the Ritz energy stalled.
     """
 
     left: Tensor
@@ -183,9 +183,8 @@ def check_basis(basis: Tensor, shape: torch.Size, rank: int, name: str) -> None:
     fits = basis.dim() == 2 and basis.shape[0] == min(shape) and rank <= basis.shape[1] <= min(shape)
     require(
         fits and basis.is_floating_point(),
-        f"{name}: a warm start for shape {tuple(shape)} and rank {rank} is a floating ({min(shape)}, l >= "
-        f"{rank}) basis, got "
-        f"{basis.dtype} {tuple(basis.shape)}; drop it, and a cold start is made",
+        f"{name}: a warm start for shape {tuple(shape)} and rank {rank} is a floating ({min(shape)}, l >= {rank}) "
+        f"basis, got {basis.dtype} {tuple(basis.shape)}; drop it, and a cold start is made",
     )
 
 

@@ -54,9 +54,8 @@ class PackedLinear(nn.Module):
         label = name or type(module).__name__
         require(
             "forward" not in vars(module),
-            f"{label}: its forward was replaced on the instance, which a packed layer would not call; pack "
-            "the model before "
-            "another library wraps it",
+            f"{label}: its forward was replaced on the instance, which a packed layer would not call; pack the model "
+            "before another library wraps it",
             RuntimeError,
         )
         weight = module.get_parameter("weight")
@@ -185,9 +184,8 @@ class PackedLinear(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "values" and type(value).__name__ == "DTensor":
             raise RuntimeError(
-                f"{self.lift_name or type(self).__name__}: fully_shard cuts values into equal chunks, "
-                "which do not match the "
-                "rows of the weight; unpack(model) and use LiftAdamW on the matrices (matrix mode)"
+                f"{self.lift_name or type(self).__name__}: fully_shard cuts values into equal chunks, which do not "
+                "match the rows of the weight; unpack(model) and use LiftAdamW on the matrices (matrix mode)"
             )
         super().__setattr__(name, value)
 

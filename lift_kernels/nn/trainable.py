@@ -92,9 +92,8 @@ def check_hooked_gradient(parameter: Tensor, name: str) -> None:
     indices: Tensor = parameter.lift_indices  # type: ignore[attr-defined]
     require(
         not dispatch.capturing(),
-        f"{name}: a CUDA graph cannot follow its packed gradient lift_grad, a new tensor at every step; "
-        "capture a model of "
-        "packed layers, or unpack(model) and zero_grad(set_to_none=False)",
+        f"{name}: a CUDA graph cannot follow its packed gradient lift_grad, a new tensor at every step; capture a "
+        "model of packed layers, or unpack(model) and zero_grad(set_to_none=False)",
         RuntimeError,
     )
     require(parameter.grad is None, f"{name} has a packed lift_grad and a dense grad; clear one of them", RuntimeError)

@@ -23,8 +23,8 @@ class WeightVersion(NamedTuple):
 def update_stale(values: Tensor, present: Tensor) -> bool:
     """Let fp32 ``values`` follow the entries ``present`` of a weight; whether any of them changed.
 
-    A value that rounds to the weight's entry keeps all its bits. So loading a checkpoint of the model
-    after that of the optimizer loses nothing.
+    A value that rounds to the weight's entry keeps all its bits. So loading a checkpoint of the
+    model after that of the optimizer loses nothing.
     """
     stale = values.to(present.dtype) != present
     changed = bool(stale.any())

@@ -59,9 +59,8 @@ class DeviceTables:
             if entry is None:
                 if capturing:
                     raise RuntimeError(
-                        f"the {self._name} of a launch changed inside a CUDA graph capture, where their "
-                        "table cannot be built: "
-                        f"{self._remedy}"
+                        f"the {self._name} of a launch changed inside a CUDA graph capture, where their table cannot "
+                        f"be built: {self._remedy}"
                     )
                 entry = self._entries[key, device] = self._upload(build(), device)
                 self._evict()

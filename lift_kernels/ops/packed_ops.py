@@ -170,8 +170,7 @@ def packed_l2_norm(
     "lift_kernels::packed_l2_norm",
     mutates_args=(),
     schema="(Tensor[] grads, Tensor indices, int[] offsets, int[] counts, *, bool packed_grads=False, bool "
-    "validate=False, "
-    "str? backend=None) -> Tensor",
+    "validate=False, str? backend=None) -> Tensor",
 )
 def _packed_l2_norm_op(grads, indices, offsets, counts, *, packed_grads=False, validate=False, backend=None):
     check_norm(grads, indices, offsets, counts, packed_grads)

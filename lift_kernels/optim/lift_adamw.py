@@ -188,8 +188,7 @@ class LiftAdamW(Optimizer):
                     if group["lift"] is None and hyperparameters.looks_like_embedding(name):
                         logger.warning(
                             "%s looks like an embedding or a head, which LIFT leaves out; use "
-                            "lift_param_groups(model), "
-                            "or say lift=True or lift=False in its group",
+                            "lift_param_groups(model), or say lift=True or lift=False in its group",
                             name,
                         )
                 else:
@@ -347,16 +346,14 @@ class LiftAdamW(Optimizer):
             foreign = next((layer.stepped_by for layer in trainable.layers_of(p) if layer.stepped_by), None)
             require(
                 foreign is None,
-                f"{name} is trained by {foreign} too, whose state would belong to other entries after a "
-                "refresh; train it by "
-                "LiftAdamW alone",
+                f"{name} is trained by {foreign} too, whose state would belong to other entries after a refresh; "
+                "train it by LiftAdamW alone",
                 RuntimeError,
             )
             require(
                 drop_gradients or not trainable.holds_packed_gradient(p),
-                f"{name} has a packed gradient, whose entries a refresh would exchange; call step() or "
-                "zero_grad() first, or "
-                "refresh(drop_gradients=True)",
+                f"{name} has a packed gradient, whose entries a refresh would exchange; call step() or zero_grad() "
+                "first, or refresh(drop_gradients=True)",
                 RuntimeError,
             )
         self._follow_layers()

@@ -117,18 +117,16 @@ def _check_names(theirs: list[list[str]], ours: list[list[str]]) -> None:
     require(
         saved == own,
         f"the state dict is of other parameters: only it has {_some(saved - own)}, only this optimizer has "
-        f"{_some(own - saved)}; build the optimizer from the same named parameters, or rename those in the "
-        "state dict's "
-        "param_names",
+        f"{_some(own - saved)}; build the optimizer from the same named parameters, or rename those in the state "
+        "dict's param_names",
     )
     together = {name: set(names) for names in theirs for name in names}
     for names in ours:
         for name in names:
             require(
                 together[name] == set(names),
-                f"{name} shares its group of the state dict with {_some(together[name] - {name})}, its "
-                "group of this optimizer "
-                f"with {_some(set(names) - {name})}; build the optimizer with the groups that were saved",
+                f"{name} shares its group of the state dict with {_some(together[name] - {name})}, its group of this "
+                f"optimizer with {_some(set(names) - {name})}; build the optimizer with the groups that were saved",
             )
     require(len(theirs) == len(ours), f"the state dict has {len(theirs)} groups, this optimizer {len(ours)}")
 
