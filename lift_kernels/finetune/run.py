@@ -1,18 +1,16 @@
-"""Fine-tune a causal language model on question/answer problems and report what changed and what it
-cost.
-"""
+"""A fine-tuning run: load, choose the mask, measure, train, measure, save and report."""
 
 from __future__ import annotations
 
 import json
-import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import transformers
+from torch import nn
 from transformers import TrainingArguments
 
 from ..checkpoint.atomic_file import write_atomic
@@ -22,106 +20,111 @@ from . import evaluation, prompts, report, run_dir
 from .config import DTYPES, Settings
 from .data import SHOTS, choose_problems, fitting, training_sequences
 from .methods import CLIP_NORM, prepare, state_bytes, trained_entries
-from .model_io import find_model, load_model
-from .run_dir import make_folder
-from .timing import Clock
+from .model_io import Source, find_model, load_model
+from .prompts import Example
+from .timing import Clock, PhaseTimer
 from .trainer import AnswerTrainer
+from .word_problems import Problem
 
 WARMUP = 0.03  # share of the steps
 EVAL_BATCH = 32
 GENERATION_BATCH = 100  # decoding is bound by reading the weights, so a large batch costs little more than a small one
 
+Measurement: TypeAlias = tuple[dict[str, Any], list[str]]
+"""Losses and exact match by report key, and the answers that the model gave."""
 
-def measure(model, tokenizer, heldout, encoded, prefix: list[int], when: str) -> tuple[dict[str, Any], list[str]]:
-    """Losses and exact match under keys that end in ``when``, and the answers that the model
-    gave.
+
+@dataclass
+class Run:
+    """What the phases of a run share.
+
+    Attributes:
+        settings: options of the run.
+        folder: directory that the run writes.
+        source: where the model was loaded from.
+        data: description of the problems.
+        model: the model; `_prepare` and `_save` replace it where a method wraps or merges it.
+        tokenizer: its tokenizer.
+        heldout: held-out problems.
+        encoded: token ids of the held-out problems.
+        prefix: token ids of the worked examples in front of an evaluation prompt.
+        sequences: training sequences, each with several problems.
+        batch_rows: training sequences per batch.
+        clock: durations of the parts of a training step.
     """
-    longest = max(sum(label != prompts.IGNORE for label in e["labels"]) for e in encoded)
-    alone = [prompts.join(tokenizer, [example]) for example in encoded]
-    loss = evaluation.mean_loss(model, tokenizer, alone, EVAL_BATCH, f"held-out loss {when}")
-    neutral = evaluation.mean_loss(
-        model, tokenizer, evaluation.neutral_examples(tokenizer), EVAL_BATCH, f"neutral loss {when}"
-    )
-    questions = [problem.question for problem in heldout]
-    answers = evaluation.greedy_answers(
-        model, tokenizer, questions, prefix, longest + 8, GENERATION_BATCH, f"answers {when}"
-    )
-    correct = sum(evaluation.same_number(a, p.answer) for a, p in zip(answers, heldout, strict=True))
-    low, high = evaluation.wilson_interval(correct, len(heldout))
-    results = {
-        "heldout_loss": loss,
-        "neutral_loss": neutral,
-        "exact_match": correct / len(heldout),
-    }
-    figures = {f"{key}.{when}": value for key, value in results.items()}
-    return figures | {f"exact_match.{when}_low": low, f"exact_match.{when}_high": high}, answers
+
+    settings: Settings
+    folder: Path
+    source: Source
+    data: str
+    model: Any
+    tokenizer: Any
+    heldout: list[Problem]
+    encoded: list[Example]
+    prefix: list[int]
+    sequences: list[Example]
+    batch_rows: int
+    clock: Clock
 
 
-def train(
-    model, tokenizer, optimizer, sequences, rows, settings: Settings, folder: Path, clock: Clock, identity, checkpoint
-):
-    """Run transformers' Trainer up to ``settings.steps`` steps, from the start or a checkpoint;
-    returns the training losses.
+@dataclass(frozen=True)
+class Method:
+    """The optimizer of a run, and the checkpoint that it continues from.
+
+    Attributes:
+        optimizer: optimizer of the trained parameters.
+        covered: weight matrices that the method adapts, in whole or in part.
+        identity: fingerprints of the frozen weights and the training data (`run_dir.identity`).
+        checkpoint: state of the interrupted run, or None at the start.
     """
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=settings.steps,
-        per_device_train_batch_size=rows,
-        train_sampling_strategy="group_by_length",
-        learning_rate=optimizer.param_groups[0]["lr"],
-        lr_scheduler_type="linear",
-        warmup_steps=max(1, round(WARMUP * settings.steps)),
-        # LiftAdamW clips by the norm over its own entries; a norm over dense gradients would clip
-        # harder.
-        max_grad_norm=0.0 if isinstance(optimizer, LiftAdamW) else CLIP_NORM,
-        logging_steps=10,
-        save_strategy="steps" if settings.save_steps else "no",
-        save_steps=settings.save_steps or 500,
-        report_to="none",
-        remove_unused_columns=False,
-        dataloader_pin_memory=model.device.type == "cuda",
-        use_cpu=model.device.type == "cpu",
-        seed=settings.seed,
-    )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # one process drives one GPU: DataParallel would give every replica its own weights
-    trainer = AnswerTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=sequences,
-        data_collator=lambda batch: prompts.collate(batch, tokenizer.pad_token_id),
-        optimizers=(optimizer, None),
-        clock=clock,
-    )
-    trainer.identity = identity
-    try:
-        trainer.train_from(checkpoint)
-    except UserError:
-        trainer.callback_handler.on_train_end(arguments, trainer.state, trainer.control)  # closes the progress bar
-        raise
-    return trainer.losses
+
+    optimizer: torch.optim.Optimizer
+    covered: list[nn.Parameter]
+    identity: dict[str, str]
+    checkpoint: dict[str, Any] | None
 
 
 def run(settings: Settings, resumed: bool = False) -> report.Report:
-    """Fine-tune, write ``<output>/<name>/`` and return the report; raises UserError for input that
-    cannot be used.
+    """Fine-tune a model, write ``<output>/<name>/`` and return the report.
 
-    ``resumed`` goes on with the interrupted run in that directory; see `run_dir.settings_of`.
+    Args:
+        settings: options of the run.
+        resumed: continue the interrupted run in that directory; see `run_dir.settings_of`.
+
+    Returns:
+        The content of ``report.json``.
+
+    Raises:
+        UserError: for input that cannot be used.
     """
-    started = time.perf_counter()
-    seconds: dict[str, float] = {}
+    timer = PhaseTimer()
+    timer.begin("load", "loading the model")
+    job = _load(settings, resumed)
+    timer.begin("mask", f"preparing method {settings.method}")
+    method = _prepare(job, resumed)
+    timer.begin("before", "measuring the model before training")
+    before = _measure_before(job)
+    timer.begin("train", f"training {settings.steps} steps of {settings.batch_size} problems")
+    losses = _train(job, method)
+    timer.begin("after", "measuring the model after training")
+    after = _measure(job, "after")
+    timer.begin("save", f"saving to {job.folder}")
+    sizes = _save(job, method)
+    timer.begin("end", "done")
+    results = _results(job, method, before, after, sizes, timer)
+    _write_report(job, results, losses, before, after)
+    return results
 
-    def phase(name: str, message: str) -> None:
-        now = seconds[name] = time.perf_counter() - started
-        print(f"[{now:5.0f} s] {message}", flush=True)
 
-    phase("load", "loading the model")
+def _load(settings: Settings, resumed: bool) -> Run:
+    """Load the model, encode the problems and open the directory of the run."""
     source = find_model(settings.model)
     problems, heldout, shots, data = choose_problems(settings)
     transformers.set_seed(settings.seed)
+    model: Any
     model, tokenizer = load_model(source, DTYPES[settings.dtype])
     device = "cuda" if settings.device == "auto" and torch.cuda.is_available() else settings.device
-    model.to(torch.device("cpu" if device == "auto" else device))  # type: ignore[arg-type]
+    model.to(torch.device("cpu" if device == "auto" else device))
     print(f"model: {source.description}, {settings.dtype}, on {model.device}\ndata: {data}")
     _, examples = fitting(tokenizer, problems, settings.max_length, "training")
     heldout, encoded = fitting(tokenizer, heldout, settings.max_length, "held-out")
@@ -130,86 +133,179 @@ def run(settings: Settings, resumed: bool = False) -> report.Report:
     limit = getattr(model.config, "max_position_embeddings", None) or longest
     if longest > limit:
         raise UserError(f"a few-shot prompt may need {longest} tokens, the model takes {limit}; lower --max-length")
-    clock = Clock(model.device)
     sequences, batch_rows = training_sequences(tokenizer, examples, settings.batch_size)
-    folder = Path(settings.output) / str(settings.name) if resumed else make_folder(settings)
+    folder = Path(settings.output) / str(settings.name) if resumed else run_dir.make_folder(settings)
     if resumed:
         run_dir.clean(folder)
     else:
         run_dir.begin(folder, settings)
+    return Run(
+        settings=settings,
+        folder=folder,
+        source=source,
+        data=data,
+        model=model,
+        tokenizer=tokenizer,
+        heldout=heldout,
+        encoded=encoded,
+        prefix=prompts.join(tokenizer, shown)["input_ids"],
+        sequences=sequences,
+        batch_rows=batch_rows,
+        clock=Clock(model.device),
+    )
 
-    phase("mask", f"preparing method {settings.method}")
+
+def _prepare(job: Run, resumed: bool) -> Method:
+    """Set up the method with its masks, and find the checkpoint of a resumed run."""
     try:
-        model, optimizer, covered = prepare(model, settings, clock)
-        identity = run_dir.identity(model, sequences)
-        checkpoint = run_dir.find_checkpoint(folder, identity) if resumed else None
-        if checkpoint is not None:
-            print(f"resuming after step {checkpoint['step']}", flush=True)
+        job.model, optimizer, covered = prepare(job.model, job.settings, job.clock)
+        identity = run_dir.identity(job.model, job.sequences)
+        checkpoint = run_dir.find_checkpoint(job.folder, identity) if resumed else None
     except ValueError as error:  # an option that does not fit this model's matrices, or weights that are not finite
         raise UserError(str(error)) from error
+    if checkpoint is not None:
+        print(f"resuming after step {checkpoint['step']}", flush=True)
+    return Method(optimizer, covered, identity, checkpoint)
 
-    phase("before", "measuring the model before training")
-    prefix = prompts.join(tokenizer, shown)["input_ids"]
-    noted = folder / run_dir.BEFORE
-    if noted.exists():
-        before, answers_before = json.loads(noted.read_text())
-    else:
-        before, answers_before = measure(model, tokenizer, heldout, encoded, prefix, "before")
-        write_atomic(noted, json.dumps([before, answers_before]))
 
-    phase("train", f"training {settings.steps} steps of {settings.batch_size} problems")
-    losses = train(model, tokenizer, optimizer, sequences, batch_rows, settings, folder, clock, identity, checkpoint)
-    clock.separate_refreshes()
+def _measure_before(job: Run) -> Measurement:
+    """Measure the untrained model, or read what the interrupted run measured."""
+    path = job.folder / run_dir.BEFORE
+    if path.exists():
+        figures, answers = json.loads(path.read_text())
+        return figures, answers
+    measured = _measure(job, "before")
+    write_atomic(path, json.dumps(measured))
+    return measured
 
-    phase("after", "measuring the model after training")
-    after, answers_after = measure(model, tokenizer, heldout, encoded, prefix, "after")
 
-    phase("save", f"saving to {folder}")
-    entries, weights = trained_entries(optimizer), sum(p.numel() for p in covered)
-    state, lift = state_bytes(optimizer), isinstance(optimizer, LiftAdamW)
-    if settings.method == "lora":
-        model = model.merge_and_unload()
-    run_dir.save_once(model, tokenizer, folder)
-    phase("end", "done")
+def _measure(job: Run, when: str) -> Measurement:
+    """Measure losses (nats per token) and exact match; their keys end in ``when``."""
+    model, tokenizer = job.model, job.tokenizer
+    longest = max(sum(label != prompts.IGNORE for label in e["labels"]) for e in job.encoded)
+    alone = [prompts.join(tokenizer, [example]) for example in job.encoded]
+    loss = evaluation.mean_loss(model, tokenizer, alone, EVAL_BATCH, f"held-out loss {when}")
+    neutral = evaluation.mean_loss(
+        model, tokenizer, evaluation.neutral_examples(tokenizer), EVAL_BATCH, f"neutral loss {when}"
+    )
+    questions = [problem.question for problem in job.heldout]
+    answers = evaluation.greedy_answers(
+        model, tokenizer, questions, job.prefix, longest + 8, GENERATION_BATCH, f"answers {when}"
+    )
+    correct = sum(evaluation.same_number(a, p.answer) for a, p in zip(answers, job.heldout, strict=True))
+    low, high = evaluation.wilson_interval(correct, len(job.heldout))
+    figures = {
+        f"heldout_loss.{when}": loss,
+        f"neutral_loss.{when}": neutral,
+        f"exact_match.{when}": correct / len(job.heldout),
+        f"exact_match.{when}_low": low,
+        f"exact_match.{when}_high": high,
+    }
+    return figures, answers
 
-    names = list(seconds)
-    spans = {a: seconds[b] - seconds[a] for a, b in zip(names, names[1:], strict=False)}
-    results: report.Report = {
-        "method": settings.method,
-        "model.name": source.gguf_file or source.location,
-        "model.description": source.description,
-        "data.description": data,
-        **dict(sorted((before | after).items())),
-        "exact_match.problems": len(heldout),
+
+def _train(job: Run, method: Method) -> list[float]:
+    """Train up to ``settings.steps`` steps and return the loss of every step."""
+    settings, optimizer = job.settings, method.optimizer
+    arguments = TrainingArguments(
+        output_dir=str(job.folder),
+        max_steps=settings.steps,
+        per_device_train_batch_size=job.batch_rows,
+        train_sampling_strategy="group_by_length",
+        learning_rate=optimizer.param_groups[0]["lr"],
+        lr_scheduler_type="linear",
+        warmup_steps=max(1, round(WARMUP * settings.steps)),
+        # LiftAdamW clips by the norm over its own entries. The norm over dense gradients is larger
+        # and would clip harder.
+        max_grad_norm=0.0 if isinstance(optimizer, LiftAdamW) else CLIP_NORM,
+        logging_steps=10,
+        save_strategy="steps" if settings.save_steps else "no",
+        save_steps=settings.save_steps or 500,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=job.model.device.type == "cuda",
+        use_cpu=job.model.device.type == "cpu",
+        seed=settings.seed,
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # one process drives one GPU: DataParallel would give every replica its own weights
+    trainer = AnswerTrainer(
+        model=job.model,
+        args=arguments,
+        train_dataset=job.sequences,
+        data_collator=lambda batch: prompts.collate(batch, job.tokenizer.pad_token_id),
+        optimizers=(optimizer, None),
+        clock=job.clock,
+    )
+    trainer.identity = method.identity
+    try:
+        trainer.train_from(method.checkpoint)
+    except UserError:
+        trainer.callback_handler.on_train_end(arguments, trainer.state, trainer.control)  # closes the progress bar
+        raise
+    job.clock.separate_refreshes()
+    return trainer.losses
+
+
+def _save(job: Run, method: Method) -> dict[str, Any]:
+    """Save the model; return the sizes of what was trained, by report key."""
+    entries, weights = trained_entries(method.optimizer), sum(p.numel() for p in method.covered)
+    state, gradients = state_bytes(method.optimizer), job.clock.gradient_bytes
+    lift = isinstance(method.optimizer, LiftAdamW)
+    if job.settings.method == "lora":
+        job.model = job.model.merge_and_unload()
+    run_dir.save_once(job.model, job.tokenizer, job.folder)
+    return {
         "entries": entries,
         "covered_weights": weights,
         "density": entries / weights,
         "optimizer_state_bytes.measured": state,
         "optimizer_state_bytes.dense": 8 * weights,  # two fp32 moments
-        "gradient_bytes.measured": clock.gradient_bytes,
-        "gradient_bytes.dense": sum(p.nbytes for p in covered),
-        # Index lists, values or masters, moments and gradients: all that comes on top of the frozen
-        # model.
-        "extra_bytes.measured": state + clock.gradient_bytes,
-        "extra_bytes.an_entry": (state + clock.gradient_bytes) / entries if lift else None,
+        "gradient_bytes.measured": gradients,
+        "gradient_bytes.dense": sum(p.nbytes for p in method.covered),
+        # All that comes on top of the frozen model: index lists, values or masters, moments and
+        # gradients.
+        "extra_bytes.measured": state + gradients,
+        "extra_bytes.an_entry": (state + gradients) / entries if lift else None,
+    }
+
+
+def _results(
+    job: Run, method: Method, before: Measurement, after: Measurement, sizes: dict[str, Any], timer: PhaseTimer
+) -> report.Report:
+    """Assemble the report."""
+    clock = job.clock
+    return {
+        "method": job.settings.method,
+        "model.name": job.source.gguf_file or job.source.location,
+        "model.description": job.source.description,
+        "data.description": job.data,
+        **dict(sorted((before[0] | after[0]).items())),
+        "exact_match.problems": len(job.heldout),
+        **sizes,
         "refreshes": len(clock.refreshes),
         "seconds.forward_backward": median(clock.forward_backward),
         "seconds.step": median(clock.steps),
         "seconds.refresh": median(clock.refreshes.values()) if clock.refreshes else 0.0,
-        **{f"seconds.{name}": span for name, span in spans.items()},
-        "seconds.total": seconds["end"],
-        **{f"settings.{key}": value for key, value in asdict(settings).items()},
-        "settings.lr": optimizer.defaults["lr"],
+        **{f"seconds.{name}": span for name, span in timer.durations().items()},
+        "seconds.total": timer.starts["end"],
+        **{f"settings.{key}": value for key, value in asdict(job.settings).items()},
+        "settings.lr": method.optimizer.defaults["lr"],
         "versions.torch": torch.__version__,
         "versions.transformers": transformers.__version__,
     }
-    rows = zip(heldout, answers_before, answers_after, strict=True)
+
+
+def _write_report(
+    job: Run, results: report.Report, losses: list[float], before: Measurement, after: Measurement
+) -> None:
+    """Write answers, plot and report, and print the table."""
+    rows = zip(job.heldout, before[1], after[1], strict=True)
     report.write_answers(
-        folder / "answers.jsonl",
+        job.folder / "answers.jsonl",
         [{"question": p.question, "expected": p.answer, "before": b, "after": a} for p, b, a in rows],
     )
-    report.plot_losses(results, losses, list(clock.refreshes), folder / "loss.png")
-    report.write_json(results, folder / run_dir.REPORT)  # last: it says that the run is finished
-    run_dir.finish(folder)
-    print(f"\n{report.table(results)}\n\nwritten to {folder}: report.json, answers.jsonl, loss.png, model/")
-    return results
+    report.plot_losses(results, losses, list(job.clock.refreshes), job.folder / "loss.png")
+    report.write_json(results, job.folder / run_dir.REPORT)  # written last: a run with a report is finished
+    run_dir.finish(job.folder)
+    print(f"\n{report.table(results)}\n\nwritten to {job.folder}: report.json, answers.jsonl, loss.png, model/")

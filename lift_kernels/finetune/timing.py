@@ -1,4 +1,4 @@
-"""Seconds of the parts of a training step."""
+"""Durations of the phases of a run and of the parts of a training step."""
 
 from __future__ import annotations
 
@@ -13,25 +13,55 @@ from transformers import TrainerCallback
 from .._storage import storage_bytes
 
 
-class Clock(TrainerCallback):
-    """Seconds of every forward + backward pass, optimizer step and mask refresh."""
+class PhaseTimer:
+    """Prints a line when a phase of a run begins, and measures how long each phase takes.
 
-    KEPT = ("forward_backward", "steps", "refreshes", "gradient_bytes")  # in checkpoints
+    Attributes:
+        starts: seconds from the creation of the timer to the start of each phase, by its name.
+    """
+
+    def __init__(self) -> None:
+        self._created = time.perf_counter()
+        self.starts: dict[str, float] = {}
+
+    def begin(self, name: str, message: str) -> None:
+        """End the current phase and begin the phase ``name``."""
+        now = self.starts[name] = time.perf_counter() - self._created
+        print(f"[{now:5.0f} s] {message}", flush=True)
+
+    def durations(self) -> dict[str, float]:
+        """Return the seconds of every phase but the last, which has not ended."""
+        names = list(self.starts)
+        return {a: self.starts[b] - self.starts[a] for a, b in zip(names, names[1:], strict=False)}
+
+
+class Clock(TrainerCallback):
+    """Measures the seconds of every forward + backward pass, optimizer step and mask refresh.
+
+    Attributes:
+        forward_backward: seconds of each forward + backward pass.
+        steps: seconds of each optimizer step.
+        refreshes: seconds of each mask refresh, by the number of steps before it.
+        gradient_bytes: size of the gradients of the last backward pass.
+    """
+
+    KEPT = ("forward_backward", "steps", "refreshes", "gradient_bytes")  # attributes saved in checkpoints
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.forward_backward: list[float] = []
         self.steps: list[float] = []
-        self.refreshes: dict[int, float] = {}  # by the number of steps before it
-        self.gradient_bytes = 0  # of the last backward pass
+        self.refreshes: dict[int, float] = {}
+        self.gradient_bytes = 0
 
     def now(self) -> float:
+        """Return the time in seconds, after all queued work of the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def first_mask(self, make: Callable[[], Any]) -> Any:
-        """The result of ``make``, which makes the first mask."""
+        """Return the result of ``make``, timed as the refresh that computes the first mask."""
         start = self.now()
         result = make()
         self.refreshes[0] = self.now() - start
@@ -52,8 +82,9 @@ class Clock(TrainerCallback):
             self.refreshes[len(self.steps)] = self.steps[-1]
 
     def separate_refreshes(self) -> None:
-        """Take the steps that ended in a refresh apart, with the median of the others as the step's
-        own share.
+        """Split each step that ended with a refresh into the step and the refresh.
+
+        The median of the steps without a refresh counts as the step's share.
         """
         plain = [spent for number, spent in enumerate(self.steps, 1) if number not in self.refreshes]
         own = median(plain) if plain else 0.0
