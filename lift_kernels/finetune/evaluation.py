@@ -7,6 +7,7 @@ import inspect
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -105,61 +106,112 @@ def neutral_examples(tokenizer) -> list[Example]:
     return [{"input_ids": ids, "labels": [IGNORE, *ids[1:]]} for ids in encoded]
 
 
+@dataclass(frozen=True)
+class _PrefixCache:
+    """Key-value cache of a token prefix that every batch of prompts continues."""
+
+    length: int
+    cache: DynamicCache
+    argument: str  # the model's name for its cache argument
+
+    def repeat(self, rows: int) -> dict[str, DynamicCache]:
+        """Return a copy for a batch of so many rows, as an argument of the model."""
+        cache = copy.deepcopy(self.cache)
+        cache.batch_repeat_interleave(rows)
+        return {self.argument: cache}
+
+
+def _cache_prefix(model, prefix: list[int]) -> _PrefixCache:
+    """Run a prefix (token ids) through the model once."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft hides the signature
+    # transformers is renaming the argument, so that both names have to work.
+    argument = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
+    cache = DynamicCache(config=model.config)
+    ids = torch.tensor([prefix], device=model.device)
+    model(input_ids=ids, use_cache=True, logits_to_keep=1, **{argument: cache})
+    return _PrefixCache(len(prefix), cache, argument)
+
+
+def _stop_tokens(tokenizer, device: torch.device) -> torch.Tensor:
+    """Return the ids of the end-of-text token and of every token with a newline."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    newlines = [i for i, text in enumerate(texts) if "\n" in text]
+    return torch.tensor([*newlines, tokenizer.eos_token_id], device=device)
+
+
+def _continue_greedily(
+    model, batch: dict[str, torch.Tensor], prefix: _PrefixCache, stops: torch.Tensor, pad: int, max_new_tokens: int
+) -> torch.Tensor:
+    """Continue the prompts of a batch until each row has a stop token.
+
+    Args:
+        model: a causal language model.
+        batch: prompts without the prefix, padded on the left, as from `collate`.
+        prefix: cache of the tokens in front of every prompt.
+        stops: ids of the tokens that end a row.
+        pad: id of the token that fills a row after its end.
+        max_new_tokens: most tokens of a row.
+
+    Returns:
+        The new token ids, (rows, new tokens).
+    """
+    device, rows = model.device, len(batch["input_ids"])
+    ids = batch["input_ids"].to(device)
+    mask = torch.cat([torch.ones(rows, prefix.length, dtype=torch.long), batch["attention_mask"]], 1).to(device)
+    positions = (mask.cumsum(-1) - 1)[:, prefix.length :]
+    cache = prefix.repeat(rows)
+    done = torch.zeros(rows, dtype=torch.bool, device=device)
+    written = []
+    for _ in range(max_new_tokens):
+        out = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions.clamp(min=0),
+            use_cache=True,
+            logits_to_keep=1,
+            **cache,
+        )
+        ids = out.logits[:, -1].argmax(-1, keepdim=True).masked_fill(done[:, None], pad)
+        done |= torch.isin(ids[:, 0], stops)
+        written.append(ids)
+        if done.all():
+            break
+        mask = torch.cat([mask, mask.new_ones(rows, 1)], 1)
+        positions = positions[:, -1:] + 1
+    return torch.cat(written, 1)
+
+
 @torch.no_grad()
 def greedy_answers(
     model, tokenizer, questions: Sequence[str], prefix: list[int], max_new_tokens: int, batch_size: int, title: str
 ) -> list[str]:
-    """Answer questions after a common prefix (token ids) by greedy decoding, up to a newline or
-    ``max_new_tokens``.
+    """Answer questions by greedy decoding after a common prefix.
 
-    The prefix runs through the model once; its key-value cache is then shared by every batch.
+    The prefix runs through the model once. Every batch continues a copy of its key-value cache.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        questions: questions to answer.
+        prefix: token ids in front of every prompt.
+        max_new_tokens: most tokens of an answer.
+        batch_size: questions per batch.
+        title: text of the progress bar.
+
+    Returns:
+        One answer per question, up to the first newline.
     """
     model.eval()
-    device, pad = model.device, tokenizer.pad_token_id
-    head = torch.tensor([prefix], device=device)
-    # transformers is renaming the argument; both names have to work.
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft hides the signature
-    key = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
-    shared = DynamicCache(config=model.config)
-    model(input_ids=head, use_cache=True, logits_to_keep=1, **{key: shared})
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    newlines = [i for i, text in enumerate(texts) if "\n" in text]
-    stops = torch.tensor([*newlines, tokenizer.eos_token_id], device=device)
-    prompts = [tokenizer(prompt(q), add_special_tokens=False)["input_ids"] for q in questions]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers = [""] * len(prompts)
-    bar = tqdm(total=len(prompts), desc=title, unit="problem")
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = collate([{"input_ids": prompts[i], "labels": prompts[i]} for i in chosen], pad)
-        ids = batch["input_ids"].to(device)
-        mask = torch.cat([torch.ones(len(chosen), head.shape[1], dtype=torch.long), batch["attention_mask"]], 1)
-        mask = mask.to(device)
-        cache = copy.deepcopy(shared)
-        cache.batch_repeat_interleave(len(chosen))
-        positions = (mask.cumsum(-1) - 1)[:, head.shape[1] :]
-        done = torch.zeros(len(chosen), dtype=torch.bool, device=device)
-        written = []
-        for _ in range(max_new_tokens):
-            out = model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions.clamp(min=0),
-                use_cache=True,
-                logits_to_keep=1,
-                **{key: cache},
-            )
-            ids = out.logits[:, -1].argmax(-1, keepdim=True).masked_fill(done[:, None], pad)
-            done |= torch.isin(ids[:, 0], stops)
-            written.append(ids)
-            if done.all():
-                break
-            mask = torch.cat([mask, mask.new_ones(len(chosen), 1)], 1)
-            positions = positions[:, -1:] + 1
-        for i, text in zip(
-            chosen, tokenizer.batch_decode(torch.cat(written, 1), skip_special_tokens=True), strict=True
-        ):
-            answers[i] = text.split("\n")[0].strip()
-        bar.update(len(chosen))
-    bar.close()
+    cached, stops = _cache_prefix(model, prefix), _stop_tokens(tokenizer, model.device)
+    encoded = [tokenizer(prompt(q), add_special_tokens=False)["input_ids"] for q in questions]
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    answers = [""] * len(encoded)
+    with tqdm(total=len(encoded), desc=title, unit="problem") as bar:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = collate([{"input_ids": encoded[i], "labels": encoded[i]} for i in chosen], tokenizer.pad_token_id)
+            new = _continue_greedily(model, batch, cached, stops, tokenizer.pad_token_id, max_new_tokens)
+            for i, text in zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+                answers[i] = text.split("\n")[0].strip()
+            bar.update(len(chosen))
     return answers
