@@ -1,4 +1,4 @@
-"""Progress bars, where tqdm is installed."""
+"""Progress bars, shown where tqdm is installed."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ T = TypeVar("T")
 
 
 class _Silent:
-    """Stands in for a bar where tqdm is not installed."""
+    """Takes the place of a bar where tqdm is not installed."""
 
     def update(self, count: int = 1) -> None:
-        """Show nothing."""
+        """Do nothing."""
 
 
 def progress_bar(total: int, description: str, unit: str, delay: float = 0.0) -> Any:
-    """A context manager whose value has ``update(count)``; the bar appears after ``delay``
-    seconds.
+    """Return a context manager whose value has ``update(count)``.
+
+    Args:
+        total: number of items.
+        description: text in front of the bar.
+        unit: name of an item.
+        delay: seconds before the bar appears.
     """
     try:
         from tqdm.auto import tqdm
@@ -28,8 +33,9 @@ def progress_bar(total: int, description: str, unit: str, delay: float = 0.0) ->
 
 
 def with_progress(items: Iterable[T], description: str, shown: bool = True) -> Iterator[T] | Iterable[T]:
-    """The items, counted by a bar while they are taken; without tqdm or ``shown`` nothing is
-    drawn.
+    """Return the items, counted by a bar while they are taken.
+
+    Without tqdm, and unless ``shown``, no bar appears.
     """
     try:
         from tqdm import tqdm

@@ -1,4 +1,4 @@
-"""Bytes behind tensors."""
+"""Memory sizes of tensors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from torch import Tensor
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of all storages behind ``tensors``. Tensors that share one count once."""
+    """Return the bytes of all storages behind ``tensors``; a shared storage counts once."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -1,4 +1,4 @@
-"""Errors whose message tells a user what to do. Both are one line."""
+"""Errors whose one-line message tells the user what to do."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ class UserError(Exception):
 
 
 class FileError(UserError, ValueError):
-    """A file that cannot be read, used or written; the message says what to do."""
+    """A file cannot be read, used or written; the message says how to fix it."""

@@ -1,6 +1,6 @@
 """Command line: ``python -m lift_kernels finetune|delta|mask|doctor``.
 
-Each command has a module with its parser and a ``run``. Heavy imports wait until a command runs.
+Each command is a module with ``add_parser`` and ``run``. Heavy imports wait until a command runs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from . import delta, doctor, finetune, mask
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+    """Return the parser of all commands."""
     parser = argparse.ArgumentParser(prog="lift_kernels", description="LIFT: fine-tuning of principal weights.")
     commands = parser.add_subparsers(dest="command", required=True)
     for command in (finetune, delta, doctor, mask):
@@ -23,7 +23,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code, 2 for invalid user input."""
+    """Run a command and print its errors in one line.
+
+    Args:
+        arguments: command-line arguments; None takes those of the process.
+
+    Returns:
+        The exit code: 0 for success, 2 for invalid user input, 130 for an interrupt; `doctor`
+        returns 1 for a broken default backend.
+    """
     options = build_parser().parse_args(arguments)
     try:
         return options.run(options)

@@ -81,12 +81,22 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _find_base(name: str | None, dtypes: list) -> tuple[Any, Any]:
-    """The base: a path where its tensors can be read from safetensors, else the model and tokenizer
-    that transformers loads.
+    """Locate the base model, and load it unless its tensors can be read from a file.
+
+    Args:
+        name: a directory, safetensors or GGUF file, or hub id; None is the bundled model.
+        dtypes: floating-point dtypes of the fine-tuned model.
+
+    Returns:
+        A path with safetensors and None, or the model and tokenizer that transformers loads.
+
+    Raises:
+        FileError: when the base must be loaded but the fine-tuned model has several dtypes.
+        UserError: for a base that cannot be found or loaded.
     """
     path = None if name is None else Path(name).expanduser()
     if path is not None and (path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors")))):
-        # A bfloat16 base of a model that was trained in float32 has to be widened as training did.
+        # A base in bfloat16 of a model that was trained in float32 must be widened, as in training.
         if path.is_file() or _floating_dtypes(path) == set(dtypes):
             return path, None
     from ..finetune.model_io import find_model, load_model
@@ -99,6 +109,7 @@ def _find_base(name: str | None, dtypes: list) -> tuple[Any, Any]:
 
 
 def _floating_dtypes(path: str | Path) -> set:
+    """Return the floating-point dtypes of a checkpoint."""
     from ..delta.model_weights import CheckpointWeights
 
     with CheckpointWeights(path) as weights:
@@ -106,7 +117,7 @@ def _floating_dtypes(path: str | Path) -> set:
 
 
 def _settings(model: Path) -> dict[str, Any]:
-    """The settings of the run that made a model, where its report lies beside it."""
+    """Return the settings in the ``report.json`` beside a model, or nothing without one."""
     try:
         report = json.loads((model.parent / "report.json").read_text())
         return {key.removeprefix("settings."): value for key, value in report.items() if key.startswith("settings.")}
@@ -115,6 +126,7 @@ def _settings(model: Path) -> dict[str, Any]:
 
 
 def _describe(path: str, info: Any) -> str:
+    """Return the content of a delta file as text."""
     each = info.file_bytes / max(1, info.entries)
     lines = [
         f"{path}: {info.entries:,} entries changed in {len(info.counts)} tensors; {info.file_bytes / 2**20:.1f} MiB, "

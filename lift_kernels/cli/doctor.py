@@ -1,6 +1,6 @@
-"""The command ``doctor``: say what works on this machine, and how to fix the rest.
+"""The command ``doctor``: report what works on this machine and how to fix the rest.
 
-Every usable backend is run on small inputs and compared with the reference.
+Every usable backend runs on small inputs and is compared with the reference.
 """
 
 from __future__ import annotations
@@ -36,7 +36,14 @@ ABSENT, BROKEN = "--", "BROKEN"
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the report; ``fatal`` makes the command fail."""
+    """One line of the report.
+
+    Attributes:
+        state: OK, ABSENT or BROKEN.
+        subject: what was checked.
+        text: result and remedy.
+        fatal: whether the command fails.
+    """
 
     state: str
     subject: str
@@ -54,7 +61,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the report; returns 1 when the backend that serves by default is broken, else 0."""
+    """Print the report; return 1 when the default backend of a device is broken, else 0."""
     lines = []
     for make in (_machine, _backends, _defaults, _extras):
         for line in make():
@@ -106,8 +113,9 @@ def _backends() -> list[Line]:
 
 
 def _triton_interpreter(reason: str) -> Line:
-    """Without a GPU the kernels run in Triton's interpreter, which must be chosen before triton is
-    imported.
+    """Check the Triton kernels in Triton's interpreter, for a machine without a GPU.
+
+    The interpreter must be chosen before triton is imported, so the check is a process of its own.
     """
     command = [sys.executable, "-m", "lift_kernels.cli.selfcheck"]
     try:

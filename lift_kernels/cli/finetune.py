@@ -1,4 +1,4 @@
-"""The command ``finetune``."""
+"""The command ``finetune``: start or resume a fine-tuning run."""
 
 from __future__ import annotations
 
@@ -53,7 +53,11 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Start a run, or go on with an interrupted one. Raises UserError for invalid input."""
+    """Start a run, or resume an interrupted one.
+
+    Raises:
+        UserError: for invalid input.
+    """
     from ..finetune import Settings, run, settings_of
 
     given = {f.name: value for f in fields(Settings) if (value := getattr(options, f.name)) is not None}

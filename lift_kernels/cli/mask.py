@@ -1,4 +1,4 @@
-"""The command ``mask``: report and draw where a model's principal weights lie."""
+"""The command ``mask``: report and plot where a model's principal weights lie."""
 
 from __future__ import annotations
 
@@ -26,19 +26,22 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write the report of a model."""
+    """Write the report of a model; return 0."""
     write_report(options.model, options.density, options.rank, options.budget_rank, Path(options.output))
     return 0
 
 
 def write_report(model_name: str | None, density: float, rank: int, budget_rank: int | None, folder: Path) -> None:
-    """Load a model, print the table, write ``report.json`` and ``report.png`` to ``folder``.
+    """Load a model, print its table, and write ``report.json`` and ``report.png``.
 
     Args:
-        model_name: a directory, GGUF file or hub id; None: the bundled model.
-        density, rank, budget_rank: as of `lift_kernels.LiftAdamW`.
+        model_name: a directory, GGUF file or hub id; None is the bundled model.
+        density, rank, budget_rank: as in `lift_kernels.LiftAdamW`.
+        folder: directory to write.
 
-    Raises FileError or UserError, naming the path, for a model or folder that cannot be used.
+    Raises:
+        FileError: for a folder that cannot be written or already holds a report.
+        UserError: for a model that cannot be used.
     """
     import torch
 

@@ -1,4 +1,7 @@
-"""Small problems on which a backend must agree with the reference; ``doctor`` runs them."""
+"""Small problems on which every backend must agree with the reference.
+
+The command ``doctor`` runs them.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,14 @@ OK = "OK"
 
 
 def check_backend(name: str, device: str) -> list[str]:
-    """What is wrong with the ops of a backend: one text for each op that fails or disagrees with
-    the reference.
+    """Compare the ops of a backend with the reference.
+
+    Args:
+        name: name of the backend.
+        device: device of the inputs, "cpu" or "cuda".
+
+    Returns:
+        One text for each op that fails or disagrees with the reference.
     """
     problems = []
     for op in dispatch.ops_of(name):
@@ -25,13 +34,13 @@ def check_backend(name: str, device: str) -> list[str]:
             error, limit = CASES[op](name, device)
             if not error <= limit:
                 problems.append(f"{op} is off by {error:.2g}, allowed is {limit:.2g}")
-        except Exception as error:  # noqa: BLE001  whatever a broken backend raises is the finding
+        except Exception as error:  # a broken backend may raise anything
             problems.append(f"{op} raised {type(error).__name__}: {' '.join(str(error).split())[:200]}")
     return problems
 
 
 def _data(device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """A matrix, a gradient and a sorted index list of 300 of the 1,536 entries."""
+    """Return a 32 x 48 matrix, a gradient and a sorted index list of 300 of the 1,536 entries."""
     generator = torch.Generator().manual_seed(0)
     weight, grad = (torch.randn(32, 48, generator=generator).to(device, dtype) for _ in range(2))
     return weight, grad, _index_list(0, device)
@@ -42,6 +51,7 @@ def _index_list(seed: int, device: str) -> Tensor:
 
 
 def _difference(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest absolute difference; infinity where there is a NaN."""
     worst = (actual.double() - expected.double()).abs().max()
     return float("inf") if torch.isnan(worst) else float(worst)
 
@@ -74,7 +84,7 @@ def _norm(name: str, device: str) -> tuple[float, float]:
 
 
 def _adamw(name: str, device: str) -> tuple[float, float]:
-    """Three steps in fp32; 2 ulp of the largest weight are allowed."""
+    """Three steps in fp32. Allowed are 2 ulp of the largest weight."""
     results = []
     for backend in (name, "reference"):
         weight, grad, indices = _data(device)
@@ -113,7 +123,7 @@ def _qr(name: str, device: str) -> tuple[float, float]:
 
 
 def _bitmap(name: str, device: str) -> tuple[float, float]:
-    """A bit for all entries of a list but one, which is a candidate beside a smaller one."""
+    """A bit for each entry of a list but one, which is the larger of two candidates."""
     expected = _index_list(0, device)
     flags = torch.zeros(1536, dtype=torch.int32, device=device)
     flags[expected[1:].long()] = 1
@@ -131,7 +141,7 @@ def _weight_grad(name: str, device: str) -> tuple[float, float]:
 
 
 def _topk(name: str, device: str) -> tuple[float, float]:
-    """A product whose entries are far apart, so that rounding changes no order."""
+    """A product with entries so far apart that rounding does not change their order."""
     left = torch.arange(1.0, 33.0, device=device)[:, None]
     right = 40.0 ** torch.linspace(0, 1, 48, device=device)[:, None]
     expected = (left @ right.T).flatten().topk(300).indices.sort().values
@@ -158,12 +168,19 @@ CASES: dict[str, Callable[[str, str], tuple[float, float]]] = {
     "cholesky_qr_": _qr,
     "chebyshev_step_": _chebyshev,
 }
-"""By op: a function of (backend, device) that returns the error and the largest error allowed."""
+"""By op: a function of (backend, device) that returns the error and the largest allowed error."""
 
 
 def check_optimizer(device: str) -> list[str]:
-    """Three steps of the optimizer with a refresh, bf16 weights and clipping, against the reference
-    backend.
+    """Compare three optimizer steps of the default backend with the reference.
+
+    The steps have bf16 weights, clipping and a refresh.
+
+    Args:
+        device: device of the parameter, "cpu" or "cuda".
+
+    Returns:
+        A text for a failure or a disagreement, or an empty list.
     """
     try:
         results = []
@@ -179,7 +196,7 @@ def check_optimizer(device: str) -> list[str]:
             results.append(parameter.detach())
         error = _difference(*results)
         return [] if error <= 2.0**-7 * 4 else [f"LiftAdamW is off by {error:.2g}"]
-    except Exception as error:  # noqa: BLE001  as in check_backend
+    except Exception as error:  # as in check_backend
         return [f"LiftAdamW raised {type(error).__name__}: {' '.join(str(error).split())[:200]}"]
 
 

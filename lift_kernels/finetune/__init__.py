@@ -1,8 +1,7 @@
-"""The main job: fine-tune a causal language model on question/answer problems and report what
-changed and what it cost.
+"""Fine-tune a language model on question/answer problems and report result and cost.
 
-Needs the extra ``finetune`` (transformers and its friends); nothing else in lift_kernels imports
-this package.
+The package needs the extra ``finetune`` (transformers and others). Only `lift_kernels.cli` imports
+it.
 """
 
 from ..errors import UserError

@@ -1,4 +1,4 @@
-"""The options of a fine-tuning run and the error for a wrong one."""
+"""Options of a fine-tuning run."""
 
 from __future__ import annotations
 
@@ -16,8 +16,31 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Settings:
-    """Options of a run; see ``python -m lift_kernels finetune --help``. Bad values raise
-    UserError.
+    """Options of a fine-tuning run; ``python -m lift_kernels finetune --help`` lists them too.
+
+    Attributes:
+        model: directory, GGUF file or hub id; None is the bundled model.
+        data: JSONL file with questions and answers; None generates word problems.
+        method: one of METHODS.
+        gradients: one of GRADIENTS, for methods lift and random.
+        density: share of each matrix that is trained.
+        rank: rank of the approximation that selects the entries.
+        budget_rank: train (rows + columns) x budget_rank entries per matrix, in place of density.
+        refresh_interval: steps between mask refreshes; 0 for none.
+        steps: optimizer steps.
+        lr: peak learning rate; None takes the method's default.
+        batch_size: problems per step.
+        max_length: longest problem in tokens; longer ones are left out.
+        dtype: dtype of the weights, a key of DTYPES.
+        device: auto, cpu or cuda.
+        seed: seed of problems, order and random masks.
+        eval_problems: number of held-out problems.
+        save_steps: steps between checkpoints; 0 for none.
+        name: directory of the run inside output; None takes method and time.
+        output: directory of all runs.
+
+    Raises:
+        UserError: for a value that is not allowed.
     """
 
     model: str | None = None

@@ -1,4 +1,4 @@
-"""Question/answer problems for fine-tuning: generated or read from a file, split, and encoded."""
+"""Question/answer problems of a run: generated or read from a file, split, and encoded."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from .config import Settings
 from .prompts import Example
 from .word_problems import Problem
 
-SHOTS = 4  # worked examples in front of an evaluation prompt, and the most problems in a training sequence
+SHOTS = 4  # worked examples in an evaluation prompt; also the most problems in a training sequence
 
 
 def read_problems(path: str | Path) -> list[Problem]:
-    """Read a JSONL file of objects with the strings "question" and "answer"; repeated questions are
-    kept once.
+    """Read a JSONL file of objects with the strings "question" and "answer".
 
-    Raises UserError, with the line number, for a line that is not such an object or whose answer
-    has no number.
+    Returns:
+        The problems in the order of the file. A repeated question is kept once.
+
+    Raises:
+        UserError: for a file that cannot be read, or, with its number, for a line that is not such
+            an object or whose answer has no number.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -45,8 +48,14 @@ def read_problems(path: str | Path) -> list[Problem]:
 
 
 def choose_problems(settings: Settings) -> tuple[list[Problem], list[Problem], list[Problem], str]:
-    """Return training problems, held-out problems, few-shot examples (in neither) and a description
-    of the data.
+    """Generate or read the problems of a run and split them.
+
+    Returns:
+        Training problems, held-out problems, few-shot examples and a description of the data. No
+        problem is in two of the lists.
+
+    Raises:
+        UserError: for a file that cannot be used or holds too few problems.
     """
     if settings.data is None:
         heldout = word_problems.generate(settings.eval_problems, "heldout", settings.seed)
@@ -65,9 +74,22 @@ def choose_problems(settings: Settings) -> tuple[list[Problem], list[Problem], l
     return train, heldout, shots, f"{origin}: {len(train)} for training, {len(heldout)} held out"
 
 
-def fitting(tokenizer, problems: Sequence[Problem], max_length: int, part: str) -> tuple[list[Problem], list[Example]]:
-    """The problems of at most ``max_length`` tokens and their encodings. Raises UserError when none
-    is left.
+def encode_short(
+    tokenizer, problems: Sequence[Problem], max_length: int, part: str
+) -> tuple[list[Problem], list[Example]]:
+    """Encode problems and leave out the long ones.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        problems: problems to encode.
+        max_length: most tokens of question and answer.
+        part: name of the problems for messages.
+
+    Returns:
+        The problems that are short enough, and their encodings.
+
+    Raises:
+        UserError: when no problem is short enough.
     """
     encoded = [prompts.encode(tokenizer, problem) for problem in problems]
     kept = [(p, e) for p, e in zip(problems, encoded, strict=True) if len(e["input_ids"]) <= max_length]
@@ -79,11 +101,21 @@ def fitting(tokenizer, problems: Sequence[Problem], max_length: int, part: str) 
 
 
 def training_sequences(tokenizer, examples: Sequence[Example], batch_size: int) -> tuple[list[Example], int]:
-    """Join the examples into sequences of up to SHOTS problems; returns them and how many make a
-    batch.
+    """Join examples into training sequences of up to SHOTS problems.
 
-    Trained on single problems only, the model is thrown off by the worked examples of a few-shot
-    prompt. Raises UserError when the examples do not fill one batch.
+    A model that is trained on single problems only is confused by the worked examples of a few-shot
+    prompt.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        examples: encoded problems.
+        batch_size: problems per step.
+
+    Returns:
+        The sequences, and how many of them make a batch.
+
+    Raises:
+        UserError: when the examples do not fill one batch.
     """
     if len(examples) < batch_size:
         raise UserError(f"{len(examples)} training problems do not fill a batch of {batch_size}; lower --batch-size")

@@ -1,4 +1,4 @@
-"""Prompts, losses and exact match of a causal language model on question/answer problems."""
+"""Losses, greedy answers and exact match of a model on question/answer problems."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from transformers import DynamicCache
 
 from .prompts import IGNORE, Example, collate, opening, prompt
 
-# Prose about everything but sums: a rise of the loss on it shows what fine-tuning made the model
-# forget.
+# Prose without arithmetic. A rise of its loss shows how much the model forgot in fine-tuning.
 NEUTRAL_TEXT = (
     "The river rises in the hills north of the town and flows slowly through wide meadows before it reaches the sea. "
     "In spring, when the snow melts, it often floods the fields along its banks. Farmers have learned to live with "
@@ -39,10 +38,11 @@ NEUTRAL_TEXT = (
 
 
 def extract_number(text: str) -> float | None:
-    """The final answer in a text: what follows "####" or "answer is", else the last number; None
-    without a number.
+    """Return the final answer in a text, or None where it has no number.
 
-    Accepts thousands separators, decimals, signs, currency signs and markup around the number.
+    The final answer is the number that follows "####" or "answer is", else the last number.
+    Thousands separators, decimals and signs are understood. Currency signs and markup in front of
+    the number are skipped.
     """
     number = r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
     marked = re.findall(rf"(?:####|answer\s*(?:is|:|=))[^\w\n+-]*?({number})", text, flags=re.IGNORECASE)
@@ -51,13 +51,22 @@ def extract_number(text: str) -> float | None:
 
 
 def same_number(text: str, expected: str) -> bool:
-    """Whether both texts hold the same final number."""
+    """Return whether both texts have the same final number (relative tolerance 1e-6)."""
     found, wanted = extract_number(text), extract_number(expected)
     return found is not None and wanted is not None and math.isclose(found, wanted, rel_tol=1e-6, abs_tol=1e-9)
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's confidence interval of a proportion, 95 % by default; (0, 1) without trials."""
+    """Return Wilson's confidence interval of a proportion.
+
+    Args:
+        successes: number of successes.
+        trials: number of trials.
+        z: quantile of the normal distribution; the default gives 95 % confidence.
+
+    Returns:
+        Lower and upper bound; (0, 1) without trials.
+    """
     if trials == 0:
         return 0.0, 1.0
     p, q = successes / trials, z * z / trials
@@ -67,10 +76,17 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
 
 
 def answer_loss(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-    """Sum of the cross-entropy over the labelled tokens of a batch, and their number.
+    """Return the summed cross-entropy of the labelled tokens of a batch, and their number.
 
-    The head runs only on columns that some label needs: with a large vocabulary it is a good part
-    of the work.
+    The head runs only on columns that some label needs. With a large vocabulary the head is a large
+    part of the work.
+
+    Args:
+        model: a causal language model.
+        batch: input ids, attention mask and labels, each (rows, tokens), as from `collate`.
+
+    Returns:
+        The loss in nats, a scalar with a gradient, and the number of labelled tokens.
     """
     mask, labels = batch["attention_mask"], batch["labels"]
     columns = (labels != IGNORE).any(0).nonzero()[:, 0]
@@ -88,7 +104,15 @@ def answer_loss(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, in
 
 @torch.no_grad()
 def mean_loss(model, tokenizer, examples: Sequence[Example], batch_size: int, title: str) -> float:
-    """Mean cross-entropy in nats per labelled token."""
+    """Return the mean cross-entropy of examples in nats per labelled token.
+
+    Args:
+        model: a causal language model; it is put into evaluation mode.
+        tokenizer: its tokenizer.
+        examples: encoded examples.
+        batch_size: examples per batch.
+        title: text of the progress bar.
+    """
     model.eval()
     ordered = sorted(examples, key=lambda e: len(e["input_ids"]))
     total, count = 0.0, 0
@@ -100,7 +124,7 @@ def mean_loss(model, tokenizer, examples: Sequence[Example], batch_size: int, ti
 
 
 def neutral_examples(tokenizer) -> list[Example]:
-    """NEUTRAL_TEXT as examples that are labelled after the first token."""
+    """Return NEUTRAL_TEXT as examples in which all tokens but the first are labelled."""
     start = opening(tokenizer)
     encoded = [start + tokenizer(text, add_special_tokens=False)["input_ids"] for text in NEUTRAL_TEXT]
     return [{"input_ids": ids, "labels": [IGNORE, *ids[1:]]} for ids in encoded]

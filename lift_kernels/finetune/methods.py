@@ -1,4 +1,4 @@
-"""Model and optimizer of each fine-tuning method: lift, random, lora, full."""
+"""Model and optimizer of each fine-tuning method: lift, random, lora and full."""
 
 from __future__ import annotations
 
@@ -15,15 +15,27 @@ from .config import Settings
 from .timing import Clock
 
 LEARNING_RATES = {"lift": 1e-3, "random": 1e-3, "lora": 1e-3, "full": 1e-4}
-BETAS = (0.9, 0.95)  # of the LIFT paper
-
-CLIP_NORM = 1.0  # of the gradient over the trained entries
+BETAS = (0.9, 0.95)  # as in the LIFT paper
+CLIP_NORM = 1.0  # largest norm of the gradient over the trained entries
 LORA_RANK = 16
 
 
 def prepare(model, settings: Settings, clock: Clock):
-    """Return the model to train, its optimizer and the weights that the method adapts (which it
-    trains in part).
+    """Prepare a model for a method.
+
+    Args:
+        model: the loaded model; it is changed in place.
+        settings: options of the run.
+        clock: receives the time of the first mask.
+
+    Returns:
+        The model to train, its optimizer, and the weight matrices that the method adapts in whole
+        or in part. For lora the model is a peft wrapper.
+
+    Raises:
+        ValueError: for an option that does not fit the model's matrices, and for non-finite
+            weights.
+        UserError: when a package is missing.
     """
     lr = settings.lr or LEARNING_RATES[settings.method]
     groups = lift_param_groups(model, freeze_rest=settings.method != "full")
@@ -45,14 +57,14 @@ def prepare(model, settings: Settings, clock: Clock):
             refresh_interval=settings.refresh_interval or None,
             max_grad_norm=CLIP_NORM,
             selection=selection,
-            warm_start=None,  # a run has few refreshes: bases would take a quarter of the state again to save seconds
+            warm_start=None,  # bases would enlarge the state by a quarter, and a run has few refreshes to speed up
             seed=settings.seed,
             **budget,
         )
         if settings.gradients == "dense":
             clock.first_mask(optimizer.refresh)
         else:
-            optimizer.refresh()  # takes the masks that are there
+            optimizer.refresh()  # adopts the existing masks
         return model, optimizer, covered
     if settings.method == "lora":
         try:
@@ -68,14 +80,14 @@ def prepare(model, settings: Settings, clock: Clock):
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of everything that the optimizer keeps for its parameters."""
+    """Return the bytes of all state that an optimizer keeps for its parameters."""
     if isinstance(optimizer, LiftAdamW):
         return optimizer.state_bytes()
     return storage_bytes(t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))
 
 
 def trained_entries(optimizer: torch.optim.Optimizer) -> int:
-    """Number of weights that the optimizer changes."""
+    """Return the number of entries that an optimizer changes."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if isinstance(optimizer, LiftAdamW):
         return sum(optimizer.state[p]["indices"].numel() for p in parameters)

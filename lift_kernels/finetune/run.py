@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..optim.lift_adamw import LiftAdamW
 from . import evaluation, prompts, report, run_dir
 from .config import DTYPES, Settings
-from .data import SHOTS, choose_problems, fitting, training_sequences
+from .data import SHOTS, choose_problems, encode_short, training_sequences
 from .methods import CLIP_NORM, prepare, state_bytes, trained_entries
 from .model_io import Source, find_model, load_model
 from .prompts import Example
@@ -126,9 +126,9 @@ def _load(settings: Settings, resumed: bool) -> Run:
     device = "cuda" if settings.device == "auto" and torch.cuda.is_available() else settings.device
     model.to(torch.device("cpu" if device == "auto" else device))
     print(f"model: {source.description}, {settings.dtype}, on {model.device}\ndata: {data}")
-    _, examples = fitting(tokenizer, problems, settings.max_length, "training")
-    heldout, encoded = fitting(tokenizer, heldout, settings.max_length, "held-out")
-    _, shown = fitting(tokenizer, shots, settings.max_length, "few-shot")
+    _, examples = encode_short(tokenizer, problems, settings.max_length, "training")
+    heldout, encoded = encode_short(tokenizer, heldout, settings.max_length, "held-out")
+    _, shown = encode_short(tokenizer, shots, settings.max_length, "few-shot")
     longest = (SHOTS + 1) * max(len(e["input_ids"]) for e in [*examples, *encoded, *shown])
     limit = getattr(model.config, "max_position_embeddings", None) or longest
     if longest > limit:

@@ -1,6 +1,4 @@
-"""What a run leaves in its directory while it goes on, and how an interrupted one goes on from
-there with the same bits.
-"""
+"""Files in the directory of a run, from which an interrupted run resumes bit-exactly."""
 
 from __future__ import annotations
 
@@ -26,10 +24,14 @@ from .config import Settings
 from .model_io import save_model
 from .prompts import Example
 
+CHECKPOINT, SETTINGS, BEFORE, REPORT = "checkpoint.safetensors", "settings.json", "before.json", "report.json"
+
 
 def make_folder(settings: Settings) -> Path:
-    """Create the directory of the run; raises UserError when it holds files already or cannot be
-    written.
+    """Create the directory of a run.
+
+    Raises:
+        UserError: when the directory already holds files or cannot be written.
     """
     name = settings.name or f"{settings.method}-{datetime.now():%Y%m%d-%H%M%S}"
     folder = Path(settings.output).expanduser() / name
@@ -42,12 +44,10 @@ def make_folder(settings: Settings) -> Path:
     return folder
 
 
-CHECKPOINT, SETTINGS, BEFORE, REPORT = "checkpoint.safetensors", "settings.json", "before.json", "report.json"
-
-
 def trained_weights(model) -> dict[str, torch.Tensor]:
-    """What training changes, by name: trainable parameters, and of packed layers the weight in
-    place of its values.
+    """Return the tensors that training changes, by name.
+
+    These are the trainable parameters. For a packed layer it is the weight in place of its values.
     """
     packed = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     found = {}
@@ -59,8 +59,9 @@ def trained_weights(model) -> dict[str, torch.Tensor]:
 
 
 def identity(model, sequences: Sequence[Example]) -> dict[str, str]:
-    """Fingerprints of what a checkpoint does not hold and a resumed run reads again: frozen weights
-    and training data.
+    """Return fingerprints of the frozen weights and the training data.
+
+    A checkpoint holds neither, and a resumed run reads both again.
     """
     trained = trained_weights(model)
     frozen = fingerprint({name: p for name, p in model.state_dict().items() if name not in trained})
@@ -68,8 +69,17 @@ def identity(model, sequences: Sequence[Example]) -> dict[str, str]:
 
 
 def find_checkpoint(folder: Path, expected: dict[str, str]) -> dict[str, Any] | None:
-    """The checkpoint of an interrupted run, None before the first. Raises UserError when it is
-    damaged or does not fit.
+    """Load the checkpoint of an interrupted run.
+
+    Args:
+        folder: directory of the run.
+        expected: the `identity` of the resumed run.
+
+    Returns:
+        The checkpoint, or None when the run was interrupted before the first one.
+
+    Raises:
+        UserError: when the checkpoint is damaged, or was made with other weights or data.
     """
     path = folder / CHECKPOINT
     if not path.exists():
@@ -85,13 +95,21 @@ def find_checkpoint(folder: Path, expected: dict[str, str]) -> dict[str, Any] | 
 
 
 def begin(folder: Path, settings: Settings) -> None:
-    """Note the settings of a run in its directory."""
+    """Write the settings of a new run to its directory."""
     write_atomic(folder / SETTINGS, json.dumps(asdict(settings), indent=2) + "\n")
 
 
 def settings_of(folder: str | Path) -> Settings:
-    """The settings of an interrupted run. Raises UserError for a directory that is none or holds a
-    finished run.
+    """Read the settings of an interrupted run.
+
+    Args:
+        folder: directory of the run.
+
+    Returns:
+        The settings with name and output of the directory, which may have been moved.
+
+    Raises:
+        UserError: for a directory without a run, and for a finished run.
     """
     path = Path(folder).expanduser()
     try:
@@ -108,7 +126,13 @@ def settings_of(folder: str | Path) -> Settings:
 
 
 def save_once(model, tokenizer, folder: Path) -> None:
-    """Write ``folder/model`` whole or not at all; one that a killed run left there is replaced."""
+    """Write ``folder/model``, complete or not at all.
+
+    A model that a killed run left there is replaced.
+
+    Raises:
+        UserError: when the disk is full or cannot be written.
+    """
     target = folder / "model"
     work = Path(tempfile.mkdtemp(prefix=".model.", dir=folder))
     try:
@@ -123,7 +147,7 @@ def save_once(model, tokenizer, folder: Path) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Remove what a killed run left half-written: files that have not got their name yet."""
+    """Remove the temporary files of a killed run, which were not complete."""
     for name in (CHECKPOINT, SETTINGS, BEFORE, REPORT, "model"):
         for path in folder.glob(f".{name}.*"):
             if path.is_dir():
@@ -133,6 +157,6 @@ def clean(folder: Path) -> None:
 
 
 def finish(folder: Path) -> None:
-    """Remove the checkpoint of a finished run: the model is saved."""
+    """Remove the files that only an interrupted run needs, once the model is saved."""
     (folder / CHECKPOINT).unlink(missing_ok=True)
     (folder / BEFORE).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Trainer of the main job: mean loss over answer tokens, checkpoints of ours."""
+"""Trainer with a loss over answer tokens that resumes bit-exactly from its checkpoints."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from .run_dir import CHECKPOINT, trained_weights
 
 
 class EpochStart(TrainerCallback):
-    """Keeps the random state from which an epoch drew its order, or puts the one of the interrupted
-    epoch back.
+    """Keeps the random state at the start of an epoch, from which its order is drawn.
+
+    Attributes:
+        random: state at the start of the current epoch.
+        interrupted: state of an interrupted epoch, which the next epoch starts from.
     """
 
     def __init__(self) -> None:
@@ -34,13 +37,17 @@ class EpochStart(TrainerCallback):
 
 
 class Resumable(Trainer):
-    """A Trainer whose checkpoint is one file of ours, and resuming from it changes no bit.
+    """A Trainer with single-file checkpoints, from which it resumes bit-exactly.
 
-    Trainer's own checkpoints are several files, some of them pickles, that a crash can leave
-    half-written.
+    The checkpoints of transformers are several files, some of them pickles. A crash can leave them
+    incomplete.
+
+    Attributes:
+        identity: fingerprints that are saved in a checkpoint (`run_dir.identity`).
+        checkpoint: the loaded checkpoint that training continues from; empty at the start.
     """
 
-    model: Any  # Trainer declares these as optional; they are there once training or loading begins
+    model: Any  # Trainer declares these three as optional; they exist once training or loading begins
     optimizer: Any
     lr_scheduler: Any
 
@@ -52,14 +59,14 @@ class Resumable(Trainer):
         self.add_callback(self.epoch_start)
 
     def progress(self) -> dict[str, Any]:
-        """Records of the run so far, plain values; kept in checkpoints."""
+        """Return the records of the run so far, as plain values for a checkpoint."""
         return {}
 
     def restore_progress(self, progress: dict[str, Any]) -> None:
-        """Take up what `progress` gave."""
+        """Restore the records that `progress` returned."""
 
     def train_from(self, checkpoint: dict[str, Any] | None) -> None:
-        """Train to the end, from the start or from a loaded checkpoint."""
+        """Train to the end, from the start (None) or from a loaded checkpoint."""
         if checkpoint is None:
             self.train()
             return
@@ -74,7 +81,7 @@ class Resumable(Trainer):
             (Path(folder) / TRAINER_STATE_NAME).write_text(checkpoint["trainer_state"])
             self.train(resume_from_checkpoint=folder)
 
-    # ---- Trainer's own names ---------------------------------------------------------------------
+    # Methods of transformers.Trainer that this class replaces.
 
     def _save_checkpoint(self, model, trial) -> None:
         self.store_flos()
@@ -98,8 +105,8 @@ class Resumable(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         saved = self.checkpoint["model"]
         trained = trained_weights(self.model)
-        fitting = trained.keys() == saved.keys() and all(p.shape == saved[name].shape for name, p in trained.items())
-        if not fitting:
+        fits = trained.keys() == saved.keys() and all(p.shape == saved[name].shape for name, p in trained.items())
+        if not fits:
             raise UserError(f"{CHECKPOINT} is of another model; start a new run")
         with torch.no_grad():
             for name, p in trained.items():
@@ -116,7 +123,12 @@ class Resumable(Trainer):
 
 
 class AnswerTrainer(Resumable):
-    """Trainer on the mean loss over answer tokens; ``losses`` collects it step by step."""
+    """A Trainer on the mean loss over answer tokens.
+
+    Attributes:
+        losses: loss of every step in nats per token.
+        clock: durations of the parts of every step.
+    """
 
     def __init__(self, *args: Any, clock: Any, **kwargs: Any) -> None:
         super().__init__(*args, callbacks=[clock], **kwargs)

@@ -1,8 +1,8 @@
-"""Arithmetic word problems with worked answers, for fine-tuning and for exact-match evaluation.
+"""Arithmetic word problems with worked answers, for fine-tuning and evaluation.
 
 The training and the held-out split share no phrasing, no name, no item and no arithmetic fact. A
-fact is an equation up to order and inversion: 5 + 7 = 12, 7 + 5 = 12 and 12 - 5 = 7 are one fact,
-and it belongs to one split only.
+fact is an equation up to order and inversion. 5 + 7 = 12, 7 + 5 = 12 and 12 - 5 = 7 are one fact,
+which belongs to one split only.
 """
 
 from __future__ import annotations
@@ -21,14 +21,19 @@ HELDOUT_SHARE = 4
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, its worked answer, and how it was made (empty for problems that were read from a
-    file).
+    """A question with its worked answer.
+
+    Attributes:
+        question: text of the question.
+        answer: text of the answer, which contains the result.
+        template: text that the question was made from; empty for a problem from a file.
+        steps: (left, operator, right, result) of every equation; empty for a problem from a file.
     """
 
     question: str
     answer: str
     template: str = ""
-    steps: tuple[tuple[int, str, int, int], ...] = ()  # (left, operator, right, result) of every equation
+    steps: tuple[tuple[int, str, int, int], ...] = ()
 
 
 NAMES: dict[Split, list[str]] = {
@@ -42,8 +47,7 @@ ITEMS: dict[Split, list[str]] = {
     "heldout": "stones candies pears bottles keys ribbons postcards tickets".split(),
 }
 
-# Operators are applied from left to right: "+-" means (a + b) - c. Every problem asks for the last
-# result.
+# Operators are applied from left to right: "+-" is (a + b) - c. A problem asks for the last result.
 TEMPLATES: dict[Split, dict[str, list[str]]] = {
     "train": {
         "+": [
@@ -150,20 +154,18 @@ KINDS = tuple(TEMPLATES["train"])
 
 
 def fact(left: int, operator: str, right: int, result: int) -> tuple[str, int, int]:
-    """The arithmetic fact behind an equation, the same for all its orders and inversions."""
+    """Return the arithmetic fact behind an equation, the same for all orders and inversions."""
     x, y = (left, right) if operator in "+x" else (right, result)
     return "+" if operator in "+-" else "x", min(x, y), max(x, y)
 
 
 def split_of(equation: tuple[int, str, int, int]) -> Split:
-    """The split that an equation belongs to; every order and inversion of it belongs to the same
-    one.
-    """
+    """Return the split that an equation belongs to, with all its orders and inversions."""
     return "heldout" if zlib.crc32(repr(fact(*equation)).encode()) % HELDOUT_SHARE == 0 else "train"
 
 
 def _draw(kind: str, rng: random.Random) -> tuple[list[int], list[tuple[int, str, int, int]]]:
-    """Draw the operands of a problem and work it out."""
+    """Draw the operands of a problem and compute its steps."""
     operands: list[int] = []
     steps: list[tuple[int, str, int, int]] = []
     for operator in kind:
@@ -178,6 +180,7 @@ def _draw(kind: str, rng: random.Random) -> tuple[list[int], list[tuple[int, str
 
 
 def _stream(split: Split, seed: int) -> Iterator[Problem]:
+    """Yield problems of a split without end; some repeat."""
     rng = random.Random(f"{split}-{seed}")
     while True:
         for kind in rng.sample(KINDS, len(KINDS)):  # every kind equally often
@@ -195,9 +198,15 @@ def _stream(split: Split, seed: int) -> Iterator[Problem]:
 
 
 def generate(count: int, split: Split, seed: int = 0) -> list[Problem]:
-    """Return ``count`` different problems of a split; the same arguments give the same problems.
+    """Return different problems of a split; the same arguments give the same problems.
 
-    Raises ValueError for a negative count or an unknown split.
+    Args:
+        count: number of problems.
+        split: "train" or "heldout".
+        seed: seed of the random choices.
+
+    Raises:
+        ValueError: for a negative count or an unknown split.
     """
     if count < 0:
         raise ValueError(f"count is {count}; it must not be negative")
