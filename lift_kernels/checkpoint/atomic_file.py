@@ -11,11 +11,14 @@ from ..errors import FileError
 
 
 class AtomicFile:
-    """A context manager that yields a binary file and gives it its name when the body has
-    succeeded, flushed to the disk.
+    """Writes a binary file that appears under its name only when it is complete.
 
-    Until then, and when the body fails, a file of that name stays as it was. Raises FileError where
-    the disk refuses.
+    As a context manager it yields the open file. When the body succeeds, the content is flushed to
+    the disk and the file gets its name. Until then, and when the body fails, an older file of that
+    name stays as it was.
+
+    Raises:
+        FileError: when the disk is full or the file cannot be written.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -36,16 +39,16 @@ class AtomicFile:
                 os.fsync(self._file.fileno())
                 umask = os.umask(0)
                 os.umask(umask)
-                os.chmod(self._temporary, 0o666 & ~umask)  # mkstemp makes files for the owner alone
+                os.chmod(self._temporary, 0o666 & ~umask)  # mkstemp lets only the owner read the file
                 os.replace(self._temporary, self.path)
                 sync_folder(self.path.parent)
-        except OSError as late:
-            error = late
+        except OSError as failure:
+            error = failure
         finally:
             try:
                 self._file.close()
-            except OSError as late:  # what a full disk left in the buffer
-                error = error or late
+            except OSError as failure:  # closing writes what a full disk left in the buffer
+                error = error or failure
         if error is not None:
             Path(self._temporary).unlink(missing_ok=True)
         if isinstance(error, OSError):
@@ -56,13 +59,13 @@ class AtomicFile:
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
-    """Write a small file as `AtomicFile` does; text as UTF-8."""
+    """Write a small file as `AtomicFile` does, with text as UTF-8."""
     with AtomicFile(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a directory, so that a rename in it survives a loss of power."""
+    """Flush a directory to the disk, so that a rename in it survives a loss of power."""
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)

@@ -1,4 +1,4 @@
-"""Files: safetensors read with bounds, one tensor at a time, and atomic writing."""
+"""Safetensors files, read one tensor at a time with checked bounds and written atomically."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..validation import require
 from .atomic_file import AtomicFile
 
 MAX_HEADER = 100_000_000
-"""Bytes: as much as the safetensors library itself accepts."""
+"""Bytes; the limit of the safetensors library."""
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -33,12 +33,19 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-"""How safetensors spells a dtype."""
+"""The name of a dtype in safetensors."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies in a file: bytes ``start .. end`` behind the header."""
+    """Dtype, shape and place of a tensor in a file.
+
+    Attributes:
+        dtype: dtype of the tensor.
+        shape: shape of the tensor.
+        start: its first byte, counted from the end of the header.
+        end: the byte behind its last one.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -49,19 +56,24 @@ class Entry:
 class TensorFile:
     """A safetensors file whose tensors are read one at a time.
 
-    Nothing is allocated before it is known to fit: the header must be smaller than the file, and
-    the tensors must fill the rest of it exactly. Raises FileError for a file that cannot be read or
-    is truncated or malformed.
+    Sizes are checked before memory is allocated. The header must be smaller than the file, and the
+    tensors must fill the rest of it exactly.
+
+    Args:
+        path: the file.
 
     Attributes:
-        entries: by tensor name.
+        entries: dtype, shape and place by tensor name.
         metadata: the strings that the file carries.
+
+    Raises:
+        FileError: for a file that cannot be read, is truncated or malformed.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            self._file = open(self.path, "rb")  # noqa: SIM115  closed by close()
+            self._file = open(self.path, "rb")
         except OSError as error:
             raise FileError(f"cannot read {path}: {error.strerror}; check the path") from error
         try:
@@ -82,8 +94,10 @@ class TensorFile:
         self._file.close()
 
     def read(self, name: str) -> Tensor:
-        """A tensor of its own, on the CPU. Raises FileError when the file lacks it or became
-        shorter.
+        """Return a tensor in new memory on the CPU.
+
+        Raises:
+            FileError: when the file lacks the tensor or has become shorter.
         """
         self._require(name in self.entries, f"holds no tensor {name}")
         entry = self.entries[name]
@@ -97,7 +111,7 @@ class TensorFile:
         return buffer.view(entry.dtype).reshape(entry.shape)
 
     def place(self, name: str) -> int:
-        """The position of a tensor's first byte in the file."""
+        """Return the position of a tensor's first byte in the file."""
         return self._data + self.entries[name].start
 
     def _require(self, condition: bool, problem: str) -> None:
@@ -106,6 +120,7 @@ class TensorFile:
         )
 
     def _read_header(self) -> tuple[bytes, int]:
+        """Return the header and the position behind it."""
         try:
             size = os.fstat(self._file.fileno()).st_size
             length = int.from_bytes(self._file.read(8), "little")
@@ -114,13 +129,14 @@ class TensorFile:
                 0 < length <= min(size - 8, MAX_HEADER), f"claims a header of {length} bytes in a file of {size}"
             )
             header = self._file.read(length)
-        except OSError as error:  # a directory, for one
+        except OSError as error:  # for example, the path is a directory
             raise FileError(f"cannot read {self.path}: {error.strerror}; give a safetensors file") from error
         self._require(len(header) == length, "is cut off inside its header")
         self._size = size
         return header, 8 + length
 
     def _parse(self) -> tuple[dict[str, Entry], dict[str, str]]:
+        """Return entries and metadata of the header."""
         try:
             parsed = json.loads(self._header.decode("utf-8"), object_pairs_hook=_without_duplicates)
         except (ValueError, RecursionError) as error:
@@ -142,6 +158,7 @@ class TensorFile:
         return entries, metadata
 
     def _entry(self, name: str, value: Any) -> Entry:
+        """Return the entry that the header describes."""
         shown = name[:80]
         self._require(
             isinstance(value, dict) and value.keys() == {"dtype", "shape", "data_offsets"},
@@ -169,7 +186,15 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
-    """Write an ordinary safetensors file as `AtomicFile` does."""
+    """Write an ordinary safetensors file without a checksum, as `AtomicFile` does.
+
+    Args:
+        path: the file.
+        tensors: tensors by name, in the order of the file.
+
+    Raises:
+        FileError: when the disk is full or the file cannot be written.
+    """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in tensors.items():
@@ -185,5 +210,5 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor in row-major order."""
+    """Return the bytes of a tensor in row-major order."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

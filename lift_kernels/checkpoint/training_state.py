@@ -1,6 +1,4 @@
-"""Checkpoints of training: any nest of tensors and plain values in one sealed file, and the state
-of all random generators.
-"""
+"""Training checkpoints in one checksummed file, and the state of all random generators."""
 
 from __future__ import annotations
 
@@ -14,30 +12,38 @@ import torch
 from torch import Tensor
 
 from ..errors import FileError
-from .checksummed_file import ChecksummedFile, ChecksummedWriter, header_room
+from .checksummed_file import ChecksummedFile, ChecksummedWriter, header_space
 
 KIND = "checkpoint"
 
 
 def save_checkpoint(path: str | Path, state: Any) -> None:
-    """Write ``state``, a nest of dicts, lists and tuples of tensors, numbers, strings, dtypes and
-    None, to one file.
+    """Write training state to one file.
 
-    What ``torch.save`` does for a training loop, but without pickle, with a checksum, and
-    atomically: until the new file is complete and on the disk, an old one of that name stays.
-    Raises TypeError for a value of another type, and FileError where the disk refuses.
+    This replaces ``torch.save`` in a training loop. The file has a checksum and no pickle. It is
+    written atomically: until it is complete and on the disk, an older file of that name stays.
+
+    Args:
+        path: the file.
+        state: nested dicts, lists and tuples of tensors, numbers, strings, dtypes and None.
+
+    Raises:
+        TypeError: for a value of another type.
+        FileError: when the disk is full or the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_encode(state, "state", tensors))
-    with ChecksummedWriter(path, KIND, header_room(tensors, [tree])) as out:
+    with ChecksummedWriter(path, KIND, header_space(tensors, [tree])) as out:
         out.metadata["tree"] = tree
         for name, tensor in tensors.items():
             out.add(name, tensor)
 
 
 def load_checkpoint(path: str | Path) -> Any:
-    """What `save_checkpoint` wrote, to the bit, tensors on the CPU. Raises FileError for a damaged
-    file or one of another kind.
+    """Return what `save_checkpoint` wrote, bit for bit, with tensors on the CPU.
+
+    Raises:
+        FileError: for a file that cannot be read, is damaged or is no checkpoint.
     """
     with ChecksummedFile(path, KIND) as file:
         try:
@@ -47,8 +53,9 @@ def load_checkpoint(path: str | Path) -> Any:
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of the random generators of Python, NumPy and torch on every device, for
-    `save_checkpoint`.
+    """Return the state of the random generators of Python, NumPy and torch on all devices.
+
+    `save_checkpoint` can write it, and `set_rng_state` restores it.
     """
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     state = np.random.get_state()
@@ -59,7 +66,10 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Go on with the random numbers that would have followed `rng_state`."""
+    """Restore a state that `rng_state` returned.
+
+    The next random numbers are those that followed it.
+    """
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
@@ -69,8 +79,14 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def _encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON for a nest; its tensors go to ``tensors``. Containers and what JSON lacks become
-    {"kind": content}.
+    """Turn nested containers into JSON, and collect their tensors.
+
+    A dict, a tuple, a dtype and a tensor become {"kind": content}.
+
+    Args:
+        value: the value to encode.
+        place: path of the value in the whole state, which names its tensor.
+        tensors: receives the tensors by their place.
     """
     if isinstance(value, Tensor):
         tensors[place] = value
@@ -96,6 +112,7 @@ def _key(key: Any, place: str) -> str | int:
 
 
 def _decode(value: Any, file: ChecksummedFile) -> Any:
+    """Return what `_encode` turned into JSON, with tensors read from the file."""
     if isinstance(value, list):
         return [_decode(v, file) for v in value]
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What fine-tuning changed: the entries of a model that differ from its base, in one small file."""
+"""Delta files: the entries of a fine-tuned model that differ from its base."""
 
 from .apply import apply_delta, revert_delta, switch_delta
 from .format import DeltaInfo, delta_info

@@ -1,6 +1,4 @@
-"""Delta files: what fine-tuning changed, as a small file that is applied to the base and taken off
-again, to the bit.
-"""
+"""Apply, revert and switch deltas bit-exactly, in a module or in a copy of a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,6 +6,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -20,16 +19,28 @@ from ..validation import require
 from .format import Delta, bits
 from .model_weights import PICKLED, Model, ModuleWeights, fingerprint, open_weights, weight_files
 
-_STALE = (".safetensors", ".gguf", *PICKLED)
-"""Other forms of the weights: beside a patched checkpoint they would hold the old ones."""
+_WEIGHT_SUFFIXES = (".safetensors", ".gguf", *PICKLED)
+"""Files in other weight formats. Beside a patched checkpoint they would hold outdated weights."""
+
+_Change: TypeAlias = tuple[Delta, bool]
+"""A delta, and whether it is reverted."""
 
 
 def apply_delta(model: nn.Module | str | Path, path: str | Path, output: str | Path | None = None) -> None:
-    """Turn the base of a delta into the fine-tuned model, exactly.
+    """Turn the base of a delta into the fine-tuned model, bit for bit.
 
-    A module is changed in place. For a model directory, or one safetensors file, ``output`` names
-    the copy to write. Everything is checked before anything is written; raises FileError for a
-    damaged delta and for a model that is not its base.
+    Everything is checked before anything is written.
+
+    Args:
+        model: the base. A module is changed in place. A model directory or a safetensors file is
+            not changed.
+        path: the delta file.
+        output: the copy to write for a model directory or file; it must not exist.
+
+    Raises:
+        FileError: for a damaged delta, for a model that is not its base, and for an output that
+            cannot be written.
+        ValueError: for an output with a module.
     """
     with Delta(path) as delta:
         _require_model(
@@ -39,7 +50,17 @@ def apply_delta(model: nn.Module | str | Path, path: str | Path, output: str | P
 
 
 def revert_delta(model: nn.Module | str | Path, path: str | Path, output: str | Path | None = None) -> None:
-    """Turn the fine-tuned model back into the base, exactly; as `apply_delta`."""
+    """Turn a fine-tuned model back into the base of its delta, bit for bit.
+
+    Args:
+        model: the fine-tuned model, as in `apply_delta`.
+        path: the delta that was applied to it last.
+        output: as in `apply_delta`.
+
+    Raises:
+        FileError: as in `apply_delta`.
+        ValueError: as in `apply_delta`.
+    """
     with Delta(path) as delta:
         _require_model(
             model,
@@ -53,7 +74,18 @@ def revert_delta(model: nn.Module | str | Path, path: str | Path, output: str | 
 def switch_delta(
     model: nn.Module | str | Path, current: str | Path, wanted: str | Path, output: str | Path | None = None
 ) -> None:
-    """Take off the delta ``current`` and apply ``wanted``, of the same base; as `apply_delta`."""
+    """Revert one delta and apply another one of the same base.
+
+    Args:
+        model: the fine-tuned model, as in `apply_delta`.
+        current: the delta that was applied to it last.
+        wanted: the delta to apply.
+        output: as in `apply_delta`.
+
+    Raises:
+        FileError: as in `apply_delta`, and for deltas of different bases.
+        ValueError: as in `apply_delta`.
+    """
     with Delta(current) as old, Delta(wanted) as new:
         require(
             old.info.base == new.info.base,
@@ -70,34 +102,34 @@ def switch_delta(
 
 
 def _require_model(model: Model, expected: str, problem: str, remedy: str) -> None:
+    """Raise FileError unless the model has the expected fingerprint."""
     found = fingerprint(model)
     require(
         found == expected, f"{problem} (fingerprint {expected[:12]}, this model has {found[:12]}); {remedy}", FileError
     )
 
 
-def _write(model: nn.Module | str | Path, moves: list[tuple[Delta, bool]], output: str | Path | None) -> None:
-    """Check each delta against the model, then put in its new values, or with True its old ones,
-    one delta after the other.
-    """
+def _write(model: nn.Module | str | Path, changes: list[_Change], output: str | Path | None) -> None:
+    """Check all changes against the model, then make them one after the other."""
     with open_weights(model) as weights:
-        for i, (delta, reverse) in enumerate(moves):
-            # What a later delta replaces is there only once the first is off; the fingerprints
-            # vouch for it.
+        for i, (delta, reverse) in enumerate(changes):
+            # The values that a later delta replaces appear when the first is reverted. The
+            # fingerprints guarantee them.
             delta.check(weights, reverse=reverse, values=i == 0)
     if isinstance(model, nn.Module):
         require(output is None, "output is for model directories and files; a module is changed in place")
-        _write_module(model, moves)
+        _write_module(model, changes)
     else:
         require(output is not None, f"{model} is not changed in place; name an output", FileError)
         assert output is not None
-        _write_copy(Path(model), moves, Path(output))
+        _write_copy(Path(model), changes, Path(output))
 
 
 @torch.no_grad()
-def _write_module(model: nn.Module, moves: list[tuple[Delta, bool]]) -> None:
+def _write_module(model: nn.Module, changes: list[_Change]) -> None:
+    """Change the weights of a module in place."""
     tensors = ModuleWeights(model).tensors
-    for delta, reverse in moves:
+    for delta, reverse in changes:
         for name in delta.info.shapes:
             indices, old, new = delta.read(name)
             tensor = tensors[name].detach()
@@ -108,8 +140,8 @@ def _write_module(model: nn.Module, moves: list[tuple[Delta, bool]]) -> None:
                 tensor.copy_(flat.view(tensor.shape))
 
 
-def _write_copy(source: Path, moves: list[tuple[Delta, bool]], output: Path) -> None:
-    """Copy a checkpoint beside ``output``, patch the copy, then give it its name."""
+def _write_copy(source: Path, changes: list[_Change], output: Path) -> None:
+    """Copy a checkpoint to a temporary directory beside ``output``, change it, and rename it."""
     require(not output.exists(), f"{output} exists already; choose another output or remove it", FileError)
     try:
         work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
@@ -120,14 +152,14 @@ def _write_copy(source: Path, moves: list[tuple[Delta, bool]], output: Path) -> 
         files = [file.resolve() for file in weight_files(source)]
         if source.is_dir():
             shutil.copytree(
-                source, copy, ignore=lambda folder, names: [n for n in names if _stale(Path(folder) / n, files)]
+                source, copy, ignore=lambda folder, names: [n for n in names if _is_outdated(Path(folder) / n, files)]
             )
             patched = [copy / file.name for file in weight_files(source)]
         else:
             shutil.copyfile(source, copy)
             patched = [copy]
         for file in patched:
-            _patch(file, moves)
+            _patch(file, changes)
         copy.rename(output)
         sync_folder(output.parent)
     except OSError as error:
@@ -138,15 +170,16 @@ def _write_copy(source: Path, moves: list[tuple[Delta, bool]], output: Path) -> 
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _stale(path: Path, files: list[Path]) -> bool:
-    return path.suffix in _STALE and path.resolve() not in files
+def _is_outdated(path: Path, files: list[Path]) -> bool:
+    """Return whether a file holds weights other than those in ``files``, which are patched."""
+    return path.suffix in _WEIGHT_SUFFIXES and path.resolve() not in files
 
 
-def _patch(path: Path, moves: list[tuple[Delta, bool]]) -> None:
-    """Write the values of each delta into a safetensors file of the right form."""
+def _patch(path: Path, changes: list[_Change]) -> None:
+    """Write the changed values into a safetensors file whose dtypes and shapes were checked."""
     with TensorFile(path) as file:
         places = {name: (file.place(name), entry) for name, entry in file.entries.items()}
-    for delta, reverse in moves:
+    for delta, reverse in changes:
         for name in delta.info.shapes.keys() & places.keys():
             indices, old, new = delta.read(name)
             values = bits(old if reverse else new).numpy()

@@ -1,5 +1,7 @@
-"""What a delta file holds, and its checks: sorted indices with old and new values of every entry
-that changed.
+"""Content of a delta file and its checks.
+
+For each tensor that changed, the file holds the sorted indices of the changed entries and their old
+and new values.
 """
 
 from __future__ import annotations
@@ -19,15 +21,20 @@ from .model_weights import Weights
 
 
 def delta_info(path: str | Path) -> DeltaInfo:
-    """What a delta file holds. Raises FileError for a file that is damaged or no delta."""
+    """Return what a delta file says about itself.
+
+    Raises:
+        FileError: for a file that cannot be read, is damaged or is no delta.
+    """
     with Delta(path) as delta:
         return delta.info
 
 
 KIND = "delta"
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By bytes an element: how values are compared and written, so that -0.0 and NaN count like any
-other bits.
+"""Integer dtype by element size in bytes.
+
+Values are compared and written as integers, so that -0.0 and NaN count like any other bits.
 """
 
 
@@ -36,11 +43,13 @@ class DeltaInfo:
     """What a delta file says about itself.
 
     Attributes:
-        base, result: fingerprints of the models without and with the delta.
-        shapes, dtypes, counts: by name of each tensor that changed: its form and how many of its
-            entries changed.
-        settings: of the method, as they were given to `save_delta`.
-        file_bytes: size of the file.
+        base: fingerprint of the model without the delta.
+        result: fingerprint of the model with the delta.
+        shapes: shape of each tensor that changed, by name.
+        dtypes: dtype of each tensor that changed, by name.
+        counts: number of changed entries of each tensor, by name.
+        settings: settings of the method, as `save_delta` received them.
+        file_bytes: size of the file in bytes.
     """
 
     base: str
@@ -53,13 +62,21 @@ class DeltaInfo:
 
     @property
     def entries(self) -> int:
-        """How many entries changed in all."""
+        """Number of changed entries in all tensors."""
         return sum(self.counts.values())
 
 
 class Delta:
-    """An open delta file, read one tensor at a time. Raises FileError for a file that is not
-    exactly what `save_delta` wrote.
+    """An open delta file, read one tensor at a time.
+
+    Args:
+        path: the file.
+
+    Attributes:
+        info: what the file says about itself.
+
+    Raises:
+        FileError: for a file that is not exactly what `save_delta` wrote.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -82,8 +99,14 @@ class Delta:
         self._file.close()
 
     def read(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Indices (int32, sorted, within the tensor), old and new values (the tensor's dtype) of
-        the tensor ``name``.
+        """Return the changed entries of a tensor.
+
+        Returns:
+            Flat indices (int32, sorted, within the tensor), old values and new values (both in the
+            tensor's dtype); each of length ``info.counts[name]``.
+
+        Raises:
+            FileError: for a damaged index list.
         """
         indices, old, new = (self._file.read(part) for part in parts(name))
         try:
@@ -93,10 +116,15 @@ class Delta:
         return indices, old, new
 
     def check(self, weights: Weights, *, reverse: bool = False, values: bool = True) -> None:
-        """Raise FileError unless every index list is right and ``weights`` hold the values that
-        this delta replaces.
+        """Check all index lists, and that a model holds the values that this delta replaces.
 
-        ``reverse``: the new values instead of the old ones; ``values=False`` compares none.
+        Args:
+            weights: weights of the model.
+            reverse: expect the new values, as before a revert, and not the old ones.
+            values: compare values; False compares dtypes and shapes alone.
+
+        Raises:
+            FileError: when a check fails.
         """
         for name, shape in self.info.shapes.items():
             form = (self.info.dtypes[name], shape)
@@ -117,6 +145,7 @@ class Delta:
                 )
 
     def _check(self) -> DeltaInfo:
+        """Check the header against the tensors of the file."""
         file = self._file
         hashes, shapes, settings = file.json("hashes"), file.json("shapes"), file.json("settings")
         self._require(isinstance(shapes, dict) and isinstance(settings, dict) and isinstance(hashes, dict))
@@ -139,10 +168,10 @@ class Delta:
 
 
 def parts(name: str) -> tuple[str, str, str]:
-    """The names under which a file holds indices, old and new values of the tensor ``name``."""
+    """Return the names of a tensor's indices, old values and new values in a file."""
     return f"{name}:indices", f"{name}:old", f"{name}:new"
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """A flat view of a contiguous tensor as integers."""
+    """Return a flat view of a contiguous tensor as integers of the same size."""
     return tensor.detach().reshape(-1).view(INTEGERS[tensor.element_size()])

@@ -1,6 +1,4 @@
-"""The weights of a model wherever they are: in a module, in a state dict or in a checkpoint, read
-one tensor at a time.
-"""
+"""Weights of a module, a state dict or a checkpoint, read one tensor at a time."""
 
 from __future__ import annotations
 
@@ -24,22 +22,29 @@ INDEX = "model.safetensors.index.json"
 
 
 class Weights:
-    """The tensors of a model by name, sorted; of tensors that share their memory (tied weights) the
-    first name stands.
+    """The tensors of a model, sorted by name.
+
+    Tied tensors, which share their memory, are listed once, under their first name.
+
+    Attributes:
+        label: name of the model for messages.
+        forms: dtype and shape by name.
     """
 
     def __init__(self, label: str) -> None:
         self.label = label
-        self.forms: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}  # dtype and shape by name
+        self.forms: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
 
     def read(self, name: str) -> Tensor:
-        """A tensor on the CPU; FileError when there is none of this name. It may share the model's
-        memory: do not write.
+        """Return a tensor on the CPU, for reading only: it may share the model's memory.
+
+        Raises:
+            FileError: when the model has no tensor of this name.
         """
         raise NotImplementedError
 
     def close(self) -> None:
-        """Close files, if any."""
+        """Close the files, if there are any."""
 
     def __enter__(self) -> Weights:
         return self
@@ -58,7 +63,7 @@ class ModuleWeights(Weights):
         self.tensors: dict[str, Tensor] = {}
         for name, tensor in state.items():
             if not isinstance(tensor, Tensor):
-                continue  # what get_extra_state() left there
+                continue  # the result of a module's get_extra_state()
             place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
             if tensor.numel() and place in seen:
                 continue
@@ -73,7 +78,7 @@ class ModuleWeights(Weights):
 
 
 class CheckpointWeights(Weights):
-    """Weights in safetensors files: one, or the shards of a directory."""
+    """Weights in a safetensors file, or in the shards of a directory."""
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(str(path))
@@ -96,8 +101,14 @@ class CheckpointWeights(Weights):
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint. Raises FileError, with the remedy, when there are none
-    or too many.
+    """Return the safetensors files of a checkpoint.
+
+    Args:
+        path: a directory, or one file, which is returned unread.
+
+    Raises:
+        FileError: for pickled weights, a damaged or unsafe index, and a directory in which it is
+            not clear which files are the weights.
     """
     if not path.is_dir():
         require(
@@ -131,15 +142,14 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def open_weights(model: Model) -> Weights:
-    """The weights of a model, to be closed by the caller; Weights are passed through."""
+    """Return the weights of a model, which the caller closes; Weights are returned unchanged."""
     if isinstance(model, Weights):
         return model
     return CheckpointWeights(model) if isinstance(model, (str, Path)) else ModuleWeights(model)
 
 
 class Fingerprint:
-    """A SHA-256 over name, dtype, shape and bytes of tensors that are added in order of their
-    names.
+    """SHA-256 over name, dtype, shape and bytes of tensors, added in the order of their names.
 
     The same weights have the same fingerprint in memory and in files, however these are sharded.
     """
@@ -148,17 +158,17 @@ class Fingerprint:
         self._digest = hashlib.sha256()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Count a tensor in."""
+        """Include a tensor."""
         self._digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         self._digest.update(tensor_bytes(tensor))
 
     def hexdigest(self) -> str:
-        """64 hexadecimal digits."""
+        """Return the fingerprint as 64 hexadecimal digits."""
         return self._digest.hexdigest()
 
 
 def fingerprint(model: Model) -> str:
-    """The `Fingerprint` of a whole model."""
+    """Return the `Fingerprint` of a whole model as 64 hexadecimal digits."""
     digest = Fingerprint()
     with open_weights(model) as weights:
         for name in weights.forms:

@@ -1,4 +1,4 @@
-"""Making a delta file."""
+"""Write a delta file from a model and its base."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from .._progress import with_progress
-from ..checkpoint.checksummed_file import ChecksummedWriter, header_room
+from ..checkpoint.checksummed_file import ChecksummedWriter, header_space
 from ..errors import FileError
 from ..validation import MAX_ENTRIES, WEIGHT_DTYPES, check_finite, require
 from .format import KIND, DeltaInfo, bits, delta_info, parts
@@ -20,24 +20,40 @@ from .model_weights import Fingerprint, Model, Weights, open_weights
 def save_delta(
     model: Model, base: Model, path: str | Path, settings: Mapping[str, Any] | None = None, *, progress: bool = False
 ) -> DeltaInfo:
-    """Write every entry in which ``model`` differs from ``base`` to a delta file: sorted int32
-    indices, old and new values.
+    """Write every entry in which a model differs from its base to a delta file.
 
-    Both are read one tensor at a time; either may be a module, a state dict, a model directory with
-    safetensors or one such file. ``settings`` (JSON) are kept in the file. The file appears when it
-    is complete; one that was there before stays until then. Raises FileError or ValueError, naming
-    the tensor, for models of different form and for non-finite values.
+    Both models are read one tensor at a time. The file appears when it is complete, and an older
+    file of that name stays until then.
+
+    Args:
+        model: the fine-tuned model: a module, a state dict, a model directory with safetensors or
+            one such file.
+        base: the model before fine-tuning, in any of these forms.
+        path: the file to write.
+        settings: settings of the method; JSON values that are kept in the file.
+        progress: show a progress bar.
+
+    Returns:
+        What the file says about itself.
+
+    Raises:
+        FileError: for models that differ in names, dtypes or shapes, for a tensor of more than
+            2^31-1 entries that changed, and for a file that cannot be written.
+        ValueError: for non-finite values.
     """
     described = json.dumps(dict(settings or {}))
     with open_weights(model) as new, open_weights(base) as old:
         _check_forms(new, old)
         names = list(old.forms)
-        shapes_size = json.dumps({name: form[1] for name, form in old.forms.items()})
-        hashes_size = "0" * 200
-        room = header_room((part for name in names for part in parts(name)), (described, shapes_size, hashes_size))
+        # Stand-ins for the metadata, at least as long as these will be.
+        longest_shapes = json.dumps({name: form[1] for name, form in old.forms.items()})
+        longest_hashes = "0" * 200
+        header_size = header_space(
+            (part for name in names for part in parts(name)), (described, longest_shapes, longest_hashes)
+        )
         shapes: dict[str, list[int]] = {}
         before, after = Fingerprint(), Fingerprint()
-        with ChecksummedWriter(path, KIND, room) as out:
+        with ChecksummedWriter(path, KIND, header_size) as out:
             for name in with_progress(names, "tensors", shown=progress):
                 a, b = old.read(name), new.read(name)
                 before.add(name, a)
@@ -54,7 +70,7 @@ def save_delta(
 
 
 def _check_forms(new: Weights, old: Weights) -> None:
-    """Raise FileError unless both hold the same tensors."""
+    """Raise FileError unless both models have the same names, dtypes and shapes."""
     for one, other in ((new, old), (old, new)):
         extra = sorted(one.forms.keys() - other.forms.keys())
         require(
@@ -72,7 +88,7 @@ def _check_forms(new: Weights, old: Weights) -> None:
 
 
 def _changed(name: str, old: Tensor, new: Tensor) -> Tensor:
-    """Flat positions (int64, sorted) at which the bits differ."""
+    """Return the flat positions (int64, sorted) at which the bits of two tensors differ."""
     if new.dtype in WEIGHT_DTYPES:
         check_finite(new, name)
     changed = (bits(old) != bits(new)).nonzero().flatten()
