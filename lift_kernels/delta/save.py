@@ -40,6 +40,7 @@ def save_delta(
         FileError: for models that differ in names, dtypes or shapes, for a tensor of more than
             2^31-1 entries that changed, and for a file that cannot be written.
         ValueError: for non-finite values.
+        TypeError: for settings that JSON cannot hold.
     """
     described = json.dumps(dict(settings or {}))
     with open_weights(model) as new, open_weights(base) as old:

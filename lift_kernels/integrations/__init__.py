@@ -1,3 +1,5 @@
-"""Bridges to other libraries, each imported only when asked for: ``integrations.transformers``,
+"""Bridges to transformers and peft.
+
+Each module is imported only by those who use it: ``integrations.transformers``,
 ``integrations.peft``.
 """

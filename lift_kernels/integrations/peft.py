@@ -1,5 +1,6 @@
-"""Deltas as PEFT's SHiRA adapters and back, and a SHiRA mask of principal weights. Only loading an
-adapter needs peft itself.
+"""Deltas as PEFT's SHiRA adapters and back, and a SHiRA mask of principal weights.
+
+This module does not need peft. Loading an adapter into a model does.
 """
 
 from __future__ import annotations
@@ -26,18 +27,24 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def shira_mask(rank: int = 64) -> Callable[..., Tensor]:
-    """A mask function for ``ShiraConfig``: the r (m + n) principal weights of a layer, by an
-    approximation of rank ``rank``.
+    """Return a mask function for ``ShiraConfig`` that selects principal weights.
+
+    For a layer of m x n it selects the r (m + n) principal weights.
 
     >>> config = ShiraConfig(r=8, mask_type="lift", target_modules=["q_proj"])
     >>> config.mask_fn = shira_mask()
 
-    The function raises ValueError for a layer with fewer than r (m + n) entries and for non-finite
-    weights.
+    Args:
+        rank: rank of the approximation that selects the weights.
+
+    Returns:
+        A function of the layer and r. Its result is 1 at the selected weights and 0 elsewhere, with
+        shape, dtype and device of the layer's weight. It raises ValueError for a layer with fewer
+        than r (m + n) entries and for non-finite weights.
     """
 
     def mask(base_layer: nn.Module, r: int, **kwargs: Any) -> Tensor:
-        weight = base_layer.weight.detach()  # type: ignore[union-attr, operator]
+        weight = base_layer.weight.detach()  # type: ignore[operator]
         m, n = weight.shape
         require(r * (m + n) <= m * n, f"a layer of {m} x {n} has fewer than r (m + n) = {r * (m + n)} entries; lower r")
         chosen = principal_indices(weight, min(rank, m, n), r * (m + n), name=type(base_layer).__name__)
@@ -49,13 +56,23 @@ def shira_mask(rank: int = 64) -> Callable[..., Tensor]:
 
 
 def export_shira(delta: str | Path, folder: str | Path, base_model: str | None = None) -> int:
-    """Write a delta as a SHiRA adapter that stock peft loads; returns its r.
+    """Write a delta as a SHiRA adapter that an unmodified peft loads.
 
-    SHiRA wants r (m + n) entries in every matrix, so the smallest r is taken that all matrices fit
-    in, and the rest is padded with entries that change nothing. Values are differences in fp32;
-    scale and base dtype are peft's. ``base_model`` is noted in the adapter's configuration. Raises
-    FileError when something other than a matrix changed, when a matrix has fewer than r (m + n)
-    entries, or when ``folder`` holds an adapter already.
+    SHiRA has r (m + n) entries in every m x n matrix. The adapter takes the smallest r that is
+    enough for all matrices, and pads the others with entries that change nothing. Values are
+    differences in fp32. peft adds them to the weights, with its own scale and in the base's dtype.
+
+    Args:
+        delta: the delta file.
+        folder: directory to write.
+        base_model: name of the base for the adapter's configuration.
+
+    Returns:
+        The r of the adapter.
+
+    Raises:
+        FileError: when something other than a matrix changed, a matrix has fewer than r (m + n)
+            entries, ``folder`` already holds an adapter, or ``folder`` cannot be written.
     """
     target = Path(folder)
     require(not (target / _CONFIG).exists(), f"{target} holds an adapter already; choose another folder", FileError)
@@ -93,11 +110,23 @@ def export_shira(delta: str | Path, folder: str | Path, base_model: str | None =
 def import_shira(
     folder: str | Path, base: Model, path: str | Path, settings: Mapping[str, Any] | None = None
 ) -> DeltaInfo:
-    """Write a delta file of what a saved SHiRA adapter does to ``base``, rounded to the base's
-    dtype.
+    """Write a delta file that changes a base as a saved SHiRA adapter does.
 
-    Raises FileError for a folder without a readable SHiRA adapter in safetensors and for one that
-    does not fit the base.
+    The changed weights are computed in fp32 and rounded to the dtype of the base.
+
+    Args:
+        folder: directory of the adapter, in safetensors.
+        base: the base model, as in `save_delta`.
+        path: the delta file to write.
+        settings: further settings to keep in the delta file.
+
+    Returns:
+        What the delta file says about itself.
+
+    Raises:
+        FileError: for a folder without a readable SHiRA adapter, for an adapter that does not fit
+            the base, and for a file that cannot be written.
+        ValueError: for non-finite weights.
     """
     source = Path(folder)
     try:
@@ -144,6 +173,7 @@ class _Adapted(Weights):
         return f"{_PREFIX}{name.removesuffix('.weight')}.{part}"
 
     def read(self, name: str) -> Tensor:
+        """Return a weight of the base with the adapter's changes."""
         weight = self.base.read(name)
         if self._key(name, "shira_weight") not in self.adapter.entries:
             return weight
@@ -158,17 +188,17 @@ class _Adapted(Weights):
         m, n = weight.shape
         inside = bool(((rows >= 0) & (rows < m) & (columns >= 0) & (columns < n)).all())
         require(inside, f"{self.label}: an index of {name} lies outside its {m} x {n} entries", FileError)
-        out = weight.float()  # a copy also of fp32 weights, which may be the model's own
-        out = out.clone() if out is weight else out
+        out = weight.float()
+        out = out.clone() if out is weight else out  # the base's own weight must not change
         out.view(-1).index_add_(0, rows * n + columns, values.float())
         out = out.to(weight.dtype)
         changes = torch.zeros(m * n, dtype=torch.bool)
         changes[(rows * n + columns)[values != 0]] = True
-        return torch.where(changes.view(m, n), out, weight)  # -0.0 + 0 would be +0.0
+        return torch.where(changes.view(m, n), out, weight)  # adding a padded 0 turns -0.0 into +0.0
 
 
 def _smallest_r(info: DeltaInfo) -> int:
-    """The least r with r (m + n) entries or more in every matrix."""
+    """Return the smallest r with which r (m + n) entries hold the changes of every matrix."""
     require(info.entries > 0, "the delta changes nothing, and an adapter needs something to change", FileError)
     for name, shape in info.shapes.items():
         linear = len(shape) == 2 and name.endswith(".weight")
@@ -189,8 +219,17 @@ def _smallest_r(info: DeltaInfo) -> int:
 
 
 def _padded(delta: Delta, name: str, r: int) -> tuple[Tensor, Tensor]:
-    """(2, r (m + n)) int32 rows and columns, sorted, and fp32 differences; the lowest unchanged
-    entries fill up with zeros.
+    """Return the changes of a matrix, padded to r (m + n) entries.
+
+    The padding takes the unchanged entries of lowest index, with a difference of zero.
+
+    Args:
+        delta: the delta file.
+        name: name of the matrix.
+        r: the r of the adapter.
+
+    Returns:
+        Rows and columns (2, r (m + n)) int32, sorted, and differences (r (m + n)) fp32.
     """
     indices, old, new = delta.read(name)
     m, n = delta.info.shapes[name]

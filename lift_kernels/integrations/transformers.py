@@ -1,6 +1,4 @@
-"""LiftAdamW in transformers' Trainer and what builds on it (TRL): a callback that logs what LIFT
-does.
-"""
+"""A callback for transformers' Trainer, and TRL's, that logs figures of LiftAdamW."""
 
 from __future__ import annotations
 
@@ -24,17 +22,24 @@ class LiftCallback(TrainerCallback):
     """Adds figures about LIFT to what the Trainer logs with the training loss.
 
     ``LiftCallback.attach(trainer)`` puts it in front of the callbacks that report (TensorBoard,
-    W&B, ...), so that each of them gets the figures; given as ``callbacks=[LiftCallback()]`` it
-    comes behind those, and only the progress bar and ``state.log_history`` do.
+    W&B, ...), so that each of them gets the figures. With ``callbacks=[LiftCallback()]`` it comes
+    behind those. Then only the progress bar and ``state.log_history`` get the figures.
 
-    Logged: ``lift_density``, share of the matrices that is trained; ``lift_mask_overlap``, shared
-    entries of the last two masks over their number; ``lift_refresh_seconds``, of all masks of the
-    last refresh (`LiftAdamW.last_refresh`); ``lift_grad_norm``, norm of the gradient over trained
-    entries, before clipping; ``lift_update_norm``, norm of the weights' change at this step. An
-    optimizer without ``max_grad_norm`` is given an infinite one, which measures the norm and clips
-    nothing.
+    An optimizer without ``max_grad_norm`` is given an infinite one, which measures the norm and
+    clips nothing.
 
-    Raises ValueError at the start of training when the optimizer is not a LiftAdamW.
+    Logged:
+        lift_density: share of the matrices' entries that is trained.
+        lift_mask_overlap: share of the last mask's entries that the mask before it had too.
+        lift_refresh_seconds: seconds of the last refresh (`LiftAdamW.last_refresh`), all masks.
+        lift_grad_norm: norm of the gradient over trained entries, before clipping.
+        lift_update_norm: norm of the change of the trained entries at this step.
+
+    Attributes:
+        figures: the figures that are logged next.
+
+    Raises:
+        ValueError: at the start of training, when the optimizer is not a LiftAdamW.
     """
 
     def __init__(self) -> None:
@@ -43,7 +48,7 @@ class LiftCallback(TrainerCallback):
 
     @classmethod
     def attach(cls, trainer: Any) -> LiftCallback:
-        """Make one and add it to a Trainer, in front of all other callbacks."""
+        """Create a callback and add it to a Trainer, in front of all other callbacks."""
         callback = cls()
         trainer.add_callback(callback)
         callbacks = trainer.callback_handler.callbacks
@@ -98,7 +103,7 @@ class LiftCallback(TrainerCallback):
 
 
 def _unwrap(optimizer: Any) -> LiftAdamW:
-    """The LiftAdamW inside what accelerate made of it."""
+    """Return the LiftAdamW inside the wrapper of accelerate."""
     while not isinstance(optimizer, LiftAdamW) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     require(
@@ -108,7 +113,7 @@ def _unwrap(optimizer: Any) -> LiftAdamW:
 
 
 def _will_log(args: Any, state: Any) -> bool:
-    """Whether the coming step is one that the Trainer logs, as far as one can know."""
+    """Return whether the Trainer will log the coming step, or may log it."""
     step = state.global_step + 1
     if args.logging_strategy != "steps":
         return True
