@@ -38,8 +38,8 @@ class ChecksummedFile(TensorFile):
         super().__init__(path)
         try:
             found, version = self.metadata.get("format", ""), self.metadata.get("version", "")
-            require(found == f"lift_kernels.{kind}", f"{path} is no {kind} file of lift_kernels", FileError)
-            newer = f"{path} has version {version[:20]!r}, this package reads {VERSION}; update lift_kernels"
+            require(found == f"lift_kernels.{kind}", f"{path} is not a {kind} file of lift_kernels", FileError)
+            newer = f"{path} has version {version[:20]!r}, but this package reads {VERSION}; update lift_kernels"
             require(version == str(VERSION), newer, FileError)
             self._verify()
         except BaseException:

@@ -124,7 +124,7 @@ class TensorFile:
         try:
             size = os.fstat(self._file.fileno()).st_size
             length = int.from_bytes(self._file.read(8), "little")
-            self._require(size >= 8, f"has {size} bytes and is no safetensors file")
+            self._require(size >= 8, f"has {size} bytes and is not a safetensors file")
             self._require(
                 0 < length <= min(size - 8, MAX_HEADER), f"claims a header of {length} bytes in a file of {size}"
             )
@@ -141,9 +141,10 @@ class TensorFile:
             parsed = json.loads(self._header.decode("utf-8"), object_pairs_hook=_without_duplicates)
         except (ValueError, RecursionError) as error:
             raise FileError(
-                f"{self.path} has a header that is not valid JSON; it is damaged or no safetensors file"
+                f"{self.path} has a header that is not valid JSON; "
+                "it is damaged or of another kind: fetch or make it again"
             ) from error
-        self._require(isinstance(parsed, dict), "has a header that is no JSON object")
+        self._require(isinstance(parsed, dict), "has a header that is not a JSON object")
         metadata = parsed.pop("__metadata__", {})
         self._require(
             isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()),

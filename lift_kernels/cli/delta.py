@@ -10,27 +10,29 @@ from typing import Any
 
 from ..errors import FileError
 
-MODEL_HELP = "model directory, safetensors or GGUF file, or hub id (default: the bundled SmolLM2-135M)"
+_BASE_HELP = "model directory, safetensors or GGUF file, or hub id (default: the bundled SmolLM2-135M)"
 _TUNED_HELP = "the fine-tuned model: a directory with safetensors or one such file"
 
 
 def add_parser(commands: Any) -> None:
     """Add the parser of the command."""
-    parser = commands.add_parser("delta", help="make, apply, revert or describe a delta file: what fine-tuning changed")
+    parser = commands.add_parser(
+        "delta", help="make, apply, revert or describe a delta file, which holds the entries that fine-tuning changed"
+    )
     actions = parser.add_subparsers(dest="action", required=True)
-    make = actions.add_parser("make", help="write every entry that differs from the base")
+    make = actions.add_parser("make", help="write a delta file with every entry that differs from the base")
     make.add_argument("model", metavar="MODEL", help=_TUNED_HELP)
     make.add_argument("output", metavar="DELTA", help="the file to write")
-    make.add_argument("--base", metavar="MODEL", help=MODEL_HELP)
-    apply = actions.add_parser("apply", help="write the fine-tuned model: the base with a delta")
-    apply.add_argument("--base", metavar="MODEL", help=MODEL_HELP)
-    revert = actions.add_parser("revert", help="write the base again: the fine-tuned model without the delta")
+    make.add_argument("--base", metavar="MODEL", help=_BASE_HELP)
+    apply = actions.add_parser("apply", help="write the fine-tuned model: the base with a delta applied")
+    apply.add_argument("--base", metavar="MODEL", help=_BASE_HELP)
+    revert = actions.add_parser("revert", help="write the base: the fine-tuned model with its delta reverted")
     revert.add_argument("model", metavar="MODEL", help=_TUNED_HELP)
     for action in (apply, revert):
-        action.add_argument("delta", metavar="DELTA")
-        action.add_argument("output", metavar="OUTPUT", help="the model to write; must not exist")
-    info = actions.add_parser("info", help="say what a delta file holds")
-    info.add_argument("delta", metavar="DELTA")
+        action.add_argument("delta", metavar="DELTA", help="the delta file")
+        action.add_argument("output", metavar="OUTPUT", help="the model to write; it must not exist yet")
+    info = actions.add_parser("info", help="print what a delta file holds")
+    info.add_argument("delta", metavar="DELTA", help="the delta file")
     for action, run in ((make, _make), (apply, _apply), (revert, _revert), (info, _info)):
         action.set_defaults(run=run, input_errors=(ValueError, TypeError, IndexError))
 
@@ -54,14 +56,14 @@ def _apply(options: argparse.Namespace) -> int:
     else:
         output = Path(options.output)
         if output.exists():
-            raise FileError(f"{output} exists already; choose another output or remove it")
+            raise FileError(f"{output} already exists; choose another output or remove it")
         apply_delta(base, options.delta)
         from ..finetune.model_io import save_model  # needs transformers
 
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as work:
             save_model(base, tokenizer, Path(work) / output.name)
             (Path(work) / output.name).rename(output)
-    print(f"{options.output}: the base with {options.delta} ({info.entries:,} entries)")
+    print(f"{options.output}: the base with {options.delta} applied ({info.entries:,} entries)")
     return 0
 
 
@@ -69,7 +71,7 @@ def _revert(options: argparse.Namespace) -> int:
     from ..delta import revert_delta
 
     revert_delta(options.model, options.delta, options.output)
-    print(f"{options.output}: {options.model} without {options.delta}")
+    print(f"{options.output}: {options.model} with {options.delta} reverted")
     return 0
 
 
@@ -103,7 +105,8 @@ def _find_base(name: str | None, dtypes: list) -> tuple[Any, Any]:
 
     if len(dtypes) != 1:
         raise FileError(
-            f"a model in {len(dtypes)} dtypes needs a base in safetensors; save the base with save_pretrained first"
+            f"the model has {len(dtypes)} dtypes, so its base must be in safetensors; "
+            "save the base with save_pretrained first"
         )
     return load_model(find_model(name), dtypes[0])
 
@@ -130,7 +133,7 @@ def _describe(path: str, info: Any) -> str:
     each = info.file_bytes / max(1, info.entries)
     lines = [
         f"{path}: {info.entries:,} entries changed in {len(info.counts)} tensors; {info.file_bytes / 2**20:.1f} MiB, "
-        f"{each:.2f} bytes an entry",
+        f"{each:.2f} bytes per entry",
         f"base {info.base[:16]}, result {info.result[:16]}",
     ]
     if info.settings:

@@ -56,7 +56,7 @@ class Line:
 
 def add_parser(commands: Any) -> None:
     """Add the parser of the command."""
-    parser = commands.add_parser("doctor", help="say what works on this machine, and how to fix the rest")
+    parser = commands.add_parser("doctor", help="report what works on this machine and how to fix the rest")
     parser.set_defaults(run=run, input_errors=(ValueError, TypeError, IndexError))
 
 
@@ -84,9 +84,9 @@ def _machine() -> list[Line]:
         why = (
             "no driver or no device; see nvidia-smi"
             if built
-            else "this torch is built without CUDA; pytorch.org has one with it"
+            else "this torch is built without CUDA; see pytorch.org for one with it"
         )
-        return [*lines, Line(ABSENT, "GPU", f"torch sees no CUDA device ({why}); the CPU serves")]
+        return [*lines, Line(ABSENT, "GPU", f"torch sees no CUDA device ({why}); the CPU is used")]
     for i in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(i)
         about = (
@@ -126,15 +126,15 @@ def _triton_interpreter(reason: str) -> Line:
         return Line(
             BROKEN,
             "triton",
-            f"its interpreter did not run ({type(error).__name__}); pip install --force-reinstall triton",
+            f"Triton's interpreter did not run ({type(error).__name__}); pip install --force-reinstall triton",
         )
     last = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()[-1]
     if done.returncode:
-        return Line(BROKEN, "triton", f"in its interpreter: {last}; pip install 'triton>=3.6'")
+        return Line(BROKEN, "triton", f"in Triton's interpreter: {last}; pip install 'triton>=3.6'")
     return Line(
         OK,
         "triton",
-        f"{len(dispatch.ops_of('triton'))} ops agree with the reference in its interpreter (here no GPU: "
+        f"{len(dispatch.ops_of('triton'))} ops agree with the reference in Triton's interpreter (not on a GPU: "
         f"{reason.split(';')[0]})",
     )
 
@@ -145,14 +145,14 @@ def _defaults() -> list[Line]:
         name = dispatch.choose(None, torch.device(device), "sparse_adamw_")
         problems = check_backend(name, device) or check_optimizer(device)
         if problems:
-            remedy = "install again (pip install --no-build-isolation .), or pass backend='reference' until it is fixed"
-            text = f"{name} serves and is broken: {'; '.join(problems)}; {remedy}"
+            remedy = "reinstall (pip install --no-build-isolation .), or pass backend='reference' until it is fixed"
+            text = f"{name} is the default and is broken: {'; '.join(problems)}; {remedy}"
             lines.append(Line(BROKEN, f"default on {device}", text, fatal=True))
             continue
         fast = dispatch.OPS["sparse_adamw_"][["cpu", "cuda"].index(device)]
         slow = "" if name == fast else f", which is slow: {dispatch.backends()[fast].reason}"
         lines.append(
-            Line(OK, f"default on {device}", f"{name} serves{slow}; three steps of LiftAdamW agree with the reference")
+            Line(OK, f"default on {device}", f"{name} is used{slow}; three steps of LiftAdamW agree with the reference")
         )
     return lines
 

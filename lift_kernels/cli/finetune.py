@@ -23,31 +23,34 @@ def add_parser(commands: Any) -> None:
         metavar="DIR|GGUF|ID",
         help="model directory, GGUF file or hub id (default: the bundled SmolLM2-135M)",
     )
-    add("--data", metavar="JSONL", help='lines of {"question": ..., "answer": ...}; a fifth at most is held out')
-    add("--method", help="lift, full, lora or random: as many entries as lift, but chosen at random (default: lift)")
+    add("--data", metavar="JSONL", help='file with lines {"question": ..., "answer": ...}; at most a fifth is held out')
+    add(
+        "--method",
+        help="lift, full, lora or random; random trains as many entries as lift, chosen at random (default: lift)",
+    )
     add(
         "--gradients",
-        help="packed or dense, of methods lift and random: the same training, other memory (default: packed)",
+        help="packed or dense, for methods lift and random; packed: identical result, lower memory (default: packed)",
     )
     add("--density", type=float, help="share of each matrix that is trained (default: 0.05)")
     add("--rank", type=int, help="rank of the approximation that selects the entries (default: 64)")
-    add("--budget-rank", type=int, help="train (rows + columns) x this many entries a matrix, instead of --density")
+    add("--budget-rank", type=int, help="train (rows + columns) x this many entries per matrix, instead of --density")
     add("--refresh-interval", type=int, metavar="STEPS", help="steps between mask refreshes, 0 for none (default: 25)")
     add("--steps", type=int, help="optimizer steps (default: 60)")
     add("--lr", type=float, help="peak learning rate (default: 1e-3; full: 1e-4)")
-    add("--batch-size", type=int, help="problems a step (default: 8)")
-    add("--max-length", type=int, metavar="TOKENS", help="leave out longer problems (default: 512)")
+    add("--batch-size", type=int, help="problems per step (default: 8)")
+    add("--max-length", type=int, metavar="TOKENS", help="leave out problems with more tokens (default: 512)")
     add("--dtype", help="float32, bfloat16 or float16 (default: float32)")
     add("--device", help="auto, cpu or cuda (default: auto)")
-    add("--seed", type=int, help="of problems, order and random masks (default: 0)")
-    add("--eval-problems", type=int, help="held-out problems to answer (default: 100)")
+    add("--seed", type=int, help="seed of problems, order and random masks (default: 0)")
+    add("--eval-problems", type=int, help="number of held-out problems to answer (default: 100)")
     add("--name", help="directory of the run inside --output (default: method and time)")
     add("--output", metavar="DIR", help="directory of all runs (default: runs)")
     add("--save-steps", type=int, metavar="STEPS", help="steps between checkpoints, 0 for none (default: 20)")
     add(
         "--resume",
         metavar="DIR",
-        help="go on with the interrupted run in this directory, to the same bits; no other option",
+        help="continue the interrupted run in this directory, bit-exactly; takes no other option",
     )
     parser.set_defaults(run=run, input_errors=())
 

@@ -10,18 +10,22 @@ from typing import Any
 
 from ..errors import FileError
 from ..validation import require
-from .delta import MODEL_HELP
 
 
 def add_parser(commands: Any) -> None:
     """Add the parser of the command."""
-    parser = commands.add_parser("mask", help="report and draw where a model's principal weights lie")
+    parser = commands.add_parser("mask", help="report and plot where a model's principal weights lie")
     add = parser.add_argument
-    add("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
-    add("--density", type=float, default=0.05, help="share of each matrix that is chosen (default: 0.05)")
-    add("--rank", type=int, default=64, help="rank of the approximation that chooses (default: 64)")
-    add("--budget-rank", type=int, help="choose (rows + columns) x this many entries, instead of --density")
-    add("--output", metavar="DIR", default="mask_report", help="where to write (default: mask_report)")
+    add(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="model directory, GGUF file or hub id (default: the bundled SmolLM2-135M)",
+    )
+    add("--density", type=float, default=0.05, help="share of each matrix that is selected (default: 0.05)")
+    add("--rank", type=int, default=64, help="rank of the approximation that selects the entries (default: 64)")
+    add("--budget-rank", type=int, help="select (rows + columns) x this many entries per matrix, instead of --density")
+    add("--output", metavar="DIR", default="mask_report", help="directory to write (default: mask_report)")
     parser.set_defaults(run=run, input_errors=(ValueError, TypeError, IndexError))
 
 
@@ -51,7 +55,7 @@ def write_report(model_name: str | None, density: float, rank: int, budget_rank:
     from ..nn.param_groups import lift_param_groups
 
     existing = folder / "report.json"
-    require(not existing.exists(), f"{folder} holds a report already; choose another --output", FileError)
+    require(not existing.exists(), f"{folder} already holds a report; choose another --output", FileError)
     source = find_model(model_name)
     model, _ = load_model(source, torch.float32)
     (group,) = lift_param_groups(model)

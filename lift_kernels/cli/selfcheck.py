@@ -33,7 +33,7 @@ def check_backend(name: str, device: str) -> list[str]:
         try:
             error, limit = CASES[op](name, device)
             if not error <= limit:
-                problems.append(f"{op} is off by {error:.2g}, allowed is {limit:.2g}")
+                problems.append(f"{op} is off by {error:.2g}, the limit is {limit:.2g}")
         except Exception as error:  # a broken backend may raise anything
             problems.append(f"{op} raised {type(error).__name__}: {' '.join(str(error).split())[:200]}")
     return problems

@@ -117,10 +117,12 @@ def _write(model: nn.Module | str | Path, changes: list[_Change], output: str | 
             # fingerprints guarantee them.
             delta.check(weights, reverse=reverse, values=i == 0)
     if isinstance(model, nn.Module):
-        require(output is None, "output is for model directories and files; a module is changed in place")
+        require(
+            output is None, "output is for model directories and files, but a module is changed in place; leave it out"
+        )
         _write_module(model, changes)
     else:
-        require(output is not None, f"{model} is not changed in place; name an output", FileError)
+        require(output is not None, f"{model} is not changed in place; give an output", FileError)
         assert output is not None
         _write_copy(Path(model), changes, Path(output))
 
@@ -142,7 +144,7 @@ def _write_module(model: nn.Module, changes: list[_Change]) -> None:
 
 def _write_copy(source: Path, changes: list[_Change], output: Path) -> None:
     """Copy a checkpoint to a temporary directory beside ``output``, change it, and rename it."""
-    require(not output.exists(), f"{output} exists already; choose another output or remove it", FileError)
+    require(not output.exists(), f"{output} already exists; choose another output or remove it", FileError)
     try:
         work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     except OSError as error:

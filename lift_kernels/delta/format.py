@@ -127,10 +127,10 @@ class Delta:
             FileError: when a check fails.
         """
         for name, shape in self.info.shapes.items():
-            form = (self.info.dtypes[name], shape)
+            expected, found = (self.info.dtypes[name], shape), weights.forms.get(name)
             require(
-                weights.forms.get(name) == form,
-                f"{self.path} changes {name} of form {form}, {weights.label} has {weights.forms.get(name)}; "
+                found == expected,
+                f"{self.path} changes {name} of dtype and shape {expected}, but {weights.label} has {found}; "
                 "give the model that it was made for",
                 FileError,
             )
@@ -139,7 +139,7 @@ class Delta:
                 present = bits(weights.read(name))[indices.long()]
                 require(
                     torch.equal(present, bits(new if reverse else old)),
-                    f"{self.path}: {name} of {weights.label} holds other values than this delta replaces; "
+                    f"{self.path}: {name} of {weights.label} does not hold the values that this delta replaces; "
                     "give the model that it was made for",
                     FileError,
                 )

@@ -85,9 +85,7 @@ class CheckpointWeights(Weights):
         self.files = [TensorFile(file) for file in weight_files(Path(path))]
         self.owners = {name: file for file in self.files for name in file.entries}
         count = sum(len(file.entries) for file in self.files)
-        require(
-            count == len(self.owners), f"{path} holds a tensor twice, in two of its files; save it again", FileError
-        )
+        require(count == len(self.owners), f"{path} holds a tensor in two of its files; save it again", FileError)
         self.owners = dict(sorted(self.owners.items()))
         self.forms = {name: (f.entries[name].dtype, f.entries[name].shape) for name, f in self.owners.items()}
 

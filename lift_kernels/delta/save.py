@@ -76,7 +76,7 @@ def _check_forms(new: Weights, old: Weights) -> None:
         extra = sorted(one.forms.keys() - other.forms.keys())
         require(
             not extra,
-            f"{one.label} holds {len(extra)} tensors that {other.label} lacks, {extra[:1]} for one; "
+            f"{one.label} holds {len(extra)} tensors that {other.label} lacks, for example {extra[:1]}; "
             "give two checkpoints of one architecture, both saved in the same way",
             FileError,
         )
@@ -95,7 +95,7 @@ def _changed(name: str, old: Tensor, new: Tensor) -> Tensor:
     changed = (bits(old) != bits(new)).nonzero().flatten()
     require(
         not changed.numel() or old.numel() <= MAX_ENTRIES,
-        f"{name} changed and has {old.numel()} entries; int32 indices reach 2^31-1",
+        f"{name} changed and has {old.numel()} entries; int32 indices allow at most 2^31-1",
         FileError,
     )
     return changed

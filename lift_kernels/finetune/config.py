@@ -82,4 +82,6 @@ class Settings:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("device is cuda, but PyTorch sees no CUDA device; use --device cpu")
         if self.name is not None and Path(self.name).name != self.name:
-            raise UserError(f"name {self.name!r} must be a plain directory name; choose the place with --output")
+            raise UserError(
+                f"name {self.name!r} must be a plain directory name; choose its parent directory with --output"
+            )

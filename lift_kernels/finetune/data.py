@@ -42,7 +42,7 @@ def read_problems(path: str | Path) -> list[Problem]:
         if not (isinstance(question, str) and question.strip() and isinstance(answer, str) and answer.strip()):
             raise UserError(f'{path}, line {number}: needs an object with the strings "question" and "answer"')
         if evaluation.extract_number(answer) is None:
-            raise UserError(f"{path}, line {number}: the answer holds no number to compare with")
+            raise UserError(f"{path}, line {number}: the answer contains no number to compare with")
         problems.setdefault(" ".join(question.split()), Problem(question, answer))
     return list(problems.values())
 

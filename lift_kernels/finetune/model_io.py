@@ -123,7 +123,7 @@ def load_model(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split()).split(". ")[0][:300]  # the first sentence; some errors have many
         hub = source.description.endswith("from the Hugging Face hub")
-        remedy = "check the name and the network" if hub else "the files are damaged or not of a causal language model"
+        remedy = "check the name and the network" if hub else "give undamaged files of a causal language model"
         raise UserError(f"cannot load {source.description}: {reason}; {remedy}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {source.description} has no end-of-text token; add one to its configuration")

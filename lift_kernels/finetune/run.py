@@ -132,7 +132,7 @@ def _load(settings: Settings, resumed: bool) -> Run:
     longest = (SHOTS + 1) * max(len(e["input_ids"]) for e in [*examples, *encoded, *shown])
     limit = getattr(model.config, "max_position_embeddings", None) or longest
     if longest > limit:
-        raise UserError(f"a few-shot prompt may need {longest} tokens, the model takes {limit}; lower --max-length")
+        raise UserError(f"a few-shot prompt may need {longest} tokens, but the model takes {limit}; lower --max-length")
     sequences, batch_rows = training_sequences(tokenizer, examples, settings.batch_size)
     folder = Path(settings.output) / str(settings.name) if resumed else run_dir.make_folder(settings)
     if resumed:

@@ -40,7 +40,7 @@ def make_folder(settings: Settings) -> Path:
     except OSError as error:
         raise UserError(f"cannot create {folder}: {error.strerror}; choose another --output") from error
     if any(folder.iterdir()):
-        raise UserError(f"{folder} holds files already; choose another --name or remove it")
+        raise UserError(f"{folder} already holds files; choose another --name or remove it")
     return folder
 
 
@@ -87,10 +87,10 @@ def find_checkpoint(folder: Path, expected: dict[str, str]) -> dict[str, Any] | 
     try:
         checkpoint = load_checkpoint(path)
     except FileError as error:
-        raise UserError(f"{error}; or remove the file, and the run starts its training anew") from error
+        raise UserError(f"{error}; or remove the file to start the training again") from error
     for what, value in expected.items():
         if checkpoint["identity"].get(what) != value:
-            raise UserError(f"the {what} are not those of the interrupted run; put them back, or start a new run")
+            raise UserError(f"the {what} are not those of the interrupted run; restore them or start a new run")
     return checkpoint
 
 
@@ -121,7 +121,7 @@ def settings_of(folder: str | Path) -> Settings:
     if (path / REPORT).exists():
         raise UserError(f"the run in {path} is finished; start a new one with another --name")
     if not isinstance(saved, dict) or saved.keys() != {field.name for field in fields(Settings)}:
-        raise UserError(f"{path / SETTINGS} is of another version of lift_kernels; start a new run")
+        raise UserError(f"{path / SETTINGS} was written by another version of lift_kernels; start a new run")
     return Settings(**saved | {"name": path.resolve().name, "output": str(path.resolve().parent)})
 
 
@@ -141,7 +141,9 @@ def save_once(model, tokenizer, folder: Path) -> None:
             shutil.rmtree(target)
         (work / "model").rename(target)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {target}: {error}; free some space, then --resume {folder}") from error
+        raise UserError(
+            f"cannot write {target}: {error}; free some space, then run finetune --resume {folder}"
+        ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -107,7 +107,7 @@ class Resumable(Trainer):
         trained = trained_weights(self.model)
         fits = trained.keys() == saved.keys() and all(p.shape == saved[name].shape for name, p in trained.items())
         if not fits:
-            raise UserError(f"{CHECKPOINT} is of another model; start a new run")
+            raise UserError(f"{CHECKPOINT} was saved for another model; start a new run")
         with torch.no_grad():
             for name, p in trained.items():
                 p.copy_(saved[name])

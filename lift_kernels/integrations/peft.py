@@ -75,7 +75,7 @@ def export_shira(delta: str | Path, folder: str | Path, base_model: str | None =
             entries, ``folder`` already holds an adapter, or ``folder`` cannot be written.
     """
     target = Path(folder)
-    require(not (target / _CONFIG).exists(), f"{target} holds an adapter already; choose another folder", FileError)
+    require(not (target / _CONFIG).exists(), f"{target} already holds an adapter; choose another folder", FileError)
     with Delta(delta) as opened:
         r = _smallest_r(opened.info)
         tensors = {}
@@ -137,7 +137,7 @@ def import_shira(
     require(kind == "SHIRA", f"{source} holds an adapter of type {kind}; only SHIRA can become a delta", FileError)
     require(
         not config.get("modules_to_save"),
-        f"{source} replaces whole modules (modules_to_save); a delta cannot",
+        f"{source} replaces whole modules (modules_to_save), which a delta cannot; train the adapter without them",
         FileError,
     )
     require(
@@ -160,7 +160,7 @@ class _Adapted(Weights):
             stem, _, part = key.removeprefix(_PREFIX).rpartition(".")
             name = f"{stem}.weight"
             fits = key.startswith(_PREFIX) and part in ("shira_weight", "shira_indices") and name in base.forms
-            require(fits, f"{label} changes {key}, which {base.label} has not; give the base of the adapter", FileError)
+            require(fits, f"{label} changes {key}, which {base.label} lacks; give the base of the adapter", FileError)
             require(
                 self._key(name, "shira_indices") in adapter.entries
                 and self._key(name, "shira_weight") in adapter.entries,
@@ -187,7 +187,11 @@ class _Adapted(Weights):
         rows, columns = indices.long()
         m, n = weight.shape
         inside = bool(((rows >= 0) & (rows < m) & (columns >= 0) & (columns < n)).all())
-        require(inside, f"{self.label}: an index of {name} lies outside its {m} x {n} entries", FileError)
+        require(
+            inside,
+            f"{self.label}: an index of {name} lies outside its {m} x {n} entries; save the adapter again",
+            FileError,
+        )
         out = weight.float()
         out = out.clone() if out is weight else out  # the base's own weight must not change
         out.view(-1).index_add_(0, rows * n + columns, values.float())
@@ -199,7 +203,11 @@ class _Adapted(Weights):
 
 def _smallest_r(info: DeltaInfo) -> int:
     """Return the smallest r with which r (m + n) entries hold the changes of every matrix."""
-    require(info.entries > 0, "the delta changes nothing, and an adapter needs something to change", FileError)
+    require(
+        info.entries > 0,
+        "the delta changes nothing, so there is no adapter to write; give the delta of a fine-tuned model",
+        FileError,
+    )
     for name, shape in info.shapes.items():
         linear = len(shape) == 2 and name.endswith(".weight")
         require(

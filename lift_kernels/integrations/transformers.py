@@ -61,8 +61,8 @@ class LiftCallback(TrainerCallback):
             lift.max_grad_norm = math.inf
         if args.max_grad_norm:
             logger.warning(
-                "TrainingArguments(max_grad_norm=%s) clips by the norm of dense gradients, several times larger than "
-                "over trained entries; set it to 0 and give max_grad_norm to LiftAdamW",
+                "TrainingArguments(max_grad_norm=%s) clips by the norm of dense gradients, which is several times the "
+                "norm over trained entries; set it to 0 and give max_grad_norm to LiftAdamW",
                 args.max_grad_norm,
             )
 

@@ -36,7 +36,7 @@ def test_a_sound_machine(capsys):
     assert lines["native-cpu"] == ("OK", "7 ops agree with the reference on cpu tensors")
     assert lines["reference"][0] == "OK" and torch.__version__ in lines["machine"][1]
     assert lines["triton"][0] == "OK" and lines["triton"][1].startswith("8 ops agree with the reference")
-    assert lines["default on cpu"] == ("OK", "native-cpu serves; three steps of LiftAdamW agree with the reference")
+    assert lines["default on cpu"] == ("OK", "native-cpu is used; three steps of LiftAdamW agree with the reference")
     assert lines["package transformers"] == ("OK", importlib.metadata.version("transformers"))
     if not torch.cuda.is_available():
         assert lines["GPU"][0] == "--" and "no CUDA device" in lines["GPU"][1]
@@ -83,7 +83,7 @@ def test_a_missing_extension_is_said_with_its_remedy(monkeypatch, capsys, no_sub
     finally:
         dispatch._default.cache_clear()
     assert code == 0 and lines["native-cpu"] == ("--", "the compiled extension is missing; install with a C++ compiler")
-    assert lines["default on cpu"][0] == "OK" and "reference serves, which is slow" in lines["default on cpu"][1]
+    assert lines["default on cpu"][0] == "OK" and "reference is used, which is slow" in lines["default on cpu"][1]
 
 
 def test_a_missing_package_is_said_with_its_remedy(monkeypatch, capsys, no_subprocess):

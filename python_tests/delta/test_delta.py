@@ -146,7 +146,7 @@ def test_shards_and_foreign_files_of_a_directory(tmp_path):
     assert written == sorted(["config.json", "model.safetensors.index.json", *index["weight_map"].values()])
     assert fingerprint(tmp_path / "out") == fingerprint(model)
     assert fingerprint(folder) == fingerprint(base)
-    with pytest.raises(FileError, match="exists already"):
+    with pytest.raises(FileError, match="already exists"):
         apply_delta(folder, tmp_path / "a", tmp_path / "out")
 
 
@@ -200,7 +200,7 @@ def test_command_line_makes_applies_reverts_and_describes(tmp_path, capsys):
     code, out, _ = command(capsys, "make", tmp_path / "run", tmp_path / "a", "--base", base)
     assert code == 0 and "entries changed in 3 tensors" in out
     code, out, _ = command(capsys, "info", tmp_path / "a")
-    assert code == 0 and "bytes an entry" in out and "rank 4" in out and fingerprint(base)[:16] in out
+    assert code == 0 and "bytes per entry" in out and "rank 4" in out and fingerprint(base)[:16] in out
     assert command(capsys, "apply", "--base", base, tmp_path / "a", tmp_path / "b.safetensors")[0] == 0
     assert (tmp_path / "b.safetensors").read_bytes() == model.read_bytes()
     assert command(capsys, "revert", tmp_path / "b.safetensors", tmp_path / "a", tmp_path / "c.safetensors")[0] == 0
@@ -219,9 +219,9 @@ def test_command_line_refuses_in_one_line(tmp_path, capsys):
         (("info", tmp_path), "Is a directory"),
         (("info", tmp_path / "junk"), "claims a header of"),
         (("info", tmp_path / "cut"), "bytes and has"),
-        (("info", base), "no delta file"),
+        (("info", base), "not a delta file"),
         (("apply", "--base", tmp_path / "other.safetensors", tmp_path / "a", tmp_path / "out"), "another base"),
-        (("apply", "--base", base, tmp_path / "a", model), "exists already"),
+        (("apply", "--base", base, tmp_path / "a", model), "already exists"),
         (("apply", "--base", base, tmp_path / "a", tmp_path / "no" / "out"), "choose another place"),
         (("make", tmp_path / "none", tmp_path / "b", "--base", base), "cannot read"),
         (("make", tmp_path / "weights.bin", tmp_path / "b", "--base", base), "pickled weights"),

@@ -417,7 +417,7 @@ def test_finetune_never_overwrites_a_run(capsys, tiny, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "report.json").write_text("precious")
     message = refused(capsys, "--model", str(tiny), "--output", str(tmp_path), "--name", "mine")
-    assert "holds files already" in message
+    assert "already holds files" in message
     assert (tmp_path / "mine" / "report.json").read_text() == "precious"
     (tmp_path / "file").touch()
     assert "cannot create" in refused(capsys, "--model", str(tiny), "--output", str(tmp_path / "file"))

@@ -199,7 +199,7 @@ def test_a_full_disk_while_the_model_is_saved(tiny, tmp_path, capsys, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(run_dir, "save_model", full)
-        with pytest.raises(UserError, match="cannot write .*model: .* free some space, then --resume"):
+        with pytest.raises(UserError, match="cannot write .*model: .* free some space, then run finetune --resume"):
             run(settings)
     names = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert names == ["before.json", "checkpoint.safetensors", "settings.json"]

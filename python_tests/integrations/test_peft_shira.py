@@ -165,7 +165,7 @@ def test_what_shira_cannot_hold_is_refused(tmp_path):
         export_shira(tmp_path / "bias", tmp_path / "adapter")
     save_delta({"a.weight": torch.ones(4, 4)}, {"a.weight": torch.zeros(4, 4)}, tmp_path / "dense")
     export_shira(tmp_path / "dense", tmp_path / "adapter")  # 16 = 2 (4 + 4) entries just fit
-    with pytest.raises(FileError, match="holds an adapter already"):
+    with pytest.raises(FileError, match="already holds an adapter"):
         export_shira(tmp_path / "dense", tmp_path / "adapter")
     save_delta({"a.weight": torch.ones(3, 4)}, {"a.weight": torch.zeros(3, 4)}, tmp_path / "dense")
     with pytest.raises(FileError, match="fewer than the 14 entries that SHiRA needs for r = 2"):
@@ -193,7 +193,7 @@ def adapter(folder: Path, indices, values, name="first", config=None) -> Path:
         ({"indices": torch.tensor([[0, 1], [0, 40]])}, "lies outside"),
         ({"indices": torch.zeros(2, 3, dtype=torch.int32)}, "do not fit a matrix"),
         ({"values": None}, "lacks indices or values"),
-        ({"name": "third"}, "which the model has not"),
+        ({"name": "third"}, "which the model lacks"),
         ({"config": {"peft_type": "LORA"}}, "type LORA; only SHIRA"),
         ({"config": {"modules_to_save": ["head"]}}, "modules_to_save"),
     ],

@@ -76,7 +76,7 @@ def test_command_line_writes_a_report_and_a_picture(tmp_path, capsys):
     matrices = json.loads((tmp_path / "budget" / "report.json").read_text())["matrices"]
     assert {row["entries"] for row in matrices if row["projection"] == "mlp.up_proj"} == {2 * (32 + 64)}
     assert main(["mask", str(tiny), "--output", str(out)]) == 2
-    assert "holds a report already" in capsys.readouterr().err
+    assert "already holds a report" in capsys.readouterr().err
 
 
 def test_command_line_refuses_in_one_line(tmp_path, capsys, monkeypatch):
