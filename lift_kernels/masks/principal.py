@@ -104,8 +104,8 @@ def principal_indices(
     require(weight.dim() == 2, f"{name}: a matrix is needed, got shape {tuple(weight.shape)}")
     k = entry_count(weight.shape, k=k, density=density, budget_rank=budget_rank, name=name)
     request = MaskRequest(weight, rank, k, name, warm_start)
-    options = {"method": method, "generator": generator, "tolerance": tolerance, "backend": backend}
-    return principal_masks([request], **options)[0].indices
+    masks = principal_masks([request], method=method, generator=generator, tolerance=tolerance, backend=backend)
+    return masks[0].indices
 
 
 def principal_masks(

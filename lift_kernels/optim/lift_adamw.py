@@ -348,10 +348,10 @@ class LiftAdamW(Optimizer):
     def _check_packed(self, drop_gradients: bool) -> None:
         """Raise if a packed gradient or another optimizer forbids new masks."""
         for p, _, name in self._sparse_parameters():
-            foreign = next((layer.stepped_by for layer in trainable.layers_of(p) if layer.stepped_by), None)
+            other = next((layer.stepped_by for layer in trainable.layers_of(p) if layer.stepped_by), None)
             require(
-                foreign is None,
-                f"{name} is trained by {foreign} too, whose state would belong to other entries after a refresh; "
+                other is None,
+                f"{name} is trained by {other} too, whose state would belong to other entries after a refresh; "
                 "train it by LiftAdamW alone",
                 RuntimeError,
             )
