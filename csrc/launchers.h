@@ -46,7 +46,7 @@ void sparse_adamw_cpu(const Segment* segments, int64_t n, const AdamW& adamw, DT
 // Entries in a piece of work: of streams through memory, and of a source that is in the caches, where fewer take less time than
 // waking a thread.
 constexpr int64_t kChunk = 16384;
-constexpr int64_t kWarmChunk = 1 << 18;
+constexpr int64_t kCachedChunk = 1 << 18;
 // `base` is the flat position of the first element of `source`.
 void packed_gather_cpu(const void* source, DType from, const int32_t* indices, int64_t k, void* out, DType to,
                        ParallelFor parallel_for, int64_t base = 0, int64_t chunk = kChunk);
@@ -63,8 +63,8 @@ void packed_square_sums_cpu(const Segment* segments, int64_t n, const int32_t* i
 
 // Sorted positions of the k largest |left right^T| (left m x rank, right n x rank), ties to the lower one; returns the k-th
 // magnitude. [low, high) is expected to hold it; when it does not, the answer takes four sweeps instead of one.
-float lowrank_topk_cpu(const float* left, const float* right, int64_t m, int64_t n, int64_t rank, int64_t k, float low, float high,
-                       int32_t* indices, ParallelFor parallel_for);
+float lowrank_topk_cpu(const float* left, const float* right, int64_t m, int64_t n, int64_t rank, int64_t k, float low,
+                       float high, int32_t* indices, ParallelFor parallel_for);
 
 // Row panels of the weight gradient of a linear layer: rows of a panel for an m x n matrix with elements of `width` bytes, and
 // the range of the index list that lies in rows row .. row + rows.
@@ -75,32 +75,35 @@ int64_t panel_rows(int64_t m, int64_t n, int64_t width);
 PanelEntries panel_entries(const int32_t* indices, int64_t k, int64_t row, int64_t rows, int64_t n);
 
 // The CUDA side, present when the build found nvcc. Launches return 0 or a cudaError_t.
-struct Stream {
+struct DeviceStream {
   int device;
-  void* stream;  // a cudaStream_t
+  void* handle;  // a cudaStream_t
 };
 
-int packed_gather_cuda(const void* source, DType from, const int32_t* indices, int64_t k, void* out, DType to, Stream where);
-int packed_scatter_cuda(void* dest, DType to, const int32_t* indices, int64_t k, const void* values, DType from, Stream where);
-int packed_migrate_cuda(const void* values, int width, const int32_t* old_indices, int64_t k_old, const int32_t* new_indices,
-                        int64_t k_new, void* out, Stream where);
+int packed_gather_cuda(const void* source, DType from, const int32_t* indices, int64_t k, void* out, DType to,
+                       DeviceStream stream);
+int packed_scatter_cuda(void* dest, DType to, const int32_t* indices, int64_t k, const void* values, DType from,
+                        DeviceStream stream);
+int packed_migrate_cuda(const void* values, int width, const int32_t* old_indices, int64_t k_old,
+                        const int32_t* new_indices, int64_t k_new, void* out, DeviceStream stream);
 // The bitmaps (matrices x rows x ceil(columns / 32)) of a selection as sorted lists of k positions. `counts`: bits set, candidates.
 // `totals` is scratch of bitmap_tiles integers a matrix; the chosen candidates' bits are set in `bitmaps`.
 int64_t bitmap_tiles(int64_t rows, int64_t columns);
 int bitmap_to_indices_cuda(int32_t* bitmaps, int64_t matrices, int64_t rows, int64_t columns, const int64_t* candidates,
-                           int64_t capacity, const int32_t* counts, int64_t k, int32_t* totals, int32_t* indices, float* thresholds,
-                           int32_t* status, Stream where);
+                           int64_t capacity, const int32_t* counts, int64_t k, int32_t* totals, int32_t* indices,
+                           float* thresholds, int32_t* status, DeviceStream stream);
 // Helpers of a refresh. Blocks are (batch, rows, l), fp32; Gram matrices and inverses (batch, l, l).
-int gaussian_sketch_cuda(void* out, DType dtype, int64_t matrices, int64_t count, uint64_t seed, uint64_t first, Stream where);
+int gaussian_sketch_cuda(void* out, DType dtype, int64_t matrices, int64_t count, uint64_t seed, uint64_t first,
+                         DeviceStream stream);
 // partials (batch, slabs, tile pairs of the upper triangle, tile, tile): Gram matrices of slabs of rows of `product`, or, given
 // `block`, of the next block of the Chebyshev recurrence, which goes to `raised`; `previous` may be null.
-int gram_cuda(const float* product, const float* block, const float* previous, const float* edge, float* raised, int64_t batch,
-              int64_t rows, int64_t l, int64_t slab_rows, float* partials, Stream where);
+int gram_cuda(const float* product, const float* block, const float* previous, const float* edge, float* raised,
+              int64_t batch, int64_t rows, int64_t l, int64_t slab_rows, float* partials, DeviceStream stream);
 // inverse: D R^-1 of the sum of the slabs; gram and scale (batch, l) are scratch.
-int cholesky_inverse_cuda(const float* partials, int64_t batch, int64_t slabs, int64_t l, float* gram, float* scale, float* inverse,
-                          int32_t* status, Stream where);
+int cholesky_inverse_cuda(const float* partials, int64_t batch, int64_t slabs, int64_t l, float* gram, float* scale,
+                          float* inverse, int32_t* status, DeviceStream stream);
 int multiply_upper_cuda(float* x, const float* inverse, const int32_t* status, int64_t batch, int64_t rows, int64_t l,
-                        Stream where);
+                        DeviceStream stream);
 int cuda_runtime_version();  // as in CUDA, 13000 for 13.0
 bool cuda_has_code();        // for the current device
 int cuda_driver_version();   // 0 without a driver

@@ -84,7 +84,7 @@ typename To::Storage convert(typename From::Storage x) {
 
 // Calls f with the element type of a dtype.
 template <class F>
-void with_type(DType dtype, const F& f) {
+void dispatch_dtype(DType dtype, const F& f) {
   if (dtype == DType::f32) f(F32{});
   else if (dtype == DType::bf16) f(BF16{});
   else f(F16{});
@@ -98,15 +98,15 @@ inline uint32_t counter_hash(uint32_t x) {
 }
 
 template <class T>
-struct Stochastic;
+struct StochasticRounding;
 
 template <>
-struct Stochastic<F32> {
+struct StochasticRounding<F32> {
   static float round(float x, uint32_t) { return x; }
 };
 
 template <>
-struct Stochastic<BF16> {
+struct StochasticRounding<BF16> {
   static uint16_t round(float x, uint32_t noise) {
     const uint32_t bits = bits_of(x);
     const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
@@ -115,7 +115,7 @@ struct Stochastic<BF16> {
 };
 
 template <>
-struct Stochastic<F16> {
+struct StochasticRounding<F16> {
   static uint16_t round(float x, uint32_t noise) {
     const uint32_t bits = bits_of(x), sign = bits & 0x80000000u, magnitude = bits ^ sign;
     if (magnitude >= 0x7f800000u) return F16::round(x);

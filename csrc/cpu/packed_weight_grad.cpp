@@ -7,7 +7,8 @@
 namespace lift {
 namespace {
 
-constexpr int64_t kPanelBytes = 4 << 20;  // small enough for a share of the last cache, large enough for the product's blocking
+constexpr int64_t kPanelBytes =
+    4 << 20;  // small enough for a share of the last cache, large enough for the product's blocking
 
 }  // namespace
 

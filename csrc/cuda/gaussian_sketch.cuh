@@ -37,7 +37,8 @@ __device__ __forceinline__ void box_muller(uint32_t a, uint32_t b, float* out) {
 
 // `count` numbers a matrix, `matrices` of them; a thread fills 16 bytes at a time, in one store where they lie on a boundary.
 template <class T>
-__global__ void gaussian_sketch_kernel(T* __restrict__ out, int64_t matrices, int64_t count, uint64_t seed, uint64_t first) {
+__global__ void gaussian_sketch_kernel(T* __restrict__ out, int64_t matrices, int64_t count, uint64_t seed,
+                                       uint64_t first) {
   constexpr int kLanes = 16 / int(sizeof(T));
   const int64_t vectors = (count + kLanes - 1) / kLanes;
   const int64_t stride = int64_t(gridDim.x) * blockDim.x;
@@ -51,9 +52,9 @@ __global__ void gaussian_sketch_kernel(T* __restrict__ out, int64_t matrices, in
     }
     T* const target = out + matrix * count + start;
     if (aligned(target) && start + kLanes <= count) {
-      Pack<T, kLanes> wide;
+      AlignedVector<T, kLanes> wide;
       for (int i = 0; i < kLanes; ++i) wide.x[i] = T(normal[i]);
-      *reinterpret_cast<Pack<T, kLanes>*>(target) = wide;
+      *reinterpret_cast<AlignedVector<T, kLanes>*>(target) = wide;
     } else {
       for (int i = 0; i < kLanes; ++i)
         if (start + i < count) target[i] = T(normal[i]);

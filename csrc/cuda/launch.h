@@ -32,10 +32,10 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-inline cudaStream_t stream_of(Stream where) { return static_cast<cudaStream_t>(where.stream); }
+inline cudaStream_t cuda_stream(DeviceStream stream) { return static_cast<cudaStream_t>(stream.handle); }
 
 template <class F>
-void with_type(DType dtype, const F& f) {
+void dispatch_dtype(DType dtype, const F& f) {
   if (dtype == DType::f32) f(float{});
   else if (dtype == DType::bf16) f(__nv_bfloat16{});
   else f(__half{});

@@ -22,8 +22,9 @@ __global__ void packed_scatter_kernel(To* __restrict__ dest, const int32_t* __re
 
 // Each new entry looks itself up in the old list by bisection; `out` comes filled for the entering ones.
 template <class T>
-__global__ void packed_migrate_kernel(const T* __restrict__ values, const int32_t* __restrict__ old_indices, int64_t k_old,
-                                      const int32_t* __restrict__ new_indices, int64_t k_new, T* __restrict__ out) {
+__global__ void packed_migrate_kernel(const T* __restrict__ values, const int32_t* __restrict__ old_indices,
+                                      int64_t k_old, const int32_t* __restrict__ new_indices, int64_t k_new,
+                                      T* __restrict__ out) {
   const int64_t stride = int64_t(gridDim.x) * blockDim.x;
   for (int64_t j = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; j < k_new; j += stride) {
     const int32_t wanted = new_indices[j];

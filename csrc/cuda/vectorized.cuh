@@ -7,7 +7,7 @@ namespace lift::cuda {
 
 // kCount neighbours, aligned so that they move in one access of up to 16 bytes.
 template <class T, int kCount>
-struct alignas(sizeof(T) * kCount) Pack {
+struct alignas(sizeof(T) * kCount) AlignedVector {
   T x[kCount];
 };
 

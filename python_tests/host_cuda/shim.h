@@ -89,7 +89,8 @@ class Barrier {
   void wait() {
     const unsigned round = round_.load(std::memory_order_relaxed);
     arrive();
-    while (round_.load(std::memory_order_acquire) == round) syscall(SYS_futex, &round_, FUTEX_WAIT_PRIVATE, round, nullptr);
+    while (round_.load(std::memory_order_acquire) == round)
+      syscall(SYS_futex, &round_, FUTEX_WAIT_PRIVATE, round, nullptr);
   }
 
   // The calling thread will not come again.
@@ -186,7 +187,8 @@ void run_block(unsigned threads, const F& thread) {
 template <class F>
 void launch(dim3 grid, unsigned threads, const F& body) {
   if (grid.x == 0 || grid.y == 0 || grid.x > 2147483647u || grid.y > 65535u || threads == 0 || threads > 1024)
-    std::fprintf(stderr, "shim: a device refuses a grid of %u x %u blocks of %u threads\n", grid.x, grid.y, threads), std::abort();
+    std::fprintf(stderr, "shim: a device refuses a grid of %u x %u blocks of %u threads\n", grid.x, grid.y, threads),
+        std::abort();
   for (unsigned y = 0; y < grid.y; ++y) {
     for (unsigned x = 0; x < grid.x; ++x) {
       Block block(threads);
