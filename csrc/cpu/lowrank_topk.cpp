@@ -1,8 +1,11 @@
-// The k largest |L R^T| without the product: tiles of it are recomputed on the fly, a bitmap says which entries are chosen.
+// The k largest |L R^T| without storing the product. Tiles of it are recomputed on the fly, and a
+// bitmap marks the chosen entries.
 //
-// Entries are ordered by key, the bits of the fp32 value without its sign: integers in the order of the magnitudes, 0 = -0, NaN
-// above infinity. One sweep sets the bits of entries above a bracket around the k-th key and lists those inside; the largest of
-// these fill the rest. When the bracket misses or too many entries tie, histograms give the exact k-th key first.
+// Entries are ordered by key: the bits of the fp32 value without its sign. Keys are integers in the
+// order of the magnitudes, with 0 = -0 and NaN above infinity. One sweep sets the bits of the
+// entries above a bracket around the k-th key and lists the entries inside it. The largest of these
+// are then added. If the bracket misses the k-th key or too many entries tie, two histograms find
+// the exact k-th key first.
 #include <algorithm>
 #include <bit>
 #include <cstring>
@@ -16,12 +19,12 @@
 namespace lift {
 namespace {
 
-constexpr int kTileRows = 6;  // of a register tile
+constexpr int kTileRows = 6;  // a tile of the product in registers
 constexpr int kTileColumns = 32;
-constexpr int kWordBits = 64;  // columns of a word of the bitmap, two register tiles
+constexpr int kWordBits = 64;  // columns per word of the bitmap, two tiles
 constexpr int kBandRows = 48;  // rows that share a pass over the right factor
 
-// 16 lanes, whatever the registers' width; the unaligned forms are for memory.
+// 16 lanes, whatever the width of the registers. The unaligned types are for loads and stores.
 using Floats = float __attribute__((vector_size(64)));
 using Keys = uint32_t __attribute__((vector_size(64)));
 using UnalignedFloats = float __attribute__((vector_size(64), aligned(4), may_alias));
@@ -33,8 +36,9 @@ struct Tile {
   alignas(64) uint32_t keys[kTileRows][kWordBits];
 };
 
-// keys[i][.] of kRows rows against one packed panel (rank x kColumns) of the right factor. Fused multiply-adds where there are
-// any: products need not agree with another machine's, only with the next sweep's.
+// Computes keys[i][.] of kTileRows rows with one panel (rank x kTileColumns) of the right factor.
+// Fused multiply-adds are used where the machine has them: the products must agree between sweeps,
+// but not between machines.
 __attribute__((optimize("fp-contract=fast"))) LIFT_CLONES void compute_keys(const float* const* rows,
                                                                             const float* panel, int64_t rank,
                                                                             uint32_t (*keys)[kWordBits]) {
@@ -49,7 +53,7 @@ __attribute__((optimize("fp-contract=fast"))) LIFT_CLONES void compute_keys(cons
       *reinterpret_cast<UnalignedKeys*>(keys[i] + v * kLanes) = reinterpret_cast<Keys>(sum[i][v]) & 0x7fffffffu;
 }
 
-// Bit j of the result: keys[j] >= bound.
+// Bit j of the result is set if keys[j] >= bound.
 LIFT_CLONES uint64_t at_least(const uint32_t* keys, uint32_t bound) {
   uint8_t flags[kWordBits];
   for (int j = 0; j < kWordBits; ++j) flags[j] = keys[j] >= bound;
@@ -57,12 +61,12 @@ LIFT_CLONES uint64_t at_least(const uint32_t* keys, uint32_t bound) {
   for (int j = 0; j < kWordBits; j += 8) {
     uint64_t bytes;
     std::memcpy(&bytes, flags + j, 8);
-    word |= ((bytes * 0x0102040810204080u) >> 56) << j;  // gathers the low bits of eight bytes
+    word |= ((bytes * 0x0102040810204080u) >> 56) << j;  // gathers the lowest bits of eight bytes
   }
   return word;
 }
 
-// L (m x rank), R (n x rank) and the right factor in panels of kColumns columns, padded with zeros.
+// L (m x rank) and R (n x rank). R is packed into panels of kTileColumns columns, zero-padded.
 class Product {
  public:
   Product(const float* left, const float* right, int64_t m, int64_t n, int64_t rank, ParallelFor parallel_for)
@@ -81,14 +85,15 @@ class Product {
     });
   }
 
-  int64_t words_per_row() const { return words_per_row_; }  // of a row of the bitmap
+  int64_t words_per_row() const { return words_per_row_; }  // of the bitmap
   int64_t bands() const { return (m_ + kBandRows - 1) / kBandRows; }
-  // Columns that exist among the 64 of word w.
+  // The bits of word w that are columns of the matrix.
   uint64_t valid_mask(int64_t w) const {
     return n_ - w * kWordBits >= kWordBits ? ~uint64_t{0} : (uint64_t{1} << (n_ - w * kWordBits)) - 1;
   }
 
-  // visit(context, row, word, keys) for every row and word, rows of a band in one thread; make() gives a thread's context.
+  // Calls visit(context, row, word, keys) for every row and word. One thread visits all rows of a
+  // band. make_context() makes the context of a thread.
   template <class MakeContext, class Visit>
   void sweep(const MakeContext& make_context, const Visit& visit) const {
     for_ranges(parallel_for_, bands(), [&](int64_t begin, int64_t end) {
@@ -121,7 +126,7 @@ class Product {
 struct Candidate {
   uint32_t key;
   int32_t index;
-  bool operator<(const Candidate& other) const {  // the order of choice
+  bool operator<(const Candidate& other) const {  // the order in which entries are chosen
     return key != other.key ? key > other.key : index < other.index;
   }
 };
@@ -136,7 +141,8 @@ class Selection {
         parallel_for_(parallel_for),
         bitmap_(size_t(m * product.words_per_row())) {}
 
-  // Returns the k-th key when it lies in [low, high), else nothing that can be used: false.
+  // Selects the entries and stores the k-th key in `threshold`, if that key lies in [low, high).
+  // Otherwise returns false, and the bitmap holds nothing of use.
   bool select_in_bracket(uint32_t low, uint32_t high, uint32_t& threshold) {
     if (low >= high) return false;
     const size_t limit = size_t(std::max<int64_t>(k_, 4096));
@@ -174,7 +180,8 @@ class Selection {
     return true;
   }
 
-  // The k-th key by two histograms, of the upper and of the lower 16 bits; then a sweep that takes it, ties in order.
+  // Finds the k-th key by two histograms, of the upper and of the lower 16 bits. A last sweep then
+  // selects the entries. Of those that tie with the k-th key, it takes the first positions.
   uint32_t select_exactly() {
     int64_t above = 0;
     const uint32_t upper = histogram(above, 16, [](uint32_t) { return true; });
@@ -193,7 +200,7 @@ class Selection {
     return threshold;
   }
 
-  // The set bits as sorted positions.
+  // Writes the positions of the set bits in order.
   void write_indices(int32_t* indices) const {
     std::vector<int64_t> first(size_t(product_.bands()) + 1);
     for (int64_t band = 0; band < product_.bands(); ++band) first[size_t(band) + 1] = first[size_t(band)] + count(band);
@@ -221,7 +228,8 @@ class Selection {
     return bits;
   }
 
-  // Of the keys that `wanted` takes: the 16 bits from `shift` of the k-th; adds to `above` those with larger ones.
+  // Considers the keys for which `wanted` is true. Returns the 16 bits from `shift` up of the k-th
+  // key, and adds to `above` the number of keys whose 16 bits are larger.
   template <class Wanted>
   uint32_t histogram(int64_t& above, int shift, const Wanted& wanted) {
     std::vector<int64_t> bins(1 << 16);
@@ -248,7 +256,7 @@ class Selection {
   const Product& product_;
   int64_t m_, n_, k_;
   ParallelFor parallel_for_;
-  std::vector<uint64_t> bitmap_;  // words of a row, row after row
+  std::vector<uint64_t> bitmap_;  // row-major words
 };
 
 uint32_t key_of(float x) { return std::bit_cast<uint32_t>(x) & 0x7fffffffu; }

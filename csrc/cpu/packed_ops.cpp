@@ -1,4 +1,4 @@
-// Gather, scatter, migration and sums of squares over packed index lists, on the CPU.
+// Gather, scatter, migration and sums of squares over index lists, on the CPU.
 #include <algorithm>
 #include <vector>
 
@@ -11,7 +11,7 @@ namespace {
 
 int64_t chunk_count(int64_t n) { return (n + kChunk - 1) / kChunk; }
 
-// Old entries that are also new carry their value over; begin .. end are positions of the new list.
+// Copies the values of entries that are in both lists. begin .. end are positions in the new list.
 template <class T>
 void merge(const T* values, const int32_t* old_indices, int64_t k_old, const int32_t* new_indices, int64_t begin,
            int64_t end, T* out) {
@@ -90,7 +90,7 @@ void packed_square_sums_cpu(const Segment* segments, int64_t n, const int32_t* i
         const int64_t first = tasks[t].second, last = std::min(first + kSquareSumBlock, segment.count);
         const auto* g = static_cast<const typename G::Storage*>(segment.grad);
         const int32_t* index = indices + segment.offset;
-        double sums[4] = {0, 0, 0, 0};  // independent chains, added in a fixed order
+        double sums[4] = {0, 0, 0, 0};  // independent chains, summed in a fixed order
         for (int64_t j = first; j < last; ++j) {
           const double x = G::widen(packed_grads ? g[j] : g[index[j]]);
           sums[j & 3] += x * x;

@@ -1,13 +1,17 @@
 // The sparse AdamW step on the CPU.
 //
-// Entries pass in blocks of kBlock: gather their weights and gradients into buffers that stay in L1, update them with plain
-// vector loops, scatter the weights. What counts is how many of the scattered cache lines are on their way at once; of the
-// variants timed on a 2-core AMD EPYC, these were the best:
-// - Lines are prefetched kAhead blocks early, across the ends of matrices, and into L2 (a quarter faster than into L1).
-// - So are the packed streams (2 to 8 %): the hardware follows them too, but presumably no further than to the end of a page.
-// - The hints are dealt out over the gather loop (gradients) and the scatter loop (weights); in one burst they stall the
-//   loop that gives them.
-// - Within a block both loops jump about, presumably so that the hardware sees no stream and fetches no unwanted lines.
+// The entries are processed in blocks of kBlock. A block gathers its weights and gradients into
+// buffers that stay in L1, updates them with plain vector loops, and scatters the weights back.
+// The speed depends on how many of the scattered cache lines are in flight at once. Of the variants
+// timed on a 2-core AMD EPYC, these choices were the fastest:
+// - Cache lines are prefetched kPrefetchDistance blocks ahead, across the ends of matrices. They go
+//   into L2, which was a quarter faster than L1.
+// - The packed streams are prefetched too, which gained 2 to 8 %. The hardware prefetcher also
+//   follows them, but presumably only up to the end of a page.
+// - The prefetches are spread over the gather loop (gradients) and the scatter loop (weights).
+//   Issued in one burst, they stall the loop that issues them.
+// - Within a block, both loops visit the entries in a strided order. The gain presumably comes from
+//   the hardware prefetcher: it sees no stream and fetches no unwanted lines.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -21,17 +25,18 @@
 namespace lift {
 namespace {
 
-constexpr int kStride = 37;    // odd: comes by every entry of a block
+constexpr int kStride = 37;    // odd, so every entry of a block is visited
 constexpr int64_t kPrefetchDistance = 8;  // blocks
-constexpr int kPrefetchToL2 = 2;          // "locality" of __builtin_prefetch
+constexpr int kPrefetchToL2 = 2;          // the locality argument of __builtin_prefetch
 constexpr int kCacheLine = 64;            // bytes
 
-// What the update of a matrix needs, formed in fp64 and then rounded: 1 - beta2 formed in fp32 would triple the error.
+// Scalars of the update of one matrix. They are formed in fp64 and then rounded to fp32. Forming
+// 1 - beta2 in fp32 would triple the error.
 struct Scalars {
   float one_minus_beta1, beta2, one_minus_beta2, eps, decay, grad_factor;
-  float step_size;     // lr / bc1; lr alone when every entry has its own bias correction
+  float step_size;     // lr / bc1, or lr if each entry has its own bias correction
   float inv_sqrt_bc2;  // 1 / sqrt(bc2)
-  uint32_t key;        // of stochastic rounding, by seed and step
+  uint32_t key;        // of stochastic rounding, from the seed and the step
 
   Scalars(const AdamW& a, float step)
       : one_minus_beta1(float(1 - a.beta1)),
@@ -49,10 +54,10 @@ struct Moments {
   float m, v;
 };
 
-// Updates the stored moments of one entry; returns the new ones as they were before rounding.
+// Updates the stored moments of one entry. Returns the new moments before they are rounded.
 template <class M, class MS = typename M::Storage>
 [[gnu::always_inline]] inline Moments update_moments(MS& m_stored, MS& v_stored, float g, const Scalars& s) {
-  // torch's lerp: exact at both ends, so that beta1 = 0 leaves the gradient itself.
+  // This is torch's lerp. It is exact at both ends, so beta1 = 0 gives the gradient itself.
   const float m_old = M::widen(m_stored);
   const bool near = s.one_minus_beta1 < 0.5f;
   const float m = (near ? m_old : g) + (near ? s.one_minus_beta1 : s.one_minus_beta1 - 1.0f) * (g - m_old);
@@ -62,7 +67,7 @@ template <class M, class MS = typename M::Storage>
   return {m, v};
 }
 
-// One step of w and the moments.
+// Updates w and the moments of n entries.
 template <class M, class MS = typename M::Storage>
 LIFT_CLONES void update(float* __restrict w, MS* __restrict m_stored, MS* __restrict v_stored,
                         const float* __restrict g, int n, Scalars s) {
@@ -72,7 +77,7 @@ LIFT_CLONES void update(float* __restrict w, MS* __restrict m_stored, MS* __rest
   }
 }
 
-// The same with the bias corrections of each entry's own age.
+// Does the same with a bias correction for the age of each entry.
 template <class M, class MS = typename M::Storage>
 LIFT_CLONES void update_per_entry(float* __restrict w, MS* __restrict m_stored, MS* __restrict v_stored,
                                   const float* __restrict g, int n, Scalars s, const float* __restrict inv_bc1,
@@ -101,7 +106,8 @@ LIFT_CLONES void round_stochastic(const float* __restrict from, TS* __restrict t
     to[j] = StochasticRounding<T>::round(from[j], counter_hash(counter_hash(position + uint32_t(j)) ^ key));
 }
 
-// work(j) for j < n, and beside it hint(j) for j < hints; full blocks in jumps of kStride.
+// Calls work(j) for j < n and prefetch(j) for j < prefetches. For full blocks the two calls
+// alternate and j advances by kStride.
 template <class Work, class Prefetch>
 [[gnu::always_inline]] inline void interleave(int n, const Work& work, int prefetches, const Prefetch& prefetch) {
   if (n == kBlock && prefetches == kBlock) {
@@ -132,7 +138,7 @@ class Step {
   Step(const AdamW& adamw, const Segment* segments, const Scalars* scalars)
       : a_(adamw), segments_(segments), scalars_(scalars) {}
 
-  // All blocks that `cursor` comes by.
+  // Processes all blocks that `schedule` gives to this thread.
   void run(GuidedSchedule schedule) const {
     Block ring[kPrefetchDistance];
     int64_t prefetched = 0;
@@ -153,8 +159,9 @@ class Step {
  private:
   const int32_t* index_of(const Block& block) const { return a_.indices + block.segment->offset + block.at; }
 
-  // Announce entry j of a block. A weight with a master is only written, but its line must be read all the same.
-  // Inlined by force: GCC takes a function that only prefetches for one without effect and has dropped calls to such.
+  // Prefetch entry j of a block. A weight that has a master is only written, but its cache line
+  // must still be read. Inlining is forced because GCC considers a function that only prefetches to
+  // be free of side effects and has dropped calls to one.
   [[gnu::always_inline]] void prefetch_grad(const Block& block, const int32_t* index, int j) const {
     __builtin_prefetch(static_cast<const GS*>(block.segment->grad) + index[j], 0, kPrefetchToL2);
   }
@@ -162,7 +169,7 @@ class Step {
     __builtin_prefetch(static_cast<const WS*>(block.segment->weight) + index[j], 1, kPrefetchToL2);
   }
 
-  // Announces the packed streams of a block.
+  // Prefetches the packed streams of a block.
   [[gnu::always_inline]] void prefetch_streams(const Block& block) const {
     const int64_t arena = block.segment->offset + block.at;
     prefetch_stream<1>(static_cast<const MS*>(a_.exp_avg) + arena, block.n);
@@ -226,7 +233,7 @@ class Step {
     interleave(n, [&](int j) { weight[index[j]] = rounded[j]; }, later.n, prefetch_w);
   }
 
-  // fp32 entries are used where they are, others widened into `buffer`.
+  // Returns fp32 entries where they are stored. Widens other types into `buffer`.
   template <class T, class Stored>
   static auto widened(Stored* stored, float* buffer, int n) {
     if constexpr (sizeof(Stored) == 4) {
@@ -239,7 +246,7 @@ class Step {
 
   const AdamW& a_;
   const Segment* segments_;
-  const Scalars* scalars_;  // one a segment
+  const Scalars* scalars_;  // one per segment
 };
 
 template <class W, class G, class M>
