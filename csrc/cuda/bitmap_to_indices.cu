@@ -1,4 +1,4 @@
-// Launches of bitmap_to_indices on a CUDA stream: four for a whole batch.
+// Launches of bitmap_to_indices on a CUDA stream: four for a whole batch of matrices.
 #include "bitmap_to_indices.cuh"
 #include "launch.h"
 

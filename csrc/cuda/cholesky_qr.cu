@@ -1,4 +1,5 @@
-// Launches of the helpers of a refresh: sketch, Gram matrix, factorization, product with the inverse.
+// Launches of the subspace-iteration ops: Gaussian sketch, Gram matrix, factorization, and product
+// with the inverse factor.
 #include "cholesky_qr.cuh"
 
 #include "launch.h"

@@ -1,4 +1,4 @@
-// What every launch needs: its device, its grid, a kernel by dtype.
+// What every launch needs: the device, the grid size and the kernel for a dtype.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -15,7 +15,7 @@ constexpr int kThreads = 256;
 
 inline unsigned blocks_for(int64_t n) { return unsigned(std::min<int64_t>((n + kThreads - 1) / kThreads, 1 << 16)); }
 
-// A stream belongs to a device; launches need it to be the current one.
+// Makes the device of a stream the current device, as launches require, and restores the old one.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {

@@ -52,12 +52,12 @@ int cuda_runtime_version() {
 bool cuda_has_code() {
   cudaFuncAttributes attributes;
   const bool found = cudaFuncGetAttributes(&attributes, cuda::packed_migrate_kernel<uint32_t>) == cudaSuccess;
-  cudaGetLastError();  // it is told here, not by the next launch
+  cudaGetLastError();  // clears the error, so that the next launch does not report it
   return found;
 }
 
 int cuda_driver_version() {
-  int version = 0;  // stays 0 where there is no driver
+  int version = 0;  // stays 0 if there is no driver
   cudaDriverGetVersion(&version);
   return version;
 }
