@@ -1,5 +1,6 @@
-// Registers the private ops lift_kernels_native::* under torch's stable ABI: checks of form and dispatch by dtype, no math.
-// The public ops, with their schemas, fakes and argument checks, are named in lift_kernels/ops.
+// Registers the private ops lift_kernels_native::* under torch's stable ABI. This file checks
+// shapes and dispatches on dtypes; it computes nothing. The public ops, with their schemas, fake
+// implementations and argument checks, are in lift_kernels/ops.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -74,7 +75,8 @@ bool is_float(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
 }
 
-// Whether every tensor of a step has the form that the kernel takes for granted. Python has the words for those that have not.
+// Whether every tensor of a step has the dtype, shape and layout that the kernel assumes. On false
+// the Python layer validates again and raises the detailed error.
 bool fast_check(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, const Tensor& indices,
                       const std::vector<int64_t>& offsets, const std::vector<int64_t>& counts, const Tensor& exp_avg,
                       const Tensor& exp_avg_sq, const Tensor& steps, const std::optional<Tensor>& master,
@@ -106,7 +108,7 @@ float scalar_or(const std::optional<Tensor>& tensor, float otherwise) {
   return tensor.has_value() ? *static_cast<const float*>(tensor->data_ptr()) : otherwise;
 }
 
-// Returns whether the arguments had the ordinary form; if not, nothing was done.
+// Returns whether the arguments passed fast_check. If not, nothing was changed.
 bool sparse_adamw_(std::vector<Tensor> weights, std::vector<Tensor> grads, Tensor indices, std::vector<int64_t> offsets,
                    std::vector<int64_t> counts, Tensor exp_avg, Tensor exp_avg_sq, Tensor steps, double lr,
                    double beta1, double beta2, double eps, double weight_decay, std::optional<Tensor> master,
@@ -179,16 +181,17 @@ double lowrank_topk(Tensor left, Tensor right, double low, double high, Tensor i
                                 static_cast<int32_t*>(indices.data_ptr()), parallel_for);
 }
 
-// out = a @ b through torch's dispatcher, which knows the fastest product of this build.
+// out = a @ b through torch's dispatcher, which picks the fastest product of this build.
 void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
   StableIValue stack[] = {torch::stable::detail::from(a), torch::stable::detail::from(b),
                           torch::stable::detail::from(out)};
   STD_TORCH_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION) == 0,
                   "lift_kernels_native: the product of a gradient panel failed");
-  torch::stable::detail::to<Tensor>(stack[0]);  // a second handle of `out`, dropped
+  torch::stable::detail::to<Tensor>(stack[0]);  // drops a second handle of `out`
 }
 
-// A panel in memory that each thread keeps, so that no layer of a backward pass waits for fresh pages.
+// A panel in memory that each thread keeps, so that the layers of a backward pass do not wait for
+// new pages.
 Tensor panel_memory(const std::vector<int64_t>& shape, const Tensor& like) {
   thread_local std::vector<char> memory;
   const size_t needed = size_t(shape[0] * shape[1]) * size_t(like.element_size()) + 64;
@@ -220,8 +223,10 @@ void packed_weight_grad(Tensor grad_output, Tensor input, Tensor indices, Tensor
 }
 
 #ifdef LIFT_WITH_CUDA
-// torch's current stream, through a symbol that only a CUDA build of torch exports: the extension itself links to neither. Python
-// loads torch's libraries into a scope of their own, where RTLD_DEFAULT does not look; the library is named, but never loaded here.
+// torch's current stream, from a function that only a CUDA build of torch exports. The extension
+// does not link to that library. Python loads torch's libraries into a local scope that
+// RTLD_DEFAULT does not search, so the library is looked up by name. It is never loaded here
+// (RTLD_NOLOAD).
 lift::DeviceStream current_stream(const Tensor& tensor) {
   using GetStream = AOTITorchError (*)(int32_t, void**);
   static const auto get = [] {
@@ -309,12 +314,10 @@ bool cuda_has_code() { return false; }
 
 STABLE_TORCH_LIBRARY(lift_kernels_native, m) {
   m.def(
-      "sparse_adamw_(Tensor(a!)[] weights, Tensor[] grads, Tensor indices, int[] offsets, int[] counts, Tensor(b!) "
-      "exp_avg, "
-      "Tensor(c!) exp_avg_sq, Tensor steps, float lr, float beta1, float beta2, float eps, float weight_decay, "
-      "Tensor(d!)? master, Tensor? births, Tensor? bias, Tensor? inv_scale, Tensor? found_inf, bool packed_grads, bool "
-      "maximize, "
-      "bool stochastic, int seed) -> bool");
+      "sparse_adamw_(Tensor(a!)[] weights, Tensor[] grads, Tensor indices, int[] offsets, int[] counts, "
+      "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor steps, float lr, float beta1, float beta2, float eps, "
+      "float weight_decay, Tensor(d!)? master, Tensor? births, Tensor? bias, Tensor? inv_scale, Tensor? found_inf, "
+      "bool packed_grads, bool maximize, bool stochastic, int seed) -> bool");
   m.def("packed_gather(Tensor source, Tensor indices, Tensor(a!) out) -> ()");
   m.def("packed_scatter_(Tensor(a!) dest, Tensor indices, Tensor values) -> ()");
   m.def("packed_migrate(Tensor values, Tensor old_indices, Tensor new_indices, Tensor(a!) out) -> ()");
@@ -324,16 +327,14 @@ STABLE_TORCH_LIBRARY(lift_kernels_native, m) {
   m.def("gaussian_sketch_(Tensor(a!) block, int seed, int first) -> ()");
   m.def(
       "gram(Tensor product, Tensor? block, Tensor? previous, Tensor? edge, Tensor(a!)? raised, int slab_rows, "
-      "Tensor(b!) partials) "
-      "-> ()");
+      "Tensor(b!) partials) -> ()");
   m.def(
-      "cholesky_inverse(Tensor partials, Tensor(a!) gram, Tensor(b!) scale, Tensor(c!) inverse, Tensor(d!) status) -> "
-      "()");
+      "cholesky_inverse(Tensor partials, Tensor(a!) gram, Tensor(b!) scale, Tensor(c!) inverse, Tensor(d!) status) "
+      "-> ()");
   m.def("multiply_upper_(Tensor(a!) x, Tensor inverse, Tensor status) -> ()");
   m.def(
       "bitmap_to_indices(Tensor(a!) bitmaps, Tensor candidates, Tensor counts, int columns, Tensor(b!) totals, "
-      "Tensor(c!) indices, "
-      "Tensor(d!) thresholds, Tensor(e!) status) -> ()");
+      "Tensor(c!) indices, Tensor(d!) thresholds, Tensor(e!) status) -> ()");
   m.def("cuda_runtime_version() -> int");
   m.def("cuda_driver_version() -> int");
   m.def("cuda_has_code() -> bool");
