@@ -1,9 +1,11 @@
-// bitmap_to_indices in a library, with the blocks of a GPU; and in a program, with small ones, which even small matrices fill:
-// `program INPUT OUTPUT [BARRIER]` runs the calls of a file.
+// bitmap_to_indices on the host, as a library and as a program. The library uses the block sizes of
+// a GPU. The program uses small blocks, which even small matrices fill:
+// `program INPUT OUTPUT [BARRIER]` runs the calls in a file.
 //
-// A call in INPUT: int64 b, m, n, capacity, k; then bitmaps, candidates and counts as in the op. In OUTPUT: indices, thresholds and
-// status; before them one number, the place of the last of more tiles than a block has threads. The barrier of that number in the
-// source, from 0, is left out.
+// A call in INPUT is int64 b, m, n, capacity, k, then bitmaps, candidates and counts as in the op.
+// OUTPUT begins with one number: where the positions of the last tile begin, for more tiles than a
+// block has threads. Then come indices, thresholds and status of each call. BARRIER is the number
+// of a barrier in the source, counted from 0, which is left out.
 #include "shim.h"
 
 #include <fstream>
@@ -49,7 +51,7 @@ int32_t last_place() {
   return totals.back();
 }
 
-// In memory of its own, so that AddressSanitizer sees its ends.
+// Each array has its own allocation, so that AddressSanitizer knows its ends.
 template <class T>
 std::vector<T> read(std::ifstream& file, int64_t count) {
   std::vector<T> values(count);

@@ -1,5 +1,5 @@
-// The kernels of a refresh on the host, behind the prototypes of csrc/launchers.h without their streams; as a program, a small
-// problem through all of them.
+// The kernels of the subspace-iteration ops on the host, with the prototypes of csrc/launchers.h
+// but without streams. As a program, it runs a small problem through all of them.
 #include "shim.h"
 
 #include "cholesky_qr.cuh"
@@ -54,7 +54,8 @@ void multiply_upper(float* x, const float* inverse, const int32_t* status, int64
 
 namespace {
 
-// A Chebyshev step on random blocks; `spoil` changes them first. Prints the status, and whether the next block is orthonormal.
+// Runs a Chebyshev step on random blocks, which `spoil` changes first. Prints the status and
+// whether the next block is orthonormal.
 template <class F>
 void step(int64_t rows, int64_t l, bool with_previous, const F& spoil) {
   const int64_t slab = rows < 256 ? 48 : rows, slabs = (rows + slab - 1) / slab,
@@ -88,9 +89,9 @@ void step(int64_t rows, int64_t l, bool with_previous, const F& spoil) {
 int main() {
   using Block = std::vector<float>&;
   step(40, 19, false, [](Block, Block) {});
-#ifndef SHIM_DROP_LINE  // a small problem shows a race as well
-  step(200, 90, true, [](Block, Block) {});    // wide tiles, several steps of a panel's depth
-  step(170, 132, true, [](Block, Block) {});   // several tile pairs, and tiles of columns in the product
+#ifndef SHIM_DROP_LINE  // a small problem is enough to show a race
+  step(200, 90, true, [](Block, Block) {});    // wide tiles, several steps of kPanelDepth
+  step(170, 132, true, [](Block, Block) {});   // several tile pairs and tiles of columns
   step(300, 260, false, [](Block, Block) {});  // more columns than threads
 #endif
   step(40, 19, false, [](Block x, Block z) {  // equal columns
