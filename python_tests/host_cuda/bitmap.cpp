@@ -1,9 +1,11 @@
-// bitmap_to_indices in a library, with the blocks of a GPU; and in a program, with small ones, which even small matrices fill:
-// `program INPUT OUTPUT [BARRIER]` runs the calls of a file.
+// bitmap_to_indices on the host, as a library and as a program. The library uses the block sizes of
+// a GPU. The program uses small blocks, which even small matrices fill:
+// `program INPUT OUTPUT [BARRIER]` runs the calls in a file.
 //
-// A call in INPUT: int64 b, m, n, capacity, k; then bitmaps, candidates and counts as in the op. In OUTPUT: indices, thresholds and
-// status; before them one number, the place of the last of more tiles than a block has threads. The barrier of that number in the
-// source, from 0, is left out.
+// A call in INPUT is int64 b, m, n, capacity, k, then bitmaps, candidates and counts as in the op.
+// OUTPUT begins with one number: where the positions of the last tile begin, for more tiles than a
+// block has threads. Then come indices, thresholds and status of each call. BARRIER is the number
+// of a barrier in the source, counted from 0, which is left out.
 #include "shim.h"
 
 #include <fstream>
@@ -24,18 +26,17 @@ namespace {
 using namespace lift::cuda;
 
 template <int kMatrix, int kBits, int kTile, int kStaged>
-void run(uint32_t* bitmaps, Bitmap form, int64_t b, const Candidate* candidates, int64_t capacity, const int32_t* counts, int64_t k,
-         int32_t* totals, int32_t* indices, uint32_t* thresholds, int32_t* status) {
-  const unsigned tiles = unsigned(form.tiles(kTile)), matrices = unsigned(b);
+void run(uint32_t* bitmaps, BitmapShape shape, int64_t b, const Candidate* candidates, int64_t capacity,
+         const int32_t* counts, int64_t k, int32_t* totals, int32_t* indices, uint32_t* thresholds, int32_t* status) {
+  const unsigned tiles = unsigned(shape.tiles(kTile)), matrices = unsigned(b);
   if (matrices == 0) return;
   shim::launch(matrices, kMatrix, [&] {
-    bitmap_choose_kernel<kMatrix, kBits>(bitmaps, form, candidates, capacity, counts, k, thresholds, status);
+    bitmap_choose_kernel<kMatrix, kBits>(bitmaps, shape, candidates, capacity, counts, k, thresholds, status);
   });
-  shim::launch(tiles * matrices, kTile, [&] { bitmap_count_kernel<kTile>(bitmaps, form, tiles, totals); });
+  shim::launch(tiles * matrices, kTile, [&] { bitmap_count_kernel<kTile>(bitmaps, shape, tiles, totals); });
   shim::launch(matrices, kMatrix, [&] { bitmap_place_kernel<kMatrix>(totals, tiles, k, thresholds, status); });
-  shim::launch(tiles * matrices, kTile, [&] {
-    bitmap_list_kernel<kTile, kStaged>(bitmaps, form, tiles, totals, status, k, indices);
-  });
+  shim::launch(tiles * matrices, kTile,
+               [&] { bitmap_list_kernel<kTile, kStaged>(bitmaps, shape, tiles, totals, status, k, indices); });
 }
 
 constexpr int kThreads = 64;
@@ -50,7 +51,7 @@ int32_t last_place() {
   return totals.back();
 }
 
-// In memory of its own, so that AddressSanitizer sees its ends.
+// Each array has its own allocation, so that AddressSanitizer knows its ends.
 template <class T>
 std::vector<T> read(std::ifstream& file, int64_t count) {
   std::vector<T> values(count);
@@ -64,11 +65,11 @@ void write(std::ofstream& file, const std::vector<T>& values) {
 
 }  // namespace
 
-extern "C" void bitmap_to_indices(uint32_t* bitmaps, int64_t b, int64_t m, int64_t n, const Candidate* candidates, int64_t capacity,
-                                  const int32_t* counts, int64_t k, int32_t* totals, int32_t* indices, uint32_t* thresholds,
-                                  int32_t* status) {
-  run<kMatrixThreads, kDigitBits, kTileThreads, kStage>(bitmaps, Bitmap::of(m, n), b, candidates, capacity, counts, k, totals,
-                                                        indices, thresholds, status);
+extern "C" void bitmap_to_indices(uint32_t* bitmaps, int64_t b, int64_t m, int64_t n, const Candidate* candidates,
+                                  int64_t capacity, const int32_t* counts, int64_t k, int32_t* totals, int32_t* indices,
+                                  uint32_t* thresholds, int32_t* status) {
+  run<kMatrixThreads, kDigitBits, kTileThreads, kStage>(bitmaps, BitmapShape::of(m, n), b, candidates, capacity, counts,
+                                                        k, totals, indices, thresholds, status);
 }
 
 int main(int count, char** arguments) {
@@ -81,14 +82,14 @@ int main(int count, char** arguments) {
   while (input.peek() != EOF) {
     const std::vector<int64_t> sizes = read<int64_t>(input, 5);
     const int64_t b = sizes[0], capacity = sizes[3], k = sizes[4];
-    const Bitmap form = Bitmap::of(sizes[1], sizes[2]);
-    auto bitmaps = read<uint32_t>(input, b * form.words);
+    const BitmapShape shape = BitmapShape::of(sizes[1], sizes[2]);
+    auto bitmaps = read<uint32_t>(input, b * shape.words);
     const auto candidates = read<Candidate>(input, b * capacity);
     const auto counts = read<int32_t>(input, 2 * b);
-    std::vector<int32_t> totals(form.tiles(kThreads) * b, -7), indices(b * k, -7), status(b, -7);
+    std::vector<int32_t> totals(shape.tiles(kThreads) * b, -7), indices(b * k, -7), status(b, -7);
     std::vector<uint32_t> thresholds(b, 7);
-    run<kThreads, 5, kThreads, 96>(bitmaps.data(), form, b, candidates.data(), capacity, counts.data(), k, totals.data(),
-                                   indices.data(), thresholds.data(), status.data());
+    run<kThreads, 5, kThreads, 96>(bitmaps.data(), shape, b, candidates.data(), capacity, counts.data(), k,
+                                   totals.data(), indices.data(), thresholds.data(), status.data());
     write(output, indices);
     write(output, thresholds);
     write(output, status);
