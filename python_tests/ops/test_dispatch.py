@@ -172,7 +172,7 @@ def test_a_backend_that_cannot_serve(no_native, monkeypatch):
     monkeypatch.setattr(dispatch, "_triton", lambda: dispatch.Backend(True, "Triton kernels on CUDA devices"))
     monkeypatch.setattr(dispatch, "interpreting", lambda: False)
     with pytest.raises(
-        RuntimeError, match="'triton' cannot run packed_gather on cpu tensors here: it serves cuda tensors"
+        RuntimeError, match="'triton' cannot run packed_gather on cpu tensors here: it only runs on cuda tensors"
     ):
         dispatch.choose("triton", CPU, "packed_gather")
     with pytest.raises(

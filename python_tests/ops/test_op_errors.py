@@ -87,7 +87,7 @@ BAD_STEPS = {
     "first moment too short": (replaced("exp_avg", lambda t: t[1:].clone()), {}, ValueError, "exp_avg .*320.*319"),
     "second moment elsewhere": (replaced("exp_avg_sq", meta), {}, ValueError, "exp_avg_sq .*meta"),
     "second moment strided": (replaced("exp_avg_sq", strided), {}, ValueError, "exp_avg_sq"),
-    "steps too short": (replaced("steps", lambda s: s[:-1]), {}, ValueError, r"steps must be \(2,\).*\(1,\)"),
+    "steps too short": (replaced("steps", lambda s: s[:-1]), {}, ValueError, r"steps must be float32 \(2,\).*\(1,\)"),
     "steps int": (replaced("steps", torch.Tensor.int), {}, ValueError, "steps must be .*int32"),
     "steps elsewhere": (replaced("steps", meta), {}, ValueError, "steps must be .*meta"),
     "master bf16": (lambda p: setattr(p, "master", p.exp_avg.bfloat16()), {}, TypeError, "master .*bfloat16"),
@@ -106,7 +106,12 @@ BAD_STEPS = {
     "index twice": (index_set(5, 4), CHECKED, ValueError, "matrix 1: .*got 4 before 4 at position 4"),
     "index unsorted": (index_set(5, 7), CHECKED, ValueError, "matrix 1: .*got 7 before 6 at position 5"),
     "order hidden by wrapping": (index_set(0, 2**31 - 1), CHECKED, ValueError, "got 2147483647 before 1"),
-    "segments overlap": (replaced("offsets", lambda o: o - 63, 1), CHECKED, ValueError, "segment 1 .*neighbour"),
+    "segments overlap": (
+        replaced("offsets", lambda o: o - 63, 1),
+        CHECKED,
+        ValueError,
+        "segment 1 .* overlaps the segment that ends at",
+    ),
 }
 
 
@@ -200,7 +205,7 @@ BAD_CALLS = {
         (ONES, ONES, [0]),
         {},
         ValueError,
-        r"matrices of as many rows, got \(2,\) and",
+        r"matrices with the same number of rows, got \(2,\) and",
     ),
     "weight gradient of other tokens": (
         GRADIENT,

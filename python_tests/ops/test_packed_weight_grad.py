@@ -174,7 +174,7 @@ def test_packed_weight_grad_needs_a_backend_for_fused(where):
         return
     grad_output, input = factors(where, 4, 5, 6)
     index = index_list(where, 5, 6, 3)
-    with pytest.raises(ValueError, match=f"fused=True is a Triton kernel, and the {where.backend} backend serves"):
+    with pytest.raises(ValueError, match=f"fused=True needs the triton backend, but the {where.backend} backend runs"):
         ops.packed_weight_grad(grad_output, input, index, fused=True, backend=where.backend)
 
 

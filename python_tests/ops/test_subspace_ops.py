@@ -54,7 +54,7 @@ def test_gaussian_sketch_in_bf16_is_the_rounded_one():
             (1, 2, 3),
             {"seed": 0, "dtype": torch.float16},
             TypeError,
-            "a sketch is float32 or bfloat16, got torch.float16",
+            "the dtype of a sketch must be float32 or bfloat16, got torch.float16",
         ),
         (
             (1, 2, 3),
@@ -75,15 +75,15 @@ def test_gaussian_sketch_bad_input(arguments, options, error, message):
     [
         ({"block": torch.ones(2, 3, 4)}, ValueError, "4 columns of 3 rows cannot be orthonormal"),
         ({"block": torch.ones(2, 3, 0), "other": None}, ValueError, "0 columns of 3 rows"),
-        ({"block": torch.ones(6, 4)}, ValueError, r"block must be contiguous \(b, n, l\), got \(6, 4\)"),
+        ({"block": torch.ones(6, 4)}, ValueError, r"block must be contiguous \(b, n, l\), got torch.float32 \(6, 4\)"),
         ({"block": torch.ones(2, 4, 6).mT}, ValueError, "block must be contiguous"),
         ({"block": torch.ones(2, 6, 4, dtype=torch.float64)}, TypeError, "block must be float32, got torch.float64"),
         (
             {"other": torch.ones(2, 6, 3)},
             ValueError,
-            r"other must share the batch and the columns of block \(2, 6, 4\)",
+            r"other must have the batch size and the columns of block \(2, 6, 4\)",
         ),
-        ({"other": torch.ones(1, 6, 4)}, ValueError, "other must share the batch"),
+        ({"other": torch.ones(1, 6, 4)}, ValueError, "other must have the batch size"),
         ({"other": torch.ones(2, 6, 4, device="meta")}, ValueError, "other is on meta, block on cpu"),
         ({"rounds": 3}, ValueError, "rounds must be 1 or 2, got 3"),
         ({"backend": "native-cpu"}, RuntimeError, "is only available for native-cuda, reference"),
