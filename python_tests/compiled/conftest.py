@@ -10,7 +10,7 @@ from lift_kernels.ops import cuda, dispatch
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
-    return mask_kernels(tmp_path_factory.mktemp("mask_ops"))
+    return mask_kernels(tmp_path_factory.mktemp("subspace_ops"))
 
 
 @pytest.fixture

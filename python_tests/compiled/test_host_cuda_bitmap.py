@@ -25,7 +25,7 @@ BARRIERS = len(re.findall(r"__syncthreads\(\)", SOURCE.read_text()))
 @pytest.fixture(scope="module")
 def calls(tmp_path_factory):
     """All cases in a file."""
-    file = tmp_path_factory.mktemp("bitmap") / "calls"
+    file = tmp_path_factory.mktemp("bitmap_to_indices") / "calls"
     with file.open("wb") as out:
         for case in CASES.values():
             call = case()
@@ -39,7 +39,9 @@ def calls(tmp_path_factory):
 @pytest.fixture(scope="module")
 def raced(tmp_path_factory):
     """The program under ThreadSanitizer."""
-    return compiled(HOST_CUDA / "bitmap.cpp", tmp_path_factory.mktemp("race") / "program", "-fsanitize=thread")
+    return compiled(
+        HOST_CUDA / "bitmap_to_indices.cpp", tmp_path_factory.mktemp("race") / "program", "-fsanitize=thread"
+    )
 
 
 def run(program, calls, *barrier):
@@ -68,7 +70,7 @@ def check(done, found):
 @pytest.fixture
 def on_host(tmp_path_factory, monkeypatch):
     """What `native_cuda` launches on a GPU runs on CPU tensors, with the same blocks."""
-    host = library(HOST_CUDA / "bitmap.cpp", tmp_path_factory.mktemp("bitmap"), "-DSHIM_FIBERS")
+    host = library(HOST_CUDA / "bitmap_to_indices.cpp", tmp_path_factory.mktemp("bitmap_to_indices"), "-DSHIM_FIBERS")
 
     def launch(bitmaps, candidates, counts, columns, totals, indices, thresholds, status):
         words = -(-bitmaps[0].numel() // cuda._TILE_WORDS) if len(bitmaps) else 0
@@ -102,7 +104,7 @@ def test_cuda_bitmap_through_the_launcher(on_host):
 
 @pytest.mark.parametrize("flag", ["-DSHIM_FIBERS", "-fsanitize=address,undefined"])
 def test_cuda_bitmap(tmp_path, calls, flag):
-    check(*run(compiled(HOST_CUDA / "bitmap.cpp", tmp_path / "program", flag), calls))
+    check(*run(compiled(HOST_CUDA / "bitmap_to_indices.cpp", tmp_path / "program", flag), calls))
 
 
 def test_cuda_bitmap_has_no_race(raced, calls):

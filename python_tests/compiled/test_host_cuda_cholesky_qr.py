@@ -235,7 +235,7 @@ BARRIERS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
 def test_mask_kernels_run_clean_under_sanitizers(tmp_path, sanitizer):
-    done = run(compiled(HOST_CUDA / "mask_ops.cpp", tmp_path / "clean", f"-fsanitize={sanitizer}"))
+    done = run(compiled(HOST_CUDA / "subspace_ops.cpp", tmp_path / "clean", f"-fsanitize={sanitizer}"))
     assert (done.returncode, done.stdout, done.stderr) == (0, 4 * "0 orthonormal, " + "1, 2, ", "")
 
 
@@ -243,5 +243,5 @@ def test_mask_kernels_run_clean_under_sanitizers(tmp_path, sanitizer):
 @pytest.mark.parametrize("nth", [1, 5, 8, 15])  # of the Gram matrix, the factor, between panels, the product
 def test_mask_kernels_without_a_barrier_are_a_race(tmp_path, nth):
     drop = f"-DSHIM_DROP_LINE={BARRIERS[nth]}"
-    done = run(compiled(HOST_CUDA / "mask_ops.cpp", tmp_path / "race", "-fsanitize=thread", drop))
+    done = run(compiled(HOST_CUDA / "subspace_ops.cpp", tmp_path / "race", "-fsanitize=thread", drop))
     assert done.returncode != 0 and "data race" in done.stderr

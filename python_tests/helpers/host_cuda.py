@@ -65,7 +65,7 @@ def mask_kernels(folder: Path) -> SimpleNamespace:
     """What `lift_kernels.ops.cuda` finds as private ops on a GPU, on CPU tensors: the kernels
     run as fibers of one thread.
     """
-    host = library(HOST_CUDA / "mask_ops.cpp", folder, "-DSHIM_FIBERS")
+    host = library(HOST_CUDA / "subspace_ops.cpp", folder, "-DSHIM_FIBERS")
 
     def gaussian_sketch_(block, seed, first):
         count = block.shape[1] * block.shape[2]
