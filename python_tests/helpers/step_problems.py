@@ -47,11 +47,11 @@ class Problem:
     packed: bool
     buffers: list[Tensor] = field(default_factory=list)  # the weights with their borders
 
-    def step(self, where, advance: bool = True, **options) -> None:
+    def step(self, backend, advance: bool = True, **options) -> None:
         """One call of the op; ``options`` override `HYPER`."""
         if advance:
             self.steps += 1
-        given = {"master": self.master, "births": self.births, "packed_grads": self.packed, "backend": where.backend}
+        given = {"master": self.master, "births": self.births, "packed_grads": self.packed, "backend": backend.name}
         options = HYPER | given | options
         ops.sparse_adamw_(
             self.weights,
@@ -95,13 +95,13 @@ class Problem:
         return {name: bits(t).clone() for name, t in tensors.items() if t is not None}
 
 
-def backend_of(where, op: str) -> str | None:
-    """The backend to ask for at a place: None, the default, where the backend has no such op."""
-    return where.backend if where.backend in dispatch.OPS[op] else None
+def backend_of(backend, op: str) -> str | None:
+    """The backend to request for ``op``: None, the default, if `backend` does not have this op."""
+    return backend.name if backend.name in dispatch.OPS[op] else None
 
 
 def make_problem(
-    where,
+    backend,
     sizes: Sequence[tuple[tuple[int, int], int]] = (
         ((13, 17), 40),
         ((9, 8), 72),
@@ -149,16 +149,16 @@ def make_problem(
         truth[segment] = dense[indices[segment].long()]
         buffer = torch.full((m * n + 2 * BORDER,), float("nan"), dtype=weight)
         buffer[BORDER:-BORDER] = dense
-        buffers.append(buffer.to(where.device))
+        buffers.append(buffer.to(backend.device))
         weights.append(buffers[-1][BORDER:-BORDER].view(m, n))
-        grads.append(normal(*((count,) if packed else (m, n))).to(where.device, grad))
+        grads.append(normal(*((count,) if packed else (m, n))).to(backend.device, grad))
     steps = step + torch.arange(len(sizes)) if step else torch.zeros(len(sizes))
     if step == 0:
         for offset, (_, count) in zip(offsets, sizes):
             moments[:, offset : offset + count] = 0.0
 
     def put(tensor, dtype=None):
-        return tensor.to(where.device, dtype, copy=True)
+        return tensor.to(backend.device, dtype, copy=True)
 
     return Problem(
         weights,
@@ -313,5 +313,5 @@ def assert_stepped(before: Problem, after: Problem, **options) -> None:
 LAST = 2**31 - 1
 
 
-def int32(values, where):
-    return torch.tensor(values, dtype=torch.int32, device=where.device)
+def int32(values, backend):
+    return torch.tensor(values, dtype=torch.int32, device=backend.device)

@@ -58,30 +58,30 @@ def test_principal_indices_property(data):
     assert len(indices) == k and indices[0] >= 0 and indices[-1] < m * n and bool((indices[1:] > indices[:-1]).all())
 
 
-def test_packed_migrate_is_a_dictionary_lookup(where):
+def test_packed_migrate_is_a_dictionary_lookup(backend):
     @SHARP
     @given(index_lists, index_lists)
     def check(old, new):
-        values = torch.arange(len(old), dtype=torch.int32, device=where.device) * 3 + 1
+        values = torch.arange(len(old), dtype=torch.int32, device=backend.device) * 3 + 1
         known = dict(zip(old, values.tolist()))
-        out = ops.packed_migrate(values, int32(old, where), int32(new, where), fill=-1, backend=where.backend)
+        out = ops.packed_migrate(values, int32(old, backend), int32(new, backend), fill=-1, backend=backend.name)
         assert out.tolist() == [known.get(index, -1) for index in new]
 
     check()
 
 
-def test_packed_scatter_then_gather_is_the_identity(where):
+def test_packed_scatter_then_gather_is_the_identity(backend):
     @SHARP
     @given(st.data(), st.integers(1, 6), st.integers(1, 6), st.sampled_from(DTYPES))
     def check(data, rows, columns, dtype):
         places = data.draw(st.sets(st.integers(0, rows * columns - 1)).map(sorted))
         number = st.floats(width=16, allow_nan=False)
         values = torch.tensor(
-            data.draw(st.lists(number, min_size=len(places), max_size=len(places))), device=where.device
+            data.draw(st.lists(number, min_size=len(places), max_size=len(places))), device=backend.device
         )
-        dense = torch.full((rows, columns), 77.0, dtype=dtype, device=where.device)
-        ops.packed_scatter_(dense, int32(places, where), values, backend=where.backend)
-        gathered = ops.packed_gather(dense, int32(places, where), dtype=FP32, backend=where.backend)
+        dense = torch.full((rows, columns), 77.0, dtype=dtype, device=backend.device)
+        ops.packed_scatter_(dense, int32(places, backend), values, backend=backend.name)
+        gathered = ops.packed_gather(dense, int32(places, backend), dtype=FP32, backend=backend.name)
         assert torch.equal(gathered, values.to(dtype).float())
         assert dense.view(-1).tolist() == [
             values.to(dtype)[places.index(at)].item() if at in places else 77.0 for at in range(rows * columns)

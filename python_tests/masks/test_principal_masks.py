@@ -165,16 +165,16 @@ def test_an_unknown_method_is_refused():
         principal_indices(torch.ones(4, 6), 2, 3, method="magic")
 
 
-def test_masks_of_a_batch_are_those_of_each_matrix(where):
+def test_masks_of_a_batch_are_those_of_each_matrix(backend):
     """Made together, with brackets that are drawn, right and wrong, and one of another k."""
     weights = [with_spectrum(60, 90, [0.9**i for i in range(60)], seed=seed) for seed in range(4)]
-    requests = [MaskRequest(weight.to(where.device), 6, k) for weight, k in zip(weights, (270, 270, 270, 500))]
-    alone = principal_masks(requests, method="gram", memory_budget=0, backend=where.backend)
-    near, far = alone[1].threshold, torch.tensor(1e9, device=where.device)
+    requests = [MaskRequest(weight.to(backend.device), 6, k) for weight, k in zip(weights, (270, 270, 270, 500))]
+    alone = principal_masks(requests, method="gram", memory_budget=0, backend=backend.name)
+    near, far = alone[1].threshold, torch.tensor(1e9, device=backend.device)
     requests[1:3] = [replace(r, threshold=threshold) for r, threshold in zip(requests[1:3], (near, far))]
     sizes: list[int] = []
     together = principal_masks(
-        requests, method="gram", memory_budget=2**30, backend=where.backend, on_batch_done=sizes.append
+        requests, method="gram", memory_budget=2**30, backend=backend.name, on_batch_done=sizes.append
     )
     assert sizes == [4]
     for mask, one, request in zip(together, alone, requests):

@@ -18,22 +18,22 @@ from lift_kernels.ops.reference import lowrank_topk_ref
 SHAPES = [(1, 1, 1), (1, 300, 1), (300, 1, 2), (7, 5, 3), (64, 64, 16), (65, 129, 5), (130, 70, 33), (50, 200, 20)]
 
 
-def check(where, left, right, k, bracket=None):
+def check(backend, left, right, k, bracket=None):
     """Equal to the reference in positions and threshold."""
     expected, threshold = lowrank_topk_ref(left, right, k)
-    device = where.device
+    device = backend.device
     bracket = None if bracket is None else torch.tensor(bracket, dtype=torch.float32, device=device)
-    indices, found = ops.lowrank_topk(left.to(device), right.to(device), k, bracket=bracket, backend=where.backend)
+    indices, found = ops.lowrank_topk(left.to(device), right.to(device), k, bracket=bracket, backend=backend.name)
     assert indices.dtype == torch.int32 and torch.equal(indices.cpu(), expected)
     assert found.dtype == torch.float32 and found.shape == ()
     assert torch.equal(found.cpu(), threshold) or bool(found.isnan() & threshold.isnan())
 
 
 @pytest.mark.parametrize("m, n, rank", SHAPES)
-def test_lowrank_topk_of_whole_numbers(where, m, n, rank):
+def test_lowrank_topk_of_whole_numbers(backend, m, n, rank):
     left, right = whole_factors(m, n, rank)
     for k in sorted({1, min(3, m * n), max(1, m * n // 20), max(1, m * n - 1), m * n}):
-        check(where, left, right, k)
+        check(backend, left, right, k)
 
 
 @pytest.mark.parametrize(
@@ -49,48 +49,48 @@ def test_lowrank_topk_of_whole_numbers(where, m, n, rank):
         (3.0, 12.0),
     ],
 )
-def test_lowrank_topk_with_any_bracket(where, low, high):
+def test_lowrank_topk_with_any_bracket(backend, low, high):
     """Around the answer, beside it, empty, turned round, not a number: the same answer."""
     left, right = whole_factors(70, 90, 4)
     for k in (1, 200, 6300):
-        check(where, left, right, k, (low, high))
+        check(backend, left, right, k, (low, high))
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 0.25])
-def test_lowrank_topk_where_all_are_equal(where, value):
+def test_lowrank_topk_where_all_are_equal(backend, value):
     """Ties everywhere go to the lowest positions."""
     left, right = torch.full((20, 2), value), torch.ones(33, 2)
     for k in (1, 64, 65, 660):
-        check(where, left, right, k)
-        check(where, left, right, k, (2 * value, 2 * value + 1))
+        check(backend, left, right, k)
+        check(backend, left, right, k, (2 * value, 2 * value + 1))
 
 
-def test_lowrank_topk_orders_nan_above_infinity(where):
+def test_lowrank_topk_orders_nan_above_infinity(backend):
     left, right = whole_factors(40, 30, 2)
     left[3, 0], left[5, 1] = float("nan"), float("inf")
     right[:, 1] = right[:, 1].abs() + 1  # no inf * 0
     for k in (10, 30, 45, 60, 90):
-        check(where, left, right, k)
+        check(backend, left, right, k)
 
 
-def test_lowrank_topk_of_one_dominating_entry(where):
+def test_lowrank_topk_of_one_dominating_entry(backend):
     """A spread of magnitudes over the whole range of fp32."""
     generator = torch.Generator().manual_seed(3)
     left = torch.exp2(torch.randint(-60, 60, (80, 1), generator=generator).float())
     right = torch.exp2(torch.randint(-60, 60, (50, 1), generator=generator).float())
     for k in (1, 2, 100, 2000, 4000):
-        check(where, left, right, k)
+        check(backend, left, right, k)
 
 
 @pytest.mark.parametrize("m, n, rank", [(90, 130, 24), (200, 64, 64)])
-def test_lowrank_topk_of_real_numbers(where, m, n, rank):
+def test_lowrank_topk_of_real_numbers(backend, m, n, rank):
     """Entries may differ from the reference only within rounding of the threshold, and each is
     checked to be such a one.
     """
     generator = torch.Generator().manual_seed(1)
     left, right = (torch.randn(size, rank, generator=generator) for size in (m, n))
     k = round(0.05 * m * n)
-    indices, threshold = ops.lowrank_topk(left.to(where.device), right.to(where.device), k, backend=where.backend)
+    indices, threshold = ops.lowrank_topk(left.to(backend.device), right.to(backend.device), k, backend=backend.name)
     indices = indices.cpu().long()
     assert len(indices) == k and bool((indices[1:] > indices[:-1]).all()) and 0 <= indices[0] and indices[-1] < m * n
     exact = (left.double() @ right.double().T).abs().flatten()
@@ -102,31 +102,31 @@ def test_lowrank_topk_of_real_numbers(where, m, n, rank):
     assert abs(float(threshold) - float(limit)) <= margin
 
 
-def test_lowrank_topk_is_deterministic(where):
+def test_lowrank_topk_is_deterministic(backend):
     generator = torch.Generator().manual_seed(2)
-    left, right = (torch.randn(size, 9, generator=generator).to(where.device) for size in (150, 140))
-    first = ops.lowrank_topk(left, right, 1000, backend=where.backend)
+    left, right = (torch.randn(size, 9, generator=generator).to(backend.device) for size in (150, 140))
+    first = ops.lowrank_topk(left, right, 1000, backend=backend.name)
     threshold = first[1]
-    for bracket in (None, threshold_bracket.around(threshold), torch.zeros(2, device=where.device)):
-        again = ops.lowrank_topk(left, right, 1000, bracket=bracket, backend=where.backend)
+    for bracket in (None, threshold_bracket.around(threshold), torch.zeros(2, device=backend.device)):
+        again = ops.lowrank_topk(left, right, 1000, bracket=bracket, backend=backend.name)
         assert torch.equal(again[0], first[0]) and torch.equal(again[1], first[1])
 
 
 @pytest.mark.parametrize("m, n", [(70, 90), (300, 1), (1, 65)])
-def test_lowrank_topk_of_a_batch(where, m, n):
+def test_lowrank_topk_of_a_batch(backend, m, n):
     """Each matrix as if it were alone, whether its bracket is right, beside the answer, or not
     given.
     """
     pairs = [tuple(whole_factors(m, n, 4, seed)) for seed in range(3)]
-    left, right = (torch.stack(factors).to(where.device) for factors in zip(*pairs))
+    left, right = (torch.stack(factors).to(backend.device) for factors in zip(*pairs))
     for k in (1, m * n // 7 + 1, m * n):
         alone = [lowrank_topk_ref(*pair, k) for pair in pairs]
         brackets_given = torch.stack(
             [threshold_bracket.around(alone[0][1]), torch.tensor([1e9, 2e9]), torch.tensor([0.0, float("inf")])]
         )
         for bracket in (None, brackets_given):
-            given = None if bracket is None else bracket.to(where.device)
-            indices, thresholds = ops.lowrank_topk(left, right, k, bracket=given, backend=where.backend)
+            given = None if bracket is None else bracket.to(backend.device)
+            indices, thresholds = ops.lowrank_topk(left, right, k, bracket=given, backend=backend.name)
             assert indices.shape == (3, k) and thresholds.shape == (3,)
             assert torch.equal(indices.cpu(), torch.stack([found for found, _ in alone]))
             assert torch.equal(thresholds.cpu(), torch.stack([threshold for _, threshold in alone]))
@@ -141,10 +141,10 @@ def test_lowrank_topk_by_default_on_a_gpu():
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
-def test_lowrank_topk_of_no_matrix(where):
-    left, right = torch.ones(0, 5, 2, device=where.device), torch.ones(0, 7, 2, device=where.device)
-    for bracket in (None, torch.ones(0, 2, device=where.device)):
-        indices, thresholds = ops.lowrank_topk(left, right, 4, bracket=bracket, backend=where.backend)
+def test_lowrank_topk_of_no_matrix(backend):
+    left, right = torch.ones(0, 5, 2, device=backend.device), torch.ones(0, 7, 2, device=backend.device)
+    for bracket in (None, torch.ones(0, 2, device=backend.device)):
+        indices, thresholds = ops.lowrank_topk(left, right, 4, bracket=bracket, backend=backend.name)
         assert indices.shape == (0, 4) and indices.dtype == torch.int32 and thresholds.shape == (0,)
 
 
@@ -214,7 +214,7 @@ def test_lowrank_topk_makes_no_dense_matrix():
         ),
     ],
 )
-def test_lowrank_topk_bad_input(where, change, error, message):
+def test_lowrank_topk_bad_input(backend, change, error, message):
     arguments = {"left": torch.ones(3, 2), "right": torch.ones(4, 2), "k": 5} | change
     with pytest.raises(error, match=message):
-        ops.lowrank_topk(**arguments, backend=where.backend)
+        ops.lowrank_topk(**arguments, backend=backend.name)

@@ -29,19 +29,19 @@ def scaled_step(optimizer, scaler, weights, step, bad=None):
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 @pytest.mark.parametrize("max_grad_norm", [None, 0.3])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_a_skipped_step_changes_no_bit(where, dtype, max_grad_norm, bad):
+def test_a_skipped_step_changes_no_bit(backend, dtype, max_grad_norm, bad):
     """Weights, moments, masters and counts stay; with the skipped step left out the run is the
     same.
     """
 
     def build():
-        weights = make_weights(((24, 40), (33, 17), (40,)), dtype, where.device)
+        weights = make_weights(((24, 40), (33, 17), (40,)), dtype, backend.device)
         return weights, LiftAdamW(
-            weights, **OPTIONS, max_grad_norm=max_grad_norm, refresh_interval=None, backend=where.backend
+            weights, **OPTIONS, max_grad_norm=max_grad_norm, refresh_interval=None, backend=backend.name
         )
 
     weights, optimizer = build()
-    scaler = torch.amp.GradScaler(where.device, init_scale=1024.0, backoff_factor=1.0 - 1e-9)
+    scaler = torch.amp.GradScaler(backend.device, init_scale=1024.0, backoff_factor=1.0 - 1e-9)
     scaled_step(optimizer, scaler, weights, 0)
     before = snapshot(optimizer)
     scaled_step(optimizer, scaler, weights, 1, bad)
@@ -50,7 +50,7 @@ def test_a_skipped_step_changes_no_bit(where, dtype, max_grad_norm, bad):
     assert_same(after, before)
     scaled_step(optimizer, scaler, weights, 2)
     twins, twin = build()
-    scaler = torch.amp.GradScaler(where.device, init_scale=1024.0)
+    scaler = torch.amp.GradScaler(backend.device, init_scale=1024.0)
     scaled_step(twin, scaler, twins, 0)
     scaled_step(twin, scaler, twins, 2)
     optimizer.state_dict()
@@ -59,12 +59,12 @@ def test_a_skipped_step_changes_no_bit(where, dtype, max_grad_norm, bad):
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.3])
-def test_scaling_by_a_power_of_two_changes_no_bit(where, max_grad_norm):
+def test_scaling_by_a_power_of_two_changes_no_bit(backend, max_grad_norm):
     shapes = ((24, 40), (33, 17), (40,))
-    weights, twins = make_weights(shapes, device=where.device), make_weights(shapes, device=where.device)
-    optimizer = LiftAdamW(weights, **OPTIONS, max_grad_norm=max_grad_norm, backend=where.backend)
-    twin = LiftAdamW(twins, **OPTIONS, max_grad_norm=max_grad_norm, backend=where.backend)
-    scaler = torch.amp.GradScaler(where.device, init_scale=2.0**16)
+    weights, twins = make_weights(shapes, device=backend.device), make_weights(shapes, device=backend.device)
+    optimizer = LiftAdamW(weights, **OPTIONS, max_grad_norm=max_grad_norm, backend=backend.name)
+    twin = LiftAdamW(twins, **OPTIONS, max_grad_norm=max_grad_norm, backend=backend.name)
+    scaler = torch.amp.GradScaler(backend.device, init_scale=2.0**16)
     for step in range(3):
         scaled_step(optimizer, scaler, weights, step)
         train(twin, [step])
@@ -74,20 +74,20 @@ def test_scaling_by_a_power_of_two_changes_no_bit(where, max_grad_norm):
         torch.testing.assert_close(w, t, rtol=0, atol=0 if max_grad_norm is None else 1e-7)
 
 
-def test_unscaling_before_the_step(where):
+def test_unscaling_before_the_step(backend):
     """`scaler.unscale_` has divided the gradients already; they are not divided twice."""
-    weights, twins = make_weights(device=where.device), make_weights(device=where.device)
-    optimizer = LiftAdamW(weights, **OPTIONS, backend=where.backend)
-    scaler = torch.amp.GradScaler(where.device, init_scale=256.0)
+    weights, twins = make_weights(device=backend.device), make_weights(device=backend.device)
+    optimizer = LiftAdamW(weights, **OPTIONS, backend=backend.name)
+    scaler = torch.amp.GradScaler(backend.device, init_scale=256.0)
     for step in range(2):
         set_gradients(weights, step)
         for w in weights:
             w.grad *= 256.0
-        scaler.scale(torch.ones(1, device=where.device))
+        scaler.scale(torch.ones(1, device=backend.device))
         scaler.unscale_(optimizer)
         scaler.step(optimizer)
         scaler.update()
-    train(LiftAdamW(twins, **OPTIONS, backend=where.backend), range(2))
+    train(LiftAdamW(twins, **OPTIONS, backend=backend.name), range(2))
     assert all(torch.equal(w, t) for w, t in zip(weights, twins))
 
 
@@ -143,26 +143,26 @@ def test_a_group_that_did_not_step_loses_no_count():
     assert [group["steps_since_refresh"] for group in optimizer.state_dict()["param_groups"]] == [3, 3]
 
 
-def test_dense_low_precision_gradients_are_scaled_in_fp32(where):
+def test_dense_low_precision_gradients_are_scaled_in_fp32(backend):
     """fp16 gradients of a dense parameter: unscaling must not drown them in fp16's smallest
     numbers.
     """
-    weight = torch.nn.Parameter(torch.zeros(8, dtype=FP16, device=where.device))
-    optimizer = LiftAdamW([weight], lr=0.01, betas=(0.0, 0.0), eps=1e-9, backend=where.backend)
+    weight = torch.nn.Parameter(torch.zeros(8, dtype=FP16, device=backend.device))
+    optimizer = LiftAdamW([weight], lr=0.01, betas=(0.0, 0.0), eps=1e-9, backend=backend.name)
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0**15 * 3), torch.tensor(0.0)
-    weight.grad = torch.full((8,), 30000.0, dtype=FP16, device=where.device)
+    weight.grad = torch.full((8,), 30000.0, dtype=FP16, device=backend.device)
     optimizer.step()
     expected = torch.tensor(30000.0 / (2.0**15 * 3)).to(FP16)
     torch.testing.assert_close(optimizer.state[weight]["exp_avg"].cpu(), expected.expand(8), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_small_steps_add_up_in_the_master(where, dtype):
+def test_small_steps_add_up_in_the_master(backend, dtype):
     """Updates below half an ulp of the weight vanish without a master and add up with one."""
     moved = {}
     for master in ("fp32", None):
-        weight = torch.nn.Parameter(torch.ones(6, 8, dtype=dtype, device=where.device))
-        optimizer = LiftAdamW([weight], lr=2e-4, density=1.0, master=master, backend=where.backend)
+        weight = torch.nn.Parameter(torch.ones(6, 8, dtype=dtype, device=backend.device))
+        optimizer = LiftAdamW([weight], lr=2e-4, density=1.0, master=master, backend=backend.name)
         for _ in range(50):
             weight.grad = torch.ones_like(weight)
             optimizer.step()
@@ -171,14 +171,14 @@ def test_small_steps_add_up_in_the_master(where, dtype):
     torch.testing.assert_close(moved["fp32"], torch.full((6, 8), 0.99), rtol=0, atol=2.0**-9)
 
 
-def test_weights_loaded_behind_the_back(where, caplog):
+def test_weights_loaded_behind_the_back(backend, caplog):
     """As `load_best_model_at_end` does: the master follows model.load_state_dict, and only where
     the values differ.
     """
-    model = torch.nn.Linear(40, 24, bias=False, dtype=BF16, device=where.device)
+    model = torch.nn.Linear(40, 24, bias=False, dtype=BF16, device=backend.device)
     with torch.no_grad():
         model.weight.copy_(make_weights(((24, 40),), BF16)[0])
-    optimizer = LiftAdamW(model.parameters(), **OPTIONS, refresh_interval=None, backend=where.backend)
+    optimizer = LiftAdamW(model.parameters(), **OPTIONS, refresh_interval=None, backend=backend.name)
     train(optimizer, range(2))
     best = {name: value.clone() for name, value in model.state_dict().items()}
     index = optimizer.state[model.weight]["indices"].long()
@@ -198,10 +198,10 @@ def test_weights_loaded_behind_the_back(where, caplog):
     assert len(caplog.records) == 1 and "changed outside the optimizer" in caplog.records[0].getMessage()
 
 
-def test_a_refresh_sees_outside_changes(where):
+def test_a_refresh_sees_outside_changes(backend):
     """The new mask comes from the new values, and entries that stay take them into their master."""
-    weight = make_weights(((24, 40),), BF16, where.device)[0]
-    optimizer = LiftAdamW([weight], **OPTIONS, refresh_interval=None, backend=where.backend)
+    weight = make_weights(((24, 40),), BF16, backend.device)[0]
+    optimizer = LiftAdamW([weight], **OPTIONS, refresh_interval=None, backend=backend.name)
     train(optimizer, range(2))
     with torch.no_grad():
         weight.mul_(1.5)

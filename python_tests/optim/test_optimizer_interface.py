@@ -32,11 +32,11 @@ def test_two_weights_and_lr_are_enough():
         lambda o: lr_scheduler.SequentialLR(o, [lr_scheduler.LinearLR(o), lr_scheduler.ExponentialLR(o, 0.9)], [3]),
     ],
 )
-def test_schedulers_drive_lr(where, make):
+def test_schedulers_drive_lr(backend, make):
     """The same learning rates by hand give the same bits; OneCycleLR moves betas too."""
-    weights, twins = make_weights(device=where.device), make_weights(device=where.device)
-    optimizer = LiftAdamW(weights, **OPTIONS, backend=where.backend)
-    by_hand = LiftAdamW(twins, **OPTIONS, backend=where.backend)
+    weights, twins = make_weights(device=backend.device), make_weights(device=backend.device)
+    optimizer = LiftAdamW(weights, **OPTIONS, backend=backend.name)
+    by_hand = LiftAdamW(twins, **OPTIONS, backend=backend.name)
     scheduler = make(optimizer)
     rates = set()
     for step in range(6):
@@ -50,11 +50,11 @@ def test_schedulers_drive_lr(where, make):
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])
-def test_tensor_lr_equals_the_number(where, shape):
-    weights, twins = make_weights(device=where.device), make_weights(device=where.device)
+def test_tensor_lr_equals_the_number(backend, shape):
+    weights, twins = make_weights(device=backend.device), make_weights(device=backend.device)
     lr = torch.full(shape, 0.0078125)  # exact in fp32
-    optimizer = LiftAdamW(weights, **OPTIONS | {"lr": lr}, backend=where.backend)
-    twin = LiftAdamW(twins, **OPTIONS | {"lr": 0.0078125}, backend=where.backend)
+    optimizer = LiftAdamW(weights, **OPTIONS | {"lr": lr}, backend=backend.name)
+    twin = LiftAdamW(twins, **OPTIONS | {"lr": 0.0078125}, backend=backend.name)
     for step in range(4):
         if step == 2:
             lr.fill_(0.00390625)
@@ -103,14 +103,14 @@ def test_step_hooks_see_each_step():
     assert not torch.equal(before[0], after[0]) and len(before) == len(after) == 2
 
 
-def test_a_group_added_later_starts_from_zero(where):
+def test_a_group_added_later_starts_from_zero(backend):
     """It joins at its first step, with its own options; matrices already there go on as without
     it.
     """
-    weights, twins = make_weights(device=where.device), make_weights(device=where.device)
-    late = make_weights(((30, 30),), device=where.device)
-    optimizer = LiftAdamW(weights, **OPTIONS, backend=where.backend)
-    twin = LiftAdamW(twins, **OPTIONS, backend=where.backend)
+    weights, twins = make_weights(device=backend.device), make_weights(device=backend.device)
+    late = make_weights(((30, 30),), device=backend.device)
+    optimizer = LiftAdamW(weights, **OPTIONS, backend=backend.name)
+    twin = LiftAdamW(twins, **OPTIONS, backend=backend.name)
     train(optimizer, range(3))
     train(twin, range(3))
     optimizer.add_param_group({"params": late, "density": 0.2})

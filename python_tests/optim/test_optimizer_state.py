@@ -24,12 +24,12 @@ FORMS = {
 
 @pytest.mark.parametrize("interrupt", INTERRUPTIONS)
 @pytest.mark.parametrize("form", FORMS)
-def test_an_interruption_changes_no_bit(where, form, interrupt):
+def test_an_interruption_changes_no_bit(backend, form, interrupt):
     """Sparse and dense parameters, interrupted between two refreshes, then past the next one."""
     dtype, extra = FORMS[form]
-    weights = make_weights(((24, 40), (24,), (33, 17), (10, 10)), dtype, where.device)
+    weights = make_weights(((24, 40), (24,), (33, 17), (10, 10)), dtype, backend.device)
     groups = [{"params": weights[:2]}, {"params": weights[2:], "density": 0.3, "lr": 0.02}]
-    optimizer = LiftAdamW(groups, **OPTIONS, refresh_interval=3, backend=where.backend, **extra)
+    optimizer = LiftAdamW(groups, **OPTIONS, refresh_interval=3, backend=backend.name, **extra)
     train(optimizer, range(5))
     other, other_weights = interrupt(optimizer, weights)
     storages = [{t.data_ptr() for entry in o.state.values() for t in entry.values()} for o in (optimizer, other)]

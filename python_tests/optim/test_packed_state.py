@@ -186,8 +186,8 @@ def new_lists(state, counts, seed=5):
 
 @pytest.mark.parametrize("moments", [FP32, BF16])
 @pytest.mark.parametrize("counts", [None, (60, 72, 300, 5, 1)], ids=["same-size", "resized"])
-def test_migrate(where, moments, counts):
-    state, _, _ = make_state(moments=moments, device=where.device)
+def test_migrate(backend, moments, counts):
+    state, _, _ = make_state(moments=moments, device=backend.device)
     state.master += 1e-4  # so that masters say more than the weights
     for padding in (slice(40, 64), slice(136, 192), slice(321, 384), slice(385, 448)):
         state.master[padding] = 0
@@ -199,7 +199,7 @@ def test_migrate(where, moments, counts):
         for i in range(5)
     ]
     addresses = {name: arena.data_ptr() for name, arena in state.arenas().items()}
-    state.migrate(rows, [lists[i] for i in rows], backend=where.backend)
+    state.migrate(rows, [lists[i] for i in rows], backend=backend.name)
     for i in range(5):
         assert_equal({k: bits(v) for k, v in state.views(i).items()}, {k: bits(v) for k, v in expected[i].items()})
     assert_layout(state)
