@@ -8,10 +8,9 @@ is a CUDA device, it also tests Triton and the native CUDA ops there. These test
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
+from helpers.backends import BackendDevice
 from helpers.extras import MISSING
 
 from lift_kernels.ops import dispatch
@@ -23,14 +22,6 @@ def pytest_terminal_summary(terminalreporter):
     for file, names in MISSING.items():
         if names:
             terminalreporter.write_line(f"{file} is left out: {' and '.join(names)} not installed")
-
-
-@dataclass(frozen=True)
-class BackendDevice:
-    """A backend and the device whose tensors it takes."""
-
-    name: str
-    device: str
 
 
 def backend_params(test_name: str) -> list:

@@ -10,8 +10,8 @@ import resource
 import numpy as np
 import pytest
 import torch
+from helpers.bits import BF16, bits
 from helpers.files import alter, reseal
-from helpers.step_problems import BF16, bits
 from hypothesis import given
 from hypothesis import strategies as st
 

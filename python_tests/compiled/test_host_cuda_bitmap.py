@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.bitmap_cases import CASES, random_keys, selection
+from helpers.bits import HANG_S
 from helpers.host_cuda import HOST_CUDA, ROOT, address, compiled, library, numbers
-from helpers.step_problems import HANG_S
 
 from lift_kernels.ops import cuda
 

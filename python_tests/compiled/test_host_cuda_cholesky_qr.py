@@ -9,8 +9,8 @@ import re
 
 import pytest
 import torch
+from helpers.bits import bits
 from helpers.host_cuda import HOST_CUDA, ROOT, address, compiled, disorder, run
-from helpers.step_problems import bits
 
 from lift_kernels import ops
 from lift_kernels.ops import reference

@@ -8,8 +8,9 @@ import json
 
 import pytest
 import torch
-from helpers.files import Small, assert_equal_models, save, tuned
-from helpers.step_problems import BF16, FP16, FP32, bits
+from helpers.bits import BF16, FP16, FP32, bits
+from helpers.files import save
+from helpers.small_models import Small, assert_equal_models, tuned
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

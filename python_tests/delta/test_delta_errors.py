@@ -10,8 +10,9 @@ import resource
 
 import pytest
 import torch
-from helpers.files import Small, alter, assert_equal_models, reseal, save, tuned
-from helpers.step_problems import bits
+from helpers.bits import bits
+from helpers.files import alter, reseal, save
+from helpers.small_models import Small, assert_equal_models, tuned
 from safetensors.torch import load_file, save_file
 
 from lift_kernels import apply_delta, revert_delta, save_delta

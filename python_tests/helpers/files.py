@@ -1,4 +1,4 @@
-"""Small models and their checkpoints for the tests of files, and files whose bytes were altered."""
+"""Safetensors files of models, and files whose bytes are changed on purpose."""
 
 from __future__ import annotations
 
@@ -6,33 +6,8 @@ import hashlib
 import json
 from pathlib import Path
 
-import torch
-from helpers.step_problems import bits
 from safetensors.torch import save_file
 from torch import nn
-
-
-class Small(nn.Module):
-    """Two matrices and a bias, and a head tied to the first matrix."""
-
-    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
-        super().__init__()
-        torch.manual_seed(5)
-        self.first, self.second = nn.Linear(40, 30, bias=False), nn.Linear(30, 20)
-        self.head = nn.Linear(40, 30, bias=False)
-        self.to(dtype)
-        self.head.weight = self.first.weight
-
-
-def tuned(seed: int, dtype: torch.dtype = torch.bfloat16, share: float = 0.1) -> Small:
-    """A copy of `Small` with other values at a share of its entries, chosen by ``seed``."""
-    model = Small(dtype)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            chosen = torch.randperm(p.numel(), generator=generator)[: max(1, round(share * p.numel()))]
-            p.view(-1)[chosen] += torch.randn(len(chosen), generator=generator).to(dtype)
-    return model
 
 
 def save(model: nn.Module, path: Path) -> Path:
@@ -40,12 +15,6 @@ def save(model: nn.Module, path: Path) -> Path:
     weights = {name: p.detach() for name, p in model.named_parameters()}
     save_file(weights, path)
     return path
-
-
-def assert_equal_models(actual: nn.Module, expected: nn.Module) -> None:
-    """The same parameters to the bit."""
-    for (name, a), (_, e) in zip(actual.named_parameters(), expected.named_parameters(), strict=True):
-        assert torch.equal(bits(a.detach()), bits(e.detach())), name
 
 
 def reseal(path: Path, change) -> None:

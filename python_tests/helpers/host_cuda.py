@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from helpers.step_problems import HANG_S
+from helpers.bits import HANG_S
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from helpers.step_problems import bits
+from helpers.bits import bits
 from torch import Tensor, nn
 
 from lift_kernels import LiftAdamW

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from helpers.step_problems import HANG_S
+from helpers.bits import HANG_S
 
 ROOT = Path(__file__).parents[2]
 PREAMBLE = """

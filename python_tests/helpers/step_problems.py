@@ -1,30 +1,23 @@
-"""Arenas of several matrices, the fp64 truth of a step on them, and the comparison of the numerics
-contract.
-
-Truth and yardstick are torch's own for-loop AdamW on the packed entries: run in fp64 it says what
-is right, run in fp32 how large an error is ordinary.
-"""
+"""Arenas of several matrices, the fp64 result of a step on them, and the comparison with it."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from helpers.bits import FP32, assert_near, assert_same_bits, bits, random_indices
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
 from lift_kernels import ops
-from lift_kernels.ops import dispatch, reference
+from lift_kernels.ops import reference
 
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 GAP_INDEX, GAP_BIRTH = -123456789, 2**30
 BORDER = 64
-HANG_S = 1800  # a limit for processes that hang: a busy machine may take many times as long as a quiet one
 HYPER = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
@@ -93,11 +86,6 @@ class Problem:
         tensors = {f"grad {i}": grad for i, grad in enumerate(self.grads)}
         tensors |= {"indices": self.indices, "steps": self.steps, "births": self.births}
         return {name: bits(t).clone() for name, t in tensors.items() if t is not None}
-
-
-def backend_of(backend, op: str) -> str | None:
-    """The backend to request for ``op``: None, the default, if `backend` does not have this op."""
-    return backend.name if backend.name in dispatch.OPS[op] else None
 
 
 def make_problem(
@@ -176,25 +164,6 @@ def make_problem(
     )
 
 
-def random_indices(numel: int, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` sorted, unique positions below ``numel``, int32."""
-    return torch.randperm(numel, generator=generator)[:count].sort().values.to(torch.int32)
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """The bit pattern as integers: NaN and signed zeros can be compared."""
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.view(integers[tensor.element_size()]) if tensor.is_floating_point() else tensor
-
-
-def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Two `state`s or `inputs` are equal to the bit."""
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        differ = (actual[name] != expected[name]).sum().item()
-        assert differ == 0, f"{name}: {differ} entries differ"
-
-
 @dataclass(frozen=True)
 class Entries:
     """What AdamW makes of a matrix's selected entries."""
@@ -243,33 +212,6 @@ def torch_step(problem: Problem, i: int, dtype: torch.dtype, **options) -> Entri
     return Entries(w, m, v)
 
 
-def two_ulp(tensor: Tensor) -> float:
-    """Two fp32 units in the last place of the largest entry."""
-    return 2 * math.ulp(1.0) * 2.0**29 * 2.0 ** math.floor(math.log2(max(tensor.abs().max().item(), 2.0**-126)))
-
-
-def assert_near(stored: Tensor, truth: Tensor, yardstick: Tensor, label: str, rounding=None) -> None:
-    """``stored`` is a rounding of fp32 values that are as near to ``truth`` as the contract asks.
-
-    In a narrow format this says: equal wherever all admissible fp32 values round the same, and
-    between the roundings elsewhere. ``rounding`` (monotone, from fp32) is to nearest unless given.
-    """
-    ordinary = (yardstick - truth).abs()
-    bound = max(2 * ordinary.max().item(), two_ulp(truth))
-    rounding = rounding or (lambda x: x.to(stored.dtype))
-    if stored.dtype == FP32:
-        error = (stored.double() - truth).abs()
-        mean = max(2 * ordinary.mean().item(), two_ulp(truth))
-        assert error.max().item() <= bound, f"{label}: error {error.max().item()}, admitted {bound}"
-        assert error.mean().item() <= mean, f"{label}: mean error {error.mean().item()}, admitted {mean}"
-        return
-    low, high = rounding((truth - bound).float()).double(), rounding((truth + bound).float()).double()
-    outside = ((stored.double() < low) | (stored.double() > high)).sum().item()
-    assert outside == 0, f"{label}: {outside} entries are not the rounding of an admissible fp32 value"
-    # The test must bite: nearly everywhere one value alone is right.
-    assert (low == high).double().mean() > 0.9, f"{label}: the comparison is too loose"
-
-
 def assert_stepped(before: Problem, after: Problem, **options) -> None:
     """``after`` is ``before`` one step on: entries as the contract says, every other bit as it
     was.
@@ -308,10 +250,3 @@ def assert_stepped(before: Problem, after: Problem, **options) -> None:
         if tensor is not None:
             expected[name][arena] = bits(tensor[arena])
     assert_same_bits(after.state(), expected)
-
-
-LAST = 2**31 - 1
-
-
-def int32(values, backend):
-    return torch.tensor(values, dtype=torch.int32, device=backend.device)

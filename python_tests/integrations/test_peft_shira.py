@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.files import Small, alter, save, tuned
-from helpers.step_problems import BF16, FP32
+from helpers.bits import BF16, FP32
+from helpers.files import alter, save
+from helpers.small_models import Small, tuned
 from helpers.tiny_llama import save_tiny
 from peft import PeftModel, ShiraConfig, get_peft_model
 from safetensors.torch import load_file, save_file

@@ -10,9 +10,9 @@ import logging
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.bits import BF16, FP32, bits
+from helpers.language_model import METHOD, Tokens, make_model
 from helpers.optimizers import assert_same, snapshot
-from helpers.small_models import METHOD, Tokens, make_model
-from helpers.step_problems import BF16, FP32, bits
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_linear_schedule_with_warmup
 

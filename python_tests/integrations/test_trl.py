@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import torch
 from datasets import Dataset
-from helpers.step_problems import bits
+from helpers.bits import bits
 from helpers.tiny_llama import make_tokenizer, tiny_config
 from transformers import LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer

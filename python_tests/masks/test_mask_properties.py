@@ -5,8 +5,8 @@ more than pytest.
 from __future__ import annotations
 
 import torch
+from helpers.bits import BF16, FP16, FP32, LAST, int32
 from helpers.spectra import assert_principal, whole_factors, with_spectrum
-from helpers.step_problems import BF16, FP16, FP32, LAST, int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -10,7 +10,7 @@ import copy
 
 import pytest
 import torch
-from helpers.step_problems import bits
+from helpers.bits import bits
 
 from lift_kernels import LiftAdamW, lift_param_groups, pack_gradients
 from lift_kernels.finetune import model_io

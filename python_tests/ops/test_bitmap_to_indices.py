@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.backends import backend_of
 from helpers.bitmap_cases import CASES, LAST, random_keys, selection
-from helpers.step_problems import backend_of
 
 from lift_kernels import ops
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.step_problems import HANG_S
+from helpers.bits import HANG_S
 
 import lift_kernels
 from lift_kernels import LiftAdamW

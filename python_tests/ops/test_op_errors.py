@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.step_problems import BF16, assert_same_bits, make_problem
+from helpers.bits import BF16, assert_same_bits
+from helpers.step_problems import make_problem
 
 from lift_kernels import ops
 

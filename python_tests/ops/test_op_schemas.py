@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.backends import backend_of
 from helpers.bitmap_cases import CASES
-from helpers.step_problems import BF16, FP16, FP32, backend_of, bits, make_problem
+from helpers.bits import BF16, FP16, FP32, bits
+from helpers.step_problems import make_problem
 
 from lift_kernels import ops
 from lift_kernels.ops import dispatch

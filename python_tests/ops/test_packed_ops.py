@@ -6,18 +6,8 @@ import itertools
 
 import pytest
 import torch
-from helpers.step_problems import (
-    BF16,
-    FP16,
-    FP32,
-    GAP_INDEX,
-    LAST,
-    assert_same_bits,
-    bits,
-    int32,
-    make_problem,
-    random_indices,
-)
+from helpers.bits import BF16, FP16, FP32, LAST, assert_same_bits, bits, int32, random_indices
+from helpers.step_problems import GAP_INDEX, make_problem
 
 from lift_kernels import ops
 

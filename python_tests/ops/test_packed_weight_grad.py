@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.step_problems import BF16, FP16, FP32, assert_near, bits, random_indices
+from helpers.bits import BF16, FP16, FP32, assert_near, bits, random_indices
 
 from lift_kernels import ops
 

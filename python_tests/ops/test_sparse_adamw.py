@@ -6,19 +6,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.step_problems import (
-    BF16,
-    BORDER,
-    FP16,
-    FP32,
-    HYPER,
-    assert_near,
-    assert_same_bits,
-    assert_stepped,
-    bits,
-    make_problem,
-    torch_step,
-)
+from helpers.backends import REFERENCE
+from helpers.bits import BF16, FP16, FP32, assert_near, assert_same_bits, bits
+from helpers.step_problems import BORDER, HYPER, assert_stepped, make_problem, torch_step
 
 from lift_kernels.ops import reference
 
@@ -220,9 +210,7 @@ def test_sparse_adamw_trajectory(backend, births):
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_sparse_adamw_reference_is_torch_at_density_1(packed, maximize):
     """Bit for bit, over 50 steps with decay and a schedule."""
-    from conftest import Where
-
-    problem = make_problem(Where("reference", "cpu"), [((12, 11), 132), ((7, 5), 35)], packed=packed, step=0)
+    problem = make_problem(REFERENCE, [((12, 11), 132), ((7, 5), 35)], packed=packed, step=0)
     problem.steps.zero_()
     parameters = [torch.nn.Parameter(w.clone()) for w in problem.weights]
     adamw = torch.optim.AdamW(parameters, **HYPER, foreach=False, fused=False, maximize=maximize)
@@ -232,7 +220,7 @@ def test_sparse_adamw_reference_is_torch_at_density_1(packed, maximize):
             parameter.grad = grad.view(parameter.shape).clone()
         adamw.param_groups[0]["lr"] = lr = 0.01 * (1 - step / 60)
         adamw.step()
-        problem.step(Where("reference", "cpu"), lr=lr, maximize=maximize)
+        problem.step(REFERENCE, lr=lr, maximize=maximize)
         for i, parameter in enumerate(parameters):
             assert torch.equal(problem.weights[i], parameter)
             assert torch.equal(problem.exp_avg[problem.segment(i)], adamw.state[parameter]["exp_avg"].view(-1))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.bits import BF16, FP16, FP32, assert_near, bits
 from helpers.optimizers import INTERRUPTIONS, OPTIONS, index_sets, make_weights, set_gradients, train
-from helpers.step_problems import BF16, FP16, FP32, assert_near, bits
 from torch.optim import AdamW
 
 from lift_kernels import LiftAdamW

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.bits import BF16, FP16, FP32
 from helpers.optimizers import OPTIONS, assert_same, make_weights, set_gradients, snapshot, train
-from helpers.step_problems import BF16, FP16, FP32
 
 from lift_kernels import LiftAdamW
 

@@ -8,8 +8,8 @@ import copy
 
 import pytest
 import torch
+from helpers.bits import BF16
 from helpers.optimizers import OPTIONS, assert_same, make_weights, set_gradients, snapshot, train
-from helpers.step_problems import BF16
 
 from lift_kernels import LiftAdamW, lift_param_groups
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.bits import bits
 from helpers.optimizers import OPTIONS, index_sets, make_weights, set_gradients, train
-from helpers.step_problems import bits
 from torch.optim import lr_scheduler
 
 from lift_kernels import LiftAdamW, principal_indices

@@ -7,8 +7,8 @@ import io
 
 import pytest
 import torch
+from helpers.bits import BF16, FP16, FP32, bits
 from helpers.optimizers import INTERRUPTIONS, OPTIONS, assert_same, make_weights, set_gradients, snapshot, train
-from helpers.step_problems import BF16, FP16, FP32, bits
 
 from lift_kernels import LiftAdamW
 

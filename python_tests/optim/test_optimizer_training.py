@@ -7,9 +7,9 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.bits import BF16, FP32, bits
+from helpers.language_model import METHOD, Tokens, make_model
 from helpers.optimizers import OPTIONS, assert_same, make_weights, set_gradients, snapshot, train
-from helpers.small_models import METHOD, Tokens, make_model
-from helpers.step_problems import BF16, FP32, bits
 from transformers import Trainer, TrainingArguments
 
 from lift_kernels import LiftAdamW, lift_param_groups

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.bits import BF16, FP16, FP32, bits
 from helpers.optimizers import OPTIONS, index_sets, make_weights, set_gradients, train
-from helpers.step_problems import BF16, FP16, FP32, bits
 
 from lift_kernels import LiftAdamW, principal_indices
 from lift_kernels.ops.reference import packed_migrate_ref

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.bits import BF16, bits
 from helpers.gguf import write_gguf
-from helpers.step_problems import BF16, bits
 from helpers.tiny_llama import save_tiny
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
