@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.bits import HANG_S
 from helpers.finetune_runs import assert_same_end, make_runs_cheap, make_settings
-from helpers.step_problems import HANG_S
 from helpers.tiny_llama import save_tiny
 from safetensors.torch import load_file, save_file
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from lift_kernels.checkpoint import load_checkpoint
+from lift_kernels.cli import main
 from lift_kernels.finetune import report, run_dir
 from lift_kernels.finetune.config import Settings
 
@@ -30,6 +31,14 @@ def make_settings(tiny, output, **changes) -> Settings:
         model=str(tiny), output=str(output), device="cpu", eval_problems=2, steps=STEPS, rank=4, density=0.2, name="run"
     )
     return Settings(**(base | {"refresh_interval": REFRESH, "lr": 5e-3, "batch_size": 2, "save_steps": 1} | changes))
+
+
+def refused(capsys, *arguments: str) -> str:
+    """Run the command line, which has to refuse with one line; return that line."""
+    assert main(["finetune", "--device", "cpu", *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    return error
 
 
 def flat(tree, place="") -> dict:
