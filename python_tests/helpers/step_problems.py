@@ -250,3 +250,12 @@ def assert_stepped(before: Problem, after: Problem, **options) -> None:
         if tensor is not None:
             expected[name][arena] = bits(tensor[arena])
     assert_same_bits(after.state(), expected)
+
+
+def step_and_check(backend, problem, **options):
+    """One step against the truth; inputs stay as they were."""
+    before, inputs = problem.copy(), problem.inputs()
+    problem.step(backend, **options)
+    assert_stepped(before, problem, **options)
+    inputs["steps"] = bits(problem.steps)
+    assert_same_bits(problem.inputs(), inputs)
