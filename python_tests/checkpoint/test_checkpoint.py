@@ -1,5 +1,6 @@
-"""Checkpoint files: plain nests come back to the bit, random numbers go on, damage is refused, a
-crash leaves the old file.
+"""Checkpoint files: bit-equal contents, refused damage, and an old file that survives a crash.
+
+Nested containers come back to the bit, and random generators continue. A damaged file is refused.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ def host(tmp_path_factory):
 
 @pytest.fixture
 def on_host(host, monkeypatch):
-    """The helpers are served by the CUDA kernels on CPU tensors."""
+    """Let the CUDA kernels run the subspace-iteration ops on CPU tensors."""
     choose = dispatch.choose
 
     def chosen(requested, device, op):

@@ -1,5 +1,6 @@
-"""The CUDA helpers of a refresh, run on the host through the public ops, against their torch
-twins.
+"""The CUDA subspace-iteration ops against the reference implementation.
+
+The kernels run on the host, through the public ops.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from lift_kernels.ops import reference
 
 
 def blocks(batch, rows, width, seed=0, spread=0.0):
-    """Random blocks whose columns share a direction: the larger ``spread``, the worse their
-    condition.
+    """Random blocks whose columns share a direction.
+
+    The larger ``spread``, the worse their condition.
     """
     generator = torch.Generator().manual_seed(seed)
     common = torch.randn(batch, rows, 1, generator=generator)
@@ -26,9 +28,7 @@ def blocks(batch, rows, width, seed=0, spread=0.0):
 
 
 def householder_q(block):
-    """The orthonormal factor of a block by plain Householder reflections in fp32, one column after
-    the other.
-    """
+    """The orthonormal factor of a block, by plain Householder reflections in fp32."""
     left, (rows, width), reflections = block.clone(), block.shape, []
     for j in range(width):
         v = left[j:, j].clone()
@@ -103,8 +103,9 @@ def test_cholesky_qr_matches_its_twin(on_host, batch, rows, width):
 @pytest.mark.parametrize("batch, rows, width", [(2, 300, 30), (1, 700, 130), (1, 900, 270)])
 @pytest.mark.parametrize("spread", [0.0, 30.0])
 def test_cholesky_qr_of_two_rounds_is_as_orthonormal_as_householder(on_host, batch, rows, width, spread):
-    """Householder's own disorder varies by chance, and from one LAPACK library to another: the
-    worst of several blocks counts.
+    """The limit is the worst of several blocks.
+
+    Householder's own error varies by chance, and from one LAPACK library to another.
     """
     block = blocks(batch, rows, width, spread=spread)
     others = [blocks(1, rows, width, seed=seed, spread=spread)[0] for seed in range(5)]
@@ -123,7 +124,7 @@ def test_cholesky_qr_of_a_batch_gives_the_bits_of_each_alone(on_host):
 
 
 def hard_blocks():
-    """One of each kind of trouble, and the status that it has."""
+    """One block of each difficult kind, and the status that each gets."""
     good = blocks(1, 60, 24)[0]
     zero_column, twins, graded, poisoned, infinite, narrow = (good.clone() for _ in range(6))
     zero_column[:, 5] = 0
@@ -168,8 +169,9 @@ def test_cholesky_qr_of_an_other_block_without_rows(on_host):
 
 
 def shifted(tensor):
-    """The same numbers four bytes behind a 16-byte boundary. The library traps on a misaligned
-    access.
+    """The same numbers at an address 4 bytes after a 16-byte boundary.
+
+    The library traps on a misaligned access.
     """
     memory = torch.empty(tensor.numel() + 5)
     first = (4 - memory.data_ptr() // 4 % 4) % 4 + 1

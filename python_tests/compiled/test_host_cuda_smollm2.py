@@ -1,8 +1,10 @@
-"""The CUDA helpers on real matrices: masks as through their twins, blocks as orthonormal as from
+"""The CUDA subspace-iteration ops on real matrices.
+
+Masks agree with those of the reference implementation, and blocks are as orthonormal as by
 Householder QR.
 
-`compare` takes any matrices; the tests take one layer of SmolLM2-135M. csrc/README.md tells what
-all 210 gave.
+`compare` takes any matrices. The tests use one layer of SmolLM2-135M. csrc/README.md has the
+results of all 210 matrices.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ RANK, DENSITY = 64, 0.05
 
 @pytest.fixture(scope="module")
 def layer():
-    """The seven matrices of the layer in the middle."""
+    """The seven matrices of the middle layer."""
     model, _ = model_io.load_model(model_io.find_model(None), torch.float32)
     return {
         name: module.weight.detach()
@@ -32,8 +34,10 @@ def layer():
 
 
 def compare(weight: torch.Tensor, monkeypatch) -> dict[str, float]:
-    """Overlap of the masks through helpers and twins; worst |Q^T Q - I| of two rounds and of
-    Householder QR over the blocks met.
+    """Compare the CUDA ops with the reference implementation on these matrices.
+
+    Returns the overlap of the masks, and the largest |Q^T Q - I| over all blocks, both of two
+    rounds and of Householder QR.
     """
     k = round(DENSITY * weight.numel())
 

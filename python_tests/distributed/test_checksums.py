@@ -31,8 +31,9 @@ def test_digests_tell_index_lists_apart():
 
 
 def test_digests_are_exact_sums_in_chunks(monkeypatch):
-    """Pieces of any size give the same digest, and it is the sum modulo 2^64 that plain integers
-    give.
+    """Pieces of any size give the same digest.
+
+    It is the sum modulo 2^64, which plain integers confirm.
     """
     from lift_kernels.distributed import checksums
 

@@ -30,8 +30,9 @@ class Ranks:
                 exchange.announce(names)
 
     def compare(self, *digests_of_ranks, ranks=None, patience=LONG) -> list[str]:
-        """All at once, each with its digests by name, None for a rank that does not take part: what
-        each one says.
+        """Let all ranks compare at once, and return the error message of each.
+
+        Each rank gives its digests by name. A rank with None does not take part.
         """
 
         def one(exchange, digests) -> str:
@@ -73,7 +74,7 @@ def test_a_difference_is_an_error_on_every_rank(odd):
 
 
 def test_nobody_waits_for_ranks_that_train_nothing_or_something_else():
-    """Two stages of a pipeline with two replicas each, a critic and an inference rank."""
+    """There are two stages of a pipeline with two replicas each, a critic and an inference rank."""
     ranks = Ranks(6)
     ranks.announce(["0.w"], ["0.w"], ["1.w"], ["1.w"], ["critic.w"], None)
     first, second = {"0.w": "1"}, {"1.w": "2"}
@@ -84,7 +85,7 @@ def test_nobody_waits_for_ranks_that_train_nothing_or_something_else():
 
 
 def test_ranks_that_share_some_parameters_compare_those():
-    """Experts of their own beside attention that all have."""
+    """Each rank has its own experts; all ranks have the attention."""
     ranks = Ranks(2)
     ranks.announce(["attention", "expert.0"], ["attention", "expert.1"])
     assert ranks.compare({"attention": "1", "expert.0": "2"}, {"attention": "1", "expert.1": "3"}) == ["", ""]
@@ -93,8 +94,9 @@ def test_ranks_that_share_some_parameters_compare_those():
 
 
 def test_two_optimizers_of_the_same_names_are_compared_in_turn():
-    """An actor and a critic of one architecture, both on both ranks; one more that never steps
-    changes nothing.
+    """An actor and a critic of one architecture are on both ranks.
+
+    Another optimizer, which never steps, changes nothing.
     """
     ranks = Ranks(2)
     for names in (["w"], ["w"], ["v"], ["w", "u"]):
@@ -114,7 +116,7 @@ def test_a_group_is_compared_alone():
 
 
 def test_groups_that_overlap():
-    """An actor shared with one rank and a critic of the same names shared with another."""
+    """An actor is shared with one rank, and a critic of the same names with another."""
     ranks = Ranks(3)
     actor, critic = {"w": "1"}, {"w": "2"}
     assert ranks.compare(actor, actor, None, ranks=(0, 1)) == [""] * 3
@@ -122,7 +124,7 @@ def test_groups_that_overlap():
 
 
 def test_a_rank_that_makes_no_new_mask_is_named():
-    """One rank has refreshed by itself: nobody else will ever show a list."""
+    """One rank has refreshed by itself, so the others will never show a list."""
     ranks = Ranks(3)
     ranks.announce(*[["w"]] * 3)
     assert ranks.compare(*[{"w": "1"}] * 3) == [""] * 3
@@ -133,8 +135,9 @@ def test_a_rank_that_makes_no_new_mask_is_named():
 
 
 def test_a_step_that_one_rank_makes_alone_is_no_comparison():
-    """Before the others have built their optimizers: nothing is left that they could mistake for a
-    replica's list.
+    """It steps before the others have built their optimizers.
+
+    Nothing stays in the store that they could mistake for a replica's list.
     """
     ranks = Ranks(2)
     ranks.announce(["w"], None)
@@ -145,8 +148,9 @@ def test_a_step_that_one_rank_makes_alone_is_no_comparison():
 
 
 def test_a_store_may_outlive_its_process_group():
-    """The next process group starts from zero: digests of the last one are not taken for new
-    ones.
+    """The next process group starts from zero.
+
+    Digests of the last group are not taken for new ones.
     """
     ranks = Ranks(2)
     ranks.announce(["w"], ["w"])
@@ -159,8 +163,9 @@ def test_a_store_may_outlive_its_process_group():
 
 
 def test_late_ranks_are_waited_for(caplog):
-    """Optimizers older than the process group, for the first and the second time; a rank without
-    one only once.
+    """The optimizers are older than the process group.
+
+    A rank that has no optimizer is waited for only once.
     """
     ranks = Ranks(3)
     first, second, without = ranks.exchanges

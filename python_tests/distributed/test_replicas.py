@@ -38,7 +38,7 @@ def test_copies_keep_what_is_compared(copied):
 
 @pytest.fixture
 def one_rank(monkeypatch):
-    """This process as a rank of two by the look of it; what is compared is noted."""
+    """Make this process look like one rank of two, and record what is compared."""
     compared = []
 
     class Noted(DigestExchange):
@@ -52,7 +52,10 @@ def one_rank(monkeypatch):
 
 
 def test_every_new_mask_is_compared_once(one_rank):
-    """First masks, refreshes, a spread refresh, a loaded state; nothing in the steps between."""
+    """First masks, refreshes, a spread refresh and a loaded state are compared.
+
+    Other steps compare nothing.
+    """
     weights = [parameter() for _ in range(3)]
 
     def steps(optimizer, count):
@@ -92,8 +95,9 @@ def test_slow_masks_are_given_time(one_rank):
 
 
 def test_others_are_waited_for_when_names_are_new(monkeypatch):
-    """Where the process group came later, or a new one did: all names are announced, then the
-    others' are waited for.
+    """The process group came after the optimizer, or was replaced.
+
+    The rank announces all names and then waits for those of the others.
     """
     waited = []
 
@@ -115,8 +119,9 @@ def test_others_are_waited_for_when_names_are_new(monkeypatch):
 
 
 def test_names_of_a_loaded_state_are_announced(one_rank, monkeypatch):
-    """An optimizer without names takes those of the state: what it compares was announced before
-    the step, copies included.
+    """An optimizer without names takes those of the state.
+
+    Names are announced before the step that compares them. This holds for copies too.
     """
     named = LiftAdamW([("deep.weight", parameter())], rank=3, density=0.2)
     named.refresh()
@@ -138,8 +143,9 @@ def test_names_of_a_loaded_state_are_announced(one_rank, monkeypatch):
 
 
 def test_masks_older_than_the_process_group_are_compared(one_rank, monkeypatch):
-    """A step and a refresh before init_process_group: their lists are compared at the first step
-    after it.
+    """A step and a refresh come before init_process_group.
+
+    Their lists are compared at the first step after it.
     """
     joined = []
     exchange = DigestExchange.of_default_group()

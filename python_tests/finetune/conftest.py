@@ -1,6 +1,7 @@
 """A tiny Llama, its tokenizer and settings of short runs.
 
-The imports are inside the fixtures: this file is read even if the tests here are left out.
+The imports are inside the fixtures, because pytest reads this file even if it leaves out the tests
+here.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """Directory of a tiny random Llama."""
+    """The folder of a tiny random Llama."""
     from helpers.tiny_llama import save_tiny
 
     return save_tiny(tmp_path_factory.mktemp("tiny"))
@@ -25,7 +26,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings(tiny, tmp_path_factory):
-    """A function that makes the settings of a short run of the tiny model."""
+    """A function that returns the settings of a short run of the tiny model."""
     from lift_kernels.finetune.config import Settings
 
     output = tmp_path_factory.mktemp("runs")

@@ -1,4 +1,4 @@
-"""How a model is judged: loss of the answers, greedy answers, their numbers, intervals."""
+"""How a model is evaluated: answer loss, greedy answers, their numbers and intervals."""
 
 import pytest
 import torch

@@ -16,7 +16,7 @@ from lift_kernels.masks import lowrank
 
 @pytest.fixture(scope="module")
 def lift_run(settings):
-    """Report and directory of a whole run."""
+    """Report and folder of a whole run."""
     options = settings(name="lift")
     return run(options), Path(options.output) / "lift"
 
@@ -26,8 +26,9 @@ def matrices(model) -> dict[str, torch.Tensor]:
 
 
 def test_finetune_keeps_no_bases(settings, monkeypatch):
-    """On matrices so wide that a refresh could start warm: the state is what the tiny model's is,
-    without bases.
+    """Matrices count as wide enough for a warm start here.
+
+    The state still has the size of a run without bases.
     """
     monkeypatch.setattr(lowrank, "_SMALL", 0)
     monkeypatch.setitem(lowrank._EIGH_COST, "cpu", 1e6)
@@ -102,8 +103,9 @@ def test_finetune_is_reproducible(lift_run, settings):
 
 
 def test_finetune_dense_gradients_train_the_same_model(lift_run, settings):
-    """Packed ones are the default; the report tells the difference in memory, and there is no
-    other.
+    """Packed gradients are the default.
+
+    The report shows the difference in memory, which is the only one.
     """
     packed, folder = lift_run
     dense = run(settings(gradients="dense", name="dense"))

@@ -1,5 +1,6 @@
-"""The generator of word problems: right answers, and a held-out split that training cannot have
-seen.
+"""The generator of word problems.
+
+Its answers are right, and training cannot have seen the held-out split.
 """
 
 import re

@@ -13,18 +13,18 @@ HANG_S = 1800  # a limit for processes that hang: a busy machine may take many t
 
 
 def random_indices(numel: int, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` sorted, unique positions below ``numel``, int32."""
+    """``count`` sorted, unique int32 positions below ``numel``."""
     return torch.randperm(numel, generator=generator)[:count].sort().values.to(torch.int32)
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The bit pattern as integers: NaN and signed zeros can be compared."""
+    """The bit pattern as integers, so NaN and signed zeros can be compared."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.view(integers[tensor.element_size()]) if tensor.is_floating_point() else tensor
 
 
 def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Two `state`s or `inputs` are equal to the bit."""
+    """Check that two `state`s or `inputs` are equal to the bit."""
     assert actual.keys() == expected.keys()
     for name in expected:
         differ = (actual[name] != expected[name]).sum().item()
@@ -37,10 +37,11 @@ def two_ulp(tensor: Tensor) -> float:
 
 
 def assert_near(stored: Tensor, truth: Tensor, yardstick: Tensor, label: str, rounding=None) -> None:
-    """``stored`` is a rounding of fp32 values that are as near to ``truth`` as the contract asks.
+    """Check that ``stored`` is a rounding of fp32 values near enough to ``truth``.
 
-    In a narrow format this says: equal wherever all admissible fp32 values round the same, and
-    between the roundings elsewhere. ``rounding`` (monotone, from fp32) is to nearest unless given.
+    The largest allowed error is twice that of ``yardstick``, and at least 2 ulp. In a narrow format
+    ``stored`` must lie between the roundings of the smallest and the largest allowed fp32 value.
+    ``rounding`` maps from fp32, is monotone, and is to nearest unless given.
     """
     ordinary = (yardstick - truth).abs()
     bound = max(2 * ordinary.max().item(), two_ulp(truth))

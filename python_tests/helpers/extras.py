@@ -21,7 +21,7 @@ PLACES = (
 
 @functools.cache
 def file_of(module: str) -> Path | None:
-    """The file of one of the project's own modules, None for any other module."""
+    """The file of one of the project's own modules, or None for any other module."""
     path = Path(*module.split("."))
     candidates = (place / name for place in PLACES for name in (path.with_suffix(".py"), path / "__init__.py"))
     return next((file for file in candidates if file.is_file()), None)
@@ -29,8 +29,9 @@ def file_of(module: str) -> Path | None:
 
 @functools.cache
 def imports_of(file: Path) -> set[str]:
-    """Full names of what a file imports at its top level; a name imported from a package counts as
-    a module of it, too.
+    """Full names of what a file imports at its top level.
+
+    A name that is imported from a package also counts as a module of it, if there is one.
     """
     found = set()
     for node in ast.parse(file.read_text()).body:
@@ -44,8 +45,9 @@ def imports_of(file: Path) -> set[str]:
 
 
 def extras_of(module: str) -> set[str]:
-    """The packages beyond `ENOUGH` and the standard library that a module needs, by way of the
-    project's other modules too.
+    """The packages beyond `ENOUGH` and the standard library that a module needs.
+
+    The needs of the project's other modules that it imports count too.
     """
     extras, seen, left = set(), set(), [module]
     while left:
@@ -66,7 +68,7 @@ TESTS = ROOT / "python_tests"
 
 
 def extras_of_file(file: str) -> set[str]:
-    """The extras of a test file, given within python_tests."""
+    """The extras of a test file, given by its path within python_tests."""
     return extras_of(file.removesuffix(".py").replace("/", "."))
 
 

@@ -18,8 +18,9 @@ def save(model: nn.Module, path: Path) -> Path:
 
 
 def reseal(path: Path, change) -> None:
-    """Let ``change`` alter header and data of a sealed file, then give it a valid checksum, as a
-    forger would.
+    """Let ``change`` edit header and data of a checksummed file, then renew its checksum.
+
+    This is what a forger would do.
     """
     raw = path.read_bytes()
     length = int.from_bytes(raw[:8], "little")
@@ -33,8 +34,10 @@ def reseal(path: Path, change) -> None:
 
 
 def alter(raw: bytes, rng) -> bytes:
-    """One random alteration: flipped bits, a cut, more bytes, a block zeroed, copied or moved,
-    another header length.
+    """Make one random change.
+
+    It flips bits, cuts, appends, zeroes, copies or removes a block, or replaces the length of the
+    header.
     """
     out = bytearray(raw)
     kind = rng.randrange(8)

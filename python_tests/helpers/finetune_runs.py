@@ -1,4 +1,4 @@
-"""Short fine-tuning runs of a tiny model, and what two runs that end alike share."""
+"""Short fine-tuning runs of a tiny model, and the check that two runs end alike."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ STEPS, REFRESH = 8, 3
 
 
 def make_runs_cheap(setattr=setattr) -> None:
-    """Keep the last checkpoint, which holds all state at the end; leave out what takes half of the
-    time of a tiny run.
+    """Keep the last checkpoint, which holds all state at the end.
+
+    Leave out what takes half of the time of a tiny run.
     """
     setattr(run_dir, "finish", lambda folder: None)
     setattr(report, "plot_losses", lambda *args: None)
@@ -34,7 +35,7 @@ def make_settings(tiny, output, **changes) -> Settings:
 
 
 def refused(capsys, *arguments: str) -> str:
-    """Run the command line, which has to refuse with one line; return that line."""
+    """Run the command line, check that it refuses with one line, and return that line."""
     assert main(["finetune", "--device", "cpu", *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
@@ -42,7 +43,7 @@ def refused(capsys, *arguments: str) -> str:
 
 
 def flat(tree, place="") -> dict:
-    """The leaves of a nest by their place."""
+    """The leaves of nested containers, by their path."""
     if isinstance(tree, (dict, list, tuple)):
         items = tree.items() if isinstance(tree, dict) else enumerate(tree)
         return {k: v for key, value in items for k, v in flat(value, f"{place}/{key}").items()}
@@ -50,8 +51,9 @@ def flat(tree, place="") -> dict:
 
 
 def assert_same_end(actual: Path, expected: Path) -> None:
-    """The saved model, moments, masks, masters, schedule and random generators are the same to the
-    bit, the losses too.
+    """Check that two runs ended with the same bits.
+
+    Compared are the saved model, losses, moments, masks, masters, schedule and random generators.
     """
     a, e = (load_file(folder / "model" / "model.safetensors") for folder in (actual, expected))
     assert a.keys() == e.keys() and all(torch.equal(a[n].view(torch.uint8), e[n].view(torch.uint8)) for n in e)

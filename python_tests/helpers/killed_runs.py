@@ -1,8 +1,7 @@
-"""Runs of the main job that are killed with SIGKILL at random points; a process of its own, started
-by test_finetune_resume.
+"""Fine-tuning runs that are killed with SIGKILL at random points.
 
-It imports everything once and forks a child for each run. It must start no OpenMP thread before its
-last fork.
+`test_finetune_resume.py` starts this as a process. It imports everything once and forks a child for
+each run. It must start no OpenMP thread before its last fork.
 """
 
 import os
@@ -23,7 +22,7 @@ RUNS, KILLS_EACH = 5, 2
 
 
 def start(settings, folder: Path) -> int:
-    """Fork a child that runs or resumes the job; returns its process id."""
+    """Fork a child that runs or resumes the job, and return its process id."""
     process = os.fork()
     if process:
         return process
@@ -43,7 +42,7 @@ def start(settings, folder: Path) -> int:
 
 
 def to_the_end(settings, folder: Path) -> float:
-    """Run undisturbed; returns the seconds."""
+    """Run without interruption and return the seconds."""
     began = time.perf_counter()
     _, status = os.waitpid(start(settings, folder), 0)
     assert status == 0, "a run failed; run the same settings by hand to see why"
@@ -51,7 +50,7 @@ def to_the_end(settings, folder: Path) -> float:
 
 
 def kill_at(settings, folder: Path, seconds: float) -> bool:
-    """Run, kill after so many seconds; whether the run was still going."""
+    """Run and kill after so many seconds; return whether the run was still going."""
     process = start(settings, folder)
     time.sleep(seconds)
     os.kill(process, signal.SIGKILL)  # a child that has ended stays until it is waited for, so this hits no other

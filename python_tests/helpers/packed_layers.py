@@ -1,4 +1,4 @@
-"""A model with packed gradients beside the same plain model."""
+"""The same model with and without packed gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OPTIONS = {"rank": 3, "density": 0.2}
 
 
 def packed_and_plain(**options):
-    """The same model twice, the first with packed gradients."""
+    """The same model twice; only the first has packed gradients."""
     plain = TwoLinears(**options)
     packed = copy.deepcopy(plain)
     pack_gradients(packed, **OPTIONS)
@@ -26,7 +26,7 @@ def data(*shape, seed=0, **options):
 
 
 def assert_same_gradients(packed, plain, exact=True):
-    """Every gradient of the plain model, packed where the layer is."""
+    """Check every gradient against the plain model, at the trained entries if a layer is packed."""
     for layer, other in zip(packed.modules(), plain.modules()):
         if isinstance(layer, PackedLinear):
             assert layer.weight.grad is None

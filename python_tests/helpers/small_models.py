@@ -1,4 +1,4 @@
-"""Small models for tests."""
+"""Small models that need torch alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 class Small(nn.Module):
-    """Two matrices and a bias, and a head tied to the first matrix."""
+    """Two matrices and a bias, and a head that is tied to the first matrix."""
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class Small(nn.Module):
 
 
 def tuned(seed: int, dtype: torch.dtype = torch.bfloat16, share: float = 0.1) -> Small:
-    """A copy of `Small` with other values at a share of its entries, chosen by ``seed``."""
+    """A copy of `Small` with other values at some of its entries, which ``seed`` chooses."""
     model = Small(dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -32,7 +32,7 @@ def tuned(seed: int, dtype: torch.dtype = torch.bfloat16, share: float = 0.1) ->
 
 
 def assert_equal_models(actual: nn.Module, expected: nn.Module) -> None:
-    """The same parameters to the bit."""
+    """Check that two models have the same parameters, to the bit."""
     for (name, a), (_, e) in zip(actual.named_parameters(), expected.named_parameters(), strict=True):
         assert torch.equal(bits(a.detach()), bits(e.detach())), name
 

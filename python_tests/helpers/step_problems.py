@@ -1,4 +1,8 @@
-"""Arenas of several matrices, the fp64 result of a step on them, and the comparison with it."""
+"""Arenas of several matrices, the fp64 result of a step on them, and the comparison.
+
+Truth and yardstick are torch's own for-loop AdamW on the packed entries. In fp64 it gives the right
+result, and in fp32 it shows how large an ordinary error is.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +27,9 @@ HYPER = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 @dataclass
 class Problem:
-    """The arguments of a step. Arenas have gaps before, between and behind the segments, weights
-    have NaN borders.
+    """The arguments of a step.
+
+    Arenas have gaps before, between and after the segments. Weights have NaN borders.
     """
 
     weights: list[Tensor]
@@ -41,7 +46,7 @@ class Problem:
     buffers: list[Tensor] = field(default_factory=list)  # the weights with their borders
 
     def step(self, backend, advance: bool = True, **options) -> None:
-        """One call of the op; ``options`` override `HYPER`."""
+        """Call the op once; ``options`` override `HYPER`."""
         if advance:
             self.steps += 1
         given = {"master": self.master, "births": self.births, "packed_grads": self.packed, "backend": backend.name}
@@ -70,13 +75,13 @@ class Problem:
         return copy.deepcopy(self)
 
     def new_gradients(self, seed: int) -> None:
-        """Other gradients of the same kind, in place."""
+        """Replace the gradients by others of the same kind, in place."""
         generator = torch.Generator().manual_seed(seed)
         for grad in self.grads:
             grad.copy_(torch.randn(grad.shape, generator=generator))
 
     def state(self) -> dict[str, Tensor]:
-        """Bit patterns of all that a step may write, borders and gaps too."""
+        """Bit patterns of all that a step may write, with borders and gaps."""
         tensors = {f"weight {i}": buffer for i, buffer in enumerate(self.buffers)}
         tensors |= {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "master": self.master}
         return {name: bits(t).clone() for name, t in tensors.items() if t is not None}
@@ -107,8 +112,9 @@ def make_problem(
     step: int = 6,
     seed: int = 0,
 ) -> Problem:
-    """Random matrices of ((m, n), k), ``step`` steps into their training; moments as gradients of
-    size 1 leave them.
+    """Random matrices of ((m, n), k), after ``step`` steps of training.
+
+    Moments have the size that gradients of size 1 give them.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -166,7 +172,7 @@ def make_problem(
 
 @dataclass(frozen=True)
 class Entries:
-    """What AdamW makes of a matrix's selected entries."""
+    """The selected entries of a matrix after AdamW."""
 
     w: Tensor
     m: Tensor
@@ -174,13 +180,17 @@ class Entries:
 
 
 def pooled(parts: list[Entries]) -> Entries:
-    """The entries of several matrices as one: errors are judged by the largest entry of all."""
+    """Join the entries of several matrices.
+
+    Errors are judged by the largest entry of all.
+    """
     return Entries(*(torch.cat([getattr(part, name) for part in parts]) for name in ("w", "m", "v")))
 
 
 def torch_step(problem: Problem, i: int, dtype: torch.dtype, **options) -> Entries:
-    """One step of torch's for-loop AdamW in ``dtype`` on the entries of matrix i; those of one age
-    go together.
+    """Take one step of torch's for-loop AdamW in ``dtype`` on the entries of matrix i.
+
+    Entries of one age go together.
     """
     options = HYPER | options
     segment, index = problem.segment(i), problem.index(i)
@@ -213,8 +223,9 @@ def torch_step(problem: Problem, i: int, dtype: torch.dtype, **options) -> Entri
 
 
 def assert_stepped(before: Problem, after: Problem, **options) -> None:
-    """``after`` is ``before`` one step on: entries as the contract says, every other bit as it
-    was.
+    """Check that ``after`` is ``before`` one step later.
+
+    Trained entries are as the contract says, and every other bit is unchanged.
     """
     expected = before.state()
     if sum(after.counts) == 0:
@@ -253,7 +264,7 @@ def assert_stepped(before: Problem, after: Problem, **options) -> None:
 
 
 def step_and_check(backend, problem, **options):
-    """One step against the truth; inputs stay as they were."""
+    """Take one step and check it against the truth; inputs must not change."""
     before, inputs = problem.copy(), problem.inputs()
     problem.step(backend, **options)
     assert_stepped(before, problem, **options)

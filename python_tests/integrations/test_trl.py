@@ -1,5 +1,6 @@
-"""TRL's SFTTrainer with LiftAdamW: the documented one-liner, its figures, and the weights of the
-optimizer made by hand.
+"""TRL's SFTTrainer with LiftAdamW: the documented one-liner and its figures.
+
+The weights are those of an optimizer that is made by hand.
 """
 
 from __future__ import annotations

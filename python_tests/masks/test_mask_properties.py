@@ -1,5 +1,6 @@
-"""Properties that hold for any input, drawn by hypothesis: the one file of the op tests that needs
-more than pytest.
+"""Properties that hold for any input, which hypothesis draws.
+
+This is the only file of op tests that needs more than pytest.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ def test_mask_property(m, n, part, share, seed):
 @settings(derandomize=True, max_examples=80, deadline=None)
 @given(data=st.data())
 def test_lowrank_topk_property(data):
-    """Shapes, ranks, k, ties and brackets by chance: native code and reference agree to the
-    position.
+    """Shapes, ranks, k, ties and brackets are random.
+
+    Native code and reference return the same positions.
     """
     m, n, rank = (data.draw(st.integers(1, high)) for high in (70, 150, 12))
     left, right = whole_factors(m, n, rank, seed=data.draw(st.integers(0, 10**6)), top=data.draw(st.integers(0, 4)))

@@ -1,5 +1,6 @@
-"""Masks: exactly k entries of largest |W_r|, ties to the lower position, and k from densities and
-budgets.
+"""Masks: exactly k entries of largest |W_r|, and k from densities and budgets.
+
+Ties go to the lower position.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def test_mask_equals_svd_and_stable_sort(method, shape):
 
 
 def test_rank_changes_the_mask():
-    """Guards the truth itself: low rank, full rank and plain magnitude choose different entries."""
+    """A check of the truth itself: low rank, full rank and magnitude choose different entries."""
     weight = with_spectrum(40, 60, [0.95**i for i in range(40)])
     masks = [principal_indices(weight, rank, 100) for rank in (2, 20, 40)]
     assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks[1], masks[2])
@@ -166,7 +167,10 @@ def test_an_unknown_method_is_refused():
 
 
 def test_masks_of_a_batch_are_those_of_each_matrix(backend):
-    """Made together, with brackets that are drawn, right and wrong, and one of another k."""
+    """They are made together.
+
+    Brackets are sampled, right or wrong, and one matrix has another k.
+    """
     weights = [with_spectrum(60, 90, [0.9**i for i in range(60)], seed=seed) for seed in range(4)]
     requests = [MaskRequest(weight.to(backend.device), 6, k) for weight, k in zip(weights, (270, 270, 270, 500))]
     alone = principal_masks(requests, method="gram", memory_budget=0, backend=backend.name)

@@ -1,4 +1,4 @@
-"""Parameters of other modules: a hook packs their gradients after backward."""
+"""Gradient hooks, which pack the gradients of parameters outside linear layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lift_kernels import LiftAdamW, lift_param_groups, pack_gradients, unpack
 
 
 class Experts(nn.Module):
-    """Stacked expert weights, used by a batched product, between two linear layers."""
+    """Stacked expert weights between two linear layers, used by a batched product."""
 
     def __init__(self, dtype=FP32):
         super().__init__()
@@ -73,7 +73,7 @@ def test_hooked_parameters_train_as_dense_ones(options, micro):
 
 
 def test_packed_gradients_of_a_hook_are_cleared():
-    """By zero_grad, and by a step, since model.zero_grad() does not know them."""
+    """zero_grad and a step clear them, because model.zero_grad() does not know them."""
     model, optimizer = hooked_setup()
     loss_of(model, 0).backward()
     optimizer.zero_grad()
@@ -88,7 +88,7 @@ def test_packed_gradients_of_a_hook_are_cleared():
 
 
 def test_the_optimizer_checks_packed_gradients_of_a_hook_itself():
-    """GradScaler sees no infinity in lift_grad; and it cannot unscale it."""
+    """GradScaler sees no infinity in lift_grad and cannot unscale it."""
     model, optimizer = hooked_setup()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     train(model, optimizer, range(2), scaler=scaler)

@@ -15,8 +15,9 @@ from lift_kernels import LiftLinear, lift_linear, unpack
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
 def test_gradcheck_in_float64(transposed):
-    """Over x and bias, and over values through a wrapper that puts them into a copy of the
-    weight.
+    """Checked are x, bias and values.
+
+    A wrapper puts the values into a copy of the weight.
     """
     weight = data(6, 5, seed=1).double()
     index = random_indices(30, 9, torch.Generator().manual_seed(2))
@@ -63,8 +64,9 @@ def test_only_what_needs_a_gradient_gets_one():
 
 
 def test_backward_saves_only_what_it_reads():
-    """An input is kept for the weight gradient alone: a layer without trained values keeps none, as
-    a frozen layer.
+    """An input is kept for the weight gradient alone.
+
+    A layer without trained values keeps none, as a frozen layer does.
     """
     packed, _ = packed_and_plain(bias=False)
     layer, saved = packed.up, []
@@ -84,7 +86,7 @@ def test_backward_saves_only_what_it_reads():
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_micro_batches_accumulate_in_fp32(dtype):
-    """Many small gradients on a large one: a sum in the weight's dtype would lose them."""
+    """Many small gradients follow a large one; a sum in the weight's dtype would lose them."""
     layer = nn.Linear(3, 2, bias=False, dtype=dtype)
     LiftLinear.pack(layer, torch.tensor([0, 4], dtype=torch.int32))
     for size in [256.0] + [0.25] * 64:

@@ -17,7 +17,7 @@ from lift_kernels.nn.linear import PackedLinear
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_values_stay_fp32_through_conversions(dtype):
-    """To the bit; the index list and the gradient too. The weight is converted."""
+    """Values, index list and gradient keep every bit, while the weight is converted."""
     model = TwoLinears()
     pack_gradients(model, **OPTIONS)
     model(data(4, 12)).sum().backward()
@@ -58,7 +58,7 @@ def test_state_dict_is_that_of_the_plain_model():
 
 
 def test_loading_the_present_weights_keeps_every_bit_of_the_values():
-    """bf16 weights: what rounds to the loaded value is more exact than it."""
+    """In bf16 a value that rounds to the loaded weight is more exact than the weight."""
     packed, _ = packed_and_plain()
     values = packed.up.values.detach().clone()
     packed.to(BF16)

@@ -27,8 +27,9 @@ CASES = {
 
 @pytest.mark.parametrize("options, micro", CASES.values(), ids=CASES)
 def test_packed_gradients_train_the_same_weights(options, micro):
-    """Bit for bit on the reference path in fp32; the native one within the error that sums in
-    another order have.
+    """They are equal to the bit on the reference backend in fp32.
+
+    The native backend sums in another order and agrees up to rounding.
     """
     options = {"refresh_interval": None} | options
     for backend in ("reference", "native-cpu"):
@@ -48,7 +49,7 @@ def test_packed_gradients_train_the_same_weights(options, micro):
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_low_precision_weights_are_their_rounded_values(dtype):
-    """The values are the fp32 master, and a dense run from the same gradients has the same one."""
+    """The values are the fp32 master; a dense run with the same gradients has the same one."""
     model, optimizer = packed_setup("native-cpu", dtype)
     twin, dense = dense_setup("native-cpu", dtype)
     train(model, optimizer, range(6))
@@ -107,8 +108,9 @@ def test_clip_grad_norm_clips_by_the_norm_over_trained_entries():
 
 
 def test_grad_scaler():
-    """A power of two changes no bit; an infinite gradient skips the step and backs the scale
-    off.
+    """A power of two changes no bit.
+
+    An infinite gradient skips the step and lowers the scale.
     """
     scaled, plain = packed_setup(), packed_setup()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)

@@ -16,7 +16,7 @@ from lift_kernels import LiftAdamW, lift_param_groups, pack_gradients
 
 
 def test_values_are_the_optimizers_own_slice():
-    """No second copy, before and after a refresh; 16 bytes of state an entry, values included."""
+    """There is no second copy before or after a refresh, and 16 bytes of state per entry."""
     model, optimizer = packed_setup("native-cpu")
     train(model, optimizer, range(2))
     for layer in (model.a, model.b, model.c):
@@ -34,8 +34,9 @@ def test_values_are_the_optimizers_own_slice():
 
 
 def test_a_refresh_moves_the_values():
-    """They are the weight's at the new list; entries that leave keep the weight they have; the next
-    gradient fits.
+    """They are the weight's values at the new list, and the next gradient fits.
+
+    Entries that leave keep the weight they have.
     """
     model, optimizer = packed_setup("native-cpu", refresh_interval=None)
     train(model, optimizer, range(4))
@@ -87,7 +88,7 @@ def test_a_refresh_between_forward_and_backward_is_noticed():
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_a_weight_changed_behind_the_layers_back(dtype, caplog):
-    """The values follow, once said with the layer's name, so that a stale one undoes nothing."""
+    """The values follow, so that a stale one undoes nothing. One warning names the layer."""
     model, optimizer = packed_setup("native-cpu", dtype, refresh_interval=None)
     train(model, optimizer, range(2))
     changed = torch.full_like(model.b.weight, 0.25)
@@ -116,8 +117,9 @@ def test_loading_a_model_between_steps(caplog):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_another_optimizer_trains_the_values_until_a_refresh(dtype, caplog):
-    """The weight follows, and values follow a changed weight; LiftAdamW will not exchange entries
-    under it.
+    """The weight follows the values, and values follow a changed weight.
+
+    LiftAdamW does not exchange entries that another optimizer trains.
     """
     model = ThreeLinears(dtype)
     pack_gradients(model, freeze_rest=True, **MASK)

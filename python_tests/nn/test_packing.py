@@ -46,7 +46,7 @@ def test_values_of_another_length():
 
 
 def test_a_wrapped_forward_is_refused():
-    """As accelerate does for offloading: the packed layer would never be called."""
+    """accelerate wraps it for offloading. The packed layer would never be called."""
     model = TwoLinears()
     model.down.forward = model.down.forward
     before = {n: p.requires_grad for n, p in model.named_parameters()}
@@ -129,8 +129,9 @@ def test_tied_weights_share_values():
 
 
 def test_a_subclass_of_linear_keeps_its_forward():
-    """nn.MultiheadAttention uses the weight of its out_proj without calling the layer: a hook packs
-    that gradient.
+    """nn.MultiheadAttention uses the weight of its out_proj without calling the layer.
+
+    So a hook packs that gradient.
     """
     model = nn.MultiheadAttention(8, 2, batch_first=True)
     plain = copy.deepcopy(model)

@@ -1,5 +1,6 @@
-"""`bitmap_to_indices`: bits and the largest candidates as sorted lists of exactly k, for a batch,
-or a status that says why not.
+"""`bitmap_to_indices`: sorted lists of exactly k entries, for a batch.
+
+The entries are set bits and the largest candidates. A status says why there is no list.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def run(backend, *arguments):
 
 @pytest.mark.parametrize("name", CASES)
 def test_bitmap_to_indices(backend, name):
-    """Equal to a sort of all keys, to the bit; no argument is changed."""
+    """The result equals a sort of all keys to the bit, and no argument is changed."""
     call = CASES[name]()
     arguments = call.arguments(backend.device)
     indices, thresholds, status = run(backend, *arguments)
@@ -31,8 +32,9 @@ def test_bitmap_to_indices(backend, name):
 
 
 def test_bitmap_to_indices_in_several_blocks(backend):
-    """More words than a block lists, more candidates than a block reads at once, matrices that
-    begin at odd addresses.
+    """There are more words than a block lists and more candidates than a block reads at once.
+
+    Matrices begin at odd addresses.
     """
     call = selection(random_keys(2, 131, 1025), 50000, 2**30, 2**30 + 2**29)
     indices, _, status = run(backend, *call.arguments(backend.device))
@@ -100,8 +102,9 @@ def test_bitmap_to_indices_bad_input(backend, change, error, message):
 
 
 def test_bitmap_to_indices_without_candidates(backend):
-    """A capacity of zero, and bits alone: k of them are not a bracket that holds the k-th
-    magnitude.
+    """The capacity is zero and there are only bits.
+
+    k bits alone are not a bracket that holds the k-th magnitude.
     """
     call = selection(random_keys(1, 5, 40), 10, LAST, LAST)
     none, counts = torch.zeros(1, 0, dtype=torch.int64), torch.tensor([[10, 0]], dtype=torch.int32)

@@ -1,5 +1,6 @@
-"""The published optimizer's numbers, replayed with the ops alone: steps on given masks, migration
-at each refresh.
+"""The published optimizer's numbers, replayed with the ops alone.
+
+They cover steps on given masks, and migration at each refresh.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ DATA = Path(__file__).parents[1] / "data"
 
 
 class Trace:
-    """A golden trace (see data/README.md): its settings by name, its tensors by call."""
+    """A golden trace (see data/README.md): settings by name, tensors by call."""
 
     def __init__(self, name: str, device: str):
         safe_open = pytest.importorskip("safetensors").safe_open
@@ -85,7 +86,7 @@ def test_golden_ops(backend, name):
 
 @pytest.mark.parametrize("name", ["trace_a", "trace_b"])
 def test_golden_ops_move_selected_entries_only(backend, name):
-    """Of the traces themselves: what the tolerance above would not notice on small weights."""
+    """A check of the traces themselves: the tolerance above could hide this on small weights."""
     trace = Trace(name, backend.device)
     weight, index = trace("w0")[1].clone(), trace.indices(0)[1]
     ops.sparse_adamw_(

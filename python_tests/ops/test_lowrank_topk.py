@@ -1,5 +1,6 @@
-"""`lowrank_topk`: exactly k sorted positions of the largest |L R^T|, on every backend, whatever the
-bracket says.
+"""`lowrank_topk`: exactly k sorted positions of the largest |L R^T|, on every backend.
+
+The bracket does not change the result.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ SHAPES = [(1, 1, 1), (1, 300, 1), (300, 1, 2), (7, 5, 3), (64, 64, 16), (65, 129
 
 
 def check(backend, left, right, k, bracket=None):
-    """Equal to the reference in positions and threshold."""
+    """Check that positions and threshold equal those of the reference."""
     expected, threshold = lowrank_topk_ref(left, right, k)
     device = backend.device
     bracket = None if bracket is None else torch.tensor(bracket, dtype=torch.float32, device=device)
@@ -50,7 +51,7 @@ def test_lowrank_topk_of_whole_numbers(backend, m, n, rank):
     ],
 )
 def test_lowrank_topk_with_any_bracket(backend, low, high):
-    """Around the answer, beside it, empty, turned round, not a number: the same answer."""
+    """It may hold the answer, miss it, be empty, reversed or NaN: the answer is the same."""
     left, right = whole_factors(70, 90, 4)
     for k in (1, 200, 6300):
         check(backend, left, right, k, (low, high))
@@ -74,7 +75,7 @@ def test_lowrank_topk_orders_nan_above_infinity(backend):
 
 
 def test_lowrank_topk_of_one_dominating_entry(backend):
-    """A spread of magnitudes over the whole range of fp32."""
+    """The magnitudes cover the whole range of fp32."""
     generator = torch.Generator().manual_seed(3)
     left = torch.exp2(torch.randint(-60, 60, (80, 1), generator=generator).float())
     right = torch.exp2(torch.randint(-60, 60, (50, 1), generator=generator).float())
@@ -84,8 +85,9 @@ def test_lowrank_topk_of_one_dominating_entry(backend):
 
 @pytest.mark.parametrize("m, n, rank", [(90, 130, 24), (200, 64, 64)])
 def test_lowrank_topk_of_real_numbers(backend, m, n, rank):
-    """Entries may differ from the reference only within rounding of the threshold, and each is
-    checked to be such a one.
+    """Positions may differ from the reference only by rounding.
+
+    Each entry that differs must lie within rounding of the threshold.
     """
     generator = torch.Generator().manual_seed(1)
     left, right = (torch.randn(size, rank, generator=generator) for size in (m, n))
@@ -114,8 +116,9 @@ def test_lowrank_topk_is_deterministic(backend):
 
 @pytest.mark.parametrize("m, n", [(70, 90), (300, 1), (1, 65)])
 def test_lowrank_topk_of_a_batch(backend, m, n):
-    """Each matrix as if it were alone, whether its bracket is right, beside the answer, or not
-    given.
+    """Each matrix gives the result it has alone.
+
+    Its bracket may be right, miss the answer, or not be given.
     """
     pairs = [tuple(whole_factors(m, n, 4, seed)) for seed in range(3)]
     left, right = (torch.stack(factors).to(backend.device) for factors in zip(*pairs))
@@ -134,7 +137,7 @@ def test_lowrank_topk_of_a_batch(backend, m, n):
 
 @pytest.mark.gpu
 def test_lowrank_topk_by_default_on_a_gpu():
-    """Whichever version of `bitmap_to_indices` serves there, the answer is the same."""
+    """The answer does not depend on which `bitmap_to_indices` runs there."""
     generator = torch.Generator().manual_seed(5)
     left, right = (torch.randn(3, size, 20, generator=generator).cuda() for size in (1100, 700))
     found = [ops.lowrank_topk(left, right, 38500, backend=backend) for backend in (None, "triton")]
@@ -149,7 +152,7 @@ def test_lowrank_topk_of_no_matrix(backend):
 
 
 def test_sampled_bracket_holds_the_threshold():
-    """For dense and thin selections, and always the same one."""
+    """This holds for dense and sparse selections, and the bracket is always the same."""
     generator = torch.Generator().manual_seed(4)
     left = torch.randn(300, 6, generator=generator) * torch.randn(300, 1, generator=generator).mul_(0.45).exp_()
     right = torch.randn(400, 6, generator=generator)
@@ -164,8 +167,9 @@ def test_sampled_bracket_holds_the_threshold():
 
 
 def test_lowrank_topk_makes_no_dense_matrix():
-    """Peak memory of a process that selects, against one that holds only the factors: less than an
-    eighth of m * n floats.
+    """A process that selects needs little more memory than one that holds only the factors.
+
+    The difference of their peaks is less than an eighth of m * n floats.
     """
     if dispatch.interpreting():
         pytest.fail("this test belongs to the plain run")

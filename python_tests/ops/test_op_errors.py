@@ -1,5 +1,6 @@
-"""Bad input to the ops: the right kind of error, a message that names position and value, and
-nothing changed.
+"""Bad input to the ops raises the right kind of error and changes nothing.
+
+The message names position and value.
 """
 
 from __future__ import annotations

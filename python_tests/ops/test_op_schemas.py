@@ -1,4 +1,4 @@
-"""What every op owes its callers: a true schema, honest version counters, a default backend."""
+"""The contract of every op: a true schema, correct version counters, a default backend."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ def int32(values, backend):
 
 
 def adamw_arguments(backend, **kinds):
-    """Positional and keyword arguments of the raw op, on weights without borders: opcheck copies
-    each tensor alone.
+    """Positional and keyword arguments of the raw op.
+
+    The weights have no borders, because opcheck copies each tensor alone.
     """
     problem = make_problem(backend, [((6, 7), 9), ((5, 4), 20)], **kinds)
     problem.steps += 1
@@ -176,7 +177,7 @@ def test_op_contract_opcheck(backend, op, sample):
 
 
 def named_tensors(op, arguments, options):
-    """(argument name, tensor) for every tensor of a call, lists unrolled."""
+    """(argument name, tensor) for every tensor of a call, with lists unrolled."""
     schema = getattr(NAMESPACE, op).default._schema
     given = dict(zip((argument.name for argument in schema.arguments), arguments)) | options
     for name, value in given.items():
@@ -187,7 +188,7 @@ def named_tensors(op, arguments, options):
 
 @pytest.mark.parametrize("op, sample", CALLS)
 def test_op_contract_versions_of_mutated_tensors_rise(backend, op, sample):
-    """Of these alone: so autograd sees each write, and no write that did not happen."""
+    """Only these rise, so autograd sees each write, and no write that did not happen."""
     arguments, options = sample(backend)
     tensors = list(named_tensors(op, arguments, options))
     old = [(tensor._version, bits(tensor).clone()) for _, tensor in tensors]
@@ -204,7 +205,7 @@ def test_op_contract_schema_says_what_is_mutated():
 
 
 def test_op_contract_stale_backward_is_refused(backend):
-    """A product saved a weight; the step changed it; the backward pass notices."""
+    """A product saved a weight, the step changed it, and the backward pass notices."""
     problem = make_problem(backend, [((6, 7), 9)])
     x = torch.ones(6, 7, device=backend.device, requires_grad=True)
     loss = (x * problem.weights[0]).sum()
@@ -215,7 +216,7 @@ def test_op_contract_stale_backward_is_refused(backend):
 
 @pytest.mark.parametrize("op", SAMPLES)
 def test_op_contract_default_backend(op):
-    """The native code serves CPU tensors by default; the interpreter only when asked for."""
+    """The native code runs on CPU tensors by default; the interpreter only if requested."""
     assert dispatch.choose(None, torch.device("cpu"), op) == dispatch.OPS[op][0].replace("native-cuda", "reference")
 
 
@@ -226,8 +227,9 @@ def test_op_contract_cpu_tensors_need_a_cpu_backend(op):
 
 
 def test_op_contract_dtypes_of_results(backend):
-    """The fakes promise what the ops return: checked by value in the tests of each op, here for the
-    empty ones.
+    """The fakes promise what the ops return.
+
+    The tests of each op check this by value, and this test checks empty results.
     """
     none = int32([], backend)
     source = torch.ones(3, dtype=FP32, device=backend.device)

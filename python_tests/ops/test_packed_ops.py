@@ -53,8 +53,9 @@ CORNERS = [
 
 
 def assert_rounded(actual, source, dtype):
-    """``actual`` is ``source`` in ``dtype``; the same bits where the format stays, and NaN are NaN
-    elsewhere.
+    """Check that ``actual`` is ``source`` in ``dtype``.
+
+    An unchanged format keeps the bits. Otherwise NaN stay NaN.
     """
     expected = source.to(dtype)
     assert actual.dtype == dtype and actual.shape == expected.shape
@@ -82,8 +83,9 @@ def test_packed_gather_dtypes(backend, source, out):
 
 
 def test_packed_gather_of_any_layout(backend):
-    """The flat position counts in row-major order of the values, whatever the strides; the dtype
-    stays by default.
+    """Positions count in row-major order of the values, whatever the strides.
+
+    The dtype stays by default.
     """
     matrix = torch.arange(35.0, device=backend.device).view(5, 7)
     index = int32([0, 1, 8, 33, 34], backend)
@@ -101,7 +103,7 @@ def test_packed_gather_of_any_layout(backend):
 
 @pytest.mark.parametrize("values, dest", PAIRS, ids=PAIR_IDS)
 def test_packed_scatter_dtypes(backend, values, dest):
-    """Written entries are the rounded values, the others keep every bit."""
+    """Written entries are the rounded values, and the others keep every bit."""
     source = corner_values(values, backend)
     dense = torch.full((2 * len(source), 3), float("nan"), dtype=dest, device=backend.device)
     index = (torch.arange(len(source), device=backend.device) * 6 + 4).int()
@@ -216,7 +218,7 @@ def norm(backend, problem):
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize("grad", DTYPES, ids=["fp32", "bf16", "fp16"])
 def test_packed_l2_norm(backend, grad, packed, aligned):
-    """Against Python's exact sum of squares: the nearest fp32 number, or its neighbour."""
+    """The result is the nearest fp32 number to Python's exact sum, or its neighbour."""
     sizes = [((100, 87), 8193), ((13, 17), 40), ((1, 1), 1), ((5, 3), 0), ((90, 50), 4096)]
     problem = make_problem(backend, sizes, grad=grad, packed=packed, aligned=aligned)
     inputs = problem.inputs()
@@ -230,7 +232,7 @@ def test_packed_l2_norm(backend, grad, packed, aligned):
 
 
 def test_packed_l2_norm_by_hand(backend):
-    """3, 4 and 12 give 13; what is outside the lists counts nothing; squares do not overflow."""
+    """3, 4 and 12 give 13. Values outside the lists do not count. Squares do not overflow."""
     grads = [torch.tensor([[3.0, 1e9], [4.0, float("nan")]]), torch.zeros(2, 2), torch.tensor([[float("inf"), 12.0]])]
     grads = [grad.to(backend.device) for grad in grads]
     indices = int32([GAP_INDEX, 0, 2, GAP_INDEX, 1, GAP_INDEX], backend)

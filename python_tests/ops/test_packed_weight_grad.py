@@ -1,6 +1,4 @@
-"""packed_weight_grad on every backend: the dense weight gradient at the index list, value by
-value.
-"""
+"""packed_weight_grad on every backend: the dense weight gradient at the index list."""
 
 from __future__ import annotations
 
@@ -40,7 +38,7 @@ def ways(backend):
 
 
 def summed_in_order(grad_output, input):
-    """The product as a plain loop over tokens forms it, in fp32 on the CPU."""
+    """The product by a plain loop over tokens, in fp32 on the CPU."""
     total = torch.zeros(grad_output.shape[1], input.shape[1])
     for g, x in zip(grad_output.float().cpu(), input.float().cpu()):
         total += torch.outer(g, x)
@@ -48,11 +46,10 @@ def summed_in_order(grad_output, input):
 
 
 def assert_entries(actual, grad_output, input, index, exact):
-    """As near to the fp64 product as torch's own product in this dtype; or to the bit what a gather
-    from that one gives.
+    """Check that the result is as near to the fp64 product as torch's own product in this dtype.
 
-    Each BLAS library sums in an order of its own, and some are lucky: a plain loop's error is
-    admitted everywhere.
+    Or it must equal a gather from torch's product to the bit. Each BLAS library sums in an order of
+    its own, and some have less error by luck. So the error of a plain loop is allowed everywhere.
     """
     dense = (grad_output.t() @ input).reshape(-1)[index.long()].float()
     assert actual.dtype == FP32 and actual.shape == index.shape
@@ -80,7 +77,7 @@ def test_packed_weight_grad(backend, shape, dtype):
 
 
 def test_packed_weight_grad_by_hand(backend):
-    """Two tokens, four entries: sums of products that are exact in every dtype."""
+    """Two tokens and four entries give sums that are exact in every dtype."""
     for dtype in INPUTS:
         grad_output = torch.tensor([[1.0, 2.0], [4.0, 8.0]], device=backend.device, dtype=dtype)
         input = torch.tensor([[1.0, 0.0, 3.0], [0.5, 1.0, 0.0]], device=backend.device, dtype=dtype)
@@ -95,7 +92,7 @@ def test_packed_weight_grad_by_hand(backend):
 
 @pytest.mark.parametrize("dtype", INPUTS, ids=IDS)
 def test_packed_weight_grad_of_any_layout(backend, dtype):
-    """Transposed, expanded and sliced factors count as what they show."""
+    """Transposed, expanded and sliced factors count by their values."""
     index = index_list(backend, 12, 9, 30)
     grad_output, input = factors(backend, 6, 12, 9, dtype)
     layouts = {
@@ -111,8 +108,9 @@ def test_packed_weight_grad_of_any_layout(backend, dtype):
 
 
 def test_packed_weight_grad_in_several_panels(backend):
-    """A weight of more than the scratch of the CPU: rows at the seams, and panels without any
-    entry.
+    """The weight is larger than the scratch memory on the CPU.
+
+    Some rows lie at the edges of panels, and some panels have no entry.
     """
     m, n = (500, 4500) if backend.name != "triton" else (140, 300)  # the interpreter takes its time, and has no panels
     grad_output, input = factors(backend, 3, m, n)
@@ -127,8 +125,9 @@ def test_packed_weight_grad_in_several_panels(backend):
 
 
 def test_packed_weight_grad_passes_non_finite_values_on(backend):
-    """As the dense product: NaN and infinity reach the entries of their row and column, and no
-    others.
+    """NaN and infinity reach the entries of their row and column and no others.
+
+    This is as in the dense product.
     """
     grad_output, input = factors(backend, 4, 5, 6)
     grad_output[2, 1], input[1, 3] = float("nan"), float("inf")
@@ -142,7 +141,7 @@ def test_packed_weight_grad_passes_non_finite_values_on(backend):
 
 
 def test_packed_weight_grad_writes_nothing_else(backend):
-    """The factors and the index list are only read; entries beyond the list's end stay."""
+    """The factors and the index list are only read, and entries beyond the list's end stay."""
     grad_output, input = factors(backend, 4, 13, 17)
     index = index_list(backend, 13, 17, 50)
     before = [t.clone() for t in (grad_output, input, index)]
@@ -153,8 +152,9 @@ def test_packed_weight_grad_writes_nothing_else(backend):
 
 @pytest.mark.parametrize("switch", [torch.backends.cuda.matmul, torch.backends], ids=["matmul", "all backends"])
 def test_packed_weight_grad_after_the_newer_precision_switch(backend, switch):
-    """torch.get_float32_matmul_precision raises once it was used. The numbers are small integers,
-    exact in TF32 too.
+    """torch.get_float32_matmul_precision raises once the newer switch was used.
+
+    The numbers are small integers, which are exact in TF32 too.
     """
     index = index_list(backend, 13, 17, 50)
     grad_output, input = (t.mul(4).round() for t in factors(backend, 7, 13, 17))

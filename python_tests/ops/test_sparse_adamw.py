@@ -43,7 +43,7 @@ def test_sparse_adamw_step(backend, weight, master, grad, moment, packed, births
 @pytest.mark.parametrize("aligned", [False, True], ids=["unaligned", "aligned"])
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_sparse_adamw_several_blocks(backend, packed, aligned):
-    """The last entry of the last, partial block counts as much as the first."""
+    """The last entry of the last, partial block is updated like the first."""
     sizes = [((100, 87), 8193), ((3, 3), 9), ((128, 33), 4097), ((70, 60), 4096)]
     step_and_check(backend, make_problem(backend, sizes, packed=packed, aligned=aligned))
 
@@ -69,8 +69,9 @@ def test_sparse_adamw_options(backend, options, births):
 
 @pytest.mark.parametrize("births", [False, True], ids=["global", "per-entry"])
 def test_sparse_adamw_first_step(backend, births):
-    """From zero moments the bias corrections are largest: every entry moves by lr, whatever its
-    gradient.
+    """From zero moments the bias corrections are largest.
+
+    Every entry moves by lr, whatever its gradient.
     """
     problem = make_problem(backend, ONE_MATRIX, births=births, step=0)
     old, index = problem.weights[0].clone().view(-1), problem.index(0)
@@ -80,8 +81,9 @@ def test_sparse_adamw_first_step(backend, births):
 
 
 def test_sparse_adamw_old_entries_need_no_correction(backend):
-    """Far beyond the end of a table by age, and where steps are no longer small integers in
-    bf16.
+    """Ages lie far beyond the end of the table of corrections.
+
+    Steps are too large to be exact in bf16.
     """
     problem = make_problem(backend, ONE_MATRIX, births=True, step=0)
     problem.births[problem.segment(0)] = torch.arange(300, dtype=torch.int32) * 333
@@ -108,7 +110,7 @@ def test_sparse_adamw_found_inf_changes_nothing(backend, weight, master):
 
 
 def test_sparse_adamw_lr_tensor(backend):
-    """A tensor on the device is as good as the number: the same bits."""
+    """A tensor on the device gives the same bits as the number."""
     start = make_problem(backend, births=True)
     numbers = {}
     for lr in (0.25, torch.tensor(0.25, device=backend.device), torch.tensor(0.25, dtype=torch.float64)):
@@ -124,8 +126,9 @@ def test_sparse_adamw_lr_tensor(backend):
 @pytest.mark.parametrize("weight", [BF16, FP16], ids=dtype_id)
 @pytest.mark.parametrize("births", [False, True], ids=["global", "per-entry"])
 def test_sparse_adamw_stochastic_noise_is_the_specified_one(backend, weight, births):
-    """Rounded with the noise of the reference. fp16 weights near 2^-14 take the subnormal path as
-    well.
+    """Weights are rounded with the noise of the reference.
+
+    fp16 weights near 2^-14 also take the subnormal path.
     """
     for seed in (0, 1, 2**31 - 1):
         problem = make_problem(backend, weight=weight, births=births, aligned=births, seed=seed)
@@ -136,8 +139,9 @@ def test_sparse_adamw_stochastic_noise_is_the_specified_one(backend, weight, bir
 
 @pytest.mark.parametrize("weight, lr", [(BF16, 0.001), (FP16, 0.0001)], ids=["bf16", "fp16"])
 def test_sparse_adamw_stochastic_mean_is_unbiased(backend, weight, lr):
-    """4096 ones that should become 1 - lr: their mean does, within 4 standard errors, though no
-    single one can.
+    """4096 ones should become 1 - lr, which none of them can represent.
+
+    Their mean does, within 4 standard errors.
     """
     start = make_problem(backend, [((64, 64), 4096)], weight=weight, step=0)
     start.weights[0].fill_(1.0)
@@ -156,7 +160,7 @@ def test_sparse_adamw_stochastic_mean_is_unbiased(backend, weight, lr):
 
 
 def test_sparse_adamw_stochastic_hash_by_hand():
-    """The counter hash against arithmetic on Python's integers."""
+    """The counter hash equals arithmetic on Python's integers."""
 
     def mix(x):
         x = (x ^ x >> 16) * 0x7FEB352D % 2**32
@@ -170,8 +174,9 @@ def test_sparse_adamw_stochastic_hash_by_hand():
 
 @pytest.mark.parametrize("births", [False, True], ids=["global", "per-entry"])
 def test_sparse_adamw_trajectory(backend, births):
-    """20 steps with changing rate: the drift from an fp64 run is at most twice that of torch's fp32
-    run.
+    """Over 20 steps the drift from an fp64 run is at most twice that of torch's fp32 run.
+
+    The rate changes at every step.
     """
     problem = make_problem(backend, ONE_MATRIX, births=births, step=0)
     segment, index = problem.segment(0), problem.index(0)
@@ -198,7 +203,7 @@ def test_sparse_adamw_trajectory(backend, births):
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_sparse_adamw_reference_is_torch_at_density_1(packed, maximize):
-    """Bit for bit, over 50 steps with decay and a schedule."""
+    """They are equal to the bit, over 50 steps with decay and a schedule."""
     problem = make_problem(REFERENCE, [((12, 11), 132), ((7, 5), 35)], packed=packed, step=0)
     problem.steps.zero_()
     parameters = [torch.nn.Parameter(w.clone()) for w in problem.weights]
@@ -274,8 +279,9 @@ def test_sparse_adamw_nothing_to_do(backend, sizes):
 
 
 def test_sparse_adamw_one_matrix_at_a_time_is_the_same(backend):
-    """A launch over many matrices equals a launch for each: no matrix sees another one's scalars or
-    entries.
+    """A launch over many matrices equals one launch for each.
+
+    No matrix sees the scalars or entries of another.
     """
     together, apart = make_problem(backend, births=True), make_problem(backend, births=True)
     together.step(backend)

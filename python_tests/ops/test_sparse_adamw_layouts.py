@@ -36,8 +36,9 @@ def test_sparse_adamw_large_positions(backend, shape, indices):
 
 
 def test_sparse_adamw_four_gigabyte_weight(backend):
-    """Byte offsets beyond 2^32: the last of 2^31 - 1 entries. Only the pages that are touched take
-    memory.
+    """Byte offsets go beyond 2^32, up to the last of 2^31 - 1 entries.
+
+    Only the pages that are touched take memory.
     """
     last = 2**31 - 2
     problem = make_problem(backend, [((8, 8), 3)], weight=BF16, packed=True)
@@ -55,7 +56,7 @@ def test_sparse_adamw_four_gigabyte_weight(backend):
 
 
 def test_sparse_adamw_takes_packed_gradients_of_any_shape_and_strided_counts(backend):
-    """As the reference does: only their numbers matter."""
+    """Only their numbers matter, as in the reference."""
     plain, shaped = (make_problem(backend, [((6, 7), 12), ((5, 4), 20)], packed=True) for _ in range(2))
     shaped.grads = [grad.view(4, -1) for grad in shaped.grads]
     plain.steps.fill_(8.0)

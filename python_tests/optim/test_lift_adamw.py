@@ -1,5 +1,6 @@
-"""LiftAdamW's step: torch's AdamW at density 1, the golden traces, and groups, dtypes and clipping
-side by side.
+"""LiftAdamW's step: torch's AdamW at density 1, and the golden traces.
+
+Groups, dtypes and clipping are tested side by side.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def moments(optimizer, weights, key):
 
 
 def train_torch(dtype, weight_decay, device):
-    """The weights of `test_density_one` under torch's for-loop AdamW in ``dtype``."""
+    """The weights of `test_density_one` after torch's for-loop AdamW in ``dtype``."""
     weights = [torch.nn.Parameter(w.detach().to(dtype)) for w in make_weights(device=device)]
     optimizer = AdamW(weights, lr=0.01, betas=(0.9, 0.95), weight_decay=weight_decay, foreach=False, fused=False)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / 60)
@@ -41,8 +42,9 @@ def train_torch(dtype, weight_decay, device):
 
 
 def test_density_one_is_torch_adamw(backend):
-    """50 steps with decay, a falling lr, refreshes and interruptions of each kind: bit for bit in
-    the reference.
+    """50 steps with decay, a falling lr, refreshes and interruptions of each kind.
+
+    The reference is equal to the bit.
     """
     weights = make_weights(device=backend.device)
     optimizer = LiftAdamW(weights, **OPTIONS | {"density": 1.0}, refresh_interval=7, backend=backend.name)
@@ -66,8 +68,9 @@ def test_density_one_is_torch_adamw(backend):
 
 
 def test_density_one_with_a_master(backend):
-    """bf16 weights at density 1: the master is what AdamW makes of an fp32 copy, the weight its
-    rounding.
+    """At density 1 a bf16 weight is its rounded master.
+
+    The master is what AdamW gives for an fp32 copy.
     """
     weights = make_weights(dtype=BF16, device=backend.device)
     copies = [torch.nn.Parameter(w.detach().float()) for w in weights]
@@ -94,8 +97,9 @@ def load_trace(name):
 
 @pytest.mark.parametrize("name", ["trace_a", "trace_b"])
 def test_golden_trace(backend, name):
-    """Numbers of the published optimizer: index sets equal, weights and moments within 1e-6 of the
-    largest entry.
+    """The published optimizer's index sets are equal.
+
+    Weights and moments agree within 1e-6 of the largest entry.
     """
     tensors, meta = load_trace(name)
     count = len(meta["shapes"])
@@ -141,7 +145,7 @@ def test_golden_trace(backend, name):
 
 
 def expected_adamw(weights, optimizer_options, steps, **torch_options):
-    """Fresh copies of the weights after torch's AdamW."""
+    """Copies of the weights after torch's AdamW."""
     copies = [torch.nn.Parameter(w.detach().clone()) for w in weights]
     options = {key: OPTIONS[key] for key in ("lr", "betas", "weight_decay")} | optimizer_options
     optimizer = AdamW(copies, **options, **torch_options)
@@ -150,8 +154,9 @@ def expected_adamw(weights, optimizer_options, steps, **torch_options):
 
 
 def test_sparse_and_dense_side_by_side(backend):
-    """Vectors and ``lift=False`` groups get torch's AdamW; matrices move at their k entries
-    alone.
+    """Vectors and ``lift=False`` groups get torch's AdamW.
+
+    Matrices move at their k entries alone.
     """
     weights = make_weights(((24, 40), (24,), (33, 17), (5, 6), ()), device=backend.device)
     start = [w.detach().clone() for w in weights]
@@ -198,7 +203,10 @@ def test_groups_keep_their_own_options(backend):
 
 
 def test_a_missing_gradient_skips_the_parameter(backend):
-    """Neither its weight, moments nor step count move; the others do as if it were not there."""
+    """Its weight, moments and step count stay.
+
+    The others move as if it were not there.
+    """
     weights, others = make_weights(device=backend.device), make_weights(device=backend.device)
     optimizer = LiftAdamW(weights, **OPTIONS, backend=backend.name)
     whole = LiftAdamW(others, **OPTIONS, backend=backend.name)
@@ -246,8 +254,9 @@ def test_several_dtypes_at_once(backend):
 
 
 def test_gradient_clipping_uses_trained_entries(backend):
-    """`max_grad_norm` is clip_grad_norm_ over the trained entries of sparse and dense parameters
-    together.
+    """`max_grad_norm` is clip_grad_norm_ over all trained entries.
+
+    These are the trained entries of sparse parameters and all of dense parameters.
     """
     weights = make_weights(((24, 40), (40,), (33, 17)), device=backend.device)
     optimizer = LiftAdamW(weights, **OPTIONS, max_grad_norm=0.5, backend=backend.name)

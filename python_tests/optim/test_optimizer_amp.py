@@ -1,6 +1,4 @@
-"""Mixed precision: gradient scaling, steps that are skipped, and fp32 masters of low-precision
-weights.
-"""
+"""Mixed precision: gradient scaling, skipped steps, fp32 masters of low-precision weights."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from lift_kernels import LiftAdamW
 
 
 def scaled_step(optimizer, scaler, weights, step, bad=None):
-    """One step as under torch.amp; ``bad`` is put into one gradient, on a trained entry or not."""
+    """Take one step as under torch.amp; ``bad`` is put into one gradient, trained entry or not."""
     set_gradients(weights, step)
     for w in weights:
         w.grad *= scaler.get_scale() if scaler.is_enabled() else 1.0
@@ -30,8 +28,9 @@ def scaled_step(optimizer, scaler, weights, step, bad=None):
 @pytest.mark.parametrize("max_grad_norm", [None, 0.3])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_a_skipped_step_changes_no_bit(backend, dtype, max_grad_norm, bad):
-    """Weights, moments, masters and counts stay; with the skipped step left out the run is the
-    same.
+    """Weights, moments, masters and counts stay.
+
+    The run equals one that leaves the skipped step out.
     """
 
     def build():
@@ -75,7 +74,7 @@ def test_scaling_by_a_power_of_two_changes_no_bit(backend, max_grad_norm):
 
 
 def test_unscaling_before_the_step(backend):
-    """`scaler.unscale_` has divided the gradients already; they are not divided twice."""
+    """`scaler.unscale_` has divided the gradients already, and they are not divided again."""
     weights, twins = make_weights(device=backend.device), make_weights(device=backend.device)
     optimizer = LiftAdamW(weights, **OPTIONS, backend=backend.name)
     scaler = torch.amp.GradScaler(backend.device, init_scale=256.0)
@@ -92,7 +91,7 @@ def test_unscaling_before_the_step(backend):
 
 
 def refresh_steps(interval, skipped, steps, by_hand=()):
-    """Steps (from 1) after which a mask was made, with the steps ``skipped`` found infinite."""
+    """The steps (from 1) after which a mask was made, if the steps ``skipped`` are infinite."""
     weights = make_weights()
     optimizer = LiftAdamW(weights, **OPTIONS, refresh_interval=interval)
     optimizer.refresh()
@@ -121,7 +120,7 @@ def test_a_refresh_by_hand_forgets_steps_skipped_before():
 
 
 def test_found_inf_of_several_devices_counts_once():
-    """GradScaler adds up the flags of all devices, so the flag may be two."""
+    """GradScaler adds the flags of all devices, so the flag may be two."""
     weights = make_weights()
     optimizer = LiftAdamW(weights, **OPTIONS, refresh_interval=10)
     train(optimizer, range(3))
@@ -133,7 +132,7 @@ def test_found_inf_of_several_devices_counts_once():
 
 
 def test_a_group_that_did_not_step_loses_no_count():
-    """A skipped step of one group says nothing about another that had no gradients."""
+    """A skipped step of one group does not concern another that had no gradients."""
     weights = make_weights()
     optimizer = LiftAdamW([{"params": [w]} for w in weights], **OPTIONS, refresh_interval=10)
     train(optimizer, range(3))
@@ -144,8 +143,9 @@ def test_a_group_that_did_not_step_loses_no_count():
 
 
 def test_dense_low_precision_gradients_are_scaled_in_fp32(backend):
-    """fp16 gradients of a dense parameter: unscaling must not drown them in fp16's smallest
-    numbers.
+    """A dense parameter has fp16 gradients.
+
+    Unscaling must not lose them below fp16's smallest numbers.
     """
     weight = torch.nn.Parameter(torch.zeros(8, dtype=FP16, device=backend.device))
     optimizer = LiftAdamW([weight], lr=0.01, betas=(0.0, 0.0), eps=1e-9, backend=backend.name)
@@ -172,8 +172,9 @@ def test_small_steps_add_up_in_the_master(backend, dtype):
 
 
 def test_weights_loaded_behind_the_back(backend, caplog):
-    """As `load_best_model_at_end` does: the master follows model.load_state_dict, and only where
-    the values differ.
+    """`load_best_model_at_end` loads weights like this.
+
+    The master follows model.load_state_dict, but only at entries whose values differ.
     """
     model = torch.nn.Linear(40, 24, bias=False, dtype=BF16, device=backend.device)
     with torch.no_grad():
@@ -199,7 +200,10 @@ def test_weights_loaded_behind_the_back(backend, caplog):
 
 
 def test_a_refresh_sees_outside_changes(backend):
-    """The new mask comes from the new values, and entries that stay take them into their master."""
+    """The new mask comes from the new values.
+
+    Entries that stay take the new values into their master.
+    """
     weight = make_weights(((24, 40),), BF16, backend.device)[0]
     optimizer = LiftAdamW([weight], **OPTIONS, refresh_interval=None, backend=backend.name)
     train(optimizer, range(2))

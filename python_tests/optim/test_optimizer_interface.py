@@ -1,5 +1,6 @@
-"""LiftAdamW as a torch optimizer: schedulers, closures, hooks, groups added later, names and
-warnings.
+"""LiftAdamW as a torch optimizer.
+
+Tested are schedulers, closures, hooks, groups added later, names and warnings.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def test_two_weights_and_lr_are_enough():
     ],
 )
 def test_schedulers_drive_lr(backend, make):
-    """The same learning rates by hand give the same bits; OneCycleLR moves betas too."""
+    """The same learning rates by hand give the same bits. OneCycleLR moves betas too."""
     weights, twins = make_weights(device=backend.device), make_weights(device=backend.device)
     optimizer = LiftAdamW(weights, **OPTIONS, backend=backend.name)
     by_hand = LiftAdamW(twins, **OPTIONS, backend=backend.name)
@@ -104,8 +105,9 @@ def test_step_hooks_see_each_step():
 
 
 def test_a_group_added_later_starts_from_zero(backend):
-    """It joins at its first step, with its own options; matrices already there go on as without
-    it.
+    """It joins at its first step, with its own options.
+
+    Matrices that are already there continue as without it.
     """
     weights, twins = make_weights(device=backend.device), make_weights(device=backend.device)
     late = make_weights(((30, 30),), device=backend.device)

@@ -1,5 +1,6 @@
-"""Masks over time: when they are made, what stays, enters and leaves, and that no other weight ever
-moves.
+"""Masks over time: when they are made, and which entries stay, enter and leave.
+
+No other weight ever moves.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from lift_kernels.ops.reference import packed_migrate_ref
 
 
 def record_refreshes(optimizer, steps, **options):
-    """Numbers (from 1) of the steps that ended in new masks, seen by the calls of the selection."""
+    """The steps (from 1) that ended in new masks, recorded by the calls of the selection."""
     calls = []
     optimizer.selection = lambda w, k: (calls.append(w.shape), torch.arange(k, dtype=torch.int32))[1]
     seen = []
@@ -63,8 +64,9 @@ def test_the_first_refresh_by_hand_makes_one_mask():
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("bias", ["global", "per_entry"])
 def test_stay_enter_leave(backend, dtype, bias):
-    """The state after a refresh is the old one migrated to the principal entries of the present
-    weights.
+    """The state after a refresh is the old one, migrated.
+
+    The new entries are the principal ones of the present weights.
     """
     weights = make_weights(dtype=dtype, device=backend.device)
     options = OPTIONS | {"lr": 0.05}
@@ -93,8 +95,9 @@ def test_stay_enter_leave(backend, dtype, bias):
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 @pytest.mark.parametrize("selection", ["principal", "random"])
 def test_unselected_weights_keep_every_bit(backend, dtype, selection):
-    """Over steps with decay and refreshes an entry that was in no mask keeps its bits, one that
-    left keeps its last.
+    """Steps decay weights and masks change.
+
+    An entry that was in no mask keeps its bits. One that left keeps its last value.
     """
     weights = make_weights(dtype=dtype, device=backend.device)
     options = OPTIONS | {"lr": 0.05, "weight_decay": 0.5}
@@ -116,8 +119,9 @@ def test_unselected_weights_keep_every_bit(backend, dtype, selection):
 
 
 def test_per_entry_counts_from_the_entry(backend):
-    """An entering entry moves by lr at its first step; under global correction it moves by much
-    more.
+    """An entering entry moves by lr at its first step.
+
+    Under global correction it moves by much more.
     """
     lists = [torch.arange(0, 8), torch.arange(4, 12)]
     moved = {}
@@ -152,7 +156,7 @@ def test_per_entry_equals_global_before_the_first_refresh(backend):
 
 
 def test_a_refresh_on_changed_density_resizes_the_state(backend):
-    """Entries in both masks keep their moments although the arena is laid out anew."""
+    """Entries in both masks keep their moments although the arena has a new layout."""
     weights = make_weights(device=backend.device)
     optimizer = LiftAdamW(weights, **OPTIONS, refresh_interval=None, backend=backend.name)
     train(optimizer, range(3))
@@ -181,7 +185,7 @@ def test_random_selection_has_the_same_k_and_its_seed_decides():
 
 
 def test_a_callable_selects(backend):
-    """It sees the weight without its graph and may return any number of entries."""
+    """It gets the weight without its graph and may return any number of entries."""
     seen = []
 
     def largest_rows(weight, k):
@@ -197,7 +201,7 @@ def test_a_callable_selects(backend):
 
 
 def test_a_failed_refresh_keeps_every_mask():
-    """A weight that became infinite is named, masks and moments of the healthy one stay too."""
+    """An infinite weight is named. Masks and moments of the healthy weight stay too."""
     weights = make_weights()
     optimizer = LiftAdamW([("a.weight", weights[0]), ("b.weight", weights[1])], **OPTIONS, refresh_interval=None)
     train(optimizer, range(2))
