@@ -73,7 +73,7 @@ def test_a_saved_state_loads_and_trains_on_to_the_same_bits(states, case):
     assert_same(found, expected)
     torch.testing.assert_close(
         dict(model.state_dict()), dict(saved["model_after"])
-    )  # torch's part, whose bits may differ
+    )  # torch computes this part; its bits may differ
 
 
 def test_the_checkpoint_holds_the_same_states(states):

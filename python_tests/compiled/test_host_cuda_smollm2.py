@@ -56,29 +56,29 @@ def compare(weight: torch.Tensor, monkeypatch) -> dict[str, float]:
     with monkeypatch.context() as patch:
         patch.setattr(ops, "chebyshev_step_", kept)
         found, passes = mask()
-    blocks = [met[0], met[-1]]  # the worst conditioned one, and one near the end
+    blocks = [met[0], met[-1]]  # the block of the worst condition, and one near the end
     householder = max(disorder(torch.linalg.qr(block).Q) for block in blocks)
     for block in blocks:
         assert ops.cholesky_qr_(block, rounds=2).tolist() == [0]
     with monkeypatch.context() as patch:
         for name in ("gaussian_sketch", "cholesky_qr_", "chebyshev_step_"):
-            patch.setattr(ops, name, _twin(getattr(ops, name)))
-        expected, twin_passes = mask()
+            patch.setattr(ops, name, _by_reference(getattr(ops, name)))
+        expected, reference_passes = mask()
     return {
         "overlap": float(torch.isin(found, expected).double().mean()),
         "passes": passes,
-        "twin passes": twin_passes,
+        "reference passes": reference_passes,
         "disorder": max(map(disorder, blocks)),
         "householder": householder,
     }
 
 
-def _twin(op):
+def _by_reference(op):
     return lambda *arguments, **options: op(*arguments, **options, backend="reference")
 
 
 @pytest.mark.parametrize("name", ["self_attn.k_proj", "mlp.gate_proj"])
 def test_mask_kernels_on_a_real_matrix(layer, on_host, monkeypatch, name):  # noqa: F811
     found = compare(layer[name], monkeypatch)
-    assert found["overlap"] >= 0.998 and found["passes"] == found["twin passes"]
+    assert found["overlap"] >= 0.998 and found["passes"] == found["reference passes"]
     assert found["disorder"] <= 2 * found["householder"]

@@ -250,7 +250,7 @@ def build_copy(mutant: Mutant, objects: Path, copy: Path) -> None:
     subprocess.run([os.environ.get("CXX", "g++"), "-shared", *build.glob("*.o"), *libraries, *target], check=True)
 
 
-# A warm process that forks for each copy: importing torch and what it loads late takes longer than
+# One process imports everything and forks for each copy, because importing torch takes longer than
 # most runs.
 RUNNER = """
 import os, sys

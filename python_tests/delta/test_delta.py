@@ -154,7 +154,7 @@ def test_shards_and_foreign_files_of_a_directory(tmp_path):
 
 def test_another_base_is_refused_and_unchanged(tmp_path):
     save_delta(tuned(1), Small(), tmp_path / "a")
-    for other in (tuned(2), tuned(1)):  # a foreign model, and one that has the delta already
+    for other in (tuned(2), tuned(1)):  # another model, and one that has the delta already
         before = fingerprint(other)
         with pytest.raises(FileError, match="made for another base"):
             apply_delta(other, tmp_path / "a")

@@ -61,7 +61,7 @@ def test_forged_files_with_a_right_checksum_are_refused(tmp_path, forgery):
     reseal(tmp_path / "a", lambda header, data: None)
     copy = Small()
     apply_delta(copy, tmp_path / "a")
-    assert_equal_models(copy, tuned(1))  # the forger's tool itself makes files that load
+    assert_equal_models(copy, tuned(1))  # without a change the forged file loads
     reseal(tmp_path / "a", FORGERIES[forgery])
     copy = Small()
     with pytest.raises(FileError):
@@ -149,7 +149,7 @@ def test_altered_base_files_are_refused_or_load_exactly(tmp_path):
             apply_delta(base, tmp_path / "a", out)
         except FileError as error:
             assert "\n" not in str(error) and not out.exists()
-        else:  # what does not touch a tensor, as a byte of padding
+        else:  # the change touched no tensor, such as a byte of padding
             assert fingerprint(out) == fingerprint(tuned(1))
             out.unlink()
         assert base.read_bytes() == altered

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from lift_kernels.distributed.replicas import DigestExchange
 
-LONG, SHORT = 1e6, 0.05  # seconds: nobody may wait that long; nobody comes
+LONG, SHORT = 1e6, 0.05  # seconds; no rank may wait LONG, and SHORT is for ranks that never come
 
 
 class Ranks:
@@ -63,14 +63,14 @@ def test_a_difference_is_an_error_on_every_rank(odd):
     ranks.announce(*[["a", "b", "c"]] * 3)
     same, other = {"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "4", "c": "5"}
     assert ranks.compare(same, same, same) == ["", "", ""]
-    for _ in range(3):  # what was refused is refused again
+    for _ in range(3):  # it is refused again and again
         said = ranks.compare(*[other if rank == odd else same for rank in range(3)])
         for rank, message in enumerate(said):
             assert "different entries of b and of 1 more matrices: " in message
             assert f"{rank}" in message[:14] and f"{odd}" in message[:14]
             for way in ("seed them alike", "before pack_gradients", "process_group=", "process_group='independent'"):
                 assert way in message
-    assert ranks.compare(other, other, other) == ["", "", ""]  # and passes when it is repaired
+    assert ranks.compare(other, other, other) == ["", "", ""]  # once all agree, it passes
 
 
 def test_nobody_waits_for_ranks_that_train_nothing_or_something_else():
@@ -169,7 +169,7 @@ def test_late_ranks_are_waited_for(caplog):
     """
     ranks = Ranks(3)
     first, second, without = ranks.exchanges
-    second.announce(["early"])  # of another optimizer, which says nothing about this one
+    second.announce(["early"])  # by another optimizer; this says nothing about the one below
 
     def late(exchange, patience):
         exchange.announce(["w"])
@@ -184,7 +184,7 @@ def test_late_ranks_are_waited_for(caplog):
     caplog.clear()
     waiting = threading.Thread(
         target=first.wait_for_late_ranks, args=(LONG,)
-    )  # rank 1 came after all, rank 2 is given up
+    )  # rank 1 came late, and rank 2 is not waited for again
     waiting.start()
     second.wait_for_late_ranks(LONG)
     waiting.join()

@@ -79,7 +79,7 @@ def test_every_new_mask_is_compared_once(one_rank):
     assert steps(LiftAdamW(named, rank=3, density=0.2, process_group="independent"), 2) == []
     captured = LiftAdamW(named, rank=3, density=0.2, refresh_interval=None, capturable=True)
     steps(captured, 1)
-    captured.refresh()  # a replayed graph would not come by here
+    captured.refresh()  # a replayed graph would not run this
     assert [names for names, _ in one_rank] == [names] * 2 and steps(captured, 2) == []
 
 
@@ -111,9 +111,9 @@ def test_others_are_waited_for_when_names_are_new(monkeypatch):
     monkeypatch.setattr(DigestExchange, "of_default_group", classmethod(lambda cls: next(now)))
     optimizer = Replicas()
     optimizer.announce(["v", "w"])
-    for _ in range(3):  # announced late, known, another process group
+    for _ in range(3):  # announced late, already known, in another process group
         optimizer.compare(LISTS)
-    pickle.loads(pickle.dumps(optimizer)).compare(LISTS)  # a copy trains what was announced
+    pickle.loads(pickle.dumps(optimizer)).compare(LISTS)  # its names are announced already
     optimizer.compare({"new": LISTS["w"]})
     assert waited == [["v", "w"], ["v", "w"], ["new", "v", "w"]]
 

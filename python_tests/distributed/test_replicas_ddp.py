@@ -9,8 +9,8 @@ import pytest
 import torch
 from helpers.ranks import run_ranks
 
-# All cases of one number of ranks run in the same processes, one after the other.
-CASES = {  # number of ranks, those that choose another entry, from which mask on
+# All cases with the same number of ranks run in the same processes, one after the other.
+CASES = {  # number of ranks, ranks that choose another entry, first mask that differs
     "two": (2, (1,), 0),
     "three, the last": (3, (2,), 0),
     "three, the first": (3, (0,), 0),

@@ -117,9 +117,8 @@ def test_resuming_in_a_later_epoch(tiny, tmp_path, monkeypatch, undisturbed):
 @pytest.mark.slow
 def test_sigkill_at_ten_random_points_changes_no_bit(tiny, tmp_path):
     command = [sys.executable, "-m", "helpers.killed_runs", str(tiny), str(tmp_path), "0"]
-    path = os.pathsep.join(filter(None, sys.path))  # of the helpers too
-    # One thread: on a busy machine two of them wait for each other at every one of the tiny
-    # operations.
+    path = os.pathsep.join(filter(None, sys.path))  # the process imports helpers too
+    # One thread: on a busy machine, two threads wait for each other in every tiny operation.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     result = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr

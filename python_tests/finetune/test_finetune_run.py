@@ -46,7 +46,7 @@ def test_finetune_learns_and_reports_what_it_did(lift_run, tiny):
     assert report["covered_weights"] == sum(w.numel() for w in weights.values())
     assert report["density"] == pytest.approx(0.2, abs=1e-3)
     assert report["optimizer_state_bytes.dense"] == 8 * report["covered_weights"]
-    # An int32 index, an fp32 value and two fp32 moments an entry, and the padding of every matrix.
+    # Each entry has an int32 index, an fp32 value and two fp32 moments. Each matrix has padding.
     assert (
         16 * report["entries"]
         <= report["optimizer_state_bytes.measured"]
@@ -79,7 +79,7 @@ def test_finetune_lift_changes_selected_entries_only(lift_run, tiny):
     for name in before:
         changed = (before[name] != after[name]).float().mean().item()
         if name in matrices(AutoModelForCausalLM.from_pretrained(tiny)):
-            assert 0.15 < changed < 0.35, name  # a refresh lets further entries in
+            assert 0.15 < changed < 0.35, name  # a refresh adds entries
         else:
             assert changed == 0, name
 
@@ -125,8 +125,7 @@ def test_finetune_random_trains_as_many_entries_as_lift_but_others(lift_run, set
     before = matrices(AutoModelForCausalLM.from_pretrained(tiny))
     after = matrices(AutoModelForCausalLM.from_pretrained(Path(report["settings.output"]) / "random" / "model"))
     changed = torch.cat([(before[n] != after[n]).flatten() for n in before])
-    # The largest entries are the likeliest in the principal mask; a random one does not prefer
-    # them.
+    # A principal mask prefers large entries; a random mask does not.
     large = torch.cat([(w.abs() > w.abs().median()).flatten() for w in before.values()])
     assert changed.float().mean().item() == pytest.approx(0.2, abs=0.01)
     assert changed[large].float().mean().item() == pytest.approx(0.2, abs=0.02)
@@ -136,7 +135,7 @@ def test_finetune_full_trains_every_weight(settings, tiny):
     report = run(settings(method="full", name="full", steps=3, lr=1e-3))
     total = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny).parameters())
     assert report["entries"] == report["covered_weights"] == total
-    assert 8 * total <= report["optimizer_state_bytes.measured"] < 8 * total + 4096  # and a step counter a parameter
+    assert 8 * total <= report["optimizer_state_bytes.measured"] < 8 * total + 4096  # plus a step counter per parameter
     assert report["heldout_loss.after"] < report["heldout_loss.before"]
     assert report["refreshes"] == 0
 
@@ -157,7 +156,7 @@ def test_finetune_bfloat16_keeps_the_dtype(settings):
     report = run(settings(dtype="bfloat16", name="bf16", steps=2))
     model = AutoModelForCausalLM.from_pretrained(Path(report["settings.output"]) / "bf16" / "model")
     assert model.dtype == torch.bfloat16
-    # The fp32 master of every entry comes on top of index and moments.
+    # Each entry has an fp32 master beside index and moments.
     assert report["optimizer_state_bytes.measured"] >= 16 * report["entries"]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 LAST = 2**31 - 1
-HANG_S = 1800  # a limit for processes that hang: a busy machine may take many times as long as a quiet one
+HANG_S = 1800  # for processes that hang; a busy machine may take many times as long as a quiet one
 
 
 def random_indices(numel: int, count: int, generator: torch.Generator) -> Tensor:
@@ -55,7 +55,7 @@ def assert_near(stored: Tensor, truth: Tensor, yardstick: Tensor, label: str, ro
     low, high = rounding((truth - bound).float()).double(), rounding((truth + bound).float()).double()
     outside = ((stored.double() < low) | (stored.double() > high)).sum().item()
     assert outside == 0, f"{label}: {outside} entries are not the rounding of an admissible fp32 value"
-    # The test must bite: nearly everywhere one value alone is right.
+    # The comparison must be strict: nearly everywhere only one value is right.
     assert (low == high).double().mean() > 0.9, f"{label}: the comparison is too loose"
 
 

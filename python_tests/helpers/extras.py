@@ -8,15 +8,12 @@ import importlib.util
 import sys
 from pathlib import Path
 
-# These are enough for the tests marked gpu. A file that imports more is left out where that is not
-# installed, with a line that says so.
+# These are enough for most tests marked gpu. A file that imports a further package is left out if
+# the package is not installed, and pytest prints a line about it.
 ENOUGH = {"torch", "triton", "numpy", "pytest", "ninja"}
 ROOT = Path(__file__).parents[2]
-PLACES = (
-    ROOT / "python_tests",
-    ROOT,
-    ROOT / "bench",
-)  # of modules: helpers, packages, scripts of the benches
+# Folders of modules: helpers, packages, scripts of the benchmarks.
+PLACES = (ROOT / "python_tests", ROOT, ROOT / "bench")
 
 
 @functools.cache
@@ -60,7 +57,7 @@ def extras_of(module: str) -> set[str]:
             extras |= {name.partition(".")[0]} - ENOUGH - sys.stdlib_module_names
         else:
             left += imports_of(file)
-            left += [name.rpartition(".")[0]] if "." in name else []  # the package runs first
+            left += [name.rpartition(".")[0]] if "." in name else []  # importing a module runs its package first
     return extras
 
 

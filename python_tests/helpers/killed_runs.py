@@ -33,7 +33,7 @@ def start(settings, folder: Path) -> int:
         os.dup2(null, 2)
         if (folder / run_dir.SETTINGS).exists():
             run(settings_of(folder), resumed=True)
-        else:  # killed before it had noted its settings
+        else:  # killed before it had written its settings
             shutil.rmtree(folder, ignore_errors=True)
             run(settings)
         code = 0
@@ -53,7 +53,7 @@ def kill_at(settings, folder: Path, seconds: float) -> bool:
     """Run and kill after so many seconds; return whether the run was still going."""
     process = start(settings, folder)
     time.sleep(seconds)
-    os.kill(process, signal.SIGKILL)  # a child that has ended stays until it is waited for, so this hits no other
+    os.kill(process, signal.SIGKILL)  # an ended child keeps its id until waitpid, so this hits no other process
     _, status = os.waitpid(process, 0)
     return os.WIFSIGNALED(status)
 
@@ -72,7 +72,7 @@ def main(model: Path, output: Path, seed: int) -> None:
             share = rng.uniform(0.2, 0.95)
             while not kill_at(settings, folder, share * whole):
                 assert (folder / run_dir.REPORT).exists()
-                shutil.rmtree(folder)  # it was faster than the first one
+                shutil.rmtree(folder)  # it ended before the kill
                 share *= 0.7
             kills += 1
             left = sorted(path.name for path in folder.iterdir()) if folder.exists() else []

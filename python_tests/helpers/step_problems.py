@@ -128,8 +128,8 @@ def make_problem(
     length = end + 64
     indices = torch.full((length,), GAP_INDEX, dtype=torch.int32)
     ages = torch.full((length,), GAP_BIRTH, dtype=torch.int32)
-    # In gaps a NaN would poison a sum that reads it, but survives arithmetic; a number would show a
-    # write. So both.
+    # Gaps hold both NaN and a number. A NaN spoils every sum, so it shows a read. It would survive
+    # arithmetic, so a number is there to show a write.
     gap = torch.tensor([float("nan"), 777.0]).repeat(length // 2 + 1)[:length]
     moments, truth = gap.repeat(2, 1), gap.clone()
     buffers, weights, grads = [], [], []
@@ -202,7 +202,7 @@ def torch_step(problem: Problem, i: int, dtype: torch.dtype, **options) -> Entri
     ages = step.expand(problem.counts[i]) if problem.births is None else step - problem.births[segment]
     for age in ages.unique():
         at = ages == age
-        # The functional form counts the step itself, on the host.
+        # The functional form counts the step itself, on the CPU.
         one = [[x[at]] for x in (w, g, m, v)]
         torch_adamw(
             *one,
@@ -254,7 +254,7 @@ def assert_stepped(before: Problem, after: Problem, **options) -> None:
         assert_near(stored, truth.w, yardstick.w, "weight", rounding)
     else:
         assert_near(stored, truth.w, yardstick.w, "weight")
-    # Put the selected entries into the old state: all else must not have moved.
+    # Put the selected entries into the old state. Everything else must be unchanged.
     for i in matrices:
         expected[f"weight {i}"][BORDER + after.index(i)] = bits(after.weights[i]).reshape(-1)[after.index(i)]
     for name, tensor in (("exp_avg", after.exp_avg), ("exp_avg_sq", after.exp_avg_sq), ("master", after.master)):

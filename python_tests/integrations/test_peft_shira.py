@@ -167,7 +167,7 @@ def test_what_shira_cannot_hold_is_refused(tmp_path):
     with pytest.raises(FileError, match="second.bias changed, and SHiRA changes weights of linear layers only"):
         export_shira(tmp_path / "bias", tmp_path / "adapter")
     save_delta({"a.weight": torch.ones(4, 4)}, {"a.weight": torch.zeros(4, 4)}, tmp_path / "dense")
-    export_shira(tmp_path / "dense", tmp_path / "adapter")  # 16 = 2 (4 + 4) entries just fit
+    export_shira(tmp_path / "dense", tmp_path / "adapter")  # exactly 16 = 2 (4 + 4) entries fit
     with pytest.raises(FileError, match="holds an adapter already"):
         export_shira(tmp_path / "dense", tmp_path / "adapter")
     save_delta({"a.weight": torch.ones(3, 4)}, {"a.weight": torch.zeros(3, 4)}, tmp_path / "dense")

@@ -26,8 +26,8 @@ def test_factors_are_the_truncated_svd(method, shape):
             torch.float32,
             torch.float32,
         )
-        # The Ritz energy is flat where it is largest: in fp32 it stalls while the vectors are still
-        # off by some 1e-5.
+        # The Ritz energy is flat at its maximum. In fp32 it stalls while the vectors still have an
+        # error of about 1e-5.
         atol = (1e-5 if method == "chebyshev" else 2e-6) * 2.0
         assert_close((left @ right.T).double(), truncated(weight, rank), rtol=0, atol=atol)
 

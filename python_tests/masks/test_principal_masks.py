@@ -107,10 +107,10 @@ def test_same_input_same_mask():
         ({"density": 0.05}, 15),
         ({"density": 0.051}, 15),  # 15.3
         ({"density": 0.053}, 16),  # 15.9
-        ({"density": 1e-9}, 1),  # never none
+        ({"density": 1e-9}, 1),  # at least one
         ({"budget_rank": 1}, 40),
         ({"budget_rank": 7}, 280),
-        ({"budget_rank": 8}, 300),  # 320 is more than there are
+        ({"budget_rank": 8}, 300),  # fewer than 320 exist
     ],
 )
 def test_how_many_entries(request_, count):

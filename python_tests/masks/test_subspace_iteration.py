@@ -119,7 +119,7 @@ def test_a_batch_gives_what_each_matrix_gives_alone(shape):
         alone = low_rank_factors(weight, 5, method="chebyshev", warm_start=basis, tolerance=1e-6)
         exact = low_rank_factors(weight, 5, method="svd")
         assert factors.settled and alone.settled
-        for found in (factors, alone):  # a batch goes on until its last matrix has settled, so they are not equal
+        for found in (factors, alone):  # a batch continues until its last matrix has converged, so they are not equal
             gap = found.left @ found.right.T - exact.left @ exact.right.T
             assert float(gap.norm()) <= 0.02 * float((exact.left @ exact.right.T).norm())
 

@@ -66,7 +66,7 @@ def test_hooked_parameters_train_as_dense_ones(options, micro):
     train(*packed, range(7), micro)
     train(*plain, range(7), micro)
     for name, value in packed[0].state_dict().items():
-        # The norms of two launches are put together, which rounds once more.
+        # The norms of two launches are combined, which rounds once more.
         exact = options.get("max_grad_norm") is None
         torch.testing.assert_close(value, plain[0].state_dict()[name], rtol=0, atol=0 if exact else 1e-7)
     assert not torch.equal(packed[0].experts, Experts().experts)
@@ -92,9 +92,9 @@ def test_the_optimizer_checks_packed_gradients_of_a_hook_itself():
     model, optimizer = hooked_setup()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     train(model, optimizer, range(2), scaler=scaler)
-    twin, plain = hooked_setup()
-    train(twin, plain, range(2))
-    expected = weights(twin)
+    unscaled, plain = hooked_setup()
+    train(unscaled, plain, range(2))
+    expected = weights(unscaled)
     assert all(torch.equal(value, expected[name]) for name, value in weights(model).items())
     scaler.scale(loss_of(model, 2)).backward()
     model.experts.lift_grad[5] = float("inf")

@@ -48,7 +48,7 @@ def test_only_what_needs_a_gradient_gets_one():
     packed, _ = packed_and_plain()
     layer = packed.up
     x = data(4, 12)
-    layer(x).sum().backward()  # an input that needs none
+    layer(x).sum().backward()  # the input needs no gradient
     assert layer.values.grad is not None and x.grad is None
     layer.bias.requires_grad_(False)
     layer.zero_grad()
@@ -128,7 +128,7 @@ def test_compile_without_graph_break(autocast):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
-    for step in range(2):  # a new index list of the same length does not compile again
+    for step in range(2):  # a new index list of the same length causes no new compilation
         packed.zero_grad()
         plain.zero_grad()
         with torch.autocast("cpu", BF16, enabled=autocast):

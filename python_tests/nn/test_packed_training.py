@@ -51,11 +51,11 @@ def test_packed_gradients_train_the_same_weights(options, micro):
 def test_low_precision_weights_are_their_rounded_values(dtype):
     """The values are the fp32 master; a dense run with the same gradients has the same one."""
     model, optimizer = packed_setup("native-cpu", dtype)
-    twin, dense = dense_setup("native-cpu", dtype)
+    dense_model, dense = dense_setup("native-cpu", dtype)
     train(model, optimizer, range(6))
-    train(twin, dense, range(6))
+    train(dense_model, dense, range(6))
     for name in "abc":
-        layer, theirs = getattr(model, name), getattr(twin, name).weight
+        layer, theirs = getattr(model, name), getattr(dense_model, name).weight
         assert torch.equal(layer.weight.view(-1)[layer.indices.long()], layer.values.to(dtype))
         assert torch.equal(bits(layer.weight.detach()), bits(theirs.detach()))
         assert torch.equal(layer.values.detach(), dense.state[theirs]["master"])
@@ -87,7 +87,7 @@ def test_interrupted_training_goes_on_with_the_same_bits(way, dtype):
     train(*whole, range(8))
     train(*interruptible, range(4))
     model, optimizer = interrupted(*interruptible, way)
-    train(*interruptible, range(4, 5))  # the original is another one
+    train(*interruptible, range(4, 5))  # the original is independent
     train(model, optimizer, range(4, 8))
     expected = weights(whole[0])
     assert all(torch.equal(value, expected[name]) for name, value in weights(model).items())
@@ -133,7 +133,7 @@ def test_options_that_cannot_work_name_the_layer():
         LiftAdamW(groups, master=None)
     with pytest.raises(ValueError, match=r"a\.values has packed gradients, which lift=False cannot train"):
         LiftAdamW([groups[0] | {"lift": False}])
-    optimizer = LiftAdamW([model.a.values, model.b.values])  # a list of parameters will do
+    optimizer = LiftAdamW([model.a.values, model.b.values])  # a list of parameters is enough
     assert [name for _, _, name in optimizer._sparse_parameters()] == ["a", "b"]
 
 

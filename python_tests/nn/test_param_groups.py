@@ -162,7 +162,7 @@ def test_the_groups_leave_room_for_options_and_for_dense_ones():
     """Options are added to the group; norms in another group are trained densely."""
     model = make_llama(False)
     group = lift_param_groups(model)[0] | {"density": 0.2, "rank": 3}
-    matrices = dict(group["params"])  # the optimizer keeps names and parameters apart
+    matrices = dict(group["params"])  # the optimizer keeps names and parameters in two lists
     norms = [(name, p) for name, p in model.named_parameters() if "norm" in name]
     optimizer = LiftAdamW([group, {"params": norms, "lr": 1e-2}], lr=1e-3)
     model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()

@@ -74,7 +74,7 @@ def test_bias_corrections_are_refused_and_built_afterwards(capture):
         assert found[0, age].item() == pytest.approx(1 / (1 - betas[0] ** age), rel=1e-7)
         assert found[1, age].item() == pytest.approx((1 - betas[1] ** age) ** -0.5, rel=1e-7)
     assert found[:, -1].tolist() == [1.0, 1.0]
-    for number in range(40):  # other betas, as a schedule of momenta brings them
+    for number in range(40):  # other betas, as from a schedule of momenta
         bias_correction.bias_table(0.5, 0.5 + number / 100, CUDA)
     assert torch.equal(bias_correction.bias_table(*betas, CUDA), found)
 

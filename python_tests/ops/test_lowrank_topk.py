@@ -169,7 +169,7 @@ def test_sampled_bracket_holds_the_threshold():
 def test_lowrank_topk_makes_no_dense_matrix():
     """A process that selects needs little more memory than one that holds only the factors.
 
-    The difference of their peaks is less than an eighth of m * n floats.
+    The difference of their peaks is about m * n bits, far below m * n floats.
     """
     if dispatch.interpreting():
         pytest.fail("this test belongs to the plain run")

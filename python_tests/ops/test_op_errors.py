@@ -51,7 +51,7 @@ def nothing(problem):
 
 
 CHECKED = {"validate": True}
-# name: (how the arguments are spoiled, options of the call, the error, words of the message)
+# name: (function that spoils the arguments, options of the call, error, part of the message)
 BAD_STEPS = {
     "weight of a wrong dtype": (replaced("weights", torch.Tensor.double, 1), {}, TypeError, "weight 1 .*float64"),
     "weights of two dtypes": (replaced("weights", torch.Tensor.half, 1), {}, TypeError, "weight 1 .*float16"),
@@ -147,8 +147,7 @@ def test_op_bad_step_betas_too_near_one(backend):
     assert not torch.equal(problem.state()["weight 0"], before["weight 0"])
 
 
-# name: (op, arguments in order, how some of them are spoiled and further options, the error, words
-# of the message)
+# name: (op, arguments in order, spoiled arguments and further options, error, part of the message)
 GATHER, SCATTER, MIGRATE, GRADIENT = "packed_gather", "packed_scatter_", "packed_migrate", "packed_weight_grad"
 ONES, ONE = [1.0, 1.0], [1.0]
 BAD_CALLS = {

@@ -15,8 +15,7 @@ DTYPES = (FP32, BF16, FP16)
 PAIRS = list(itertools.product(DTYPES, DTYPES))
 PAIR_IDS = [f"{str(a)[6:]}-to-{str(b)[6:]}" for a, b in PAIRS]
 
-# Values at which a rounding goes wrong first: ties, the ends of each format, subnormals,
-# infinities, NaN.
+# Values that are hard to round: ties, the ends of each format, subnormals, infinities, NaN.
 CORNERS = [
     0.0,
     -0.0,
@@ -123,7 +122,7 @@ def test_packed_scatter_strided_values_and_slices(backend):
     assert dense.view(-1).nonzero().flatten().tolist() == [0, 7, 8, 19]
     assert dense.view(-1)[[0, 7, 8, 19]].tolist() == [1.0, 3.0, 5.0, 7.0]
     ops.packed_scatter_(dense, int32([], backend), values[:0], backend=backend.name)
-    # A slice of a larger buffer starts where memory is not aligned; its surroundings stay.
+    # A slice of a larger buffer starts at an unaligned address. Its surroundings stay.
     buffer = torch.zeros(21, device=backend.device)
     ops.packed_scatter_(buffer[1:-1], int32([0, 18], backend), values[:2], backend=backend.name)
     assert buffer.nonzero().flatten().tolist() == [1, 19]

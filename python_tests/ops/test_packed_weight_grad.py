@@ -112,7 +112,7 @@ def test_packed_weight_grad_in_several_panels(backend):
 
     Some rows lie at the edges of panels, and some panels have no entry.
     """
-    m, n = (500, 4500) if backend.name != "triton" else (140, 300)  # the interpreter takes its time, and has no panels
+    m, n = (500, 4500) if backend.name != "triton" else (140, 300)  # the interpreter is slow and has no panels
     grad_output, input = factors(backend, 3, m, n)
     everywhere = index_list(backend, m, n, 3000)
     height = min(4 * 2**20 // (4 * n), m // 2)

@@ -10,7 +10,13 @@ from helpers.step_problems import HYPER, make_problem, step_and_check, torch_ste
 
 from lift_kernels.ops import reference
 
-STORAGE = [(FP32, False), (BF16, False), (BF16, True), (FP16, False), (FP16, True)]  # weight, with a master
+STORAGE = [
+    (FP32, False),
+    (BF16, False),
+    (BF16, True),
+    (FP16, False),
+    (FP16, True),
+]  # dtype of the weight, whether there is a master
 ONE_MATRIX = [((40, 30), 300)]
 SHORT = {FP32: "fp32", BF16: "bf16", FP16: "fp16"}
 

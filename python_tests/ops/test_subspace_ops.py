@@ -172,10 +172,10 @@ def test_helpers_on_a_gpu_match_their_twins(batch, rows, width):
 @pytest.mark.gpu
 def test_helpers_on_a_gpu_with_hard_blocks():
     good = ops.gaussian_sketch(1, 60, 24, seed=0)[0]
-    twins, poisoned = good.clone(), good.clone()
-    twins[:, 20], poisoned[7, 9] = twins[:, 3], float("nan")
+    repeated, poisoned = good.clone(), good.clone()
+    repeated[:, 20], poisoned[7, 9] = repeated[:, 3], float("nan")
     for backend in ("native-cuda", "reference"):
-        block = torch.stack([good, twins, poisoned, 0 * good]).cuda()
+        block = torch.stack([good, repeated, poisoned, 0 * good]).cuda()
         assert ops.cholesky_qr_(block, backend=backend).tolist() == [0, 1, 2, 1]
 
 

@@ -162,8 +162,7 @@ def test_sparse_and_dense_side_by_side(backend):
     start = [w.detach().clone() for w in weights]
     groups = [{"params": weights[:3]}, {"params": weights[3:4], "lift": False, "lr": 0.002}, {"params": weights[4:]}]
     optimizer = LiftAdamW(groups, **OPTIONS, backend=backend.name)
-    # The gradients of each optimizer depend on the parameters it holds, so every run holds all of
-    # them.
+    # Gradients depend on the parameters that an optimizer holds. So every run holds all of them.
     alone = LiftAdamW(
         [{"params": make_weights(((24, 40), (24,), (33, 17), (5, 6), ()), device=backend.device), "lift": False}],
         **OPTIONS,
@@ -225,10 +224,10 @@ def test_a_missing_gradient_skips_the_parameter(backend):
     assert [optimizer.state[w]["step"].item() for w in weights] == [2, 5]
     set_gradients(weights, 2)
     optimizer.step()
-    twin = make_weights(device=backend.device)
-    third = LiftAdamW(twin, **OPTIONS, backend=backend.name)
+    again = make_weights(device=backend.device)
+    third = LiftAdamW(again, **OPTIONS, backend=backend.name)
     train(third, range(3))
-    assert torch.equal(weights[0], twin[0]), "its third step must be a third step, not a sixth"
+    assert torch.equal(weights[0], again[0]), "its third step must be a third step, not a sixth"
 
 
 def test_several_dtypes_at_once(backend):
@@ -260,8 +259,8 @@ def test_gradient_clipping_uses_trained_entries(backend):
     """
     weights = make_weights(((24, 40), (40,), (33, 17)), device=backend.device)
     optimizer = LiftAdamW(weights, **OPTIONS, max_grad_norm=0.5, backend=backend.name)
-    twins = make_weights(((24, 40), (40,), (33, 17)), device=backend.device)
-    unclipped = LiftAdamW(twins, **OPTIONS, backend=backend.name)
+    copies = make_weights(((24, 40), (40,), (33, 17)), device=backend.device)
+    unclipped = LiftAdamW(copies, **OPTIONS, backend=backend.name)
     optimizer.refresh()
     for step in range(3):
         set_gradients(weights, step)
@@ -271,36 +270,36 @@ def test_gradient_clipping_uses_trained_entries(backend):
             p.grad = g.clone()
         norm = torch.nn.utils.clip_grad_norm_(packed, 0.5)
         assert norm > 0.5
-        for w, twin in zip(weights, twins):
-            twin.grad = w.grad * (0.5 / (norm + 1e-6))
+        for w, other in zip(weights, copies):
+            other.grad = w.grad * (0.5 / (norm + 1e-6))
         given = [w.grad.clone() for w in weights]
         optimizer.step()
         unclipped.step()
         torch.testing.assert_close(optimizer.grad_norm, norm, rtol=1e-6, atol=0)
         assert all(torch.equal(w.grad, g) for w, g in zip(weights, given)), "gradients are not overwritten"
-    for w, twin in zip(weights, twins):
+    for w, other in zip(weights, copies):
         torch.testing.assert_close(
-            optimizer.state[w]["exp_avg"], unclipped.state[twin]["exp_avg"], rtol=2e-6, atol=1e-9
+            optimizer.state[w]["exp_avg"], unclipped.state[other]["exp_avg"], rtol=2e-6, atol=1e-9
         )
-        torch.testing.assert_close(w, twin, rtol=0, atol=1e-6)
+        torch.testing.assert_close(w, other, rtol=0, atol=1e-6)
 
 
 def test_a_small_norm_is_not_clipped(backend):
-    weights, twins = make_weights(device=backend.device), make_weights(device=backend.device)
+    weights, copies = make_weights(device=backend.device), make_weights(device=backend.device)
     train(LiftAdamW(weights, **OPTIONS, max_grad_norm=1e6, backend=backend.name), range(3))
-    train(LiftAdamW(twins, **OPTIONS, backend=backend.name), range(3))
-    assert all(torch.equal(w, twin) for w, twin in zip(weights, twins))
+    train(LiftAdamW(copies, **OPTIONS, backend=backend.name), range(3))
+    assert all(torch.equal(w, other) for w, other in zip(weights, copies))
 
 
 def test_maximize_is_a_step_on_the_negated_gradient(backend):
-    weights, twins = make_weights(device=backend.device), make_weights(device=backend.device)
+    weights, copies = make_weights(device=backend.device), make_weights(device=backend.device)
     upward = LiftAdamW(weights, **OPTIONS, maximize=True, backend=backend.name)
-    downward = LiftAdamW(twins, **OPTIONS, backend=backend.name)
+    downward = LiftAdamW(copies, **OPTIONS, backend=backend.name)
     for step in range(3):
         set_gradients(weights, step)
-        for w, twin in zip(weights, twins):
-            twin.grad = -w.grad
+        for w, other in zip(weights, copies):
+            other.grad = -w.grad
         upward.step()
         downward.step()
-    assert all(torch.equal(w, twin) for w, twin in zip(weights, twins))
+    assert all(torch.equal(w, other) for w, other in zip(weights, copies))
     assert not torch.equal(upward.state[weights[0]]["exp_avg"], torch.zeros_like(upward.state[weights[0]]["exp_avg"]))

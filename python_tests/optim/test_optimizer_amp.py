@@ -17,9 +17,8 @@ def scaled_step(optimizer, scaler, weights, step, bad=None):
         w.grad *= scaler.get_scale() if scaler.is_enabled() else 1.0
     if bad is not None:
         weights[-1].grad.view(-1)[-1] = bad
-    scaler.scale(
-        torch.ones(1, device=weights[0].device)
-    )  # what backward needs: it readies the scale, on the loss's device
+    # This creates the scale on the device of the loss, as before backward.
+    scaler.scale(torch.ones(1, device=weights[0].device))
     scaler.step(optimizer)
     scaler.update()
 
@@ -45,37 +44,37 @@ def test_a_skipped_step_changes_no_bit(backend, dtype, max_grad_norm, bad):
     before = snapshot(optimizer)
     scaled_step(optimizer, scaler, weights, 1, bad)
     after = snapshot(optimizer)
-    before["steps_since_refresh of group 0"] = after["steps_since_refresh of group 0"]  # settled when it is read
+    before["steps_since_refresh of group 0"] = after["steps_since_refresh of group 0"]  # updated when it is read
     assert_same(after, before)
     scaled_step(optimizer, scaler, weights, 2)
-    twins, twin = build()
+    copies, other = build()
     scaler = torch.amp.GradScaler(backend.device, init_scale=1024.0)
-    scaled_step(twin, scaler, twins, 0)
-    scaled_step(twin, scaler, twins, 2)
+    scaled_step(other, scaler, copies, 0)
+    scaled_step(other, scaler, copies, 2)
     optimizer.state_dict()
-    assert_same(snapshot(optimizer), snapshot(twin))
+    assert_same(snapshot(optimizer), snapshot(other))
     assert optimizer.state[weights[0]]["step"] == optimizer.state[weights[2]]["step"] == 2
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.3])
 def test_scaling_by_a_power_of_two_changes_no_bit(backend, max_grad_norm):
     shapes = ((24, 40), (33, 17), (40,))
-    weights, twins = make_weights(shapes, device=backend.device), make_weights(shapes, device=backend.device)
+    weights, copies = make_weights(shapes, device=backend.device), make_weights(shapes, device=backend.device)
     optimizer = LiftAdamW(weights, **OPTIONS, max_grad_norm=max_grad_norm, backend=backend.name)
-    twin = LiftAdamW(twins, **OPTIONS, max_grad_norm=max_grad_norm, backend=backend.name)
+    other = LiftAdamW(copies, **OPTIONS, max_grad_norm=max_grad_norm, backend=backend.name)
     scaler = torch.amp.GradScaler(backend.device, init_scale=2.0**16)
     for step in range(3):
         scaled_step(optimizer, scaler, weights, step)
-        train(twin, [step])
+        train(other, [step])
         if max_grad_norm is not None:
-            torch.testing.assert_close(optimizer.grad_norm, twin.grad_norm, rtol=1e-6, atol=0)
-    for w, t in zip(weights, twins):
+            torch.testing.assert_close(optimizer.grad_norm, other.grad_norm, rtol=1e-6, atol=0)
+    for w, t in zip(weights, copies):
         torch.testing.assert_close(w, t, rtol=0, atol=0 if max_grad_norm is None else 1e-7)
 
 
 def test_unscaling_before_the_step(backend):
     """`scaler.unscale_` has divided the gradients already, and they are not divided again."""
-    weights, twins = make_weights(device=backend.device), make_weights(device=backend.device)
+    weights, copies = make_weights(device=backend.device), make_weights(device=backend.device)
     optimizer = LiftAdamW(weights, **OPTIONS, backend=backend.name)
     scaler = torch.amp.GradScaler(backend.device, init_scale=256.0)
     for step in range(2):
@@ -86,8 +85,8 @@ def test_unscaling_before_the_step(backend):
         scaler.unscale_(optimizer)
         scaler.step(optimizer)
         scaler.update()
-    train(LiftAdamW(twins, **OPTIONS, backend=backend.name), range(2))
-    assert all(torch.equal(w, t) for w, t in zip(weights, twins))
+    train(LiftAdamW(copies, **OPTIONS, backend=backend.name), range(2))
+    assert all(torch.equal(w, t) for w, t in zip(weights, copies))
 
 
 def refresh_steps(interval, skipped, steps, by_hand=()):
@@ -184,7 +183,7 @@ def test_weights_loaded_behind_the_back(backend, caplog):
     best = {name: value.clone() for name, value in model.state_dict().items()}
     index = optimizer.state[model.weight]["indices"].long()
     master = optimizer.state[model.weight]["master"].clone()
-    model.load_state_dict(best)  # the same values: nothing is lost, nothing is said
+    model.load_state_dict(best)  # the same values: nothing is lost and nothing is logged
     optimizer.param_groups[0]["lr"] = 0.0
     train(optimizer, [2])
     assert torch.equal(optimizer.state[model.weight]["master"], master) and not caplog.records

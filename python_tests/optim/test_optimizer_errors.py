@@ -126,7 +126,7 @@ def with_gradient(optimizer, weights, which, grad):
     """A step with good gradients but one."""
     set_gradients(weights, 2)
     if grad.dtype != weights[which].dtype:
-        weights[which].grad_dtype = None  # the switch of torch that admits other gradients
+        weights[which].grad_dtype = None  # torch's switch that allows gradients of another dtype
     weights[which].grad = grad
     optimizer.step()
 
@@ -308,9 +308,9 @@ def test_a_state_dict_that_does_not_fit(change, error, message):
     change(saved)
     assert_refused(optimizer, error, message, lambda: optimizer.load_state_dict(saved))
     train(optimizer, [3])
-    twin, twins = make_named()
-    train(twin, range(2, 4))
-    assert all(torch.equal(w, t) for w, t in zip(weights, twins)), "the failed load has left a trace"
+    other, copies = make_named()
+    train(other, range(2, 4))
+    assert all(torch.equal(w, t) for w, t in zip(weights, copies)), "the failed load has left a trace"
 
 
 @pytest.mark.parametrize("steps", [0, 2])

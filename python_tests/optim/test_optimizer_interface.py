@@ -35,9 +35,9 @@ def test_two_weights_and_lr_are_enough():
 )
 def test_schedulers_drive_lr(backend, make):
     """The same learning rates by hand give the same bits. OneCycleLR moves betas too."""
-    weights, twins = make_weights(device=backend.device), make_weights(device=backend.device)
+    weights, copies = make_weights(device=backend.device), make_weights(device=backend.device)
     optimizer = LiftAdamW(weights, **OPTIONS, backend=backend.name)
-    by_hand = LiftAdamW(twins, **OPTIONS, backend=backend.name)
+    by_hand = LiftAdamW(copies, **OPTIONS, backend=backend.name)
     scheduler = make(optimizer)
     rates = set()
     for step in range(6):
@@ -47,22 +47,22 @@ def test_schedulers_drive_lr(backend, make):
         train(optimizer, [step])
         train(by_hand, [step])
         scheduler.step()
-    assert len(rates) > 3 and all(torch.equal(w, t) for w, t in zip(weights, twins))
+    assert len(rates) > 3 and all(torch.equal(w, t) for w, t in zip(weights, copies))
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_tensor_lr_equals_the_number(backend, shape):
-    weights, twins = make_weights(device=backend.device), make_weights(device=backend.device)
+    weights, copies = make_weights(device=backend.device), make_weights(device=backend.device)
     lr = torch.full(shape, 0.0078125)  # exact in fp32
     optimizer = LiftAdamW(weights, **OPTIONS | {"lr": lr}, backend=backend.name)
-    twin = LiftAdamW(twins, **OPTIONS | {"lr": 0.0078125}, backend=backend.name)
+    other = LiftAdamW(copies, **OPTIONS | {"lr": 0.0078125}, backend=backend.name)
     for step in range(4):
         if step == 2:
             lr.fill_(0.00390625)
-            twin.param_groups[0]["lr"] = 0.00390625
+            other.param_groups[0]["lr"] = 0.00390625
         train(optimizer, [step])
-        train(twin, [step])
-    assert all(torch.equal(bits(w), bits(t)) for w, t in zip(weights, twins))
+        train(other, [step])
+    assert all(torch.equal(bits(w), bits(t)) for w, t in zip(weights, copies))
 
 
 def test_a_closure_is_run_with_gradients_and_its_loss_returned():
@@ -109,20 +109,20 @@ def test_a_group_added_later_starts_from_zero(backend):
 
     Matrices that are already there continue as without it.
     """
-    weights, twins = make_weights(device=backend.device), make_weights(device=backend.device)
+    weights, copies = make_weights(device=backend.device), make_weights(device=backend.device)
     late = make_weights(((30, 30),), device=backend.device)
     optimizer = LiftAdamW(weights, **OPTIONS, backend=backend.name)
-    twin = LiftAdamW(twins, **OPTIONS, backend=backend.name)
+    other = LiftAdamW(copies, **OPTIONS, backend=backend.name)
     train(optimizer, range(3))
-    train(twin, range(3))
+    train(other, range(3))
     optimizer.add_param_group({"params": late, "density": 0.2})
     train(optimizer, range(3, 5))
-    train(twin, range(3, 5))
+    train(other, range(3, 5))
     assert [len(x) for x in index_sets(optimizer)] == [96, 56, 180]
     assert [optimizer.state[p]["step"].item() for p in (*weights, *late)] == [5, 5, 2]
-    for w, t in zip(weights, twins):
+    for w, t in zip(weights, copies):
         assert torch.equal(w, t)
-        assert all(torch.equal(optimizer.state[w][key], value) for key, value in twin.state[t].items())
+        assert all(torch.equal(optimizer.state[w][key], value) for key, value in other.state[t].items())
 
 
 def test_a_group_that_cannot_work_is_not_added():

@@ -69,17 +69,17 @@ def test_a_copy_is_independent():
 
 def test_state_is_shown_as_views():
     """The next step uses what is written into ``optimizer.state[p]``."""
-    weights, twins = make_weights(), make_weights()
-    optimizer, twin = LiftAdamW(weights, **OPTIONS), LiftAdamW(twins, **OPTIONS)
+    weights, copies = make_weights(), make_weights()
+    optimizer, other = LiftAdamW(weights, **OPTIONS), LiftAdamW(copies, **OPTIONS)
     train(optimizer, range(2))
-    train(twin, range(2))
+    train(other, range(2))
     for key in ("exp_avg", "exp_avg_sq"):
         optimizer.state[weights[0]][key].zero_()
     train(optimizer, [2])
-    train(twin, [2])
+    train(other, [2])
     grad = weights[0].grad.flatten()[optimizer.state[weights[0]]["indices"].long()]
     torch.testing.assert_close(optimizer.state[weights[0]]["exp_avg"], (1 - 0.9) * grad, rtol=1e-6, atol=0)
-    assert torch.equal(weights[1], twins[1]) and not torch.equal(weights[0], twins[0])
+    assert torch.equal(weights[1], copies[1]) and not torch.equal(weights[0], copies[0])
 
 
 def test_state_dict_keeps_dtypes_through_a_file():
@@ -187,10 +187,10 @@ def test_an_empty_state_dict_loads():
     weights = make_weights()
     optimizer = LiftAdamW(weights, **OPTIONS)
     optimizer.load_state_dict(optimizer.state_dict())
-    twins = make_weights()
+    copies = make_weights()
     train(optimizer, range(2))
-    train(LiftAdamW(twins, **OPTIONS), range(2))
-    assert all(torch.equal(w, twin) for w, twin in zip(weights, twins))
+    train(LiftAdamW(copies, **OPTIONS), range(2))
+    assert all(torch.equal(w, other) for w, other in zip(weights, copies))
 
 
 def test_options_travel_with_the_state():

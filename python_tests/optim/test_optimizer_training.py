@@ -102,16 +102,16 @@ def test_accelerate_prepare():
 
     Its state dict passes through.
     """
-    weights, twins = make_weights(), make_weights()
+    weights, copies = make_weights(), make_weights()
     accelerator = Accelerator(cpu=True)
     prepared = accelerator.prepare(LiftAdamW(weights, **OPTIONS, refresh_interval=3))
-    plain = LiftAdamW(twins, **OPTIONS, refresh_interval=3)
+    plain = LiftAdamW(copies, **OPTIONS, refresh_interval=3)
     for step in range(5):
         set_gradients(weights, step)
         prepared.step()
         prepared.zero_grad()
     train(plain, range(5))
-    assert all(torch.equal(w, t) for w, t in zip(weights, twins))
+    assert all(torch.equal(w, t) for w, t in zip(weights, copies))
     prepared.load_state_dict(prepared.state_dict())
     set_gradients(weights, 5)
     prepared.step()

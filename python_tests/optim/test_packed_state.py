@@ -187,7 +187,7 @@ def new_lists(state, counts, seed=5):
 @pytest.mark.parametrize("counts", [None, (60, 72, 300, 5, 1)], ids=["same-size", "resized"])
 def test_migrate(backend, moments, counts):
     state, _, _ = make_state(moments=moments, device=backend.device)
-    state.master += 1e-4  # so that masters say more than the weights
+    state.master += 1e-4  # so masters hold more than the weights
     for padding in (slice(40, 64), slice(136, 192), slice(321, 384), slice(385, 448)):
         state.master[padding] = 0
     state.steps += 2

@@ -148,11 +148,11 @@ def test_per_entry_counts_from_the_entry(backend):
 
 
 def test_per_entry_equals_global_before_the_first_refresh(backend):
-    weights, twins = make_weights(device=backend.device), make_weights(device=backend.device)
+    weights, copies = make_weights(device=backend.device), make_weights(device=backend.device)
     train(LiftAdamW(weights, **OPTIONS, bias_correction="per_entry", backend=backend.name), range(6))
-    train(LiftAdamW(twins, **OPTIONS, backend=backend.name), range(6))
-    for w, twin in zip(weights, twins):
-        torch.testing.assert_close(w, twin, rtol=0, atol=1e-7)
+    train(LiftAdamW(copies, **OPTIONS, backend=backend.name), range(6))
+    for w, other in zip(weights, copies):
+        torch.testing.assert_close(w, other, rtol=0, atol=1e-7)
 
 
 def test_a_refresh_on_changed_density_resizes_the_state(backend):

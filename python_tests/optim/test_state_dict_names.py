@@ -16,7 +16,7 @@ from lift_kernels import LiftAdamW, lift_param_groups, pack_gradients
 from lift_kernels.checkpoint.training_state import load_checkpoint, save_checkpoint
 
 NAMES = ("layers.0.weight", "layers.1.weight", "layers.2.weight", "norm.weight")
-SHAPES = ((24, 40), (24, 40), (24, 40), (17,))  # matrices of one shape: nothing but the name tells them apart
+SHAPES = ((24, 40), (24, 40), (24, 40), (17,))  # matrices of one shape, which only their names distinguish
 
 
 def saved_run():

@@ -15,7 +15,7 @@ from lift_kernels.masks.principal import MaskRequest, principal_masks
 from lift_kernels.masks.selection import largest_indices
 from lift_kernels.optim.refresh import spread_share
 
-WIDE = (300, 280)  # wide enough for the iteration
+WIDE = (300, 280)  # wide enough for subspace iteration
 
 
 def parameters(*shapes, dtype=torch.float32):
@@ -69,16 +69,16 @@ def test_a_reloaded_optimizer_refreshes_to_the_same_bits():
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
-    (twin,) = parameters(WIDE)
-    twin.data.copy_(weight.detach())
-    other = LiftAdamW([twin], **options)
+    (copied,) = parameters(WIDE)
+    copied.data.copy_(weight.detach())
+    other = LiftAdamW([copied], **options)
     other.load_state_dict(torch.load(file, weights_only=True))
     for key in ("basis", "threshold"):
-        assert torch.equal(other.state[twin][key], optimizer.state[weight][key])
+        assert torch.equal(other.state[copied][key], optimizer.state[weight][key])
     for one in (optimizer, other):
         train(one, range(4, 8))
         assert one.last_refresh.matrices[0].method == "warm"
-    assert torch.equal(weight, twin) and torch.equal(masks(optimizer)[0], masks(other)[0])
+    assert torch.equal(weight, copied) and torch.equal(masks(optimizer)[0], masks(other)[0])
 
 
 def test_a_basis_that_does_not_fit_is_refused_at_loading():

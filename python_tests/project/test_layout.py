@@ -133,7 +133,7 @@ def test_the_op_table_of_the_readme():
     backends = header[2:]
     assert sorted(backends) == sorted(dispatch.NAMES)
     documented = {
-        # The README names the public function, the table of ops the op that fills a block.
+        # The README has the public function, and the table has the op that fills a block.
         row[0].strip("`").replace("gaussian_sketch", "gaussian_sketch_"): {
             name for name, cell in zip(backends, row[2:], strict=True) if {"": False, "yes": True}[cell]
         }
