@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from helpers.backends import BackendDevice
 from helpers.bits import FP32, assert_near, assert_same_bits, bits, random_indices
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
@@ -45,7 +46,7 @@ class Problem:
     packed: bool
     buffers: list[Tensor] = field(default_factory=list)  # the weights with their borders
 
-    def step(self, backend, advance: bool = True, **options) -> None:
+    def step(self, backend: BackendDevice, /, advance: bool = True, **options) -> None:
         """Call the op once; ``options`` override `HYPER`."""
         if advance:
             self.steps += 1
@@ -263,7 +264,7 @@ def assert_stepped(before: Problem, after: Problem, **options) -> None:
     assert_same_bits(after.state(), expected)
 
 
-def step_and_check(backend, problem, **options):
+def step_and_check(backend: BackendDevice, problem: Problem, /, **options):
     """Take one step and check it against the truth; inputs must not change."""
     before, inputs = problem.copy(), problem.inputs()
     problem.step(backend, **options)
