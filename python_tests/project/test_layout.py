@@ -70,7 +70,7 @@ def own_imports(module: str, top_level: bool = False) -> set[str]:
 def allowed(module: str, imported: str) -> bool:
     package, other = module.split(".")[0], imported.split(".")[0]
     if module.startswith("ops.triton"):
-        return imported.startswith("ops.triton") or imported in TRITON_MAY_USE
+        return imported.startswith("ops.triton") or imported in TRITON_MAY_USE | FLAT
     return module in ("", "__main__") or package == other or other in ALLOWED[package]
 
 
