@@ -67,7 +67,9 @@ lint: setup
 	$(BIN)/mypy
 
 # CPU ops and CUDA ops for sm_80, sm_90 and sm_100 in one abi3 file; LIFT_CUDA=0 make wheel where there is no nvcc.
+# An old build folder would put modules into the wheel that the package no longer has.
 wheel: $(VENV)/.packages
+	rm -rf build
 	LIFT_CUDA=$(or $(LIFT_CUDA),1) LIFT_REQUIRE_NATIVE=1 $(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
 
 clean:

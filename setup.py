@@ -1,16 +1,18 @@
-"""Builds lift_kernels._C: the CPU ops always, the CUDA ops when nvcc is found (also under a
-CPU-only torch).
+"""Build lift_kernels._C: the CPU ops, and the CUDA ops if nvcc is found.
 
-One abi3 file serves Python 3.11 and later and, through torch's stable ABI, torch 2.11 and later.
-The CUDA sources know nothing of torch, so plain ``nvcc -c`` compiles them and the runtime is linked
-statically. Environment:
+The CUDA ops are also built under a CPU-only torch. One abi3 file supports Python 3.11 and later. It
+uses torch's stable ABI, so it also supports torch 2.11 and later. The CUDA sources do not include
+torch, so plain ``nvcc -c`` compiles them. The CUDA runtime is linked statically.
 
-- ``LIFT_CUDA=0`` leaves CUDA out, ``LIFT_CUDA=1`` makes its absence an error;
-- ``LIFT_CUDA_ARCHS`` names the targets, by default ``80;90;100``;
-- ``CUDA_HOME`` names a toolkit; without it the one that ``nvcc`` on PATH belongs to is asked.
+Environment variables:
 
-Without a C++ compiler the package still installs: Triton and the PyTorch reference serve, and the
-first op says so.
+- ``LIFT_CUDA=0`` leaves CUDA out. ``LIFT_CUDA=1`` makes a missing nvcc an error.
+- ``LIFT_CUDA_ARCHS`` lists the target architectures, by default ``80;90;100``.
+- ``CUDA_HOME`` is the CUDA toolkit. By default it is the toolkit of ``nvcc`` on PATH.
+- ``LIFT_REQUIRE_NATIVE=1`` makes a failed build of the extension an error.
+
+Without a C++ compiler the package still installs. It then uses Triton and the PyTorch reference,
+and a warning reports this when the first op runs.
 """
 
 import os
@@ -27,8 +29,8 @@ from setuptools.errors import CCompilerError, CompileError, ExecError, PlatformE
 ROOT = Path(__file__).parent
 CPU_SOURCES = ["csrc/bindings.cpp", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))]
 CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cuda").glob("*.cu"))
-# No errno and no traps, or the loops around sqrt do not vectorize; no contraction, so that all
-# instruction sets agree.
+# Without -fno-math-errno and -fno-trapping-math the loops around sqrt do not vectorize.
+# -ffp-contract=off gives the same bits on all instruction sets.
 CXX_FLAGS = [
     "-std=c++20",
     "-O3",
@@ -42,8 +44,9 @@ NVCC_FLAGS = ["-std=c++20", "-O3", "--fmad=false", "-Xcompiler=-fPIC", "-Xptxas=
 
 
 def cuda_toolkit() -> Path | None:
-    """The toolkit to compile with. nvcc itself is asked where it lives: on PATH it is often a
-    wrapper script.
+    """Return the CUDA toolkit to compile with, or None.
+
+    The path comes from ``nvcc --dryrun``, because nvcc on PATH is often a wrapper script.
     """
     if os.environ.get("LIFT_CUDA", "auto") == "0":
         return None
@@ -60,7 +63,7 @@ def cuda_toolkit() -> Path | None:
 
 
 def static_runtime(toolkit: Path) -> Path | None:
-    """Folder of libcudart_static.a."""
+    """Return the folder of libcudart_static.a, or None."""
     for folder in (toolkit / "lib64", *sorted(toolkit.glob("targets/*/lib"))):
         if (folder / "libcudart_static.a").exists():
             return folder
@@ -68,8 +71,9 @@ def static_runtime(toolkit: Path) -> Path | None:
 
 
 def compile_cuda(toolkit: Path, build_dir: Path) -> list[str]:
-    """Objects of the CUDA sources, machine code for each target and PTX of the last for cards to
-    come; side by side.
+    """Compile the CUDA sources in parallel and return the object files.
+
+    They contain machine code for each target, and PTX of the last target for future GPUs.
     """
     archs = os.environ.get("LIFT_CUDA_ARCHS", "80;90;100").split(";")
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
@@ -88,8 +92,9 @@ def compile_cuda(toolkit: Path, build_dir: Path) -> list[str]:
 
 
 def add_cuda(ext: Extension, build_dir: Path) -> None:
-    """Compile the CUDA sources into the extension when a working toolkit is found; the CPU ops
-    never depend on it.
+    """Add the CUDA objects to the extension if a working toolkit is found.
+
+    The CPU ops never depend on CUDA.
     """
     toolkit = cuda_toolkit()
     runtime = static_runtime(toolkit) if toolkit is not None else None
@@ -100,7 +105,7 @@ def add_cuda(ext: Extension, build_dir: Path) -> None:
     except subprocess.CalledProcessError as error:
         if os.environ.get("LIFT_CUDA") == "1":
             raise
-        print(f"lift_kernels: nvcc failed ({error}); the CUDA ops are left out, Triton serves GPUs", file=sys.stderr)
+        print(f"lift_kernels: nvcc failed ({error}); the CUDA ops are left out, GPUs use Triton", file=sys.stderr)
         return
     ext.define_macros.append(("LIFT_WITH_CUDA", "1"))
     ext.library_dirs.append(str(runtime))
@@ -108,8 +113,9 @@ def add_cuda(ext: Extension, build_dir: Path) -> None:
 
 
 def native_extension() -> tuple[list[Extension], dict]:
-    """The extension and its build command; both empty when torch's headers are absent (an isolated
-    build).
+    """Return the extension and its build command.
+
+    Both are empty if torch cannot be imported, as in an isolated build.
     """
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
@@ -130,9 +136,8 @@ def native_extension() -> tuple[list[Extension], dict]:
                 if os.environ.get("LIFT_REQUIRE_NATIVE") == "1":
                     raise
                 print(
-                    f"lift_kernels: the native extension was not built ({error}). CPU tensors will be "
-                    "served by the slow "
-                    "PyTorch reference; Triton on GPUs is not affected.",
+                    f"lift_kernels: the native extension was not built ({error}). CPU tensors will use the "
+                    "slow PyTorch reference; Triton on GPUs is not affected.",
                     file=sys.stderr,
                 )
 
@@ -150,7 +155,7 @@ def native_extension() -> tuple[list[Extension], dict]:
     return [extension], {"build_ext": Build}
 
 
-if __name__ == "__main__":  # false where bench/kernel_compile.py reads the sources and flags
+if __name__ == "__main__":  # not when bench/kernel_compile.py imports this file
     extensions, commands = native_extension()
     setup(
         ext_modules=extensions,

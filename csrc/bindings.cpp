@@ -1,5 +1,6 @@
-// Registers the private ops lift_kernels_native::* under torch's stable ABI: checks of form and dispatch by dtype, no math.
-// The public ops, with their schemas, fakes and argument checks, are named in lift_kernels/ops.
+// Registers the private ops lift_kernels_native::* under torch's stable ABI. This file checks
+// shapes and dispatches on dtypes; it computes nothing. The public ops, with their schemas, fake
+// implementations and argument checks, are in lift_kernels/ops.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -38,13 +39,14 @@ void parallel_for(int64_t n, lift::ParallelBody body, void* context) {
 }
 
 template <class T>
-T* pointer(const std::optional<Tensor>& tensor) {
+T* pointer_or_null(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? static_cast<T*>(tensor->data_ptr()) : nullptr;
 }
 
 std::vector<lift::Segment> segments_of(const std::vector<Tensor>& grads, const std::vector<int64_t>& offsets,
                                        const std::vector<int64_t>& counts) {
-  STD_TORCH_CHECK(grads.size() == offsets.size() && grads.size() == counts.size(), "lift_kernels_native: list lengths differ");
+  STD_TORCH_CHECK(grads.size() == offsets.size() && grads.size() == counts.size(),
+                  "lift_kernels_native: list lengths differ");
   std::vector<lift::Segment> segments(grads.size());
   for (size_t i = 0; i < grads.size(); ++i) {
     segments[i].grad = grads[i].data_ptr();
@@ -58,7 +60,7 @@ bool is_vector(const Tensor& tensor, ScalarType dtype, int64_t size) {
   return tensor.scalar_type() == dtype && tensor.dim() == 1 && tensor.size(0) == size && tensor.is_contiguous();
 }
 
-bool is_number(const std::optional<Tensor>& tensor) {
+bool is_optional_scalar(const std::optional<Tensor>& tensor) {
   return !tensor.has_value() || (tensor->scalar_type() == ScalarType::Float && tensor->numel() == 1);
 }
 
@@ -69,10 +71,13 @@ bool same_shape(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-bool is_float(ScalarType dtype) { return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half; }
+bool is_float(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
 
-// Whether every tensor of a step has the form that the kernel takes for granted. Python has the words for those that have not.
-bool is_ordinary_step(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, const Tensor& indices,
+// Whether every tensor of a step has the dtype, shape and layout that the kernel assumes. On false
+// the Python layer validates again and raises the detailed error.
+bool fast_check(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, const Tensor& indices,
                       const std::vector<int64_t>& offsets, const std::vector<int64_t>& counts, const Tensor& exp_avg,
                       const Tensor& exp_avg_sq, const Tensor& steps, const std::optional<Tensor>& master,
                       const std::optional<Tensor>& births, const std::optional<Tensor>& inv_scale,
@@ -81,11 +86,14 @@ bool is_ordinary_step(const std::vector<Tensor>& weights, const std::vector<Tens
   if (n == 0 || grads.size() != n || offsets.size() != n || counts.size() != n || indices.dim() != 1) return false;
   const int64_t size = indices.size(0);
   const ScalarType weight = weights[0].scalar_type(), grad = grads[0].scalar_type(), moment = exp_avg.scalar_type();
-  if (!is_float(weight) || !is_float(grad) || (moment != ScalarType::Float && moment != ScalarType::BFloat16)) return false;
+  if (!is_float(weight) || !is_float(grad) || (moment != ScalarType::Float && moment != ScalarType::BFloat16))
+    return false;
   if (stochastic && (master.has_value() || weight == ScalarType::Float)) return false;
-  if (!is_vector(indices, ScalarType::Int, size) || !is_vector(exp_avg, moment, size) || !is_vector(exp_avg_sq, moment, size) ||
-      !is_vector(steps, ScalarType::Float, int64_t(n)) || (master.has_value() && !is_vector(*master, ScalarType::Float, size)) ||
-      (births.has_value() && !is_vector(*births, ScalarType::Int, size)) || !is_number(inv_scale) || !is_number(found_inf))
+  if (!is_vector(indices, ScalarType::Int, size) || !is_vector(exp_avg, moment, size) ||
+      !is_vector(exp_avg_sq, moment, size) || !is_vector(steps, ScalarType::Float, int64_t(n)) ||
+      (master.has_value() && !is_vector(*master, ScalarType::Float, size)) ||
+      (births.has_value() && !is_vector(*births, ScalarType::Int, size)) || !is_optional_scalar(inv_scale) ||
+      !is_optional_scalar(found_inf))
     return false;
   for (size_t i = 0; i < n; ++i) {
     const Tensor &w = weights[i], &g = grads[i];
@@ -96,20 +104,20 @@ bool is_ordinary_step(const std::vector<Tensor>& weights, const std::vector<Tens
   return true;
 }
 
-float number(const std::optional<Tensor>& tensor, float otherwise) {
+float scalar_or(const std::optional<Tensor>& tensor, float otherwise) {
   return tensor.has_value() ? *static_cast<const float*>(tensor->data_ptr()) : otherwise;
 }
 
-// Returns whether the arguments had the ordinary form; if not, nothing was done.
+// Returns whether the arguments passed fast_check. If not, nothing was changed.
 bool sparse_adamw_(std::vector<Tensor> weights, std::vector<Tensor> grads, Tensor indices, std::vector<int64_t> offsets,
-                   std::vector<int64_t> counts, Tensor exp_avg, Tensor exp_avg_sq, Tensor steps, double lr, double beta1,
-                   double beta2, double eps, double weight_decay, std::optional<Tensor> master, std::optional<Tensor> births,
-                   std::optional<Tensor> bias, std::optional<Tensor> inv_scale, std::optional<Tensor> found_inf, bool packed_grads,
-                   bool maximize, bool stochastic, int64_t seed) {
-  if (!is_ordinary_step(weights, grads, indices, offsets, counts, exp_avg, exp_avg_sq, steps, master, births, inv_scale, found_inf,
-                        packed_grads, stochastic))
+                   std::vector<int64_t> counts, Tensor exp_avg, Tensor exp_avg_sq, Tensor steps, double lr,
+                   double beta1, double beta2, double eps, double weight_decay, std::optional<Tensor> master,
+                   std::optional<Tensor> births, std::optional<Tensor> bias, std::optional<Tensor> inv_scale,
+                   std::optional<Tensor> found_inf, bool packed_grads, bool maximize, bool stochastic, int64_t seed) {
+  if (!fast_check(weights, grads, indices, offsets, counts, exp_avg, exp_avg_sq, steps, master, births, inv_scale,
+                  found_inf, packed_grads, stochastic))
     return false;
-  if (number(found_inf, 0.0f) != 0.0f) return true;
+  if (scalar_or(found_inf, 0.0f) != 0.0f) return true;
   std::vector<lift::Segment> segments = segments_of(grads, offsets, counts);
   const float* step = static_cast<const float*>(steps.data_ptr());
   for (size_t i = 0; i < segments.size(); ++i) {
@@ -120,16 +128,16 @@ bool sparse_adamw_(std::vector<Tensor> weights, std::vector<Tensor> grads, Tenso
   adamw.indices = static_cast<const int32_t*>(indices.data_ptr());
   adamw.exp_avg = exp_avg.data_ptr();
   adamw.exp_avg_sq = exp_avg_sq.data_ptr();
-  adamw.master = pointer<float>(master);
-  adamw.births = pointer<const int32_t>(births);
-  adamw.bias_table = pointer<const float>(bias);
+  adamw.master = pointer_or_null<float>(master);
+  adamw.births = pointer_or_null<const int32_t>(births);
+  adamw.bias_table = pointer_or_null<const float>(bias);
   adamw.bias_ages = bias.has_value() ? bias->numel() / 2 - 1 : 0;
   adamw.lr = lr;
   adamw.beta1 = beta1;
   adamw.beta2 = beta2;
   adamw.eps = eps;
   adamw.weight_decay = weight_decay;
-  adamw.grad_factor = number(inv_scale, 1.0f) * (maximize ? -1.0f : 1.0f);
+  adamw.grad_factor = scalar_or(inv_scale, 1.0f) * (maximize ? -1.0f : 1.0f);
   adamw.packed_grads = packed_grads;
   adamw.stochastic = stochastic;
   adamw.seed = uint32_t(seed);
@@ -139,23 +147,24 @@ bool sparse_adamw_(std::vector<Tensor> weights, std::vector<Tensor> grads, Tenso
 }
 
 void packed_gather(Tensor source, Tensor indices, Tensor out) {
-  lift::packed_gather_cpu(source.data_ptr(), dtype_of(source), static_cast<const int32_t*>(indices.data_ptr()), indices.numel(),
-                          out.data_ptr(), dtype_of(out), parallel_for);
+  lift::packed_gather_cpu(source.data_ptr(), dtype_of(source), static_cast<const int32_t*>(indices.data_ptr()),
+                          indices.numel(), out.data_ptr(), dtype_of(out), parallel_for);
 }
 
 void packed_scatter_(Tensor dest, Tensor indices, Tensor values) {
-  lift::packed_scatter_cpu(dest.data_ptr(), dtype_of(dest), static_cast<const int32_t*>(indices.data_ptr()), indices.numel(),
-                           values.data_ptr(), dtype_of(values), parallel_for);
+  lift::packed_scatter_cpu(dest.data_ptr(), dtype_of(dest), static_cast<const int32_t*>(indices.data_ptr()),
+                           indices.numel(), values.data_ptr(), dtype_of(values), parallel_for);
 }
 
 void packed_migrate(Tensor values, Tensor old_indices, Tensor new_indices, Tensor out) {
-  lift::packed_migrate_cpu(values.data_ptr(), int(values.element_size()), static_cast<const int32_t*>(old_indices.data_ptr()),
-                           old_indices.numel(), static_cast<const int32_t*>(new_indices.data_ptr()), new_indices.numel(),
-                           out.data_ptr(), parallel_for);
+  lift::packed_migrate_cpu(values.data_ptr(), int(values.element_size()),
+                           static_cast<const int32_t*>(old_indices.data_ptr()), old_indices.numel(),
+                           static_cast<const int32_t*>(new_indices.data_ptr()), new_indices.numel(), out.data_ptr(),
+                           parallel_for);
 }
 
-Tensor packed_square_sums(std::vector<Tensor> grads, Tensor indices, std::vector<int64_t> offsets, std::vector<int64_t> counts,
-                          bool packed_grads) {
+Tensor packed_square_sums(std::vector<Tensor> grads, Tensor indices, std::vector<int64_t> offsets,
+                          std::vector<int64_t> counts, bool packed_grads) {
   const std::vector<lift::Segment> segments = segments_of(grads, offsets, counts);
   STD_TORCH_CHECK(!segments.empty(), "lift_kernels_native: packed_square_sums needs a gradient");
   const int64_t n = int64_t(segments.size());
@@ -172,23 +181,25 @@ double lowrank_topk(Tensor left, Tensor right, double low, double high, Tensor i
                                 static_cast<int32_t*>(indices.data_ptr()), parallel_for);
 }
 
-// out = a @ b through torch's dispatcher, which knows the fastest product of this build.
+// out = a @ b through torch's dispatcher, which picks the fastest product of this build.
 void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
-  StableIValue stack[] = {torch::stable::detail::from(a), torch::stable::detail::from(b), torch::stable::detail::from(out)};
+  StableIValue stack[] = {torch::stable::detail::from(a), torch::stable::detail::from(b),
+                          torch::stable::detail::from(out)};
   STD_TORCH_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION) == 0,
                   "lift_kernels_native: the product of a gradient panel failed");
-  torch::stable::detail::to<Tensor>(stack[0]);  // a second handle of `out`, dropped
+  torch::stable::detail::to<Tensor>(stack[0]);  // drops a second handle of `out`
 }
 
-// A panel in memory that each thread keeps, so that no layer of a backward pass waits for fresh pages.
+// A panel in memory that each thread keeps, so that the layers of a backward pass do not wait for
+// new pages.
 Tensor panel_memory(const std::vector<int64_t>& shape, const Tensor& like) {
   thread_local std::vector<char> memory;
   const size_t needed = size_t(shape[0] * shape[1]) * size_t(like.element_size()) + 64;
   if (memory.size() < needed) std::vector<char>(needed).swap(memory);
   const std::vector<int64_t> strides{shape[1], 1};
   void* const aligned = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
-  return torch::stable::from_blob(aligned, {shape.data(), shape.size()}, {strides.data(), strides.size()}, like.device(),
-                                  like.scalar_type());
+  return torch::stable::from_blob(aligned, {shape.data(), shape.size()}, {strides.data(), strides.size()},
+                                  like.device(), like.scalar_type());
 }
 
 void packed_weight_grad(Tensor grad_output, Tensor input, Tensor indices, Tensor out) {
@@ -206,79 +217,88 @@ void packed_weight_grad(Tensor grad_output, Tensor input, Tensor indices, Tensor
     const Tensor panel = torch::stable::narrow(scratch, 0, 0, count);
     mm_out(left, input, panel);
     lift::packed_gather_cpu(panel.data_ptr(), dtype_of(panel), index + entries.first, entries.count,
-                            static_cast<char*>(out.data_ptr()) + entries.first * out_width, dtype_of(out), parallel_for, row * n,
-                            lift::kWarmChunk);
+                            static_cast<char*>(out.data_ptr()) + entries.first * out_width, dtype_of(out), parallel_for,
+                            row * n, lift::kCachedChunk);
   }
 }
 
 #ifdef LIFT_WITH_CUDA
-// torch's current stream, through a symbol that only a CUDA build of torch exports: the extension itself links to neither. Python
-// loads torch's libraries into a scope of their own, where RTLD_DEFAULT does not look; the library is named, but never loaded here.
-lift::Stream current_stream(const Tensor& tensor) {
+// torch's current stream, from a function that only a CUDA build of torch exports. The extension
+// does not link to that library. Python loads torch's libraries into a local scope that
+// RTLD_DEFAULT does not search, so the library is looked up by name. It is never loaded here
+// (RTLD_NOLOAD).
+lift::DeviceStream current_stream(const Tensor& tensor) {
   using GetStream = AOTITorchError (*)(int32_t, void**);
   static const auto get = [] {
     void* const loaded = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return reinterpret_cast<GetStream>(dlsym(loaded != nullptr ? loaded : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+    return reinterpret_cast<GetStream>(
+        dlsym(loaded != nullptr ? loaded : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
   }();
   STD_TORCH_CHECK(get != nullptr, "lift_kernels_native: this torch was built without CUDA");
-  lift::Stream where{tensor.get_device(), nullptr};
-  STD_TORCH_CHECK(get(where.device, &where.stream) == 0, "lift_kernels_native: torch gave no CUDA stream");
-  return where;
+  lift::DeviceStream stream{tensor.get_device(), nullptr};
+  STD_TORCH_CHECK(get(stream.device, &stream.handle) == 0, "lift_kernels_native: torch gave no CUDA stream");
+  return stream;
 }
 
-void check(int error) { STD_TORCH_CHECK(error == 0, "lift_kernels_native: CUDA error ", error); }
+void check_cuda(int error) { STD_TORCH_CHECK(error == 0, "lift_kernels_native: CUDA error ", error); }
 
 void packed_gather_on_cuda(Tensor source, Tensor indices, Tensor out) {
-  check(lift::packed_gather_cuda(source.data_ptr(), dtype_of(source), static_cast<const int32_t*>(indices.data_ptr()),
-                                 indices.numel(), out.data_ptr(), dtype_of(out), current_stream(indices)));
+  check_cuda(lift::packed_gather_cuda(source.data_ptr(), dtype_of(source),
+                                      static_cast<const int32_t*>(indices.data_ptr()), indices.numel(), out.data_ptr(),
+                                      dtype_of(out), current_stream(indices)));
 }
 
 void packed_scatter_on_cuda(Tensor dest, Tensor indices, Tensor values) {
-  check(lift::packed_scatter_cuda(dest.data_ptr(), dtype_of(dest), static_cast<const int32_t*>(indices.data_ptr()),
+  check_cuda(lift::packed_scatter_cuda(dest.data_ptr(), dtype_of(dest), static_cast<const int32_t*>(indices.data_ptr()),
                                   indices.numel(), values.data_ptr(), dtype_of(values), current_stream(indices)));
 }
 
 void packed_migrate_on_cuda(Tensor values, Tensor old_indices, Tensor new_indices, Tensor out) {
-  check(lift::packed_migrate_cuda(values.data_ptr(), int(values.element_size()),
-                                  static_cast<const int32_t*>(old_indices.data_ptr()), old_indices.numel(),
-                                  static_cast<const int32_t*>(new_indices.data_ptr()), new_indices.numel(), out.data_ptr(),
-                                  current_stream(values)));
+  check_cuda(lift::packed_migrate_cuda(values.data_ptr(), int(values.element_size()),
+                                       static_cast<const int32_t*>(old_indices.data_ptr()), old_indices.numel(),
+                                       static_cast<const int32_t*>(new_indices.data_ptr()), new_indices.numel(),
+                                       out.data_ptr(), current_stream(values)));
 }
 
-float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
+float* float_pointer(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
 
 void gaussian_sketch_on_cuda(Tensor block, int64_t seed, int64_t first) {
-  check(lift::gaussian_sketch_cuda(block.data_ptr(), dtype_of(block), block.size(0), block.size(1) * block.size(2), uint64_t(seed),
-                                   uint64_t(first), current_stream(block)));
+  check_cuda(lift::gaussian_sketch_cuda(block.data_ptr(), dtype_of(block), block.size(0), block.size(1) * block.size(2),
+                                        uint64_t(seed), uint64_t(first), current_stream(block)));
 }
 
-void gram_on_cuda(Tensor product, std::optional<Tensor> block, std::optional<Tensor> previous, std::optional<Tensor> edge,
-                  std::optional<Tensor> raised, int64_t slab_rows, Tensor partials) {
-  STD_TORCH_CHECK(partials.size(1) == (product.size(1) + slab_rows - 1) / slab_rows, "lift_kernels_native: slabs do not fit");
-  check(lift::gram_cuda(floats(product), pointer<const float>(block), pointer<const float>(previous), pointer<const float>(edge),
-                        pointer<float>(raised), product.size(0), product.size(1), product.size(2), slab_rows, floats(partials),
-                        current_stream(product)));
+void gram_on_cuda(Tensor product, std::optional<Tensor> block, std::optional<Tensor> previous,
+                  std::optional<Tensor> edge, std::optional<Tensor> raised, int64_t slab_rows, Tensor partials) {
+  STD_TORCH_CHECK(partials.size(1) == (product.size(1) + slab_rows - 1) / slab_rows,
+                  "lift_kernels_native: slabs do not fit");
+  check_cuda(lift::gram_cuda(float_pointer(product), pointer_or_null<const float>(block),
+                             pointer_or_null<const float>(previous), pointer_or_null<const float>(edge),
+                             pointer_or_null<float>(raised), product.size(0), product.size(1), product.size(2),
+                             slab_rows, float_pointer(partials), current_stream(product)));
 }
 
 void cholesky_inverse_on_cuda(Tensor partials, Tensor gram, Tensor scale, Tensor inverse, Tensor status) {
-  check(lift::cholesky_inverse_cuda(floats(partials), partials.size(0), partials.size(1), gram.size(1), floats(gram),
-                                    floats(scale), floats(inverse), static_cast<int32_t*>(status.data_ptr()),
-                                    current_stream(partials)));
+  check_cuda(lift::cholesky_inverse_cuda(float_pointer(partials), partials.size(0), partials.size(1), gram.size(1),
+                                         float_pointer(gram), float_pointer(scale), float_pointer(inverse),
+                                         static_cast<int32_t*>(status.data_ptr()), current_stream(partials)));
 }
 
 void multiply_upper_on_cuda(Tensor x, Tensor inverse, Tensor status) {
-  check(lift::multiply_upper_cuda(floats(x), floats(inverse), static_cast<const int32_t*>(status.data_ptr()), x.size(0), x.size(1),
-                                  x.size(2), current_stream(x)));
+  check_cuda(lift::multiply_upper_cuda(float_pointer(x), float_pointer(inverse),
+                                       static_cast<const int32_t*>(status.data_ptr()), x.size(0), x.size(1), x.size(2),
+                                       current_stream(x)));
 }
 
-void bitmap_to_indices_on_cuda(Tensor bitmaps, Tensor candidates, Tensor counts, int64_t columns, Tensor totals, Tensor indices,
-                               Tensor thresholds, Tensor status) {
+void bitmap_to_indices_on_cuda(Tensor bitmaps, Tensor candidates, Tensor counts, int64_t columns, Tensor totals,
+                               Tensor indices, Tensor thresholds, Tensor status) {
   const int64_t matrices = bitmaps.size(0), rows = bitmaps.size(1);
-  STD_TORCH_CHECK(totals.numel() == matrices * lift::bitmap_tiles(rows, columns), "lift_kernels_native: tiles do not fit");
+  STD_TORCH_CHECK(totals.numel() == matrices * lift::bitmap_tiles(rows, columns),
+                  "lift_kernels_native: tiles do not fit");
   const auto int32s = [](const Tensor& tensor) { return static_cast<int32_t*>(tensor.data_ptr()); };
-  check(lift::bitmap_to_indices_cuda(int32s(bitmaps), matrices, rows, columns, static_cast<const int64_t*>(candidates.data_ptr()),
-                                     candidates.size(1), int32s(counts), indices.size(1), int32s(totals), int32s(indices),
-                                     floats(thresholds), int32s(status), current_stream(bitmaps)));
+  check_cuda(lift::bitmap_to_indices_cuda(int32s(bitmaps), matrices, rows, columns,
+                                          static_cast<const int64_t*>(candidates.data_ptr()), candidates.size(1),
+                                          int32s(counts), indices.size(1), int32s(totals), int32s(indices),
+                                          float_pointer(thresholds), int32s(status), current_stream(bitmaps)));
 }
 
 int64_t cuda_runtime_version() { return lift::cuda_runtime_version(); }
@@ -294,10 +314,10 @@ bool cuda_has_code() { return false; }
 
 STABLE_TORCH_LIBRARY(lift_kernels_native, m) {
   m.def(
-      "sparse_adamw_(Tensor(a!)[] weights, Tensor[] grads, Tensor indices, int[] offsets, int[] counts, Tensor(b!) exp_avg, "
-      "Tensor(c!) exp_avg_sq, Tensor steps, float lr, float beta1, float beta2, float eps, float weight_decay, "
-      "Tensor(d!)? master, Tensor? births, Tensor? bias, Tensor? inv_scale, Tensor? found_inf, bool packed_grads, bool maximize, "
-      "bool stochastic, int seed) -> bool");
+      "sparse_adamw_(Tensor(a!)[] weights, Tensor[] grads, Tensor indices, int[] offsets, int[] counts, "
+      "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor steps, float lr, float beta1, float beta2, float eps, "
+      "float weight_decay, Tensor(d!)? master, Tensor? births, Tensor? bias, Tensor? inv_scale, Tensor? found_inf, "
+      "bool packed_grads, bool maximize, bool stochastic, int seed) -> bool");
   m.def("packed_gather(Tensor source, Tensor indices, Tensor(a!) out) -> ()");
   m.def("packed_scatter_(Tensor(a!) dest, Tensor indices, Tensor values) -> ()");
   m.def("packed_migrate(Tensor values, Tensor old_indices, Tensor new_indices, Tensor(a!) out) -> ()");
@@ -306,14 +326,15 @@ STABLE_TORCH_LIBRARY(lift_kernels_native, m) {
   m.def("packed_weight_grad(Tensor grad_output, Tensor input, Tensor indices, Tensor(a!) out) -> ()");
   m.def("gaussian_sketch_(Tensor(a!) block, int seed, int first) -> ()");
   m.def(
-      "gram(Tensor product, Tensor? block, Tensor? previous, Tensor? edge, Tensor(a!)? raised, int slab_rows, Tensor(b!) partials) "
-      "-> ()");
+      "gram(Tensor product, Tensor? block, Tensor? previous, Tensor? edge, Tensor(a!)? raised, int slab_rows, "
+      "Tensor(b!) partials) -> ()");
   m.def(
-      "cholesky_inverse(Tensor partials, Tensor(a!) gram, Tensor(b!) scale, Tensor(c!) inverse, Tensor(d!) status) -> ()");
+      "cholesky_inverse(Tensor partials, Tensor(a!) gram, Tensor(b!) scale, Tensor(c!) inverse, Tensor(d!) status) "
+      "-> ()");
   m.def("multiply_upper_(Tensor(a!) x, Tensor inverse, Tensor status) -> ()");
   m.def(
-      "bitmap_to_indices(Tensor(a!) bitmaps, Tensor candidates, Tensor counts, int columns, Tensor(b!) totals, Tensor(c!) indices, "
-      "Tensor(d!) thresholds, Tensor(e!) status) -> ()");
+      "bitmap_to_indices(Tensor(a!) bitmaps, Tensor candidates, Tensor counts, int columns, Tensor(b!) totals, "
+      "Tensor(c!) indices, Tensor(d!) thresholds, Tensor(e!) status) -> ()");
   m.def("cuda_runtime_version() -> int");
   m.def("cuda_driver_version() -> int");
   m.def("cuda_has_code() -> bool");

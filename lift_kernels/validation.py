@@ -25,8 +25,10 @@ def require(condition: bool, message: str, error: type[Exception] = ValueError) 
 
 
 def check_matrix(weight: Tensor, name: str) -> None:
-    """A weight that LIFT can train: a contiguous strided matrix, or a 3-D batch, of a supported
-    dtype with under 2^31 entries.
+    """Raise, naming the weight, unless LIFT can train it.
+
+    That is a contiguous strided matrix, or a 3-D batch of matrices, of dtype fp32, bf16 or fp16 and
+    with under 2^31 entries.
     """
     require(weight.layout == torch.strided, f"{name}: a dense (strided) weight is needed, got layout {weight.layout}")
     require(
@@ -50,12 +52,13 @@ def check_matrix(weight: Tensor, name: str) -> None:
 
 
 def check_gradient(grad: Tensor, weight: Tensor, name: str, sparse: bool = True) -> None:
-    """A strided gradient of the weight's shape and device, and for a weight that LIFT trains of a
-    supported dtype.
+    """Raise, naming the weight, unless its gradient is strided and has its shape and device.
+
+    With ``sparse`` the gradient must have a dtype that the sparse step supports, too.
     """
     ordinary = grad.layout == torch.strided and grad.dtype == weight.dtype and grad.device == weight.device
     if ordinary and grad.shape == weight.shape:
-        return  # as nearly always: the messages below take longer to build than all checks
+        return  # The usual case. The messages below take longer to build than all checks.
     require(
         grad.layout == torch.strided,
         f"{name}: sparse gradients are not supported, got layout {grad.layout}",
@@ -75,8 +78,9 @@ def check_gradient(grad: Tensor, weight: Tensor, name: str, sparse: bool = True)
 
 
 def check_index_list(indices: Tensor, numel: int, name: str, device: torch.device | None = None) -> None:
-    """A flat int32 index list: sorted, unique, within ``0 .. numel - 1``. Reads the list, so it
-    waits for its device.
+    """Raise unless ``indices`` is a flat int32 list: sorted, unique, within ``0 .. numel - 1``.
+
+    Reads the list, so it waits for the list's device.
     """
     require(
         isinstance(indices, Tensor), f"{name}: the index list must be a tensor, got {type(indices).__name__}", TypeError
@@ -88,7 +92,7 @@ def check_index_list(indices: Tensor, numel: int, name: str, device: torch.devic
     )
     if indices.numel() == 0:
         return
-    # Neighbours are compared as they are: a difference of two int32 could wrap and hide a disorder.
+    # Neighbours are compared directly. A difference of two int32 values could wrap.
     disorder = (indices[1:] <= indices[:-1]).nonzero()
     if disorder.numel():
         at = int(disorder[0])
@@ -105,7 +109,7 @@ def check_index_list(indices: Tensor, numel: int, name: str, device: torch.devic
 
 
 def check_finite(tensor: Tensor, name: str) -> None:
-    """No NaN and no infinity. Waits for the device."""
+    """Raise for a NaN or an infinity. Waits for the device."""
     finite = torch.isfinite(tensor)
     if not bool(finite.all()):
         bad = int((~finite).sum())

@@ -1,4 +1,5 @@
-// Element types of the CPU kernels: storage formats that widen to fp32 and round back, written so that loops vectorize.
+// Element types of the CPU kernels. Each is a storage format that widens to fp32 and rounds back.
+// The conversions are written so that loops over them vectorize.
 #pragma once
 
 #include <bit>
@@ -8,11 +9,12 @@
 
 #include "../launchers.h"
 
-// One binary for every x86 machine: the loader picks the widest instruction set. -ffp-contract=off keeps their bits equal.
+// One binary serves every x86 machine: the loader picks the widest instruction set. All of them
+// give the same bits, because of -ffp-contract=off.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(LIFT_NO_CLONES)
 #if __GNUC__ >= 12
 #define LIFT_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else  // no names of levels yet; 16-bit elements then go through 256-bit registers
+#else  // older GCC cannot name the levels; 16-bit elements then use 256-bit registers
 #define LIFT_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
 #endif
 #else
@@ -42,7 +44,7 @@ struct F32 {
 struct BF16 {
   using Storage = uint16_t;
   static float widen(uint16_t x) { return float_of(uint32_t(x) << 16); }
-  static uint16_t round(float x) {  // nearest even; a NaN keeps its sign and stays a NaN
+  static uint16_t round(float x) {  // to nearest even; a NaN keeps its sign and stays a NaN
     const uint32_t bits = bits_of(x);
     const uint32_t nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const uint32_t nan = (bits >> 16) | 0x40u;
@@ -53,20 +55,23 @@ struct BF16 {
 struct F16 {
   using Storage = uint16_t;
   static float widen(uint16_t x) {
-    // Shift exponent and mantissa into place and rescale by 2^112; infinities and NaN keep an exponent of all ones.
+    // Shift exponent and mantissa into place, then multiply by 2^112. Infinities and NaN keep an
+    // exponent of all ones.
     const uint32_t sign = uint32_t(x & 0x8000u) << 16;
     const uint32_t magnitude = uint32_t(x & 0x7fffu) << 13;
     const float scaled = float_of(magnitude) * float_of(0x77800000u);
     const uint32_t special = magnitude | 0x7f800000u;
     return float_of(sign | ((x & 0x7c00u) == 0x7c00u ? special : bits_of(scaled)));
   }
-  static uint16_t round(float x) {  // nearest even
+  static uint16_t round(float x) {  // to nearest even
     const uint32_t bits = bits_of(x);
     const uint32_t sign = (bits >> 16) & 0x8000u;
     const uint32_t magnitude = bits & 0x7fffffffu;
-    // Normal range: rebias the exponent (-112) and round 13 bits away; a carry into the exponent is right, up to infinity.
+    // Normal range: rebias the exponent (-112) and round 13 bits away. A carry into the exponent is
+    // correct, also up to infinity.
     const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-    // Below 2^-14: adding 0.5 puts the quantum 2^-24 at the last mantissa bit, so the addition itself rounds to even.
+    // Below 2^-14: adding 0.5 puts the quantum 2^-24 at the last mantissa bit. The addition itself
+    // then rounds to even.
     const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
     uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
     half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // 65520 and more
@@ -75,22 +80,22 @@ struct F16 {
   }
 };
 
-// Storage of one format in another, rounded to nearest even.
+// Converts a stored value to another format, rounded to nearest even.
 template <class From, class To>
 typename To::Storage convert(typename From::Storage x) {
   if constexpr (std::is_same_v<From, To>) return x;  // the same bits, NaN payloads too
   else return To::round(From::widen(x));
 }
 
-// Calls f with the element type of a dtype.
+// Calls f with a value of the element type of `dtype`.
 template <class F>
-void with_type(DType dtype, const F& f) {
+void dispatch_dtype(DType dtype, const F& f) {
   if (dtype == DType::f32) f(F32{});
   else if (dtype == DType::bf16) f(BF16{});
   else f(F16{});
 }
 
-// The bijective 32-bit mix of the reference's counter_hash.
+// The bijective 32-bit mixer of the reference implementation (counter_hash).
 inline uint32_t counter_hash(uint32_t x) {
   x = (x ^ (x >> 16)) * 0x7feb352du;
   x = (x ^ (x >> 15)) * 0x846ca68bu;
@@ -98,15 +103,15 @@ inline uint32_t counter_hash(uint32_t x) {
 }
 
 template <class T>
-struct Stochastic;
+struct StochasticRounding;
 
 template <>
-struct Stochastic<F32> {
+struct StochasticRounding<F32> {
   static float round(float x, uint32_t) { return x; }
 };
 
 template <>
-struct Stochastic<BF16> {
+struct StochasticRounding<BF16> {
   static uint16_t round(float x, uint32_t noise) {
     const uint32_t bits = bits_of(x);
     const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
@@ -115,12 +120,12 @@ struct Stochastic<BF16> {
 };
 
 template <>
-struct Stochastic<F16> {
+struct StochasticRounding<F16> {
   static uint16_t round(float x, uint32_t noise) {
     const uint32_t bits = bits_of(x), sign = bits & 0x80000000u, magnitude = bits ^ sign;
     if (magnitude >= 0x7f800000u) return F16::round(x);
     if (magnitude >= 0x38800000u) return F16::round(float_of((bits + (noise & 0x1fffu)) & 0xffffe000u));
-    // A fixed-point format with quantum 2^-24 below 2^-14; the scaled value is exact in fp32.
+    // Below 2^-14 the format is fixed-point with quantum 2^-24. The scaled value is exact in fp32.
     const float scaled = float_of(magnitude) * 16777216.0f + float(noise >> 8) * (1.0f / 16777216.0f);
     return uint16_t((sign >> 16) | uint32_t(int32_t(scaled)));
   }

@@ -1,8 +1,11 @@
-// The k largest |L R^T| without the product: tiles of it are recomputed on the fly, a bitmap says which entries are chosen.
+// The k largest |L R^T| without storing the product. Tiles of it are recomputed on the fly, and a
+// bitmap marks the chosen entries.
 //
-// Entries are ordered by key, the bits of the fp32 value without its sign: integers in the order of the magnitudes, 0 = -0, NaN
-// above infinity. One sweep sets the bits of entries above a bracket around the k-th key and lists those inside; the largest of
-// these fill the rest. When the bracket misses or too many entries tie, histograms give the exact k-th key first.
+// Entries are ordered by key: the bits of the fp32 value without its sign. Keys are integers in the
+// order of the magnitudes, with 0 = -0 and NaN above infinity. One sweep sets the bits of the
+// entries above a bracket around the k-th key and lists the entries inside it. The largest of these
+// are then added. If the bracket misses the k-th key or too many entries tie, two histograms find
+// the exact k-th key first.
 #include <algorithm>
 #include <bit>
 #include <cstring>
@@ -16,86 +19,98 @@
 namespace lift {
 namespace {
 
-constexpr int kRows = 6;     // of a register tile
-constexpr int kColumns = 32;
-constexpr int kWord = 64;    // columns of a word of the bitmap, two register tiles
-constexpr int kBand = 48;    // rows that share a pass over the right factor
+constexpr int kTileRows = 6;  // a tile of the product in registers
+constexpr int kTileColumns = 32;
+constexpr int kWordBits = 64;  // columns per word of the bitmap, two tiles
+constexpr int kBandRows = 48;  // rows that share a pass over the right factor
 
-// 16 lanes, whatever the registers' width; the unaligned forms are for memory.
+// 16 lanes, whatever the width of the registers. The unaligned types are for loads and stores.
 using Floats = float __attribute__((vector_size(64)));
 using Keys = uint32_t __attribute__((vector_size(64)));
-using FloatsInMemory = float __attribute__((vector_size(64), aligned(4), may_alias));
-using KeysInMemory = uint32_t __attribute__((vector_size(64), aligned(4), may_alias));
+using UnalignedFloats = float __attribute__((vector_size(64), aligned(4), may_alias));
+using UnalignedKeys = uint32_t __attribute__((vector_size(64), aligned(4), may_alias));
 constexpr int kLanes = 16;
-constexpr int kVectors = kColumns / kLanes;
+constexpr int kVectors = kTileColumns / kLanes;
 
 struct Tile {
-  alignas(64) uint32_t keys[kRows][kWord];
+  alignas(64) uint32_t keys[kTileRows][kWordBits];
 };
 
-// keys[i][.] of kRows rows against one packed panel (rank x kColumns) of the right factor. Fused multiply-adds where there are
-// any: products need not agree with another machine's, only with the next sweep's.
-__attribute__((optimize("fp-contract=fast"))) LIFT_CLONES void multiply(const float* const* rows, const float* panel,
-                                                                         int64_t rank, uint32_t (*keys)[kWord]) {
-  Floats sum[kRows][kVectors] = {};
+// Computes keys[i][.] of kTileRows rows with one panel (rank x kTileColumns) of the right factor.
+// Fused multiply-adds are used where the machine has them: the products must agree between sweeps,
+// but not between machines.
+__attribute__((optimize("fp-contract=fast"))) LIFT_CLONES void compute_keys(const float* const* rows,
+                                                                            const float* panel, int64_t rank,
+                                                                            uint32_t (*keys)[kWordBits]) {
+  Floats sum[kTileRows][kVectors] = {};
   for (int64_t p = 0; p < rank; ++p) {
-    const auto* right = reinterpret_cast<const FloatsInMemory*>(panel + p * kColumns);
-    for (int i = 0; i < kRows; ++i)
+    const auto* right = reinterpret_cast<const UnalignedFloats*>(panel + p * kTileColumns);
+    for (int i = 0; i < kTileRows; ++i)
       for (int v = 0; v < kVectors; ++v) sum[i][v] += rows[i][p] * right[v];
   }
-  for (int i = 0; i < kRows; ++i)
+  for (int i = 0; i < kTileRows; ++i)
     for (int v = 0; v < kVectors; ++v)
-      *reinterpret_cast<KeysInMemory*>(keys[i] + v * kLanes) = reinterpret_cast<Keys>(sum[i][v]) & 0x7fffffffu;
+      *reinterpret_cast<UnalignedKeys*>(keys[i] + v * kLanes) = reinterpret_cast<Keys>(sum[i][v]) & 0x7fffffffu;
 }
 
-// Bit j of the result: keys[j] >= bound.
+// Bit j of the result is set if keys[j] >= bound.
 LIFT_CLONES uint64_t at_least(const uint32_t* keys, uint32_t bound) {
-  uint8_t flags[kWord];
-  for (int j = 0; j < kWord; ++j) flags[j] = keys[j] >= bound;
+  uint8_t flags[kWordBits];
+  for (int j = 0; j < kWordBits; ++j) flags[j] = keys[j] >= bound;
   uint64_t word = 0;
-  for (int j = 0; j < kWord; j += 8) {
+  for (int j = 0; j < kWordBits; j += 8) {
     uint64_t bytes;
     std::memcpy(&bytes, flags + j, 8);
-    word |= ((bytes * 0x0102040810204080u) >> 56) << j;  // gathers the low bits of eight bytes
+    word |= ((bytes * 0x0102040810204080u) >> 56) << j;  // gathers the lowest bits of eight bytes
   }
   return word;
 }
 
-// L (m x rank), R (n x rank) and the right factor in panels of kColumns columns, padded with zeros.
+// L (m x rank) and R (n x rank). R is packed into panels of kTileColumns columns, zero-padded.
 class Product {
  public:
   Product(const float* left, const float* right, int64_t m, int64_t n, int64_t rank, ParallelFor parallel_for)
-      : left_(left), m_(m), n_(n), rank_(rank), words_((n + kWord - 1) / kWord), parallel_for_(parallel_for),
-        panels_(size_t(words_ * kWord * rank)) {
-    for_ranges(parallel_for, words_ * 2, [&](int64_t begin, int64_t end) {
+      : left_(left),
+        m_(m),
+        n_(n),
+        rank_(rank),
+        words_per_row_((n + kWordBits - 1) / kWordBits),
+        parallel_for_(parallel_for),
+        panels_(size_t(words_per_row_ * kWordBits * rank)) {
+    for_ranges(parallel_for, words_per_row_ * 2, [&](int64_t begin, int64_t end) {
       for (int64_t q = begin; q < end; ++q)
-        for (int64_t j = 0; j < std::min<int64_t>(kColumns, n - q * kColumns); ++j)
-          for (int64_t p = 0; p < rank; ++p) panels_[size_t((q * rank + p) * kColumns + j)] = right[(q * kColumns + j) * rank + p];
+        for (int64_t j = 0; j < std::min<int64_t>(kTileColumns, n - q * kTileColumns); ++j)
+          for (int64_t p = 0; p < rank; ++p)
+            panels_[size_t((q * rank + p) * kTileColumns + j)] = right[(q * kTileColumns + j) * rank + p];
     });
   }
 
-  int64_t words() const { return words_; }  // of a row of the bitmap
-  int64_t bands() const { return (m_ + kBand - 1) / kBand; }
-  // Columns that exist among the 64 of word w.
-  uint64_t real(int64_t w) const { return n_ - w * kWord >= kWord ? ~uint64_t{0} : (uint64_t{1} << (n_ - w * kWord)) - 1; }
+  int64_t words_per_row() const { return words_per_row_; }  // of the bitmap
+  int64_t bands() const { return (m_ + kBandRows - 1) / kBandRows; }
+  // The bits of word w that are columns of the matrix.
+  uint64_t valid_mask(int64_t w) const {
+    return n_ - w * kWordBits >= kWordBits ? ~uint64_t{0} : (uint64_t{1} << (n_ - w * kWordBits)) - 1;
+  }
 
-  // visit(context, row, word, keys) for every row and word, rows of a band in one thread; make() gives a thread's context.
-  template <class Make, class Visit>
-  void sweep(const Make& make, const Visit& visit) const {
+  // Calls visit(context, row, word, keys) for every row and word. One thread visits all rows of a
+  // band. make_context() makes the context of a thread.
+  template <class MakeContext, class Visit>
+  void sweep(const MakeContext& make_context, const Visit& visit) const {
     for_ranges(parallel_for_, bands(), [&](int64_t begin, int64_t end) {
-      auto&& context = make();
+      auto&& context = make_context();
       for (int64_t band = begin; band < end; ++band) {
-        const int64_t last = std::min(m_, (band + 1) * kBand);
-        for (int64_t w = 0; w < words_; ++w)
-          for (int64_t row = band * kBand; row < last; row += kRows) {
-            const float* rows[kRows];
-            for (int i = 0; i < kRows; ++i) rows[i] = left_ + std::min(row + i, m_ - 1) * rank_;
+        const int64_t last = std::min(m_, (band + 1) * kBandRows);
+        for (int64_t w = 0; w < words_per_row_; ++w)
+          for (int64_t row = band * kBandRows; row < last; row += kTileRows) {
+            const float* rows[kTileRows];
+            for (int i = 0; i < kTileRows; ++i) rows[i] = left_ + std::min(row + i, m_ - 1) * rank_;
             Tile tile;
             for (int half = 0; half < 2; ++half) {
-              const float* panel = panels_.data() + (2 * w + half) * rank_ * kColumns;
-              multiply(rows, panel, rank_, reinterpret_cast<uint32_t(*)[kWord]>(&tile.keys[0][half * kColumns]));
+              const float* panel = panels_.data() + (2 * w + half) * rank_ * kTileColumns;
+              compute_keys(rows, panel, rank_,
+                           reinterpret_cast<uint32_t (*)[kWordBits]>(&tile.keys[0][half * kTileColumns]));
             }
-            for (int i = 0; i < std::min<int64_t>(kRows, last - row); ++i) visit(context, row + i, w, tile.keys[i]);
+            for (int i = 0; i < std::min<int64_t>(kTileRows, last - row); ++i) visit(context, row + i, w, tile.keys[i]);
           }
       }
     });
@@ -103,7 +118,7 @@ class Product {
 
  private:
   const float* left_;
-  int64_t m_, n_, rank_, words_;
+  int64_t m_, n_, rank_, words_per_row_;
   ParallelFor parallel_for_;
   std::vector<float> panels_;
 };
@@ -111,7 +126,7 @@ class Product {
 struct Candidate {
   uint32_t key;
   int32_t index;
-  bool operator<(const Candidate& other) const {  // the order of choice
+  bool operator<(const Candidate& other) const {  // the order in which entries are chosen
     return key != other.key ? key > other.key : index < other.index;
   }
 };
@@ -119,32 +134,39 @@ struct Candidate {
 class Selection {
  public:
   Selection(const Product& product, int64_t m, int64_t n, int64_t k, ParallelFor parallel_for)
-      : product_(product), m_(m), n_(n), k_(k), parallel_for_(parallel_for), bitmap_(size_t(m * product.words())) {}
+      : product_(product),
+        m_(m),
+        n_(n),
+        k_(k),
+        parallel_for_(parallel_for),
+        bitmap_(size_t(m * product.words_per_row())) {}
 
-  // Returns the k-th key when it lies in [low, high), else nothing that can be used: false.
-  bool by_bracket(uint32_t low, uint32_t high, uint32_t& threshold) {
+  // Selects the entries and stores the k-th key in `threshold`, if that key lies in [low, high).
+  // Otherwise returns false, and the bitmap holds nothing of use.
+  bool select_in_bracket(uint32_t low, uint32_t high, uint32_t& threshold) {
     if (low >= high) return false;
     const size_t limit = size_t(std::max<int64_t>(k_, 4096));
     std::vector<Candidate> candidates;
     std::mutex mutex;
-    struct Found {
+    struct ThreadCandidates {
       std::vector<Candidate> list;
       std::vector<Candidate>& all;
       std::mutex& mutex;
       size_t limit;
-      ~Found() {
+      ~ThreadCandidates() {
         const std::lock_guard<std::mutex> lock(mutex);
         all.insert(all.end(), list.begin(), list.end());
       }
     };
-    product_.sweep([&] { return Found{{}, candidates, mutex, limit}; },
-                   [&](Found& found, int64_t row, int64_t w, const uint32_t* keys) {
-                     const uint64_t chosen = at_least(keys, high) & product_.real(w);
-                     bitmap_[size_t(row * product_.words() + w)] = chosen;
+    product_.sweep([&] { return ThreadCandidates{{}, candidates, mutex, limit}; },
+                   [&](ThreadCandidates& found, int64_t row, int64_t w, const uint32_t* keys) {
+                     const uint64_t chosen = at_least(keys, high) & product_.valid_mask(w);
+                     bitmap_[size_t(row * product_.words_per_row() + w)] = chosen;
                      if (found.list.size() > found.limit) return;
-                     for (uint64_t rest = at_least(keys, low) & product_.real(w) & ~chosen; rest != 0; rest &= rest - 1) {
+                     for (uint64_t rest = at_least(keys, low) & product_.valid_mask(w) & ~chosen; rest != 0;
+                          rest &= rest - 1) {
                        const int j = std::countr_zero(rest);
-                       found.list.push_back({keys[j], int32_t(row * n_ + w * kWord + j)});
+                       found.list.push_back({keys[j], int32_t(row * n_ + w * kWordBits + j)});
                      }
                    });
     const int64_t missing = k_ - count();
@@ -153,46 +175,49 @@ class Selection {
     threshold = candidates[size_t(missing - 1)].key;
     for (int64_t c = 0; c < missing; ++c) {
       const int64_t row = candidates[size_t(c)].index / n_, column = candidates[size_t(c)].index % n_;
-      bitmap_[size_t(row * product_.words() + column / kWord)] |= uint64_t{1} << (column % kWord);
+      bitmap_[size_t(row * product_.words_per_row() + column / kWordBits)] |= uint64_t{1} << (column % kWordBits);
     }
     return true;
   }
 
-  // The k-th key by two histograms, of the upper and of the lower 16 bits; then a sweep that takes it, ties in order.
-  uint32_t exactly() {
+  // Finds the k-th key by two histograms, of the upper and of the lower 16 bits. A last sweep then
+  // selects the entries. Of those that tie with the k-th key, it takes the first positions.
+  uint32_t select_exactly() {
     int64_t above = 0;
     const uint32_t upper = histogram(above, 16, [](uint32_t) { return true; });
     const uint32_t lower = histogram(above, 0, [&](uint32_t key) { return key >> 16 == upper; });
     const uint32_t threshold = (upper << 16) | lower;
     std::vector<uint64_t> ties(bitmap_.size());
-    product_.sweep([] { return 0; }, [&](int, int64_t row, int64_t w, const uint32_t* keys) {
-      const size_t at = size_t(row * product_.words() + w);
-      bitmap_[at] = at_least(keys, threshold + 1) & product_.real(w);
-      ties[at] = at_least(keys, threshold) & product_.real(w) & ~bitmap_[at];
-    });
+    product_.sweep([] { return 0; },
+                   [&](int, int64_t row, int64_t w, const uint32_t* keys) {
+                     const size_t at = size_t(row * product_.words_per_row() + w);
+                     bitmap_[at] = at_least(keys, threshold + 1) & product_.valid_mask(w);
+                     ties[at] = at_least(keys, threshold) & product_.valid_mask(w) & ~bitmap_[at];
+                   });
     int64_t missing = k_ - above;
     for (size_t at = 0; missing > 0; ++at)
       for (uint64_t rest = ties[at]; rest != 0 && missing > 0; rest &= rest - 1, --missing) bitmap_[at] |= rest & -rest;
     return threshold;
   }
 
-  // The set bits as sorted positions.
-  void write(int32_t* indices) const {
+  // Writes the positions of the set bits in order.
+  void write_indices(int32_t* indices) const {
     std::vector<int64_t> first(size_t(product_.bands()) + 1);
     for (int64_t band = 0; band < product_.bands(); ++band) first[size_t(band) + 1] = first[size_t(band)] + count(band);
     for_ranges(parallel_for_, product_.bands(), [&](int64_t begin, int64_t end) {
       int32_t* out = indices + first[size_t(begin)];
-      for (int64_t row = begin * kBand; row < std::min(m_, end * kBand); ++row)
-        for (int64_t w = 0; w < product_.words(); ++w)
-          for (uint64_t rest = bitmap_[size_t(row * product_.words() + w)]; rest != 0; rest &= rest - 1)
-            *out++ = int32_t(row * n_ + w * kWord + std::countr_zero(rest));
+      for (int64_t row = begin * kBandRows; row < std::min(m_, end * kBandRows); ++row)
+        for (int64_t w = 0; w < product_.words_per_row(); ++w)
+          for (uint64_t rest = bitmap_[size_t(row * product_.words_per_row() + w)]; rest != 0; rest &= rest - 1)
+            *out++ = int32_t(row * n_ + w * kWordBits + std::countr_zero(rest));
     });
   }
 
  private:
   int64_t count(int64_t band) const {
     int64_t bits = 0;
-    for (int64_t at = band * kBand * product_.words(); at < std::min(m_, (band + 1) * kBand) * product_.words(); ++at)
+    for (int64_t at = band * kBandRows * product_.words_per_row();
+         at < std::min(m_, (band + 1) * kBandRows) * product_.words_per_row(); ++at)
       bits += std::popcount(bitmap_[size_t(at)]);
     return bits;
   }
@@ -203,23 +228,24 @@ class Selection {
     return bits;
   }
 
-  // Of the keys that `wanted` takes: the 16 bits from `shift` of the k-th; adds to `above` those with larger ones.
+  // Considers the keys for which `wanted` is true. Returns the 16 bits from `shift` up of the k-th
+  // key, and adds to `above` the number of keys whose 16 bits are larger.
   template <class Wanted>
   uint32_t histogram(int64_t& above, int shift, const Wanted& wanted) {
     std::vector<int64_t> bins(1 << 16);
     std::mutex mutex;
-    struct Bins {
+    struct ThreadBins {
       std::vector<int64_t> own;
       std::vector<int64_t>& all;
       std::mutex& mutex;
-      ~Bins() {
+      ~ThreadBins() {
         const std::lock_guard<std::mutex> lock(mutex);
         for (size_t i = 0; i < own.size(); ++i) all[i] += own[i];
       }
     };
-    product_.sweep([&] { return Bins{std::vector<int64_t>(1 << 16), bins, mutex}; },
-                   [&](Bins& mine, int64_t, int64_t w, const uint32_t* keys) {
-                     for (int j = 0; j < std::popcount(product_.real(w)); ++j)
+    product_.sweep([&] { return ThreadBins{std::vector<int64_t>(1 << 16), bins, mutex}; },
+                   [&](ThreadBins& mine, int64_t, int64_t w, const uint32_t* keys) {
+                     for (int j = 0; j < std::popcount(product_.valid_mask(w)); ++j)
                        if (wanted(keys[j])) ++mine.own[(keys[j] >> shift) & 0xffffu];
                    });
     uint32_t bin = 0xffffu;
@@ -230,20 +256,20 @@ class Selection {
   const Product& product_;
   int64_t m_, n_, k_;
   ParallelFor parallel_for_;
-  std::vector<uint64_t> bitmap_;  // words of a row, row after row
+  std::vector<uint64_t> bitmap_;  // row-major words
 };
 
 uint32_t key_of(float x) { return std::bit_cast<uint32_t>(x) & 0x7fffffffu; }
 
 }  // namespace
 
-float lowrank_topk_cpu(const float* left, const float* right, int64_t m, int64_t n, int64_t rank, int64_t k, float low, float high,
-                       int32_t* indices, ParallelFor parallel_for) {
+float lowrank_topk_cpu(const float* left, const float* right, int64_t m, int64_t n, int64_t rank, int64_t k, float low,
+                       float high, int32_t* indices, ParallelFor parallel_for) {
   const Product product(left, right, m, n, rank, parallel_for);
   Selection selection(product, m, n, k, parallel_for);
   uint32_t threshold = 0;
-  if (!selection.by_bracket(key_of(low), key_of(high), threshold)) threshold = selection.exactly();
-  selection.write(indices);
+  if (!selection.select_in_bracket(key_of(low), key_of(high), threshold)) threshold = selection.select_exactly();
+  selection.write_indices(indices);
   return std::bit_cast<float>(threshold);
 }
 

@@ -1,4 +1,4 @@
-// Gather, scatter, migration and sums of squares over packed index lists, on the CPU.
+// Gather, scatter, migration and sums of squares over index lists, on the CPU.
 #include <algorithm>
 #include <vector>
 
@@ -9,12 +9,12 @@
 namespace lift {
 namespace {
 
-int64_t chunks(int64_t n) { return (n + kChunk - 1) / kChunk; }
+int64_t chunk_count(int64_t n) { return (n + kChunk - 1) / kChunk; }
 
-// Old entries that are also new carry their value over; begin .. end are positions of the new list.
+// Copies the values of entries that are in both lists. begin .. end are positions in the new list.
 template <class T>
-void merge(const T* values, const int32_t* old_indices, int64_t k_old, const int32_t* new_indices, int64_t begin, int64_t end,
-           T* out) {
+void merge(const T* values, const int32_t* old_indices, int64_t k_old, const int32_t* new_indices, int64_t begin,
+           int64_t end, T* out) {
   const int32_t* at = std::lower_bound(old_indices, old_indices + k_old, new_indices[begin]);
   const int32_t* const last = old_indices + k_old;
   for (int64_t j = begin; j < end; ++j) {
@@ -28,8 +28,8 @@ void merge(const T* values, const int32_t* old_indices, int64_t k_old, const int
 
 void packed_gather_cpu(const void* source, DType from, const int32_t* indices, int64_t k, void* out, DType to,
                        ParallelFor parallel_for, int64_t base, int64_t chunk) {
-  with_type(from, [&](auto a) {
-    with_type(to, [&](auto b) {
+  dispatch_dtype(from, [&](auto a) {
+    dispatch_dtype(to, [&](auto b) {
       using A = decltype(a);
       using B = decltype(b);
       const auto* src = static_cast<const typename A::Storage*>(source);
@@ -44,13 +44,13 @@ void packed_gather_cpu(const void* source, DType from, const int32_t* indices, i
 
 void packed_scatter_cpu(void* dest, DType to, const int32_t* indices, int64_t k, const void* values, DType from,
                         ParallelFor parallel_for) {
-  with_type(from, [&](auto a) {
-    with_type(to, [&](auto b) {
+  dispatch_dtype(from, [&](auto a) {
+    dispatch_dtype(to, [&](auto b) {
       using A = decltype(a);
       using B = decltype(b);
       const auto* src = static_cast<const typename A::Storage*>(values);
       auto* dst = static_cast<typename B::Storage*>(dest);
-      for_ranges(parallel_for, chunks(k), [&](int64_t begin, int64_t end) {
+      for_ranges(parallel_for, chunk_count(k), [&](int64_t begin, int64_t end) {
         const int64_t last = std::min(end * kChunk, k);
         for (int64_t j = begin * kChunk; j < last; ++j) dst[indices[j]] = convert<A, B>(src[j]);
       });
@@ -60,12 +60,14 @@ void packed_scatter_cpu(void* dest, DType to, const int32_t* indices, int64_t k,
 
 void packed_migrate_cpu(const void* values, int width, const int32_t* old_indices, int64_t k_old,
                         const int32_t* new_indices, int64_t k_new, void* out, ParallelFor parallel_for) {
-  for_ranges(parallel_for, chunks(k_new), [&](int64_t begin, int64_t end) {
+  for_ranges(parallel_for, chunk_count(k_new), [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kChunk, last = std::min(end * kChunk, k_new);
     if (width == 4)
-      merge(static_cast<const uint32_t*>(values), old_indices, k_old, new_indices, first, last, static_cast<uint32_t*>(out));
+      merge(static_cast<const uint32_t*>(values), old_indices, k_old, new_indices, first, last,
+            static_cast<uint32_t*>(out));
     else
-      merge(static_cast<const uint16_t*>(values), old_indices, k_old, new_indices, first, last, static_cast<uint16_t*>(out));
+      merge(static_cast<const uint16_t*>(values), old_indices, k_old, new_indices, first, last,
+            static_cast<uint16_t*>(out));
   });
 }
 
@@ -80,7 +82,7 @@ void packed_square_sums_cpu(const Segment* segments, int64_t n, const int32_t* i
   std::vector<std::pair<int64_t, int64_t>> tasks;
   for (int64_t i = 0; i < n; ++i)
     for (int64_t at = 0; at < segments[i].count; at += kSquareSumBlock) tasks.emplace_back(i, at);
-  with_type(grad, [&](auto type) {
+  dispatch_dtype(grad, [&](auto type) {
     using G = decltype(type);
     for_ranges(parallel_for, int64_t(tasks.size()), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
@@ -88,7 +90,7 @@ void packed_square_sums_cpu(const Segment* segments, int64_t n, const int32_t* i
         const int64_t first = tasks[t].second, last = std::min(first + kSquareSumBlock, segment.count);
         const auto* g = static_cast<const typename G::Storage*>(segment.grad);
         const int32_t* index = indices + segment.offset;
-        double sums[4] = {0, 0, 0, 0};  // independent chains, added in a fixed order
+        double sums[4] = {0, 0, 0, 0};  // independent chains, summed in a fixed order
         for (int64_t j = first; j < last; ++j) {
           const double x = G::widen(packed_grads ? g[j] : g[index[j]]);
           sums[j & 3] += x * x;

@@ -1,5 +1,6 @@
-// A weight gradient in row panels, on the CPU: how many rows a panel has and which entries lie in it. The product that fills a
-// panel is torch's own and is called by the bindings, and so is the gather, that of packed_ops.cpp.
+// Row panels of a weight gradient, on the CPU: how many rows a panel has and which entries lie in
+// it. The bindings call torch's matrix product, which fills a panel, and then the gather of
+// packed_ops.cpp.
 #include <algorithm>
 
 #include "../launchers.h"
@@ -7,7 +8,9 @@
 namespace lift {
 namespace {
 
-constexpr int64_t kPanelBytes = 4 << 20;  // small enough for a share of the last cache, large enough for the product's blocking
+// Small enough for a thread's share of the last-level cache, large enough for the blocking of the
+// matrix product.
+constexpr int64_t kPanelBytes = 4 << 20;
 
 }  // namespace
 
@@ -16,7 +19,7 @@ int64_t panel_rows(int64_t m, int64_t n, int64_t width) {
 }
 
 PanelEntries panel_entries(const int32_t* indices, int64_t k, int64_t row, int64_t rows, int64_t n) {
-  // int64 bounds: the end of the last row may be 2^31, which no int32 holds.
+  // The bounds are int64 because the end of the last row may be 2^31, which an int32 cannot hold.
   const auto below = [](int32_t index, int64_t bound) { return int64_t(index) < bound; };
   const int32_t* const first = std::lower_bound(indices, indices + k, row * n, below);
   const int32_t* const last = std::lower_bound(first, indices + k, (row + rows) * n, below);

@@ -1,4 +1,4 @@
-// Calls a lambda over ranges through the raw ParallelFor of launchers.h.
+// Calls a lambda over ranges through the function pointer ParallelFor of launchers.h.
 #pragma once
 
 #include "../launchers.h"

@@ -1,13 +1,17 @@
 // The sparse AdamW step on the CPU.
 //
-// Entries pass in blocks of kBlock: gather their weights and gradients into buffers that stay in L1, update them with plain
-// vector loops, scatter the weights. What counts is how many of the scattered cache lines are on their way at once; of the
-// variants timed on a 2-core AMD EPYC, these were the best:
-// - Lines are prefetched kAhead blocks early, across the ends of matrices, and into L2 (a quarter faster than into L1).
-// - So are the packed streams (2 to 8 %): the hardware follows them too, but presumably no further than to the end of a page.
-// - The hints are dealt out over the gather loop (gradients) and the scatter loop (weights); in one burst they stall the
-//   loop that gives them.
-// - Within a block both loops jump about, presumably so that the hardware sees no stream and fetches no unwanted lines.
+// The entries are processed in blocks of kBlock. A block gathers its weights and gradients into
+// buffers that stay in L1, updates them with plain vector loops, and scatters the weights back.
+// The speed depends on how many of the scattered cache lines are in flight at once. Of the variants
+// timed on a 2-core AMD EPYC, these choices were the fastest:
+// - Cache lines are prefetched kPrefetchDistance blocks ahead, across the ends of matrices. They go
+//   into L2, which was a quarter faster than L1.
+// - The packed streams are prefetched too, which gained 2 to 8 %. The hardware prefetcher also
+//   follows them, but presumably only up to the end of a page.
+// - The prefetches are spread over the gather loop (gradients) and the scatter loop (weights).
+//   Issued in one burst, they stall the loop that issues them.
+// - Within a block, both loops visit the entries in a strided order. The gain presumably comes from
+//   the hardware prefetcher: it sees no stream and fetches no unwanted lines.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -21,17 +25,18 @@
 namespace lift {
 namespace {
 
-constexpr int kStride = 37;    // odd: comes by every entry of a block
-constexpr int64_t kAhead = 8;  // blocks
-constexpr int kL2 = 2;         // "locality" of __builtin_prefetch
-constexpr int kLine = 64;      // bytes
+constexpr int kStride = 37;    // odd, so every entry of a block is visited
+constexpr int64_t kPrefetchDistance = 8;  // blocks
+constexpr int kPrefetchToL2 = 2;          // the locality argument of __builtin_prefetch
+constexpr int kCacheLine = 64;            // bytes
 
-// What the update of a matrix needs, formed in fp64 and then rounded: 1 - beta2 formed in fp32 would triple the error.
+// Scalars of the update of one matrix. They are formed in fp64 and then rounded to fp32. Forming
+// 1 - beta2 in fp32 would triple the error.
 struct Scalars {
   float one_minus_beta1, beta2, one_minus_beta2, eps, decay, grad_factor;
-  float step_size;     // lr / bc1; lr alone when every entry has its own bias correction
+  float step_size;     // lr / bc1, or lr if each entry has its own bias correction
   float inv_sqrt_bc2;  // 1 / sqrt(bc2)
-  uint32_t key;        // of stochastic rounding, by seed and step
+  uint32_t key;        // of stochastic rounding, from the seed and the step
 
   Scalars(const AdamW& a, float step)
       : one_minus_beta1(float(1 - a.beta1)),
@@ -49,10 +54,10 @@ struct Moments {
   float m, v;
 };
 
-// Updates the stored moments of one entry; returns the new ones as they were before rounding.
+// Updates the stored moments of one entry. Returns the new moments before they are rounded.
 template <class M, class MS = typename M::Storage>
 [[gnu::always_inline]] inline Moments update_moments(MS& m_stored, MS& v_stored, float g, const Scalars& s) {
-  // torch's lerp: exact at both ends, so that beta1 = 0 leaves the gradient itself.
+  // This is torch's lerp. It is exact at both ends, so beta1 = 0 gives the gradient itself.
   const float m_old = M::widen(m_stored);
   const bool near = s.one_minus_beta1 < 0.5f;
   const float m = (near ? m_old : g) + (near ? s.one_minus_beta1 : s.one_minus_beta1 - 1.0f) * (g - m_old);
@@ -62,17 +67,17 @@ template <class M, class MS = typename M::Storage>
   return {m, v};
 }
 
-// One step of w and the moments.
+// Updates w and the moments of n entries.
 template <class M, class MS = typename M::Storage>
-LIFT_CLONES void update(float* __restrict w, MS* __restrict m_stored, MS* __restrict v_stored, const float* __restrict g, int n,
-                        Scalars s) {
+LIFT_CLONES void update(float* __restrict w, MS* __restrict m_stored, MS* __restrict v_stored,
+                        const float* __restrict g, int n, Scalars s) {
   for (int j = 0; j < n; ++j) {
     const Moments now = update_moments<M>(m_stored[j], v_stored[j], g[j] * s.grad_factor, s);
     w[j] = w[j] * s.decay - s.step_size * now.m / (__builtin_sqrtf(now.v) * s.inv_sqrt_bc2 + s.eps);
   }
 }
 
-// The same with the bias corrections of each entry's own age.
+// Does the same with a bias correction for the age of each entry.
 template <class M, class MS = typename M::Storage>
 LIFT_CLONES void update_per_entry(float* __restrict w, MS* __restrict m_stored, MS* __restrict v_stored,
                                   const float* __restrict g, int n, Scalars s, const float* __restrict inv_bc1,
@@ -95,23 +100,26 @@ LIFT_CLONES void round_nearest(const float* __restrict from, TS* __restrict to, 
 
 // `position` is the arena position of the first entry.
 template <class T, class TS = typename T::Storage>
-LIFT_CLONES void round_stochastic(const float* __restrict from, TS* __restrict to, int n, uint32_t position, uint32_t key) {
-  for (int j = 0; j < n; ++j) to[j] = Stochastic<T>::round(from[j], counter_hash(counter_hash(position + uint32_t(j)) ^ key));
+LIFT_CLONES void round_stochastic(const float* __restrict from, TS* __restrict to, int n, uint32_t position,
+                                  uint32_t key) {
+  for (int j = 0; j < n; ++j)
+    to[j] = StochasticRounding<T>::round(from[j], counter_hash(counter_hash(position + uint32_t(j)) ^ key));
 }
 
-// work(j) for j < n, and beside it hint(j) for j < hints; full blocks in jumps of kStride.
-template <class Work, class Hint>
-[[gnu::always_inline]] inline void interleave(int n, const Work& work, int hints, const Hint& hint) {
-  if (n == kBlock && hints == kBlock) {
+// Calls work(j) for j < n and prefetch(j) for j < prefetches. For full blocks the two calls
+// alternate and j advances by kStride.
+template <class Work, class Prefetch>
+[[gnu::always_inline]] inline void interleave(int n, const Work& work, int prefetches, const Prefetch& prefetch) {
+  if (n == kBlock && prefetches == kBlock) {
     for (int i = 0; i < kBlock; ++i) {
       const int j = (i * kStride) % kBlock;
-      hint(j);
+      prefetch(j);
       work(j);
     }
     return;
   }
   for (int j = 0; j < n; ++j) work(j);
-  for (int j = 0; j < hints; ++j) hint(j);
+  for (int j = 0; j < prefetches; ++j) prefetch(j);
 }
 
 // kBlock entries on the stack.
@@ -130,20 +138,20 @@ class Step {
   Step(const AdamW& adamw, const Segment* segments, const Scalars* scalars)
       : a_(adamw), segments_(segments), scalars_(scalars) {}
 
-  // All blocks that `cursor` comes by.
-  void run(Cursor cursor) const {
-    Block ring[kAhead];
-    int64_t hinted = 0;
-    for (Block block; hinted < kAhead && cursor.next(block); ++hinted) {
+  // Processes all blocks that `schedule` gives to this thread.
+  void run(GuidedSchedule schedule) const {
+    Block ring[kPrefetchDistance];
+    int64_t prefetched = 0;
+    for (Block block; prefetched < kPrefetchDistance && schedule.next(block); ++prefetched) {
       const int32_t* index = index_of(block);
-      for (int j = 0; j < block.n; ++j) hint_weight(block, index, j);
-      for (int j = 0; j < block.n && !a_.packed_grads; ++j) hint_grad(block, index, j);
-      ring[hinted] = block;
+      for (int j = 0; j < block.n; ++j) prefetch_weight(block, index, j);
+      for (int j = 0; j < block.n && !a_.packed_grads; ++j) prefetch_grad(block, index, j);
+      ring[prefetched] = block;
     }
-    for (int64_t done = 0; done < hinted; ++done) {
-      const Block now = ring[done % kAhead];
+    for (int64_t done = 0; done < prefetched; ++done) {
+      const Block now = ring[done % kPrefetchDistance];
       Block later{segments_, 0, 0};
-      if (cursor.next(later)) ring[hinted++ % kAhead] = later;
+      if (schedule.next(later)) ring[prefetched++ % kPrefetchDistance] = later;
       step(now, later);
     }
   }
@@ -151,27 +159,28 @@ class Step {
  private:
   const int32_t* index_of(const Block& block) const { return a_.indices + block.segment->offset + block.at; }
 
-  // Announce entry j of a block. A weight with a master is only written, but its line must be read all the same.
-  // Inlined by force: GCC takes a function that only prefetches for one without effect and has dropped calls to such.
-  [[gnu::always_inline]] void hint_grad(const Block& block, const int32_t* index, int j) const {
-    __builtin_prefetch(static_cast<const GS*>(block.segment->grad) + index[j], 0, kL2);
+  // Prefetch entry j of a block. A weight that has a master is only written, but its cache line
+  // must still be read. Inlining is forced because GCC considers a function that only prefetches to
+  // be free of side effects and has dropped calls to one.
+  [[gnu::always_inline]] void prefetch_grad(const Block& block, const int32_t* index, int j) const {
+    __builtin_prefetch(static_cast<const GS*>(block.segment->grad) + index[j], 0, kPrefetchToL2);
   }
-  [[gnu::always_inline]] void hint_weight(const Block& block, const int32_t* index, int j) const {
-    __builtin_prefetch(static_cast<const WS*>(block.segment->weight) + index[j], 1, kL2);
+  [[gnu::always_inline]] void prefetch_weight(const Block& block, const int32_t* index, int j) const {
+    __builtin_prefetch(static_cast<const WS*>(block.segment->weight) + index[j], 1, kPrefetchToL2);
   }
 
-  // Announces the packed streams of a block.
-  [[gnu::always_inline]] void hint_streams(const Block& block) const {
+  // Prefetches the packed streams of a block.
+  [[gnu::always_inline]] void prefetch_streams(const Block& block) const {
     const int64_t arena = block.segment->offset + block.at;
-    hint_stream<1>(static_cast<const MS*>(a_.exp_avg) + arena, block.n);
-    hint_stream<1>(static_cast<const MS*>(a_.exp_avg_sq) + arena, block.n);
-    if (a_.master != nullptr) hint_stream<1>(a_.master + arena, block.n);
-    if (a_.births != nullptr) hint_stream<0>(a_.births + arena, block.n);
-    if (a_.packed_grads) hint_stream<0>(static_cast<const GS*>(block.segment->grad) + block.at, block.n);
+    prefetch_stream<1>(static_cast<const MS*>(a_.exp_avg) + arena, block.n);
+    prefetch_stream<1>(static_cast<const MS*>(a_.exp_avg_sq) + arena, block.n);
+    if (a_.master != nullptr) prefetch_stream<1>(a_.master + arena, block.n);
+    if (a_.births != nullptr) prefetch_stream<0>(a_.births + arena, block.n);
+    if (a_.packed_grads) prefetch_stream<0>(static_cast<const GS*>(block.segment->grad) + block.at, block.n);
   }
   template <int write, class T>
-  [[gnu::always_inline]] static void hint_stream(const T* entries, int n) {
-    for (int j = 0; j < n; j += kLine / int(sizeof(T))) __builtin_prefetch(entries + j, write, kL2);
+  [[gnu::always_inline]] static void prefetch_stream(const T* entries, int n) {
+    for (int j = 0; j < n; j += kCacheLine / int(sizeof(T))) __builtin_prefetch(entries + j, write, kPrefetchToL2);
   }
 
   void step(const Block& block, const Block& later) const {
@@ -186,22 +195,22 @@ class Step {
     Buffer<float> w_wide, g_wide;
 
     const int32_t* later_index = index_of(later);
-    const auto hint_g = [&](int j) __attribute__((always_inline)) { hint_grad(later, later_index, j); };
-    const auto hint_w = [&](int j) __attribute__((always_inline)) { hint_weight(later, later_index, j); };
+    const auto prefetch_g = [&](int j) __attribute__((always_inline)) { prefetch_grad(later, later_index, j); };
+    const auto prefetch_w = [&](int j) __attribute__((always_inline)) { prefetch_weight(later, later_index, j); };
     const auto gather_w = [&](int j) { w_raw.data[j] = weight[index[j]]; };
     const auto gather_g = [&](int j) { g_raw.data[j] = grad[index[j]]; };
     const auto gather_both = [&](int j) {
       gather_w(j);
       gather_g(j);
     };
-    if (!a_.packed_grads && a_.master == nullptr) interleave(n, gather_both, later.n, hint_g);
-    else if (!a_.packed_grads) interleave(n, gather_g, later.n, hint_g);
+    if (!a_.packed_grads && a_.master == nullptr) interleave(n, gather_both, later.n, prefetch_g);
+    else if (!a_.packed_grads) interleave(n, gather_g, later.n, prefetch_g);
     else if (a_.master == nullptr) interleave(n, gather_w, n, [](int) {});
 
     float* w = a_.master == nullptr ? widened<W>(w_raw.data, w_wide.data, n) : a_.master + arena;
     const float* g = widened<G>(a_.packed_grads ? grad + block.at : g_raw.data, g_wide.data, n);
 
-    hint_streams(later);
+    prefetch_streams(later);
     MS* m = static_cast<MS*>(a_.exp_avg) + arena;
     MS* v = static_cast<MS*>(a_.exp_avg_sq) + arena;
     const Scalars& scalars = scalars_[block.segment - segments_];
@@ -221,10 +230,10 @@ class Step {
     if constexpr (sizeof(WS) == 4) rounded = w;
     else if (a_.stochastic) round_stochastic<W>(w, w_raw.data, n, uint32_t(arena), scalars.key);
     else round_nearest<W>(w, w_raw.data, n);
-    interleave(n, [&](int j) { weight[index[j]] = rounded[j]; }, later.n, hint_w);
+    interleave(n, [&](int j) { weight[index[j]] = rounded[j]; }, later.n, prefetch_w);
   }
 
-  // fp32 entries are used where they are, others widened into `buffer`.
+  // Returns fp32 entries where they are stored. Widens other types into `buffer`.
   template <class T, class Stored>
   static auto widened(Stored* stored, float* buffer, int n) {
     if constexpr (sizeof(Stored) == 4) {
@@ -237,7 +246,7 @@ class Step {
 
   const AdamW& a_;
   const Segment* segments_;
-  const Scalars* scalars_;  // one a segment
+  const Scalars* scalars_;  // one per segment
 };
 
 template <class W, class G, class M>
@@ -245,37 +254,38 @@ void step_all(const Segment* segments, int64_t n, const AdamW& adamw, ParallelFo
   int64_t blocks = 0;
   std::vector<Scalars> scalars;
   for (int64_t i = 0; i < n; ++i) {
-    blocks += blocks_of(segments[i]);
+    blocks += block_count(segments[i]);
     scalars.emplace_back(adamw, segments[i].step);
   }
   const Step<W, G, M> step(adamw, segments, scalars.data());
   std::atomic<int64_t> taken{0};
   for_ranges(parallel_for, blocks, [&](int64_t begin, int64_t end) {
     const int64_t range = end - begin, threads = (blocks + range - 1) / range;
-    step.run(Cursor(segments, blocks, threads, taken));
+    step.run(GuidedSchedule(segments, blocks, threads, taken));
   });
 }
 
 template <class W, class G>
-void with_moment(const Segment* segments, int64_t n, const AdamW& adamw, DType moment, ParallelFor parallel_for) {
+void dispatch_moment(const Segment* segments, int64_t n, const AdamW& adamw, DType moment, ParallelFor parallel_for) {
   if (moment == DType::f32) step_all<W, G, F32>(segments, n, adamw, parallel_for);
   else step_all<W, G, BF16>(segments, n, adamw, parallel_for);
 }
 
 template <class W>
-void with_grad(const Segment* segments, int64_t n, const AdamW& adamw, DType grad, DType moment, ParallelFor parallel_for) {
-  if (grad == DType::f32) with_moment<W, F32>(segments, n, adamw, moment, parallel_for);
-  else if (grad == DType::bf16) with_moment<W, BF16>(segments, n, adamw, moment, parallel_for);
-  else with_moment<W, F16>(segments, n, adamw, moment, parallel_for);
+void dispatch_grad(const Segment* segments, int64_t n, const AdamW& adamw, DType grad, DType moment,
+                   ParallelFor parallel_for) {
+  if (grad == DType::f32) dispatch_moment<W, F32>(segments, n, adamw, moment, parallel_for);
+  else if (grad == DType::bf16) dispatch_moment<W, BF16>(segments, n, adamw, moment, parallel_for);
+  else dispatch_moment<W, F16>(segments, n, adamw, moment, parallel_for);
 }
 
 }  // namespace
 
 void sparse_adamw_cpu(const Segment* segments, int64_t n, const AdamW& adamw, DType weight, DType grad, DType moment,
                       ParallelFor parallel_for) {
-  if (weight == DType::f32) with_grad<F32>(segments, n, adamw, grad, moment, parallel_for);
-  else if (weight == DType::bf16) with_grad<BF16>(segments, n, adamw, grad, moment, parallel_for);
-  else with_grad<F16>(segments, n, adamw, grad, moment, parallel_for);
+  if (weight == DType::f32) dispatch_grad<F32>(segments, n, adamw, grad, moment, parallel_for);
+  else if (weight == DType::bf16) dispatch_grad<BF16>(segments, n, adamw, grad, moment, parallel_for);
+  else dispatch_grad<F16>(segments, n, adamw, grad, moment, parallel_for);
 }
 
 }  // namespace lift

@@ -1,9 +1,11 @@
-// Device code of bitmap_to_indices: the bitmaps of many matrices become sorted lists of exactly k positions. Torch-free, and free
-// of launch syntax, so that the same source also compiles with a host compiler for tests.
+// Device code of bitmap_to_indices, which turns the bitmaps of many matrices into sorted lists of
+// exactly k positions. The file uses neither torch nor launch syntax, so tests can compile it with
+// a host compiler.
 //
-// Four kernels, one after the other: `choose` picks the largest candidates and sets their bits, `count` the bits of every tile,
-// `place` where each tile's positions begin, `list` writes them. Blocks of threads are whole warps. Atomics add, "or" and take the
-// least of integers: their order changes no result.
+// Four kernels run one after the other. `choose` finds the largest candidates and sets their bits,
+// `count` counts the bits of every tile, `place` computes where the positions of each tile begin,
+// and `list` writes the positions. Thread blocks consist of whole warps. The atomics are integer
+// add, or and min, so their order changes no result.
 #pragma once
 
 #include <cstdint>
@@ -12,19 +14,21 @@
 
 namespace lift::cuda {
 
-using Candidate = unsigned long long;  // key << 32 | (2^31 - 1 - position); the key is an fp32 pattern without its sign
+// key << 32 | (2^31 - 1 - position). The key is the bits of an fp32 value without its sign.
+using Candidate = unsigned long long;
 
 constexpr int kWarp = 32;
 constexpr uint32_t kLastPosition = 0x7FFFFFFF, kNaN = 0x7FC00000;
 constexpr int kWordsPerThread = 4;  // one 128-bit load
-// Of a launch: wide blocks where a matrix has one alone; the positions of 1024 words fit the stage at once up to 12 % density.
+// Launch parameters. Kernels with one block per matrix use large blocks. Up to a density of 12 %,
+// the positions of 1024 words fit into the staging buffer at once.
 constexpr int kMatrixThreads = 1024, kDigitBits = 11, kTileThreads = 256, kStage = 4096;
 
-// A matrix of up to 2^31-1 bits, whose rows begin a word each.
-struct Bitmap {
+// The shape of a bitmap of up to 2^31-1 bits. Each row begins in a new word.
+struct BitmapShape {
   uint32_t rows, columns, width, words;
 
-  static constexpr Bitmap of(int64_t rows, int64_t columns) {
+  static constexpr BitmapShape of(int64_t rows, int64_t columns) {
     const int64_t width = (columns + 31) / 32;
     return {uint32_t(rows), uint32_t(columns), uint32_t(width), uint32_t(rows * width)};
   }
@@ -34,7 +38,8 @@ struct Bitmap {
   }
 };
 
-// Sum of `value` over the threads before this one; `total`: over all. `sums` may be written again after the next barrier.
+// Returns the sum of `value` over the threads before this one. `total` becomes the sum over all
+// threads. The caller may write `sums` again after the next barrier.
 template <int kThreads>
 __device__ int block_scan(int value, int* sums, int& total) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -54,14 +59,14 @@ __device__ int block_scan(int value, int* sums, int& total) {
   return before;
 }
 
-// f(candidate) for each of the first `count`, spread over the block.
+// Calls f(candidate) for each of the first `count` candidates, spread over the thread block.
 template <int kThreads, class F>
-__device__ void for_each(const Candidate* __restrict__ candidates, uint32_t count, const F& f) {
+__device__ void for_each_candidate(const Candidate* __restrict__ candidates, uint32_t count, const F& f) {
   uint32_t done = 0;
   if (aligned(candidates)) {
     done = count / 2 * 2;
     for (uint32_t i = threadIdx.x; i < count / 2; i += kThreads) {
-      const auto pair = reinterpret_cast<const Pack<Candidate, 2>*>(candidates)[i];
+      const auto pair = reinterpret_cast<const AlignedVector<Candidate, 2>*>(candidates)[i];
       f(pair.x[0]);
       f(pair.x[1]);
     }
@@ -69,44 +74,48 @@ __device__ void for_each(const Candidate* __restrict__ candidates, uint32_t coun
   for (uint32_t i = done + threadIdx.x; i < count; i += kThreads) f(candidates[i]);
 }
 
-// One block a matrix. Where the bracket holds the k-th magnitude: the bits of the k - definite largest candidates are set, status
-// 0. Elsewhere status 1 and a NaN. The pivot is found digit by digit of kBits, from the highest bit in which two candidates differ.
+// One block per matrix. If the bracket holds the k-th magnitude, sets the bits of the k - definite
+// largest candidates, with status 0. Otherwise the status is 1 and the threshold NaN. The pivot is
+// found by radix select with digits of kBits bits, from the highest bit in which two candidates
+// differ.
 template <int kThreads, int kBits>
 __global__ void __launch_bounds__(kThreads)
-bitmap_choose_kernel(uint32_t* __restrict__ bitmaps, Bitmap form, const Candidate* __restrict__ candidates, int64_t capacity,
-                     const int32_t* __restrict__ counts, int64_t k, uint32_t* __restrict__ thresholds,
-                     int32_t* __restrict__ status) {
+bitmap_choose_kernel(uint32_t* __restrict__ bitmaps, BitmapShape shape, const Candidate* __restrict__ candidates,
+                     int64_t capacity, const int32_t* __restrict__ counts, int64_t k,
+                     uint32_t* __restrict__ thresholds, int32_t* __restrict__ status) {
   constexpr int kBins = 1 << kBits, kBinsPerThread = (kBins + kThreads - 1) / kThreads;
   __shared__ int bins[kBins], sums[kThreads / kWarp], bin, above, inside;
-  __shared__ Candidate differ;
-  __shared__ uint32_t least;
+  __shared__ Candidate differing_bits;
+  __shared__ uint32_t smallest_key;
   const int64_t matrix = blockIdx.x, definite = counts[2 * matrix], near = counts[2 * matrix + 1];
   if (definite >= k || definite + near < k || near > capacity) {
     if (threadIdx.x == 0) thresholds[matrix] = kNaN, status[matrix] = 1;
     return;
   }
   const Candidate* const own = candidates + matrix * capacity;
-  if (threadIdx.x == 0) differ = 0, least = ~0u;
+  if (threadIdx.x == 0) differing_bits = 0, smallest_key = ~0u;
   __syncthreads();
   Candidate bits = 0;
-  for_each<kThreads>(own, uint32_t(near), [&](Candidate c) { bits |= c ^ own[0]; });
+  for_each_candidate<kThreads>(own, uint32_t(near), [&](Candidate c) { bits |= c ^ own[0]; });
   for (int step = kWarp / 2; step > 0; step /= 2) bits |= __shfl_xor_sync(~0u, bits, step);
-  if (threadIdx.x % kWarp == 0) atomicOr(&differ, bits);
+  if (threadIdx.x % kWarp == 0) atomicOr(&differing_bits, bits);
   __syncthreads();
 
-  int low = differ == 0 ? 0 : 64 - __clzll(differ);  // bits of the pivot from here up are known
-  Candidate known = low == 64 ? 0 : ~Candidate{0} << low, pivot = own[0] & known;
-  int rank = int(k - definite), sharing = int(near);  // of the `sharing` candidates with these bits, `rank` are chosen
-  while (low > 0 && sharing > rank) {
+  // The bits of the pivot from `low` up are known. `matching` candidates have these bits, and
+  // `rank` of them are chosen.
+  int low = differing_bits == 0 ? 0 : 64 - __clzll(differing_bits);
+  Candidate known_mask = low == 64 ? 0 : ~Candidate{0} << low, pivot = own[0] & known_mask;
+  int rank = int(k - definite), matching = int(near);
+  while (low > 0 && matching > rank) {
     for (int i = threadIdx.x; i < kBins; i += kThreads) bins[i] = 0;
     __syncthreads();
     const int shift = low > kBits ? low - kBits : 0;
-    for_each<kThreads>(own, uint32_t(near), [&](Candidate c) {
-      if (((c ^ pivot) & known) == 0) atomicAdd(&bins[(c >> shift) % kBins], 1);
+    for_each_candidate<kThreads>(own, uint32_t(near), [&](Candidate c) {
+      if (((c ^ pivot) & known_mask) == 0) atomicAdd(&bins[(c >> shift) % kBins], 1);
     });
     __syncthreads();
     int sum = 0, total;
-    const int first = kBins - 1 - int(threadIdx.x) * kBinsPerThread;  // from the top bin down
+    const int first = kBins - 1 - int(threadIdx.x) * kBinsPerThread;  // from the highest bin down
     for (int i = first; i > first - kBinsPerThread && i >= 0; --i) sum += bins[i];
     int before = block_scan<kThreads>(sum, sums, total);
     if (before < rank && rank <= before + sum) {
@@ -116,68 +125,73 @@ bitmap_choose_kernel(uint32_t* __restrict__ bitmaps, Bitmap form, const Candidat
     }
     __syncthreads();
     pivot |= Candidate(bin) << shift;
-    known = ~Candidate{0} << shift;
+    known_mask = ~Candidate{0} << shift;
     low = shift;
     rank -= above;
-    sharing = inside;
+    matching = inside;
   }
 
-  uint32_t* const bitmap = bitmaps + matrix * form.words;
+  uint32_t* const bitmap = bitmaps + matrix * shape.words;
   uint32_t key = ~0u;
-  for_each<kThreads>(own, uint32_t(near), [&](Candidate c) {
-    const uint32_t position = kLastPosition - uint32_t(c & kLastPosition), row = position / form.columns;
+  for_each_candidate<kThreads>(own, uint32_t(near), [&](Candidate c) {
+    const uint32_t position = kLastPosition - uint32_t(c & kLastPosition), row = position / shape.columns;
     if (c < pivot) return;
     if (uint32_t(c >> 32) < key) key = uint32_t(c >> 32);
-    if (row < form.rows) atomicOr(&bitmap[row * form.width + position % form.columns / 32], 1u << position % form.columns % 32);
+    if (row < shape.rows)
+      atomicOr(&bitmap[row * shape.width + position % shape.columns / 32], 1u << position % shape.columns % 32);
   });
   for (int step = kWarp / 2; step > 0; step /= 2) {
     const uint32_t other = __shfl_xor_sync(~0u, key, step);
     if (other < key) key = other;
   }
-  if (threadIdx.x % kWarp == 0) atomicMin(&least, key);
+  if (threadIdx.x % kWarp == 0) atomicMin(&smallest_key, key);
   __syncthreads();
-  if (threadIdx.x == 0) thresholds[matrix] = least, status[matrix] = 0;
+  if (threadIdx.x == 0) thresholds[matrix] = smallest_key, status[matrix] = 0;
 }
 
-// The four words of a thread, which begin at number `word` of a matrix; bits behind the last column are dropped.
-__device__ inline Pack<uint32_t, kWordsPerThread> load_words(const uint32_t* __restrict__ bitmap, Bitmap form, uint32_t word) {
-  Pack<uint32_t, kWordsPerThread> words = {};
-  if (aligned(bitmap) && word + kWordsPerThread <= form.words) {
-    words = *reinterpret_cast<const Pack<uint32_t, kWordsPerThread>*>(bitmap + word);
+// Loads the four words of a thread, from word number `word` of a matrix. Clears the bits beyond the
+// last column.
+__device__ inline AlignedVector<uint32_t, kWordsPerThread> load_words(const uint32_t* __restrict__ bitmap,
+                                                                      BitmapShape shape, uint32_t word) {
+  AlignedVector<uint32_t, kWordsPerThread> words = {};
+  if (aligned(bitmap) && word + kWordsPerThread <= shape.words) {
+    words = *reinterpret_cast<const AlignedVector<uint32_t, kWordsPerThread>*>(bitmap + word);
   } else {
     for (int i = 0; i < kWordsPerThread; ++i)
-      if (word + i < form.words) words.x[i] = bitmap[word + i];
+      if (word + i < shape.words) words.x[i] = bitmap[word + i];
   }
-  if (form.columns % 32 != 0) {
+  if (shape.columns % 32 != 0) {
     for (int i = 0; i < kWordsPerThread; ++i)
-      if ((word + i + 1) % form.width == 0) words.x[i] &= (1u << form.columns % 32) - 1;
+      if ((word + i + 1) % shape.width == 0) words.x[i] &= (1u << shape.columns % 32) - 1;
   }
   return words;
 }
 
-__device__ inline int count_bits(const Pack<uint32_t, kWordsPerThread>& words) {
+__device__ inline int count_bits(const AlignedVector<uint32_t, kWordsPerThread>& words) {
   int sum = 0;
   for (int i = 0; i < kWordsPerThread; ++i) sum += __popc(words.x[i]);
   return sum;
 }
 
-// One block a tile: totals[block] = bits set in it.
+// One block per tile. totals[block] becomes the number of bits set in the tile.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads)
-bitmap_count_kernel(const uint32_t* __restrict__ bitmaps, Bitmap form, uint32_t tiles, int32_t* __restrict__ totals) {
+bitmap_count_kernel(const uint32_t* __restrict__ bitmaps, BitmapShape shape, uint32_t tiles,
+                    int32_t* __restrict__ totals) {
   __shared__ int sums[kThreads / kWarp];
   const uint32_t matrix = blockIdx.x / tiles, tile = blockIdx.x % tiles;
   const uint32_t word = (tile * kThreads + threadIdx.x) * kWordsPerThread;
   int total;
-  block_scan<kThreads>(count_bits(load_words(bitmaps + int64_t(matrix) * form.words, form, word)), sums, total);
+  block_scan<kThreads>(count_bits(load_words(bitmaps + int64_t(matrix) * shape.words, shape, word)), sums, total);
   if (threadIdx.x == 0) totals[blockIdx.x] = total;
 }
 
-// One block a matrix: totals become the bits set before each tile. Where there are not k of them in all, the status turns 1.
+// One block per matrix. Replaces the totals by the number of bits set before each tile. If the
+// matrix does not have k bits in all, the status becomes 1 and the threshold NaN.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads)
 bitmap_place_kernel(int32_t* __restrict__ totals, uint32_t tiles, int64_t k, uint32_t* __restrict__ thresholds,
-                        int32_t* __restrict__ status) {
+                    int32_t* __restrict__ status) {
   __shared__ int sums[kThreads / kWarp];
   const int64_t matrix = blockIdx.x;
   int32_t* const own = totals + matrix * tiles;
@@ -193,11 +207,13 @@ bitmap_place_kernel(int32_t* __restrict__ totals, uint32_t tiles, int64_t k, uin
   if (threadIdx.x == 0 && before_all != k) thresholds[matrix] = kNaN, status[matrix] = 1;
 }
 
-// One block a tile: its positions, staged in shared memory so that they leave as 128-bit stores; all -1 where the status is 1.
+// One block per tile. Writes the positions of the tile, or -1 everywhere if the status is 1. The
+// positions are staged in shared memory, so that 128-bit stores can write them.
 template <int kThreads, int kStaged>
 __global__ void __launch_bounds__(kThreads)
-bitmap_list_kernel(const uint32_t* __restrict__ bitmaps, Bitmap form, uint32_t tiles, const int32_t* __restrict__ places,
-                   const int32_t* __restrict__ status, int64_t k, int32_t* __restrict__ indices) {
+bitmap_list_kernel(const uint32_t* __restrict__ bitmaps, BitmapShape shape, uint32_t tiles,
+                   const int32_t* __restrict__ first_slots, const int32_t* __restrict__ status, int64_t k,
+                   int32_t* __restrict__ indices) {
   static_assert(kStaged % 4 == 0);
   alignas(16) __shared__ int32_t stage[kStaged + 4];
   __shared__ int sums[kThreads / kWarp];
@@ -208,32 +224,35 @@ bitmap_list_kernel(const uint32_t* __restrict__ bitmaps, Bitmap form, uint32_t t
     return;
   }
   const uint32_t word = (tile * kThreads + threadIdx.x) * kWordsPerThread;
-  const auto words = load_words(bitmaps + int64_t(matrix) * form.words, form, word);
+  const auto words = load_words(bitmaps + int64_t(matrix) * shape.words, shape, word);
   int total;
   const int before = block_scan<kThreads>(count_bits(words), sums, total);
-  int32_t* const out = list + places[blockIdx.x];
-  const int phase = int(reinterpret_cast<uintptr_t>(out) / 4 % 4);  // staged at it, positions lie as they will in memory
+  int32_t* const out = list + first_slots[blockIdx.x];
+  // Positions are staged at this offset, so that they are aligned in shared memory as in `out`.
+  const int misalignment = int(reinterpret_cast<uintptr_t>(out) / 4 % 4);
   for (int start = 0; start < total; start += kStaged) {
     int place = before - start;
     for (int i = 0; i < kWordsPerThread; ++i) {
       const int count = __popc(words.x[i]);
       if (place < kStaged && place + count > 0) {
-        const uint32_t at = word + i, position = at / form.width * form.columns + at % form.width * 32;
+        const uint32_t at = word + i, position = at / shape.width * shape.columns + at % shape.width * 32;
         int slot = place;
         for (uint32_t rest = words.x[i]; rest != 0; rest &= rest - 1, ++slot)
-          if (slot >= 0 && slot < kStaged) stage[phase + slot] = int32_t(position + uint32_t(__ffs(int(rest))) - 1);
+          if (slot >= 0 && slot < kStaged)
+            stage[misalignment + slot] = int32_t(position + uint32_t(__ffs(int(rest))) - 1);
       }
       place += count;
     }
     __syncthreads();
-    const int end = phase + (total - start < kStaged ? total - start : kStaged);
-    const int wide_begin = (phase + 3) / 4, wide_end = end / 4;
-    int32_t* const base = out + start - phase;
-#pragma unroll 1  // few rounds; unrolled, they would take registers from further blocks
+    const int end = misalignment + (total - start < kStaged ? total - start : kStaged);
+    const int wide_begin = (misalignment + 3) / 4, wide_end = end / 4;
+    int32_t* const base = out + start - misalignment;
+#pragma unroll 1  // few iterations; unrolled, their registers would reduce the occupancy
     for (int i = wide_begin + int(threadIdx.x); i < wide_end; i += kThreads)
-      reinterpret_cast<Pack<int32_t, 4>*>(base)[i] = reinterpret_cast<const Pack<int32_t, 4>*>(stage)[i];
-    const int i = int(threadIdx.x);  // the edges, up to three positions each
-    if (i >= phase && i < 4 * wide_begin && i < end) base[i] = stage[i];
+      reinterpret_cast<AlignedVector<int32_t, 4>*>(base)[i] =
+          reinterpret_cast<const AlignedVector<int32_t, 4>*>(stage)[i];
+    const int i = int(threadIdx.x);  // the two ends, up to three positions each
+    if (i >= misalignment && i < 4 * wide_begin && i < end) base[i] = stage[i];
     if (wide_end >= wide_begin && 4 * wide_end + i < end) base[4 * wide_end + i] = stage[4 * wide_end + i];
     __syncthreads();
   }

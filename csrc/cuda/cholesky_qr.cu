@@ -1,4 +1,5 @@
-// Launches of the helpers of a refresh: sketch, Gram matrix, factorization, product with the inverse.
+// Launches of the subspace-iteration ops: Gaussian sketch, Gram matrix, factorization, and product
+// with the inverse factor.
 #include "cholesky_qr.cuh"
 
 #include "launch.h"
@@ -7,55 +8,59 @@
 namespace lift {
 namespace {
 
-int64_t divided(int64_t n, int64_t by) { return (n + by - 1) / by; }
+int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 }  // namespace
 
-int gaussian_sketch_cuda(void* out, DType dtype, int64_t matrices, int64_t count, uint64_t seed, uint64_t first, Stream where) {
+int gaussian_sketch_cuda(void* out, DType dtype, int64_t matrices, int64_t count, uint64_t seed, uint64_t first,
+                         DeviceStream stream) {
   if (matrices * count == 0) return 0;
-  const DeviceGuard guard(where.device);
+  const DeviceGuard guard(stream.device);
   const auto launch = [&](auto type) {
     using T = decltype(type);
-    const unsigned blocks = blocks_for(matrices * divided(count, 16 / int64_t(sizeof(T))));
-    cuda::gaussian_sketch_kernel<<<blocks, kThreads, 0, stream_of(where)>>>(static_cast<T*>(out), matrices, count, seed, first);
+    const unsigned blocks = blocks_for(matrices * ceil_div(count, 16 / int64_t(sizeof(T))));
+    cuda::gaussian_sketch_kernel<<<blocks, kThreads, 0, cuda_stream(stream)>>>(static_cast<T*>(out), matrices, count,
+                                                                               seed, first);
   };
   if (dtype == DType::f32) launch(float{});
   else launch(__nv_bfloat16{});
   return int(cudaGetLastError());
 }
 
-int gram_cuda(const float* product, const float* block, const float* previous, const float* edge, float* raised, int64_t batch,
-              int64_t rows, int64_t l, int64_t slab_rows, float* partials, Stream where) {
-  const DeviceGuard guard(where.device);
+int gram_cuda(const float* product, const float* block, const float* previous, const float* edge, float* raised,
+              int64_t batch, int64_t rows, int64_t l, int64_t slab_rows, float* partials, DeviceStream stream) {
+  const DeviceGuard guard(stream.device);
   const auto launch = [&](auto kernel, int64_t tile) {
-    const int64_t tiles = divided(l, tile);
-    const dim3 grid(unsigned(batch * (tiles * (tiles + 1) / 2)), unsigned(divided(rows, slab_rows)));
-    kernel<<<grid, cuda::kQrThreads, 0, stream_of(where)>>>(product, block, previous, edge, raised, rows, int(l), slab_rows,
-                                                            partials);
+    const int64_t tiles = ceil_div(l, tile);
+    const dim3 grid(unsigned(batch * (tiles * (tiles + 1) / 2)), unsigned(ceil_div(rows, slab_rows)));
+    kernel<<<grid, cuda::kQrThreads, 0, cuda_stream(stream)>>>(product, block, previous, edge, raised, rows, int(l),
+                                                               slab_rows, partials);
   };
-  if (l <= cuda::kNarrow) launch(cuda::gram_kernel<cuda::kNarrow>, cuda::kNarrow);
-  else launch(cuda::gram_kernel<cuda::kWide>, cuda::kWide);
+  if (l <= cuda::kNarrowTile) launch(cuda::gram_kernel<cuda::kNarrowTile>, cuda::kNarrowTile);
+  else launch(cuda::gram_kernel<cuda::kWideTile>, cuda::kWideTile);
   return int(cudaGetLastError());
 }
 
-int cholesky_inverse_cuda(const float* partials, int64_t batch, int64_t slabs, int64_t l, float* gram, float* scale, float* inverse,
-                          int32_t* status, Stream where) {
-  const DeviceGuard guard(where.device);
-  cuda::gram_sum_kernel<<<blocks_for(batch * l * l), kThreads, 0, stream_of(where)>>>(
-      partials, batch, slabs, l, l <= cuda::kNarrow ? cuda::kNarrow : cuda::kWide, gram);
-  cuda::cholesky_inverse_kernel<<<unsigned(batch), cuda::kQrThreads, 0, stream_of(where)>>>(gram, scale, inverse, status, l);
+int cholesky_inverse_cuda(const float* partials, int64_t batch, int64_t slabs, int64_t l, float* gram, float* scale,
+                          float* inverse, int32_t* status, DeviceStream stream) {
+  const DeviceGuard guard(stream.device);
+  cuda::gram_sum_kernel<<<blocks_for(batch * l * l), kThreads, 0, cuda_stream(stream)>>>(
+      partials, batch, slabs, l, l <= cuda::kNarrowTile ? cuda::kNarrowTile : cuda::kWideTile, gram);
+  cuda::cholesky_inverse_kernel<<<unsigned(batch), cuda::kQrThreads, 0, cuda_stream(stream)>>>(gram, scale, inverse,
+                                                                                               status, l);
   return int(cudaGetLastError());
 }
 
 int multiply_upper_cuda(float* x, const float* inverse, const int32_t* status, int64_t batch, int64_t rows, int64_t l,
-                        Stream where) {
+                        DeviceStream stream) {
   if (batch * rows == 0) return 0;
-  const DeviceGuard guard(where.device);
+  const DeviceGuard guard(stream.device);
   const auto launch = [&](auto kernel, int64_t tile) {
-    kernel<<<unsigned(batch * divided(rows, tile)), cuda::kQrThreads, 0, stream_of(where)>>>(x, inverse, status, int(rows), int(l));
+    kernel<<<unsigned(batch * ceil_div(rows, tile)), cuda::kQrThreads, 0, cuda_stream(stream)>>>(x, inverse, status,
+                                                                                                 int(rows), int(l));
   };
-  if (l <= cuda::kNarrow) launch(cuda::multiply_upper_kernel<cuda::kNarrow>, cuda::kNarrow);
-  else launch(cuda::multiply_upper_kernel<cuda::kWide>, cuda::kWide);
+  if (l <= cuda::kNarrowTile) launch(cuda::multiply_upper_kernel<cuda::kNarrowTile>, cuda::kNarrowTile);
+  else launch(cuda::multiply_upper_kernel<cuda::kWideTile>, cuda::kWideTile);
   return int(cudaGetLastError());
 }
 

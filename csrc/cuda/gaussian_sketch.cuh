@@ -1,7 +1,8 @@
-// Device code of gaussian_sketch_: normal numbers from Philox4x32-10 (Salmon et al. 2011) by Box-Muller. Torch-free, launch-free.
+// Device code of gaussian_sketch_: normal numbers from Philox4x32-10 (Salmon et al. 2011) by
+// Box-Muller. The file uses neither torch nor launch syntax.
 //
-// Numbers 4g .. 4g+3 of a matrix come from counter (g, matrix) under the key `seed`, so a number is a function of (seed, matrix,
-// position) alone, whatever the launch.
+// Numbers 4g .. 4g+3 of a matrix come from counter (g, matrix) under the key `seed`. So a number is
+// a function of (seed, matrix, position) and does not depend on the launch.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +27,8 @@ __device__ __forceinline__ Philox philox(uint64_t group, uint64_t matrix, uint64
   return c;
 }
 
-// Two independent normal numbers from two words. The first uniform is in (0, 1], so its logarithm is finite.
+// Makes two independent normal numbers from two words. The first uniform number is in (0, 1], so
+// its logarithm is finite.
 __device__ __forceinline__ void box_muller(uint32_t a, uint32_t b, float* out) {
   const float radius = sqrtf(-2.0f * logf(float(a) * 0x1p-32f + 0x1p-33f));
   float sine, cosine;
@@ -35,9 +37,11 @@ __device__ __forceinline__ void box_muller(uint32_t a, uint32_t b, float* out) {
   out[1] = radius * sine;
 }
 
-// `count` numbers a matrix, `matrices` of them; a thread fills 16 bytes at a time, in one store where they lie on a boundary.
+// Writes `count` numbers for each of `matrices` matrices. A thread fills 16 bytes at a time, in one
+// store if they are aligned to 16 bytes.
 template <class T>
-__global__ void gaussian_sketch_kernel(T* __restrict__ out, int64_t matrices, int64_t count, uint64_t seed, uint64_t first) {
+__global__ void gaussian_sketch_kernel(T* __restrict__ out, int64_t matrices, int64_t count, uint64_t seed,
+                                       uint64_t first) {
   constexpr int kLanes = 16 / int(sizeof(T));
   const int64_t vectors = (count + kLanes - 1) / kLanes;
   const int64_t stride = int64_t(gridDim.x) * blockDim.x;
@@ -51,9 +55,9 @@ __global__ void gaussian_sketch_kernel(T* __restrict__ out, int64_t matrices, in
     }
     T* const target = out + matrix * count + start;
     if (aligned(target) && start + kLanes <= count) {
-      Pack<T, kLanes> wide;
+      AlignedVector<T, kLanes> wide;
       for (int i = 0; i < kLanes; ++i) wide.x[i] = T(normal[i]);
-      *reinterpret_cast<Pack<T, kLanes>*>(target) = wide;
+      *reinterpret_cast<AlignedVector<T, kLanes>*>(target) = wide;
     } else {
       for (int i = 0; i < kLanes; ++i)
         if (start + i < count) target[i] = T(normal[i]);

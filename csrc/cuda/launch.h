@@ -1,4 +1,4 @@
-// What every launch needs: its device, its grid, a kernel by dtype.
+// What every launch needs: the device, the grid size and the kernel for a dtype.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -15,7 +15,7 @@ constexpr int kThreads = 256;
 
 inline unsigned blocks_for(int64_t n) { return unsigned(std::min<int64_t>((n + kThreads - 1) / kThreads, 1 << 16)); }
 
-// A stream belongs to a device; launches need it to be the current one.
+// Makes the device of a stream the current device, as launches require, and restores the old one.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -32,10 +32,10 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-inline cudaStream_t stream_of(Stream where) { return static_cast<cudaStream_t>(where.stream); }
+inline cudaStream_t cuda_stream(DeviceStream stream) { return static_cast<cudaStream_t>(stream.handle); }
 
 template <class F>
-void with_type(DType dtype, const F& f) {
+void dispatch_dtype(DType dtype, const F& f) {
   if (dtype == DType::f32) f(float{});
   else if (dtype == DType::bf16) f(__nv_bfloat16{});
   else f(__half{});

@@ -1,5 +1,6 @@
-// Device code of the packed ops: one grid-stride loop each, no shared memory, no atomics. Torch-free, and free of launch
-// syntax, so that the same source also compiles with a host compiler for tests.
+// Device code of the packed ops. Each kernel is one grid-stride loop without shared memory and
+// atomics. The file uses neither torch nor launch syntax, so tests can compile it with a host
+// compiler.
 #pragma once
 
 #include <cstdint>
@@ -20,10 +21,12 @@ __global__ void packed_scatter_kernel(To* __restrict__ dest, const int32_t* __re
   for (int64_t j = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; j < k; j += stride) dest[indices[j]] = To(values[j]);
 }
 
-// Each new entry looks itself up in the old list by bisection; `out` comes filled for the entering ones.
+// Looks up each new entry in the old list by binary search. Entries that are not in the old list
+// keep the value that the caller has put into `out`.
 template <class T>
-__global__ void packed_migrate_kernel(const T* __restrict__ values, const int32_t* __restrict__ old_indices, int64_t k_old,
-                                      const int32_t* __restrict__ new_indices, int64_t k_new, T* __restrict__ out) {
+__global__ void packed_migrate_kernel(const T* __restrict__ values, const int32_t* __restrict__ old_indices,
+                                      int64_t k_old, const int32_t* __restrict__ new_indices, int64_t k_new,
+                                      T* __restrict__ out) {
   const int64_t stride = int64_t(gridDim.x) * blockDim.x;
   for (int64_t j = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; j < k_new; j += stride) {
     const int32_t wanted = new_indices[j];

@@ -1,13 +1,14 @@
-// Wide accesses of device code: several neighbours in one load or store, where addresses allow it.
+// Vectorized memory accesses of device code: several neighboring values in one load or store, where
+// their addresses allow it.
 #pragma once
 
 #include <cstdint>
 
 namespace lift::cuda {
 
-// kCount neighbours, aligned so that they move in one access of up to 16 bytes.
+// kCount neighboring values, aligned so that one access of up to 16 bytes moves them all.
 template <class T, int kCount>
-struct alignas(sizeof(T) * kCount) Pack {
+struct alignas(sizeof(T) * kCount) AlignedVector {
   T x[kCount];
 };
 

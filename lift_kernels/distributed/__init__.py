@@ -1,1 +1,1 @@
-"""Several ranks: what they must agree on. Imports torch alone and knows no optimizer."""
+"""What several ranks must agree on. This package imports torch alone and knows no optimizer."""

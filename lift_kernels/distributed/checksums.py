@@ -8,18 +8,17 @@ import torch
 from torch import Tensor
 
 _CHUNK = 1 << 22
-"""Entries that are mixed at a time, so that a list of a large matrix needs 32 MiB of scratch and
-not eight times its size.
+"""Entries that are mixed at a time: 32 MiB of scratch instead of eight times a large list's
+size.
 """
 _FACTORS = (-7046029254386353131, -2960836687051489345, -4417276706812531889)  # odd, so that no bit of an entry is lost
 
 
 def index_digests(lists: Mapping[str, Sequence[Tensor]]) -> dict[str, str]:
-    """A digest of the index lists of each name: equal sets of entries give equal digests, on every
-    device.
+    """A digest of the index lists of each name.
 
-    One wait for each device. Different sets of entries share a digest with a probability of about
-    2^-64.
+    Equal sets of entries give equal digests on every device. Different sets share a digest with a
+    probability of about 2^-64. There is one wait for each device.
     """
     flat = [(name, place, indices) for name, several in lists.items() for place, indices in enumerate(several)]
     sums: dict[torch.device, list[Tensor]] = {}

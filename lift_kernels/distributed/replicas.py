@@ -1,13 +1,13 @@
-"""Replicas must train the same entries: digests of their index lists are compared through torch's
-store.
+"""Replicas must train the same entries: they compare digests of their index lists.
 
-Averaged gradients of ranks with different index lists mix different weights, and nothing would say
-so. No collective takes part in the comparison, because some ranks may have no optimizer at all:
-another stage of a pipeline, a critic, an inference rank. Instead each rank announces which
-parameters it trains when its optimizer is built. Replicas average gradients before a step, so every
-replica has announced itself by the first comparison, and a rank waits for those that train its
-parameters and for no other. An optimizer that is older than the process group is announced at its
-first step, where every rank is waited for.
+Averaged gradients of ranks with different index lists would mix different weights, without any
+error. The comparison goes through torch's store. It uses no collective, because some ranks may have
+no optimizer at all: another stage of a pipeline, a critic, an inference rank.
+
+Each rank announces the parameters that it trains when its optimizer is built. Replicas average
+gradients before a step, so every replica has announced itself by the first comparison. A rank waits
+only for the ranks that train its parameters. An optimizer that is older than the process group is
+announced at its first step. There every rank is waited for.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ logger = logging.getLogger("lift_kernels")
 PATIENCE_S = 60.0
 """Seconds to wait for a rank that trains the same parameters."""
 LINGER_S = 10.0
-"""Seconds that a rank with an error gives the others to see it too: the store may end with its
+"""Seconds that a rank with an error gives the others to see it. The store may end with its
 process.
 """
 POLL_S = 0.005
@@ -69,8 +69,9 @@ class Replicas:
         self._names: set[str] = set()
 
     def announce(self, names: Iterable[str]) -> None:
-        """Tell the other ranks that this one trains these parameters; before init_process_group
-        nobody can be told.
+        """Tell the other ranks that this one trains these parameters.
+
+        Before init_process_group nothing is sent.
         """
         self._names.update(names)
         exchange = None if self._independent or self._ranks is not None else DigestExchange.of_default_group()
@@ -78,12 +79,11 @@ class Replicas:
             exchange.announce(self._names)
 
     def active(self) -> bool:
-        """Whether there is anybody to compare with: False also before init_process_group."""
+        """Whether there is another rank to compare with. False before init_process_group."""
         return not self._independent and DigestExchange.of_default_group() is not None
 
     def compare(self, lists: Mapping[str, list[Tensor]], masks_took: float = 0.0) -> None:
-        """Raise RuntimeError on every rank, naming a parameter, where replicas have different index
-        lists.
+        """Raise RuntimeError on every rank, naming a parameter, if index lists of replicas differ.
 
         Args:
             lists: the new index lists of each name, int32, on any device.
@@ -113,19 +113,23 @@ def _ranks_of(group: Any) -> tuple[int, ...]:
 
 
 class DigestExchange:
-    """This rank's view of what all ranks of the default group have put into its store.
+    """What all ranks of the default group have put into its store.
 
-    ``names/RANK/I``: the I-th announcement of a rank, names of parameters.
-    ``lists/GROUP/RANK/N/NAME``: the digest of the index list in the N-th comparison of that name
-    within a group; the ranks that train a parameter compare it equally often. ``late/RANK/N`` and
-    ``refused/RANK/N``: a rank announced names at a step, or raised, for the N-th time. All of it
-    lies under a number that counts the process groups, for a store may outlive one.
+    The keys are:
+
+    - ``names/RANK/I``: the I-th announcement of a rank, names of parameters.
+    - ``lists/GROUP/RANK/N/NAME``: the digest of the index list in the N-th comparison of a name
+      within a group. The ranks that train a parameter compare it equally often.
+    - ``late/RANK/N`` and ``refused/RANK/N``: a rank announced names at a step, or raised, for the
+      N-th time.
+
+    A number that counts the process groups precedes all keys, because a store may outlive a group.
     """
 
     _current: DigestExchange | None = None
 
     def __init__(self, store: Any, rank: int, world: int) -> None:
-        self._of = weakref.ref(store)  # destroy_process_group must be able to end it
+        self._of = weakref.ref(store)  # destroy_process_group must be able to end the store.
         self._rank, self._world = rank, world
         self._prefix = f"lift_kernels/{dist.PrefixStore('lift_kernels', store).add(f'lives/{rank}', 1)}"
         self._announced: set[str] = set()
@@ -138,7 +142,7 @@ class DigestExchange:
 
     @classmethod
     def of_default_group(cls) -> DigestExchange | None:
-        """The one of this process, or None where there is no more than one rank."""
+        """The exchange of this process, or None with a single rank."""
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return None
         store = dist.distributed_c10d._get_default_store()
@@ -156,7 +160,7 @@ class DigestExchange:
         return dist.PrefixStore(self._prefix, store)
 
     def announce(self, names: Iterable[str]) -> bool:
-        """Put up the names that this rank has not announced before; whether there was one."""
+        """Announce the names that are new, and return whether there was one."""
         new = sorted(set(names) - self._announced)
         if new:
             self._store.set(f"names/{self._rank}/{self._announcements}", zlib.compress(json.dumps(new).encode()))
@@ -165,8 +169,9 @@ class DigestExchange:
         return bool(new)
 
     def wait_for_late_ranks(self, patience: float) -> None:
-        """Until every rank has announced names at a step as often as this one; those that stay away
-        are named in a warning.
+        """Wait until every rank has announced names at a step as often as this one.
+
+        A warning names the ranks that have not done so in time.
         """
         self._store.set(f"late/{self._rank}/{self._late}", "")
         self._read_announcements()
@@ -184,8 +189,9 @@ class DigestExchange:
             )
 
     def compare(self, digests: Mapping[str, str], ranks: tuple[int, ...] | None, patience: float) -> None:
-        """Wait for the digests of all ranks that train these names; RuntimeError where they differ
-        or a rank stays away.
+        """Wait for the digests of all ranks that train these names, and compare them.
+
+        Raises RuntimeError where they differ, or where a rank shows none in time.
         """
         self._read_announcements()
         group = "" if ranks is None else hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
@@ -200,7 +206,7 @@ class DigestExchange:
                     shared[rank].append(name)
         digests = {name: digest for name, digest in digests.items() if any(name in names for names in shared.values())}
         if not digests:
-            return  # a step that one rank makes alone is no comparison
+            return  # No other rank trains these names.
         self._store.multi_set([key(self._rank, name) for name in digests], list(digests.values()))
         missing = self._missing({rank: [key(rank, name) for name in names] for rank, names in shared.items()}, patience)
         differing: dict[int, list[str]] = {}
@@ -213,10 +219,9 @@ class DigestExchange:
             self._linger(list(shared))
         elif missing:
             raise RuntimeError(_ABSENT.format(ranks=_ranks(missing), name=shared[missing[0]][0], patience=patience))
-        for name in digests:  # the next comparison is another one, whether or not this one went well
-            if (
-                self._compared[group, name] > 0 and not missing
-            ):  # all have shown this one: they are done with the one before
+        for name in digests:  # The next comparison has the next number, whatever came of this one.
+            # All ranks have shown this digest, so they have read the one before.
+            if self._compared[group, name] > 0 and not missing:
                 self._store.delete_key(key(self._rank, name, 1))
             self._compared[group, name] += 1
         if differing:
@@ -234,8 +239,9 @@ class DigestExchange:
                 self._absent.discard(rank)
 
     def _missing(self, keys: Mapping[int, list[str]], patience: float) -> list[int]:
-        """Ranks whose keys are not all there after ``patience`` seconds. Asked again and again: a
-        wait would lock the store.
+        """Ranks whose keys are not all there after ``patience`` seconds.
+
+        The keys are polled, because a wait would lock the store.
         """
         deadline = time.monotonic() + patience
         left = sorted(keys)
@@ -246,9 +252,7 @@ class DigestExchange:
         return left
 
     def _linger(self, ranks: list[int]) -> None:
-        """Wait until the others have read what differs and raise too, or until they have had the
-        time.
-        """
+        """Wait until the others have seen the difference too, at most `LINGER_S`."""
         self._store.set(f"refused/{self._rank}/{self._refused}", "")
         self._missing({rank: [f"refused/{rank}/{self._refused}"] for rank in ranks}, LINGER_S)
         self._refused += 1

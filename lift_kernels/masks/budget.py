@@ -17,8 +17,16 @@ def entry_count(
     budget_rank: int | None = None,
     name: str = "weight",
 ) -> int:
-    """How many entries of an m x n matrix are trained, from exactly one of the three ways to say
-    it.
+    """How many entries of an m x n matrix are trained, from exactly one of three settings.
+
+    Args:
+        shape: (m, n), with m * n < 2^31.
+        k: the number itself.
+        density: a share of the matrix, in (0, 1]: k = round(density * m * n).
+        budget_rank: k = (m + n) * budget_rank, at most m * n (paper section 3).
+        name: of the parameter, for messages.
+
+    Raises ValueError, naming the parameter and the value, for a setting out of range.
     """
     given = [
         label for label, value in (("k", k), ("density", density), ("budget_rank", budget_rank)) if value is not None
@@ -52,15 +60,14 @@ def check_rank(rank: int, shape: torch.Size, name: str) -> None:
 
 
 def default_rank(shape: torch.Size, rank: int | None) -> int:
-    """The LRA rank of a matrix, or of each matrix of a batch: 64, or the smaller side, where None
-    is given.
+    """The LRA rank of a matrix, or of each matrix of a batch.
+
+    None gives 64, or the smaller side where that is less.
     """
     return rank if rank is not None else min(DEFAULT_RANK, *shape[-2:])
 
 
 def trained_entries(shape: torch.Size, density: float, budget_rank: int | None, name: str) -> int:
-    """k of a matrix, or of each matrix of a batch: by ``budget_rank`` where it is given, else by
-    ``density``.
-    """
+    """k of a matrix, or of each matrix of a batch. ``budget_rank`` takes precedence."""
     share = density if budget_rank is None else None
     return entry_count(shape[-2:], density=share, budget_rank=budget_rank, name=name)

@@ -1,12 +1,12 @@
-"""Low-rank factors of weight matrices: W_r = L R^T, the best rank-r approximation (paper section 3,
-Eckart-Young).
+"""Low-rank factors of weight matrices: W_r = L R^T, the best rank-r approximation (paper section
+3).
 
-Two ways lead there. *Gram*: the top eigenvectors of the smaller Gram matrix, exact. *Chebyshev*:
-subspace iteration with about 2r vectors whose filter is a Chebyshev polynomial of A^T A; from a
-random block (cold start) or from the basis of the last time (warm start). It stops when the Ritz
-energy, the sum of the top r Ritz values, says that the mask has converged. A is the matrix with its
-shorter side inside. Matrices of one shape go through together, so that small factorizations do not
-leave a GPU idle.
+There are two methods. *Gram* takes the top eigenvectors of the smaller Gram matrix; it is exact.
+*Chebyshev* is subspace iteration with about 2r vectors. Its filter is a Chebyshev polynomial of A^T
+A, where A is the matrix with its shorter side inside. It starts from a random block (cold start) or
+from the basis of the last mask (warm start). It stops when the Ritz energy, the sum of the top r
+Ritz values, has stalled. Matrices of one shape are factored together, because small factorizations
+would leave a GPU idle.
 """
 
 from __future__ import annotations
@@ -25,30 +25,34 @@ from .budget import check_rank
 
 METHODS = ("auto", "gram", "chebyshev", "svd")
 TOLERANCE = 3e-5
-"""Relative growth of the Ritz energy over one degree below which a mask counts as converged: on
-trained matrices about 0.3 % of its entries are then still wrong, 2 % at worst.
+"""The iteration has converged when the Ritz energy grows less than this over one degree,
+relatively.
+
+On trained matrices about 0.3 % of a mask's entries are then still wrong, 2 % at worst.
 """
 OVERSAMPLING = 2
-"""Vectors of the iterated block per rank: spectra are flat, so a wide block converges in far fewer
-passes.
+"""Vectors of the iterated block per rank.
+
+Spectra are flat, so a wide block converges in far fewer passes.
 """
 MAX_DEGREES, MAX_WARM_DEGREES = 24, 3
-_CYCLE = 3  # degrees of one Chebyshev polynomial; then it is fitted anew to the smallest Ritz value
-_EIGH_COST = {
-    "cpu": 12.0,
-    "cuda": 2000.0,
-}  # of an n x n eigenproblem, in flops of a product per n^3; cpu measured, cuda assumed
-_SMALL = 256  # shorter sides up to here go the exact way: overheads decide there, not flops
-_EXACT_BONUS = 1.5  # auto leaves the exact way only for a predicted cost this many times lower
+_CYCLE = 3  # degrees of one Chebyshev polynomial, which is then fitted again to the smallest Ritz value
+# Cost of an n x n eigenproblem, in flops of a product per n^3. The CPU's is measured, CUDA's
+# assumed.
+_EIGH_COST = {"cpu": 12.0, "cuda": 2000.0}
+_SMALL = 256  # Shorter sides up to here take the exact method: overheads decide there, not flops.
+_EXACT_BONUS = 1.5  # auto leaves the exact method only for a predicted cost this many times lower
 
 
 class LowRankFactors(NamedTuple):
-    """``left`` (m x r) and ``right`` (n x r), fp32, with W_r = left @ right.T, and how they came
-    about.
+    """Factors of W_r = left @ right.T, and how they were computed.
 
-    ``basis``: (min(m, n), l) bf16, for the next warm start, or None where the exact way is cheaper.
-    ``passes``: products with W or its transpose. ``converged``: False when the iteration ended
-    before the Ritz energy stalled.
+    Attributes:
+        left, right: (m, r) and (n, r), fp32.
+        basis: (min(m, n), l) bf16, for the next warm start; None where the exact method is cheaper.
+        method: ``"gram"``, ``"svd"``, ``"chebyshev"``, ``"warm"`` or ``"cold after warm"``.
+        passes: products with W or its transpose.
+        converged: False when the iteration ended before the Ritz energy stalled.
     """
 
     left: Tensor
@@ -74,15 +78,19 @@ def low_rank_factors(
     tolerance: float = TOLERANCE,
     name: str = "weight",
 ) -> LowRankFactors:
-    """Factors of the best rank-r approximation of ``weight`` (m x n; fp32, bf16 or fp16). One
-    orthonormal, nothing is divided by a small singular value.
+    """Factors of the best rank-r approximation of a matrix (paper section 3).
+
+    One factor is orthonormal. Nothing is divided by a small singular value.
 
     Args:
-        method: ``"gram"`` and ``"svd"`` are exact, ``"chebyshev"`` iterates, ``"auto"`` takes what
-            is predicted to be fastest.
+        weight: (m, n), fp32, bf16 or fp16.
+        rank: r, from 1 to min(m, n).
+        method: ``"gram"`` and ``"svd"`` are exact, ``"chebyshev"`` iterates, ``"auto"`` takes the
+            one that is predicted to be fastest.
         generator: of the random block of a cold start; by default one seeded with 0.
-        warm_start: ``basis`` of an earlier call; when it does not settle, a cold start follows.
+        warm_start: ``basis`` of an earlier call. A cold start follows when it does not converge.
         tolerance: relative growth of the Ritz energy over a degree at which the iteration stops.
+        name: of the weight, for messages.
 
     Raises ValueError, naming ``name``, for a weight that is no matrix, a rank outside 1..min(m, n),
     an unknown method, a basis of another shape and non-finite entries.
@@ -103,8 +111,10 @@ def batched_factors(
     tolerance: float = TOLERANCE,
     names: Sequence[str] | None = None,
 ) -> list[LowRankFactors]:
-    """`low_rank_factors` of matrices of one shape, dtype and device, computed together. Those with
-    a warm start come first.
+    """`low_rank_factors` of matrices of one shape, dtype and device, computed together.
+
+    Those with a warm start are iterated first, the others and those that did not converge after
+    them.
     """
     names = names or [f"weight {i}" for i in range(len(weights))]
     warm_starts = warm_starts or [None] * len(weights)
@@ -155,9 +165,7 @@ def batched_factors(
 
 
 def cheapest_method(shape: Sequence[int], rank: int, *, warm: bool = False, device: str = "cpu") -> str:
-    """``"gram"`` or ``"chebyshev"``: which is predicted to be faster for an m x n matrix, from its
-    flops.
-    """
+    """``"gram"`` or ``"chebyshev"``: the faster one for an m x n matrix, predicted from flops."""
     long, short = max(shape), min(shape)
     if short <= _SMALL:
         return "gram"
@@ -166,15 +174,14 @@ def cheapest_method(shape: Sequence[int], rank: int, *, warm: bool = False, devi
     gram = 2.0 * long * short**2 + eigh * short**3 + 2.0 * long * short * rank
     degrees = 1 if warm else 7
     passes = 3 if warm else 17
-    small = (
-        2.0 * long * width**2 + 6.0 * short * width**2 + eigh * width**3
-    )  # Gram matrix, orthonormalization, Ritz values
+    # Gram matrix, orthonormalization, Ritz values.
+    small = 2.0 * long * width**2 + 6.0 * short * width**2 + eigh * width**3
     chebyshev = passes * 2.0 * long * short * width + (degrees + 1) * small
     return "chebyshev" if chebyshev * (1.0 if warm else _EXACT_BONUS) < gram else "gram"
 
 
 def block_width(shape: Sequence[int], rank: int) -> int:
-    """Vectors l of the iterated block."""
+    """l, the vectors of the iterated block."""
     return min(min(shape), max(OVERSAMPLING * rank, rank + 8))
 
 
@@ -196,10 +203,10 @@ def _check(weight: Tensor, rank: int, warm: Tensor | None, name: str) -> None:
 
 
 def _units(weights: Sequence[Tensor], names: Sequence[str]) -> list[float]:
-    """For each matrix 1, or the power of two that brings extreme entries to about 1, so that
-    squares stay in range.
+    """For each matrix 1, or a power of two that brings its extreme entries to about 1.
 
-    It changes no digit. One pass over each matrix and one wait for the device.
+    So squares stay in range, and no digit changes. One pass over each matrix, one wait for the
+    device.
     """
     extremes = torch.stack([extreme for weight in weights for extreme in torch.aminmax(weight.detach())])
     units = []
@@ -249,8 +256,9 @@ class _Ended(NamedTuple):
 
 
 def _cold_block(tall: Tensor, rank: int, generator: torch.Generator | None) -> Tensor:
-    """(b, N, l) orthonormal blocks near the top singular vectors, after two passes. All matrices
-    start from one random block.
+    """(b, N, l) orthonormal blocks near the top singular vectors, after two passes.
+
+    All matrices start from one random block.
     """
     width = block_width(tall.shape[1:], rank)
     seed = 0
@@ -262,12 +270,11 @@ def _cold_block(tall: Tensor, rank: int, generator: torch.Generator | None) -> T
 
 
 def _chebyshev(tall: Tensor, block: Tensor, rank: int, tolerance: float, max_degrees: int) -> _Ended:
-    """Subspace iteration on A (b, M, N) from blocks (b, N, l) near the wanted subspace, until the
-    Ritz energies stall.
+    """Subspace iteration on A (b, M, N) from blocks (b, N, l), until the Ritz energies stall.
 
-    Each degree: Y = A X; Z = A^T Y; X <- orth(2 ((2/a) Z - X) - X_previous), the first of a cycle X
-    <- orth((2/a) Z - X). The polynomial is small on [0, a] and grows beyond; a is the smallest Ritz
-    value at the cycle's start.
+    A degree computes Y = A X, Z = A^T Y and X <- orth(2 ((2/a) Z - X) - X_previous). The first
+    degree of a cycle takes X <- orth((2/a) Z - X). The polynomial is small on [0, a] and grows
+    beyond it. a is the smallest Ritz value at the start of the cycle.
     """
     block, _ = orthonormalized(block.contiguous())
     previous: Tensor | None = None
@@ -285,7 +292,8 @@ def _chebyshev(tall: Tensor, block: Tensor, rank: int, tolerance: float, max_deg
             passes[i] = passes[i] if converged[i] and not stalled else 2 * degree + 1
         if all(converged) or degree == max_degrees:
             break
-        if previous is None:  # Ritz vectors as columns: scaling them then takes out most of the condition number
+        if previous is None:
+            # With Ritz vectors as columns, scaling them takes out most of the condition number.
             block, image = _product(block, rotation), _product(image, rotation)
             edge = values[:, 0].clamp_min(1e-12 * values[:, -1] + torch.finfo(values.dtype).tiny)
         raised, status = ops.chebyshev_step_(_product(tall.mT, image), block, previous, edge)
@@ -294,24 +302,24 @@ def _chebyshev(tall: Tensor, block: Tensor, rank: int, tolerance: float, max_deg
             previous = None
     top = rotation[:, :, -rank:]
     short, basis = _exact_product(block, top), _product(block, rotation).to(torch.bfloat16)
-    if tall.is_cuda:  # the image was formed in TF32: once more, for the factors
+    if tall.is_cuda:  # The image was formed in TF32. The factors need it in full fp32.
         return _Ended(_exact_product(tall, short), short, basis, [p + 1 for p in passes], converged)
     return _Ended(image @ top, short, basis, passes, converged)
 
 
 def orthonormalized(block: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Orthonormal columns that span those of ``block`` (b, n, l), n >= l, in its place, by
-    Cholesky-QR: block = Q R.
+    """Orthonormalize the columns of ``block`` (b, n, l), n >= l, in place: block = Q R, block <- Q.
 
-    Also ``other`` R^-1 in the place of ``other``; None where R is singular: then Q comes from
-    Householder QR and a recurrence that needs both starts anew.
+    ``other`` is multiplied by R^-1 from the right, in place. Where R is singular, Q comes from
+    Householder QR and None comes back for ``other``: a recurrence that needs both starts again.
     """
     return _repaired(block, other, ops.cholesky_qr_(block, other))
 
 
 def _repaired(block: Tensor, other: Tensor | None, status: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Blocks after a round of Cholesky-QR with this status: two more rounds where one was not
-    enough, then Householder QR.
+    """The blocks after a round of Cholesky-QR that ended with ``status``.
+
+    Where one round was not enough, two more follow, and then Householder QR.
     """
     if bool(status.any()) and bool(ops.cholesky_qr_(block, other, rounds=2).any()):
         return torch.linalg.qr(block).Q.contiguous(), None
@@ -319,7 +327,9 @@ def _repaired(block: Tensor, other: Tensor | None, status: Tensor) -> tuple[Tens
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b within the iteration: on a GPU in TF32, whose error stays below what stops it."""
+    """a @ b within the iteration. TF32 on GPUs: its error is smaller than the stopping
+    tolerance.
+    """
     with matmul_precision(a, "tf32"):
         return a @ b
 

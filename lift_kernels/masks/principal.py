@@ -20,16 +20,22 @@ from .budget import entry_count
 from .lowrank import TOLERANCE, LowRankFactors, batched_factors
 
 MEMORY_BUDGET = 2**31
-"""Bytes of fp32 copies of weights that are factored together on a GPU. On the CPU one matrix at a
-time is enough for a core.
+"""Bytes of fp32 copies of weights that are factored together on a GPU.
+
+On the CPU one matrix at a time keeps a core busy.
 """
 _SMALL = 2**22  # entries
 
 
 @dataclass(frozen=True)
 class MaskRequest:
-    """What a mask is made from: the matrix, its rank and k, and what its last mask left for a warm
-    start.
+    """What a mask is made from.
+
+    Attributes:
+        weight: (m, n), fp32, bf16 or fp16.
+        rank, k: of the approximation, and how many entries are selected.
+        name: for messages.
+        basis, threshold: of the last mask, for a warm start.
     """
 
     weight: Tensor
@@ -41,11 +47,14 @@ class MaskRequest:
 
 
 class Mask(NamedTuple):
-    """``indices``: sorted int32 (k,). ``threshold`` (0-dim fp32, the k-th magnitude) and ``basis``
-    serve the next warm start.
+    """The selected entries of a matrix, and how they were found.
 
-    How it came about: ``method``, ``passes`` over the matrix, whether the iteration ``converged``,
-    ``seconds`` (a share of its batch's).
+    Attributes:
+        indices: (k,) int32, sorted flat positions.
+        threshold: 0-dim fp32, the k-th magnitude; with ``basis`` it serves the next warm start.
+        basis: of `LowRankFactors`.
+        method, passes, converged: of `LowRankFactors`, or the name of another selection.
+        seconds: its share of the time of its batch.
     """
 
     indices: Tensor
@@ -76,22 +85,27 @@ def principal_indices(
     name: str = "weight",
     backend: str | None = None,
 ) -> Tensor:
-    """The principal weights of a matrix (m x n): flat, sorted int32 positions of the k largest
-    |W_r| (paper section 3).
+    """The principal weights of a matrix: positions of its k largest |W_r| (paper section 3).
 
-    Exactly one of ``k``, ``density`` (k = round(density * m * n)) and ``budget_rank`` (k = (m + n)
-    * budget_rank, at most m * n) says how many; ties go to the lower position. The weight itself is
-    not changed. ``method``, ``generator``, ``warm_start`` and ``tolerance`` are those of
-    `low_rank_factors`.
+    Args:
+        weight: (m, n), fp32, bf16 or fp16; it is not changed.
+        rank: r of the approximation W_r.
+        k, density, budget_rank: exactly one of them says how many entries are selected: k,
+            round(density * m * n), or (m + n) * budget_rank, at most m * n.
+        method, generator, warm_start, tolerance: of `low_rank_factors`.
+        name: of the weight, for messages.
+        backend: one of `lift_kernels.backends`, None for the fastest usable one.
+
+    Returns:
+        (k,) int32, flat and sorted. Ties go to the lower position.
 
     Raises ValueError, naming ``name``, for a rank or a k out of range and for non-finite weights.
     """
     require(weight.dim() == 2, f"{name}: a matrix is needed, got shape {tuple(weight.shape)}")
     k = entry_count(weight.shape, k=k, density=density, budget_rank=budget_rank, name=name)
     request = MaskRequest(weight, rank, k, name, warm_start)
-    return principal_masks([request], method=method, generator=generator, tolerance=tolerance, backend=backend)[
-        0
-    ].indices
+    masks = principal_masks([request], method=method, generator=generator, tolerance=tolerance, backend=backend)
+    return masks[0].indices
 
 
 def principal_masks(
@@ -104,14 +118,19 @@ def principal_masks(
     backend: str | None = None,
     on_batch_done: Callable[[int], object] = lambda count: None,
 ) -> list[Mask]:
-    """Masks of many matrices; those of one shape, dtype, rank and device are factored together
-    within ``memory_budget`` bytes.
+    """Masks of many matrices, in the order of the requests.
 
-    Small matrices on the CPU are spread over the cores instead, one thread each. A given
-    ``generator`` keeps them in order.
+    Matrices of one shape, dtype, rank and device are factored together. Small matrices on the CPU
+    are spread over the cores instead, one thread each.
 
-    ``on_batch_done(count)`` is called after every batch, for a progress bar. Raises as
-    `principal_indices` does, before or between batches; nothing is changed in any case.
+    Args:
+        method, generator, tolerance: of `low_rank_factors`. A given ``generator`` keeps the
+            matrices in order.
+        memory_budget: bytes of fp32 copies that are factored together; None: `MEMORY_BUDGET` on a
+            GPU, one matrix at a time on the CPU.
+        on_batch_done: is called with the number of masks after every batch, for a progress bar.
+
+    Raises as `principal_indices` does, before or between batches. Nothing is changed in any case.
     """
     batches = _batches(requests, memory_budget)
     masks: dict[int, Mask] = {}
@@ -123,7 +142,7 @@ def principal_masks(
         masks.update(zip(batch, found))
         on_batch_done(len(batch))
 
-    # Triton on CPU tensors is its interpreter, which is not made for several threads.
+    # On CPU tensors Triton runs in its interpreter, which is not made for several threads.
     spread = generator is None and backend != "triton"
     small = [batch for batch in batches if spread and _is_small(requests[batch[0]].weight)]
     for batch in batches:
@@ -161,11 +180,11 @@ def _batch_masks(
 def _select(
     factors: list[LowRankFactors], k: int, thresholds: list[Tensor | None], backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    """Index lists (b, k) and k-th magnitudes (b,) of b products, near which ``thresholds`` lie
-    where they are known.
+    """Index lists (b, k) and k-th magnitudes (b,) of b products.
 
-    On a GPU, bitmaps (twice 1/8 byte an entry) and candidates (4 bytes for each of the k) take the
-    place of the fp32 copies (4 bytes an entry), which are free again: the memory budget holds.
+    ``thresholds`` are the k-th magnitudes of the last masks, where they are known. On a GPU,
+    bitmaps (twice 1/8 byte per entry) and candidates (4 bytes for each of the k) need less than the
+    fp32 copies (4 bytes per entry), which are free again. So the memory budget holds.
     """
     expected = None
     if any(threshold is not None for threshold in thresholds):
@@ -187,8 +206,9 @@ def _stacked(matrices: list[Tensor]) -> Tensor:
 
 
 def _is_small(weight: Tensor) -> bool:
-    """Whether one core does a matrix best by itself: the small factorizations of several cores wait
-    for each other.
+    """Whether a matrix is done best by one core.
+
+    In small factorizations several cores wait for each other.
     """
     return weight.device.type == "cpu" and weight.numel() <= _SMALL
 
@@ -203,11 +223,11 @@ def _single_threaded(count: int) -> Iterator[ThreadPoolExecutor]:
     finally:
         pool.shutdown(cancel_futures=True)
         if count:
-            torch.set_num_threads(threads)  # of threads to come: the workers have set it for them too
+            torch.set_num_threads(threads)  # The workers have set it for threads to come, too.
 
 
 def _batches(requests: Sequence[MaskRequest], memory_budget: int | None) -> list[list[int]]:
-    """Numbers of requests that go through together, in order of their first."""
+    """Numbers of the requests that are factored together, in order of their first."""
     kinds: dict[tuple, list[int]] = defaultdict(list)
     for i, r in enumerate(requests):
         basis = None if r.basis is None else tuple(r.basis.shape)

@@ -1,4 +1,4 @@
-"""Where a model's principal weights lie: a table, ``report.json`` and ``report.png``."""
+"""Where a model's principal weights lie: figures of each matrix, a table and a picture."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TOP = 0.1
-"""Share of rows and columns whose part of the mask is reported; an even spread gives the same
-share.
-"""
+"""Share of rows and columns whose part of the mask is reported. An even spread gives this share."""
 PANELS = {
     "density": "share of the entries chosen",
     "overlap": "chosen entries that are among\nthe largest of W itself",
@@ -35,8 +33,9 @@ PANELS = {
 
 @dataclass(frozen=True)
 class MatrixReport:
-    """Figures of one matrix, each from 0 to 1 but ``layer`` (None outside a stack) and ``entries``;
-    see `PANELS`.
+    """Figures of one matrix. `PANELS` says what they mean.
+
+    All are from 0 to 1 but ``entries`` and ``layer``, which is None outside a stack of layers.
     """
 
     name: str
@@ -51,8 +50,9 @@ class MatrixReport:
 
 
 def matrix_report(name: str, weight: Tensor, rank: int, k: int) -> MatrixReport:
-    """Figures of the k principal weights of a matrix. Raises ValueError for a rank that does not
-    fit and non-finite weights.
+    """Figures of the k principal weights of a matrix.
+
+    Raises ValueError, naming the matrix, for a rank that does not fit and for non-finite weights.
     """
     weight = weight.detach()
     left, right, *_ = low_rank_factors(weight, min(rank, *weight.shape), name=name)
@@ -78,9 +78,7 @@ def matrix_report(name: str, weight: Tensor, rank: int, k: int) -> MatrixReport:
 
 
 def density_map(weight: Tensor, rank: int, k: int, size: int = 96) -> Tensor:
-    """Share of chosen entries in each cell of a grid of at most ``size`` x ``size`` over a
-    matrix.
-    """
+    """Share of chosen entries in each cell of a grid over a matrix, at most ``size`` x ``size``."""
     mask = torch.zeros(weight.numel())
     mask[principal_indices(weight, min(rank, *weight.shape), k).long()] = 1
     m, n = weight.shape
@@ -90,9 +88,7 @@ def density_map(weight: Tensor, rank: int, k: int, size: int = 96) -> Tensor:
 def report_of(
     weights: Mapping[str, Tensor], density: float, rank: int, budget_rank: int | None = None
 ) -> tuple[list[MatrixReport], Tensor]:
-    """Figures of every matrix by name, and the `density_map` of the one with the most uneven
-    mask.
-    """
+    """Figures of every matrix, and the `density_map` of the one with the most uneven mask."""
     require(0 < density <= 1, f"density is {density}; it must be above 0 and at most 1")
     require(rank >= 1, f"rank is {rank}; it must be at least 1")
     rows = []
@@ -104,7 +100,7 @@ def report_of(
 
 
 def most_uneven(rows: list[MatrixReport]) -> MatrixReport:
-    """The matrix whose mask is gathered most in few rows or columns."""
+    """The matrix whose mask is concentrated most in few rows or columns."""
     return max(rows, key=lambda row: max(row.rows, row.columns))
 
 
@@ -122,8 +118,9 @@ def table(rows: list[MatrixReport]) -> str:
 
 
 def draw(rows: list[MatrixReport], picture: Tensor, title: str) -> Figure:
-    """One map a figure, layers from left to right and projections from top to bottom; and one
-    matrix's mask itself.
+    """One map per figure of `PANELS`, and one matrix's mask itself.
+
+    Layers go from left to right, projections from top to bottom.
     """
     from matplotlib.figure import Figure
 

@@ -1,6 +1,4 @@
-"""Selection of the entries to train: principal weights, and the baselines that benches compare them
-with.
-"""
+"""Selection of the entries to train: principal weights, and the baselines beside them."""
 
 from __future__ import annotations
 
@@ -31,8 +29,7 @@ class SelectionRequest(NamedTuple):
         rank: of the approximation that selects entries.
         k: entries to select in each matrix.
         name: of the parameter, for messages.
-        number: of the parameter among all that are selected; random masks of different numbers
-            differ.
+        number: of the parameter among all that get masks. Random masks of different numbers differ.
         kept: ``basis`` and ``threshold`` of the last mask, where there was one.
     """
 
@@ -60,6 +57,7 @@ class SelectionRequest(NamedTuple):
         ]
 
 
+@torch.no_grad()
 def make_masks(
     requests: Sequence[SelectionRequest],
     *,
@@ -70,8 +68,15 @@ def make_masks(
 ) -> list[Mask]:
     """A mask for every request, from its present weight.
 
-    Raises ValueError, naming the parameter, for non-finite weights, a missing gradient, a wrong
-    list of a callable.
+    Args:
+        selection: ``"principal"`` (paper section 3), ``"magnitude"``, ``"gradient"``, ``"random"``
+            or a callable ``(weight, k) -> sorted int32 indices``.
+        seed: of random masks.
+        method: of `low_rank_factors`.
+        backend: one of `lift_kernels.backends`, None for the fastest usable one.
+
+    Raises ValueError, naming the parameter, for non-finite weights, a missing gradient, or a wrong
+    index list from a callable.
     """
     parts = [request.matrices() for request in requests]
     flat = [part for of_one in parts for part in of_one]
@@ -128,8 +133,9 @@ def _stacked(tensors: list[Tensor | None]) -> Tensor | None:
 
 
 def warm_part(entry: dict[str, Any], p: Tensor, where: str | None) -> dict[str, Tensor]:
-    """``basis`` and ``threshold`` of a mask or of a saved state, moved to where they are kept;
-    nothing for ``where=None``.
+    """``basis`` and ``threshold`` of a mask or a saved state, moved to where they are kept.
+
+    ``where`` is ``"device"`` (that of the parameter), ``"cpu"``, or None to keep nothing.
     """
     if where is None:
         return {}
@@ -159,8 +165,9 @@ def _selected(
 
 
 def largest_indices(magnitude: Tensor, k: int) -> Tensor:
-    """Flat, sorted int32 positions of the k largest entries of a non-negative tensor; ties go to
-    the lower position.
+    """Flat, sorted int32 positions of the k largest entries of a non-negative tensor.
+
+    Ties go to the lower position.
     """
     flat = magnitude.reshape(-1)
     chosen = flat > (threshold := _kth_largest(flat, k))
@@ -170,8 +177,9 @@ def largest_indices(magnitude: Tensor, k: int) -> Tensor:
 
 
 def random_indices(numel: int, k: int, seed: int, device: torch.device) -> Tensor:
-    """k distinct flat positions drawn uniformly, sorted int32; the same for the same seed on every
-    device.
+    """k distinct flat positions drawn uniformly, sorted int32.
+
+    The same seed gives the same positions on every device.
     """
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(numel, generator=generator)[:k].sort().values.int().to(device)
@@ -179,6 +187,6 @@ def random_indices(numel: int, k: int, seed: int, device: torch.device) -> Tenso
 
 def _kth_largest(flat: Tensor, k: int) -> Tensor:
     place = flat.numel() - k
-    if flat.device.type == "cpu":  # numpy's introselect is ten times faster than torch.kthvalue
+    if flat.device.type == "cpu":  # NumPy's introselect is ten times faster than torch.kthvalue.
         return torch.from_numpy(np.partition(flat.float().numpy(), place)[place : place + 1])[0]
     return torch.kthvalue(flat, place + 1).values

@@ -21,8 +21,9 @@ _NO_SECOND = (
 class LiftLinearFunction(torch.autograd.Function):
     """y = x W^T + b with a packed weight gradient.
 
-    Differentiable in x (..., n), values (k,) and bias (m,); the value of ``values`` is not used.
-    ``weight`` is (m, n), or (n, m) with ``transposed``, and is cast to ``compute``.
+    Differentiable in x (..., n), values (k,) and bias (m,). ``values`` only receives a gradient:
+    its numbers are not read. ``weight`` is (m, n), or (n, m) with ``transposed``, and is cast to
+    the dtype ``compute``.
     """
 
     @staticmethod
@@ -35,8 +36,8 @@ class LiftLinearFunction(torch.autograd.Function):
         x, values, weight, bias, indices, ctx.transposed, ctx.compute, ctx.backend = inputs
         ctx.dtype = values.dtype
         needs_x, needs_values = ctx.needs_input_grad[:2]
-        # Only what backward reads. The index list is saved too, so that a refresh between the
-        # passes is noticed.
+        # Only what backward reads is saved. Autograd notices a refresh between the passes, because
+        # the index list is among it.
         ctx.save_for_backward(
             x if needs_values else None, weight if needs_x else None, indices if needs_values else None
         )
@@ -75,20 +76,29 @@ def lift_linear(
     transposed: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """x W^T + b (x W + b with ``transposed``) whose weight gradient goes to ``values`` at the flat
-    ``indices``. Honours autocast.
+    """x W^T + b, whose weight gradient is computed at the k trained entries only.
+
+    Honours autocast.
 
     Args:
-        x: (..., n). values: (k,) fp32; only its gradient matters here. weight: (m, n), holding the
-            values at ``indices``.
-        indices: (k,) int32, sorted; trusted, as everywhere in a step.
+        x: (..., n).
+        values: (k,) fp32; it receives the gradient, and its numbers are not read.
+        weight: (m, n), which holds the values at ``indices``; (n, m) with ``transposed``.
+        indices: (k,) int32, sorted flat positions; trusted, as everywhere in a step.
+        bias: (m,), or None.
+        transposed: compute x W + b, as transformers' Conv1D does.
+        backend: of the weight gradient; None for the fastest usable one.
 
-    Raises ValueError when ``values`` and ``indices`` are not equally long.
+    Returns:
+        (..., m), in the dtype of the weight or of autocast.
+
+    Raises ValueError when ``values`` and ``indices`` are not equally long, and RuntimeError under
+    forward-mode differentiation.
     """
     if values.shape != indices.shape:
         raise ValueError(f"values has shape {tuple(values.shape)}, its index list {tuple(indices.shape)}")
     if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None:
-        raise RuntimeError(_NO_SECOND)  # a custom jvp that raises would break torch.compile
+        raise RuntimeError(_NO_SECOND)  # A custom jvp that raises would break torch.compile.
     device = x.device.type
     compute = weight.dtype
     if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:

@@ -15,15 +15,13 @@ _hooks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # hooked parameter 
 
 
 def pack_on_accumulate(p: Tensor, indices: Tensor) -> None:
-    """From now on the gradient of ``p`` goes to ``p.lift_grad``: the entries at
-    ``p.lift_indices``.
-    """
+    """Pack the gradient of ``p`` from now on: its entries at ``indices`` go to ``p.lift_grad``."""
     p.lift_indices, p.lift_grad = indices, None  # type: ignore[attr-defined]
     _hooks[p] = p.register_post_accumulate_grad_hook(pack_gradient)
 
 
 def remove_hook(p: Tensor) -> None:
-    """The gradient of ``p`` is an ordinary one again."""
+    """Make the gradient of ``p`` an ordinary one again."""
     _hooks.pop(p).remove()
     p.lift_indices = p.lift_grad = None  # type: ignore[attr-defined]
 
@@ -35,9 +33,9 @@ def hooked_parameters(model: nn.Module) -> list[Tensor]:
 
 @torch.no_grad()
 def pack_gradient(p: Any) -> None:
-    """Move the gradient of one parameter, when it is complete, to ``p.lift_grad``.
+    """Move the complete gradient of one parameter to ``p.lift_grad``.
 
-    So the dense gradient is freed before the next layer's is made.
+    The dense gradient is freed before that of the next layer is made.
     """
     packed = ops.packed_gather(p.grad, p.lift_indices, dtype=torch.float32)
     p.grad = None

@@ -1,9 +1,13 @@
-"""LiftLinear: linear layers whose weight gradient is born packed, as the k values at an index list.
+"""Linear layers whose backward computes only the k selected entries of the weight gradient.
 
-The layer's trainable parameter is ``values``, an fp32 vector of the selected entries. ``weight`` is
-a parameter without gradient that holds the values rounded to its dtype; the forward pass uses it
-alone, and ``values`` is in the autograd graph only to receive its gradient. Whoever changes
-``values`` writes the weight too: LiftAdamW in its step, `PackedLinear.scatter` for everyone else.
+The trainable parameter of a packed layer is ``values``, an fp32 vector of the selected entries.
+``weight`` is a parameter without gradient that holds the values rounded to its dtype. The forward
+pass reads the weight alone. ``values`` is in the autograd graph only to receive its gradient.
+Whoever changes ``values`` writes the weight too: LiftAdamW in its step, `PackedLinear.scatter` for
+everyone else.
+
+A layer is converted in place by a change of its ``__class__``. So its name, its hooks, its keys in
+a state dict and every reference to it stay.
 """
 
 from __future__ import annotations
@@ -26,14 +30,15 @@ logger = logging.getLogger("lift_kernels")
 
 
 class PackedLinear(nn.Module):
-    """What packed layers share; a layer that was made plain becomes one by `pack` and plain again
-    by `unpack`.
+    """What packed layers share. `pack` converts a plain layer, `unpack` converts it back.
 
     Attributes:
-        weight: parameter without gradient, the rounded values in it at ``indices``.
+        weight: parameter without gradient; it holds the rounded values at ``indices``.
         values: (k,) fp32 parameter, kept fp32 through ``.to(dtype)`` and ``.half()``.
-        indices: (k,) int32, no buffer: DDP broadcasts buffers.
+        indices: (k,) int32; not a buffer, because DDP broadcasts buffers.
         lift_name: the layer's name for messages.
+        lift_backend: of the weight gradient; None for the fastest usable one.
+        stepped_by: class of another optimizer that has stepped ``values``, or an empty string.
     """
 
     weight: nn.Parameter
@@ -41,8 +46,8 @@ class PackedLinear(nn.Module):
     indices: Tensor
     bias: nn.Parameter | None
     lift_name: str = ""
-    lift_backend: str | None = None  # of the weight gradient; None: the default of the device
-    stepped_by: str = ""  # the class of another optimizer that has stepped ``values``
+    lift_backend: str | None = None
+    stepped_by: str = ""
     _transposed = False
     _plain: type[nn.Module]
     _required_grad: bool  # of the weight, before
@@ -66,10 +71,14 @@ class PackedLinear(nn.Module):
     def pack(
         cls, module: nn.Module, indices: Tensor, name: str = "", values: nn.Parameter | None = None
     ) -> PackedLinear:
-        """Convert ``module`` in place: hooks, names and the weight itself stay. ``values`` are
-        given for a tied weight.
+        """Convert ``module`` in place. Hooks, names and the weight itself stay.
 
-        Raises, naming the layer, for a weight or an index list that cannot be used; nothing is
+        Args:
+            indices: (k,) int32, sorted flat positions in the weight.
+            name: of the layer, for messages.
+            values: of another layer that shares the weight; None makes new ones.
+
+        Raises, naming the layer, for a weight or an index list that cannot be used. Nothing is
         changed then.
         """
         cls.check(module, name)
@@ -93,7 +102,7 @@ class PackedLinear(nn.Module):
         return module
 
     def unpack(self) -> nn.Module:
-        """The plain layer again, in place, with the weight it has."""
+        """Convert back to the plain layer, in place, with the present weight."""
         self.follow_weight()
         required, values, plain = self._required_grad, self.values, self._plain
         trainable.forget(values, self)
@@ -117,18 +126,18 @@ class PackedLinear(nn.Module):
 
     @torch.no_grad()
     def regather(self) -> bool:
-        """Let ``values`` follow the weight; entries that round to its present value keep all their
-        bits.
+        """Let ``values`` follow the weight, and return whether any value changed.
 
-        Returns whether any value changed.
+        Entries that round to the weight's present value keep all their bits.
         """
         changed = update_stale(self.values, ops.packed_gather(self.weight, self.indices))
         self._mark()
         return changed
 
     def follow_weight(self) -> None:
-        """`regather` when the weight was written since ``values`` last agreed with it, which is
-        said with the layer's name.
+        """`regather` if the weight was written since ``values`` last agreed with it.
+
+        A warning names the layer when values changed.
         """
         if self._seen != WeightVersion.of(self.weight) and self.regather():
             logger.warning(
@@ -140,7 +149,7 @@ class PackedLinear(nn.Module):
 
     @contextmanager
     def _without_values(self) -> Iterator[None]:
-        """For a while ``values`` is no parameter of the layer."""
+        """Inside this context ``values`` is not a parameter of the layer."""
         values = self._parameters.pop("values")
         try:
             yield
@@ -157,7 +166,7 @@ class PackedLinear(nn.Module):
                 values.data = moved
                 if values.grad is not None:
                     values.grad.data = _moved(values.grad, fn)
-            else:  # from and to the meta device, where nn.Module makes new parameters too
+            else:  # From and to the meta device nn.Module makes new parameters, too.
                 self._parameters["values"] = nn.Parameter(moved, values.requires_grad)
                 trainable.register(self.values, self)
             self.indices = _moved(self.indices, fn)

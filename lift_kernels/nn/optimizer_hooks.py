@@ -1,10 +1,11 @@
-"""Other optimizers on the ``values`` of packed layers: torch.optim.SGD and the like, which know
-nothing of the weight.
+"""Other optimizers on the ``values`` of packed layers, such as torch.optim.SGD.
 
-Two hooks around every optimizer's step, installed when the first layer is packed: before it, values
-follow a weight that was changed; after it, the weight follows the values. LiftAdamW writes both by
-itself. An index list cannot change under another optimizer, whose moments would then belong to
-other entries: a refresh raises.
+They know nothing of the layer's weight. So two hooks run around the step of every optimizer, from
+the time when the first layer is packed. Before the step, values follow a weight that was changed.
+After it, the weight follows the values. LiftAdamW writes both by itself.
+
+A refresh raises when another optimizer trains the values: its moments would belong to other
+entries.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _installed = False
 
 
 def install() -> None:
-    """Add the hooks, once a process."""
+    """Add the hooks, once per process."""
     global _installed
     if not _installed:
         _installed = True
@@ -30,7 +31,7 @@ def install() -> None:
 
 
 def _layers(optimizer: Optimizer) -> Iterator[Any]:
-    """One layer of every ``values`` that this foreign optimizer holds."""
+    """One layer of every ``values`` that an optimizer other than LiftAdamW holds."""
     if getattr(optimizer, "writes_weights", False):
         return
     for group in optimizer.param_groups:

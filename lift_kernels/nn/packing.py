@@ -1,4 +1,4 @@
-"""Convert a model so that the gradients of the matrices that LIFT trains are packed, and back."""
+"""Convert a model to packed gradients, and back."""
 
 from __future__ import annotations
 
@@ -31,22 +31,29 @@ def pack_gradients(
     freeze_rest: bool = False,
     backend: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Convert ``model`` in place, so that no dense gradient of a trained matrix is kept; returns
-    groups for `LiftAdamW`.
+    """Convert ``model`` in place so that no dense gradient of a trained matrix is kept.
 
-    Linear layers (those of `lift_param_groups`) become `LiftLinear` or `LiftConv1D`; layers that
-    share a weight share ``values``. A weight that something else than plain linear layers holds,
-    and every parameter whose name matches ``extra`` (matrices or 3-D batches of matrices, such as
-    stacked expert weights), keeps its place and gets a hook that packs its gradient into
-    ``p.lift_grad``. The first masks are made here, with the same options and results as
-    `LiftAdamW`. ``backend`` is that of the layers' weight gradients.
+    The linear layers of `lift_param_groups` become `LiftLinear` or `LiftConv1D`. Layers that share
+    a weight share ``values``. A weight that some other module holds too gets a hook, which packs
+    its gradient into ``p.lift_grad``. The first masks are made here, with the same options and
+    results as in `LiftAdamW`.
 
-    ``state_dict()`` keeps the plain model's keys; `unpack` gives the plain model back. Convert
-    before other libraries wrap the model, and move it to its device first or afterwards as you
-    like, but before the first step.
+    ``state_dict()`` keeps the plain model's keys, and `unpack` gives the plain model back. Convert
+    before other libraries wrap the model and before the first step. The model may move to its
+    device before or after that.
+
+    Args:
+        include, exclude, freeze_rest: of `lift_param_groups`.
+        extra: regular expression; further parameters whose names match get a hook. They may be
+            matrices or 3-D batches of matrices, such as stacked expert weights.
+        rank, density, budget_rank, selection, seed: of `LiftAdamW`.
+        backend: of the layers' weight gradients; None for the fastest usable one.
+
+    Returns:
+        Parameter groups for `LiftAdamW`.
 
     Raises ValueError, TypeError or RuntimeError, naming the parameter, for a model that cannot be
-    converted; it is unchanged then.
+    converted. The model is unchanged then.
     """
     require(
         not any(isinstance(module, PackedLinear) for module in model.modules()) and not hooked_parameters(model),
@@ -83,10 +90,10 @@ def pack_gradients(
 
 
 def unpack(model: nn.Module) -> nn.Module:
-    """Give the plain model back, in place: the layers' own classes, trainable weights as before, no
-    hooks. Gradients are dropped.
+    """Convert a packed model back to the plain one, in place.
 
-    An optimizer that was made for the packed model has nothing to train any more.
+    Layers get their own classes and weights their ``requires_grad`` back, hooks go, and gradients
+    are dropped. An optimizer that was made for the packed model has nothing left to train.
     """
     for module in list(model.modules()):
         if isinstance(module, PackedLinear):
@@ -108,7 +115,7 @@ def _selection_request(
 
 
 def _extra_parameters(model: nn.Module, extra: str | None, chosen: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters whose names match ``extra`` and that are not among the chosen ones."""
+    """The parameters whose names match ``extra``, without those that are chosen already."""
     taken = {id(p) for p in chosen.values()}
     found: dict[str, Tensor] = {
         name: p for name, p in model.named_parameters() if extra and re.search(extra, name) and id(p) not in taken
@@ -118,7 +125,7 @@ def _extra_parameters(model: nn.Module, extra: str | None, chosen: dict[str, Ten
 
 
 def _holders(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
-    """Where each parameter is: (name of the module, module, name within it)."""
+    """By id of each parameter, where it is: (name of the module, module, name within it)."""
     holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for module_name, module in model.named_modules():
         for name, p in module._parameters.items():
@@ -128,11 +135,10 @@ def _holders(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
 
 
 def _plain_layers(holders: list[tuple[str, nn.Module, str]], p: Tensor) -> list[tuple[str, nn.Module]]:
-    """The layers that hold the weight, with their names; none when something else than plain linear
-    layers holds it too.
+    """The layers that hold a weight, with their names; none when another module holds it, too.
 
-    A subclass of nn.Linear may use its weight in ways that a packed layer does not know
-    (nn.MultiheadAttention does).
+    A subclass of nn.Linear counts as another module. It may use its weight in ways that a packed
+    layer does not know, as nn.MultiheadAttention does.
     """
     plain = all(_class_of(module) is not None and name == "weight" for _, module, name in holders)
     return [(name, module) for name, module, _ in holders] if plain else []
@@ -151,7 +157,7 @@ def _check_layers(layers: dict[str, list[tuple[str, nn.Module]]]) -> None:
 
 
 def _pack_layers(members: list[tuple[str, nn.Module]], indices: Tensor) -> nn.Parameter:
-    """Convert the layers that share one weight; returns the values that they share."""
+    """Convert the layers that share one weight, and return the values that they share."""
     values: nn.Parameter | None = None
     weight = members[0][1].get_parameter("weight")
     required = weight.requires_grad

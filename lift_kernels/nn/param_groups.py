@@ -13,15 +13,19 @@ from .linear import PackedLinear
 def lift_param_groups(
     model: nn.Module, include: str | None = None, exclude: str | None = None, *, freeze_rest: bool = False
 ) -> list[dict]:
-    """One group ``{"params": [(name, weight), ...], "lift": True}`` with the weights of the model's
-    linear layers.
+    """A parameter group with the weights of a model's linear layers, which LIFT trains.
 
-    Linear layers are nn.Linear and transformers' Conv1D (whose weight is transposed, which changes
-    no mask); packed ones (`pack_gradients`) give their ``values`` in place of the weight.
-    Embeddings, the output head and weights tied to them are left out; a weight shared by several
-    layers is taken once. ``include`` and ``exclude`` are regular expressions searched in parameter
-    names. ``freeze_rest`` turns ``requires_grad`` off for every other parameter, as in the paper's
-    recipe.
+    Linear layers are nn.Linear and transformers' Conv1D, whose transposed weight changes no mask.
+    Packed layers (`pack_gradients`) give their ``values`` in place of the weight. Embeddings, the
+    output head and weights tied to them are left out. A weight that several layers share is taken
+    once.
+
+    Args:
+        include, exclude: regular expressions that are searched in parameter names.
+        freeze_rest: turn ``requires_grad`` off for every other parameter, as in the paper's recipe.
+
+    Returns:
+        ``[{"params": [(name, weight), ...], "lift": True}]``.
 
     Raises ValueError when a name matches both expressions or when no weight is left.
     """
@@ -55,8 +59,9 @@ def lift_param_groups(
 
 
 def _embeddings_and_head(model: nn.Module) -> set[int]:
-    """ids of embedding tables and of the output head's weight, found by type and by transformers'
-    accessor.
+    """ids of the weights of embeddings and of the output head.
+
+    Embeddings are found by their type, the head by transformers' accessor or by its usual names.
     """
     found = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))}
     head = getattr(model, "get_output_embeddings", lambda: None)()

@@ -1,16 +1,14 @@
-"""Where a parameter's gradient lies and which matrix it belongs to.
+"""The three kinds of trainable parameters: where the gradient is, and which matrix they train.
 
-Three kinds of trainable parameter carry the entries of a matrix:
+- A matrix with an ordinary gradient ``p.grad`` (matrix mode).
+- A matrix, or a 3-D batch of matrices, with a hook. The hook packs the gradient into
+  ``p.lift_grad`` at the index list ``p.lift_indices``.
+- The ``values`` of packed layers (`lift_kernels.nn.linear`). Their ``grad`` is packed by the
+  backward pass, and the matrix is the layers' ``weight``.
 
-- a matrix with an ordinary gradient ``p.grad`` (matrix mode),
-- a matrix, or a 3-D batch of them, whose hook packs the gradient into ``p.lift_grad`` at the index
-  list ``p.lift_indices``,
-- the ``values`` of packed layers (`lift_kernels.nn.linear`), whose ``grad`` is packed from birth;
-  the matrix is their ``weight``.
-
-That a vector is the ``values`` of layers is noted here and not on the vector: an attribute would be
-lost by deepcopy, and would send pickle round in a circle. The layers note it again whenever they
-are copied.
+A registry in this module knows which vectors are the ``values`` of layers. An attribute of the
+vector would be lost by deepcopy, and would make pickle follow a circle. Layers register again
+whenever they are copied.
 """
 
 from __future__ import annotations
@@ -30,12 +28,12 @@ _first: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> what
 
 
 def register(values: Tensor, layer: Any) -> None:
-    """Note that ``layer`` holds ``values``."""
+    """Register that ``layer`` holds ``values``."""
     _layers.setdefault(values, weakref.WeakSet()).add(layer)
 
 
 def forget(values: Tensor, layer: Any) -> None:
-    """``layer`` holds ``values`` no more."""
+    """Remove ``layer`` from the layers that hold ``values``."""
     _layers.get(values, weakref.WeakSet()).discard(layer)
 
 
@@ -55,8 +53,9 @@ def is_values(parameter: Tensor) -> bool:
 
 
 def matrix_of(parameter: Tensor) -> Tensor:
-    """The matrix, or batch of matrices, whose entries the parameter trains: a layer's weight, or
-    the parameter itself.
+    """The matrix, or batch of matrices, whose entries the parameter trains.
+
+    It is a layer's weight, or the parameter itself.
     """
     layers = layers_of(parameter) if parameter.dim() == 1 else []
     return layers[0].weight if layers else parameter
@@ -68,24 +67,21 @@ def name_of(parameter: Tensor) -> str | None:
 
 
 def hooked_gradient(parameter: Tensor) -> Tensor | None:
-    """What the hook of a matrix has packed since the last step; None also for every other
-    parameter.
-    """
+    """What the hook of a matrix has packed since the last step, or None."""
     return getattr(parameter, "lift_grad", None)
 
 
 def gradient_of(parameter: Tensor, layer: Any = None) -> tuple[Tensor | None, bool]:
-    """The gradient, or None, and whether it is packed; ``layer`` is the packed layer whose values
-    the parameter is.
+    """The gradient, or None, and whether it is packed.
+
+    ``layer`` is the packed layer whose ``values`` the parameter is, or None.
     """
     hooked = hooked_gradient(parameter)
     return (parameter.grad, layer is not None) if hooked is None else (hooked, True)
 
 
 def check_hooked_gradient(parameter: Tensor, name: str) -> None:
-    """Raise, naming the parameter, unless what its hook packed fits its index list and can be
-    stepped now.
-    """
+    """Raise, naming the parameter, unless a step can use what its hook has packed."""
     grad = hooked_gradient(parameter)
     if grad is None:
         return
@@ -105,13 +101,14 @@ def check_hooked_gradient(parameter: Tensor, name: str) -> None:
 
 
 def set_initial_mask(parameter: Tensor, warm: dict[str, Tensor]) -> None:
-    """Keep ``basis`` and ``threshold`` of a mask that was made before there is an optimizer."""
+    """Keep ``basis`` and ``threshold`` of a mask that was made before there was an optimizer."""
     _first[parameter] = warm
 
 
 def initial_state(parameter: Tensor) -> dict[str, Tensor] | None:
-    """What an optimizer starts from: the index list that `pack_gradients` chose and the present
-    values; None without one.
+    """The state that an optimizer starts from, or None for a parameter without an index list.
+
+    It holds the index list that `pack_gradients` chose, and the present values of packed layers.
     """
     layers = layers_of(parameter)
     if layers:
@@ -122,10 +119,9 @@ def initial_state(parameter: Tensor) -> dict[str, Tensor] | None:
 
 
 def bind(parameter: Tensor, entry: dict[str, Tensor]) -> None:
-    """Let the owner of the index list see an optimizer's present slices: its layers, or the hook of
-    a matrix.
+    """Point the layers, or the hooked matrix, at an optimizer's current slices.
 
-    ``values`` becomes a view of the slice ``entry["master"]``, so that there is no second copy. A
+    ``values`` becomes a view of the slice ``entry["master"]``, so there is no second copy. A
     gradient of another length is dropped.
     """
     indices = entry["indices"]
@@ -140,7 +136,7 @@ def bind(parameter: Tensor, entry: dict[str, Tensor]) -> None:
 
 
 def clear_gradient(parameter: Tensor) -> None:
-    """Forget a packed gradient, whose entries may be others than those of a new mask."""
+    """Drop a packed gradient. Its entries may differ from those of a new mask."""
     if is_values(parameter):
         parameter.grad = None
     elif hooked_gradient(parameter) is not None:

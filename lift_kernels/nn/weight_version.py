@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class WeightVersion(NamedTuple):
-    """Address and version counter of a weight: another pair means that somebody wrote it."""
+    """Address and version counter of a weight. Another pair means that the weight was written."""
 
     address: int
     version: int
@@ -21,7 +21,9 @@ class WeightVersion(NamedTuple):
 
 
 def update_stale(values: Tensor, present: Tensor) -> bool:
-    """Let fp32 ``values`` follow the entries ``present`` of a weight; whether any of them changed.
+    """Let fp32 ``values`` follow the entries ``present`` of a weight.
+
+    Returns whether any value changed.
 
     A value that rounds to the weight's entry keeps all its bits. So loading a checkpoint of the
     model after that of the optimizer loses nothing.

@@ -1,5 +1,7 @@
-"""Argument checks that several rooms share. Each raises before anything is changed, names the
-value, says what to do.
+"""Argument checks of the ops.
+
+Each check raises before anything is changed. Its message names the argument, its value and what is
+needed. Only `check_segments` reads the contents of a tensor, so only it waits for the device.
 """
 
 from __future__ import annotations
@@ -12,59 +14,81 @@ from torch import Tensor
 from ..validation import MAX_ENTRIES, MOMENT_DTYPES, WEIGHT_DTYPES, check_index_list, require
 
 
+def describe(tensor: Tensor) -> str:
+    """Return the dtype, shape, strides and device of a tensor, for an error message."""
+    layout = f"strides {tensor.stride()}" if tensor.layout == torch.strided else f"layout {tensor.layout}"
+    return f"{tensor.dtype} {tuple(tensor.shape)}, {layout}, on {tensor.device}"
+
+
+def check_index_vector(indices: Tensor, label: str = "indices") -> None:
+    """Check that an index list is a contiguous int32 vector."""
+    if indices.dtype != torch.int32:
+        raise TypeError(f"{label} must be int32, got {indices.dtype}")
+    if indices.dim() != 1 or not indices.is_contiguous():
+        raise ValueError(f"{label} must be a contiguous vector, got {tuple(indices.shape)}")
+
+
 def check_pair(
     tensor: Tensor, indices: Tensor, label: str, index_label: str = "indices", dtypes: tuple = WEIGHT_DTYPES
 ) -> None:
-    """A tensor of a supported dtype and a contiguous int32 vector on one device."""
-    require(tensor.layout == torch.strided, f"{label} must be dense (strided), got layout {tensor.layout}")
-    require(
-        tensor.dtype in dtypes, f"{label} must be one of {', '.join(map(str, dtypes))}, got {tensor.dtype}", TypeError
-    )
-    require(indices.dtype == torch.int32, f"{index_label} must be int32, got {indices.dtype}", TypeError)
-    require(
-        indices.dim() == 1 and indices.is_contiguous(),
-        f"{index_label} must be a contiguous vector, got {tuple(indices.shape)}",
-    )
+    """Check for a tensor of a supported dtype and an index list on one device."""
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{label} must be dense (strided), got layout {tensor.layout}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{label} must be one of {', '.join(map(str, dtypes))}, got {tensor.dtype}")
+    check_index_vector(indices, index_label)
     require(tensor.device == indices.device, f"{label} is on {tensor.device}, {index_label} on {indices.device}")
 
 
+def check_same_shape(tensor: Tensor, label: str, expected: Tensor, expected_label: str) -> None:
+    """Check that two arguments have one shape."""
+    if tensor.shape != expected.shape:
+        raise ValueError(
+            f"{label} has shape {tuple(tensor.shape)}, {expected_label} {tuple(expected.shape)}: they must be equal"
+        )
+
+
+def check_float32(tensor: Tensor, label: str, shape: tuple[int, ...], device: torch.device) -> None:
+    """Check for a contiguous float32 tensor of the given shape and device."""
+    if tensor.shape != shape or tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.device != device:
+        raise ValueError(f"{label} must be contiguous float32 {tuple(shape)} on {device}, got {describe(tensor)}")
+
+
+def check_block(block: Tensor, label: str) -> None:
+    """Check for a contiguous batch of matrices."""
+    if block.dim() != 3 or not block.is_contiguous():
+        raise ValueError(f"{label} must be contiguous (b, n, l), got {describe(block)}")
+
+
 def check_gather(source: Tensor, indices: Tensor, dtype: torch.dtype) -> None:
-    """What `packed_gather` can check without reading a tensor."""
+    """Check the arguments of `packed_gather`."""
     check_pair(source, indices, "source")
     require(dtype in WEIGHT_DTYPES, f"dtype must be float32, bfloat16 or float16, got {dtype}", TypeError)
 
 
 def check_scatter(dest: Tensor, indices: Tensor, values: Tensor) -> None:
-    """What `packed_scatter_` can check without reading a tensor."""
+    """Check the arguments of `packed_scatter_`."""
     check_pair(dest, indices, "dest")
     check_pair(values, indices, "values")
     require(dest.is_contiguous(), f"dest must be contiguous, got strides {dest.stride()}")
-    require(values.shape == indices.shape, f"values has shape {tuple(values.shape)}, indices {tuple(indices.shape)}")
+    check_same_shape(values, "values", indices, "indices")
 
 
 def check_migrate(values: Tensor, old_indices: Tensor, new_indices: Tensor, fill_values: Tensor | None) -> None:
-    """What `packed_migrate` can check without reading a tensor."""
+    """Check the arguments of `packed_migrate`."""
     supported = (*MOMENT_DTYPES, torch.int32)
     check_pair(values, old_indices, "values", "old_indices", supported)
     check_pair(values, new_indices, "values", "new_indices", supported)
-    require(
-        values.shape == old_indices.shape,
-        f"values has shape {tuple(values.shape)}, old_indices {tuple(old_indices.shape)}",
-    )
+    check_same_shape(values, "values", old_indices, "old_indices")
     if fill_values is not None:
         check_pair(fill_values, new_indices, "fill_values", "new_indices", (values.dtype,))
-        require(
-            fill_values.shape == new_indices.shape,
-            f"fill_values has shape {tuple(fill_values.shape)}, new_indices {tuple(new_indices.shape)}",
-        )
+        check_same_shape(fill_values, "fill_values", new_indices, "new_indices")
 
 
 def check_weight_grad(
     grad_output: Tensor, input: Tensor, indices: Tensor, dtype: torch.dtype, backend: str | None
 ) -> None:
-    """What `packed_weight_grad` can check without reading a tensor. float64 is for the reference
-    alone.
-    """
+    """Check the arguments of `packed_weight_grad`. Only the reference backend takes float64."""
     if (
         grad_output.dtype == input.dtype
         and grad_output.dtype in WEIGHT_DTYPES
@@ -78,14 +102,14 @@ def check_weight_grad(
         and grad_output.shape[0] == input.shape[0]
         and indices.numel() <= grad_output.shape[1] * input.shape[1] <= MAX_ENTRIES
     ):
-        return  # as in every backward pass: the messages below take longer to build than all checks
+        return  # the usual case: building the messages below would take longer than all the checks
     dtypes = (*WEIGHT_DTYPES, torch.float64) if backend == "reference" else WEIGHT_DTYPES
     check_pair(grad_output, indices, "grad_output", dtypes=dtypes)
     check_pair(input, indices, "input", dtypes=(grad_output.dtype,))
     require(
         grad_output.dim() == 2 and input.dim() == 2 and grad_output.shape[0] == input.shape[0],
-        f"grad_output and input must be matrices of as many rows, got {tuple(grad_output.shape)} and "
-        f"{tuple(input.shape)}",
+        f"grad_output and input must be matrices with the same number of rows, got {tuple(grad_output.shape)} "
+        f"and {tuple(input.shape)}",
     )
     entries = grad_output.shape[1] * input.shape[1]
     require(entries <= MAX_ENTRIES, f"a weight may have up to 2^31-1 entries, got {entries} (int32 index lists)")
@@ -96,7 +120,7 @@ def check_weight_grad(
 def check_norm(
     grads: Sequence[Tensor], indices: Tensor, offsets: Sequence[int], counts: Sequence[int], packed_grads: bool
 ) -> None:
-    """What `packed_l2_norm` can check without reading a tensor."""
+    """Check the arguments of `packed_l2_norm`."""
     check_arena(grads, indices, offsets, counts, "grads")
     check_grads(grads, grads, counts, packed_grads)
     for grad in grads[:1]:
@@ -104,47 +128,33 @@ def check_norm(
 
 
 def check_topk(left: Tensor, right: Tensor, k: int, bracket: Tensor | None) -> None:
-    """What `lowrank_topk` can check without reading a tensor."""
+    """Check the arguments of `lowrank_topk`."""
     for label, factor in (("left", left), ("right", right)):
-        require(
-            factor.dim() in (2, 3) and factor.dtype == torch.float32 and factor.is_contiguous(),
-            f"{label} must be a contiguous float32 matrix or a batch of them, got {factor.dtype} {tuple(factor.shape)}",
-        )
+        if factor.dim() not in (2, 3) or factor.dtype != torch.float32 or not factor.is_contiguous():
+            raise ValueError(f"{label} must be a contiguous float32 matrix or a batch of them, got {describe(factor)}")
     require(
         left.shape[:-2] == right.shape[:-2] and left.shape[-1] == right.shape[-1] and left.shape[-1] >= 1,
-        f"left and right must share a rank of at least 1, and the batch, got {tuple(left.shape)} and "
-        f"{tuple(right.shape)}",
+        f"left and right must have the same batch size and the same rank of at least 1, got {tuple(left.shape)} "
+        f"and {tuple(right.shape)}",
     )
     require(left.device == right.device, f"left is on {left.device}, right on {right.device}")
     m, n = left.shape[-2], right.shape[-2]
     require(m * n <= MAX_ENTRIES, f"the product may have up to 2^31-1 entries, got {m} x {n}")
     require(1 <= k <= m * n, f"k must be from 1 to {m * n}, got {k}")
     if bracket is not None:
-        shape = (*left.shape[:-2], 2)
-        require(
-            bracket.shape == shape
-            and bracket.is_contiguous()
-            and bracket.dtype == torch.float32
-            and bracket.device == left.device,
-            f"bracket must be two float32 numbers a matrix, {shape} on {left.device}, got {tuple(bracket.shape)} "
-            f"{bracket.dtype} on {bracket.device}",
-        )
+        check_float32(bracket, "bracket", (*left.shape[:-2], 2), left.device)
 
 
 def check_sketch(block: Tensor, seed: int, first: int) -> None:
-    """What `gaussian_sketch` can check without reading a tensor."""
-    require(
-        block.dtype in (torch.float32, torch.bfloat16), f"a sketch is float32 or bfloat16, got {block.dtype}", TypeError
-    )
-    require(
-        block.dim() == 3 and block.is_contiguous(),
-        f"a sketch is a contiguous (b, n, l) tensor, got {tuple(block.shape)}",
-    )
+    """Check the arguments of `gaussian_sketch_`."""
+    if block.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"the dtype of a sketch must be float32 or bfloat16, got {block.dtype}")
+    check_block(block, "block")
     check_counter(seed, first)
 
 
 def check_counter(seed: int, first: int) -> None:
-    """Seed and number of the first matrix of a sketch fit the schema and the generator."""
+    """Check that the seed and the first matrix number of a sketch fit the schema and Philox."""
     for label, number in (("seed", seed), ("first", first)):
         require(
             isinstance(number, int) and 0 <= number < 2**63,
@@ -153,15 +163,12 @@ def check_counter(seed: int, first: int) -> None:
 
 
 def check_qr(block: Tensor, other: Tensor | None, rounds: int) -> None:
-    """What `cholesky_qr_` can check without reading a tensor."""
+    """Check the arguments of `cholesky_qr_`."""
     for label, x in (("block", block), ("other", other)):
         if x is None:
             continue
         require(x.dtype == torch.float32, f"{label} must be float32, got {x.dtype}", TypeError)
-        require(
-            x.dim() == 3 and x.is_contiguous(),
-            f"{label} must be contiguous (b, n, l), got {tuple(x.shape)}, {x.stride()}",
-        )
+        check_block(x, label)
         require(x.device == block.device, f"{label} is on {x.device}, block on {block.device}")
     require(
         block.shape[1] >= block.shape[2] >= 1,
@@ -170,14 +177,14 @@ def check_qr(block: Tensor, other: Tensor | None, rounds: int) -> None:
     )
     require(
         other is None or (other.shape[0] == block.shape[0] and other.shape[2] == block.shape[2]),
-        f"other must share the batch and the columns of block {tuple(block.shape)}, "
+        f"other must have the batch size and the columns of block {tuple(block.shape)}, "
         f"got {None if other is None else tuple(other.shape)}",
     )
     require(rounds in (1, 2), f"rounds must be 1 or 2, got {rounds!r}")
 
 
 def check_bitmaps(bitmaps: Tensor, candidates: Tensor, counts: Tensor, columns: int, k: int) -> None:
-    """What `bitmap_to_indices` can check without reading a tensor."""
+    """Check the arguments of `bitmap_to_indices`."""
     given = {
         "bitmaps": (bitmaps, torch.int32, 3),
         "candidates": (candidates, torch.int64, 2),
@@ -187,54 +194,37 @@ def check_bitmaps(bitmaps: Tensor, candidates: Tensor, counts: Tensor, columns: 
         require(x.dtype == dtype, f"{label} must be {dtype}, got {x.dtype}", TypeError)
         require(
             x.dim() == dim and x.is_contiguous(),
-            f"{label} must be contiguous of {dim} dimensions, got {tuple(x.shape)}, strides {x.stride()}",
+            f"{label} must be contiguous with {dim} dimensions, got {tuple(x.shape)}, strides {x.stride()}",
         )
         require(x.device == bitmaps.device, f"{label} is on {x.device}, bitmaps on {bitmaps.device}")
     batch, rows, words = bitmaps.shape
     require(
         isinstance(columns, int) and columns >= 1 and words == -(-columns // 32),
-        f"bitmaps of {columns!r} columns must be (b, m, columns / 32, rounded up), got {tuple(bitmaps.shape)}",
+        f"bitmaps of {columns!r} columns must be (b, m, ceil(columns / 32)), got {tuple(bitmaps.shape)}",
     )
     require(rows * columns <= MAX_ENTRIES, f"a matrix may have up to 2^31-1 entries, got {rows} x {columns}")
-    require(len(candidates) == batch, f"candidates of {batch} matrices are needed, got {tuple(candidates.shape)}")
+    require(len(candidates) == batch, f"candidates must be ({batch}, capacity), got {tuple(candidates.shape)}")
     require(counts.shape == (batch, 2), f"counts must be ({batch}, 2), got {tuple(counts.shape)}")
     require(isinstance(k, int) and 1 <= k <= rows * columns, f"k must be from 1 to {rows * columns}, got {k!r}")
 
 
 def check_edge(product: Tensor, block: Tensor, previous: Tensor | None, edge: Tensor) -> None:
-    """What `chebyshev_step_` can check beyond `check_qr`."""
-    for label, x in (("product", product), ("previous", previous)):
-        good = x is None or (
-            x.shape == block.shape and x.dtype == torch.float32 and x.is_contiguous() and x.device == block.device
-        )
-        require(
-            good,
-            f"{label} must be contiguous float32 {tuple(block.shape)} on {block.device} like block, "
-            f"got {None if x is None else (x.dtype, tuple(x.shape), str(x.device))}",
-        )
-    require(
-        edge.shape == block.shape[:1]
-        and edge.dtype == torch.float32
-        and edge.device == block.device
-        and edge.is_contiguous(),
-        f"edge must be contiguous float32 ({len(block)},) on {block.device}, "
-        f"got {edge.dtype} {tuple(edge.shape)}, strides {edge.stride()}, on {edge.device}",
-    )
+    """Check the arguments of `chebyshev_step_` that `check_qr` does not cover."""
+    check_float32(product, "product", block.shape, block.device)
+    if previous is not None:
+        check_float32(previous, "previous", block.shape, block.device)
+    check_float32(edge, "edge", block.shape[:1], block.device)
 
 
 def check_arena(
     tensors: Sequence[Tensor], indices: Tensor, offsets: Sequence[int], counts: Sequence[int], label: str
 ) -> None:
-    """Segments, one per tensor, that lie within an int32 arena."""
+    """Check that there is one segment per tensor and that each lies within an int32 arena."""
     require(
         len(tensors) == len(offsets) == len(counts),
         f"{label}, offsets and counts must be equally long, got {len(tensors)}, {len(offsets)}, {len(counts)}",
     )
-    require(indices.dtype == torch.int32, f"indices must be int32, got {indices.dtype}", TypeError)
-    require(
-        indices.dim() == 1 and indices.is_contiguous(),
-        f"indices must be a contiguous vector, got {tuple(indices.shape)}",
-    )
+    check_index_vector(indices)
     size = indices.numel()
     for i, (offset, count) in enumerate(zip(offsets, counts)):
         if offset < 0 or count < 0 or offset + count > size:
@@ -242,11 +232,11 @@ def check_arena(
 
 
 def check_segments(matrices: Sequence[Tensor], indices: Tensor, offsets: Sequence[int], counts: Sequence[int]) -> None:
-    """Every segment is an index list of its matrix and no one else's. Waits for the device."""
+    """Check that segments do not overlap and hold index lists. Waits for the device."""
     end = 0
     for offset, count, i in sorted(zip(offsets, counts, range(len(counts)))):
         require(
-            count == 0 or offset >= end, f"segment {i} ({offset} + {count}) begins before its neighbour ends at {end}"
+            count == 0 or offset >= end, f"segment {i} ({offset} + {count}) overlaps the segment that ends at {end}"
         )
         end = max(end, offset + count)
     for i, (matrix, offset, count) in enumerate(zip(matrices, offsets, counts)):
@@ -254,8 +244,9 @@ def check_segments(matrices: Sequence[Tensor], indices: Tensor, offsets: Sequenc
 
 
 def check_grads(grads: Sequence[Tensor], weights: Sequence[Tensor], counts: Sequence[int], packed_grads: bool) -> None:
-    """Gradients of one dtype on one device: dense and shaped like the weights, or vectors as long
-    as the index lists.
+    """Check for gradients of one dtype on one device.
+
+    Dense gradients have the shapes of their weights. Packed ones are as long as the index lists.
     """
     for i, (grad, weight, count) in enumerate(zip(grads, weights, counts)):
         if grad.layout != torch.strided:
@@ -271,7 +262,7 @@ def check_grads(grads: Sequence[Tensor], weights: Sequence[Tensor], counts: Sequ
 
 
 def check_weights(weights: Sequence[Tensor], grads: Sequence[Tensor], device: torch.device) -> None:
-    """Contiguous weights of one dtype, on the arenas' device like their gradients."""
+    """Check for contiguous weights of one dtype, on the device of the arenas and gradients."""
     for i, (weight, grad) in enumerate(zip(weights, grads)):
         if weight.dtype not in WEIGHT_DTYPES or weight.dtype != weights[0].dtype:
             raise TypeError(f"weight {i} must be float32, bfloat16 or float16 like the others, got {weight.dtype}")
@@ -284,11 +275,10 @@ def check_weights(weights: Sequence[Tensor], grads: Sequence[Tensor], device: to
 def fast_check(
     weights: Sequence[Tensor], grads: Sequence[Tensor], counts: Sequence[int], packed_grads: bool, device: torch.device
 ) -> bool:
-    """Whether `check_grads` and `check_weights` would pass, in a fifth of their time; in doubt
-    False.
+    """Return whether `check_grads` and `check_weights` would pass (in doubt, False).
 
-    Hundreds of matrices pass at every step, and Python is slow when the caches are full of
-    gradients.
+    It takes a fifth of their time. Every step checks hundreds of matrices, and Python is slow when
+    the caches are full of gradients.
     """
     if not weights or weights[0].dtype not in WEIGHT_DTYPES or grads[0].dtype not in WEIGHT_DTYPES:
         return False
@@ -322,50 +312,38 @@ def check_adamw(
     packed_grads: bool,
     stochastic: bool,
 ) -> None:
-    """Everything `sparse_adamw_` can check without reading a tensor."""
-    require(len(grads) == len(weights), f"got {len(weights)} weights and {len(grads)} gradients")
+    """Check the arguments of `sparse_adamw_`."""
+    device = indices.device
+    if len(grads) != len(weights):
+        raise ValueError(f"every weight needs a gradient, got {len(weights)} weights and {len(grads)} gradients")
     check_arena(weights, indices, offsets, counts, "weights")
-    if not fast_check(weights, grads, counts, packed_grads, indices.device):
+    if not fast_check(weights, grads, counts, packed_grads, device):
         check_grads(grads, weights, counts, packed_grads)
-        check_weights(weights, grads, indices.device)
-    require(
-        exp_avg.dtype == exp_avg_sq.dtype and exp_avg.dtype in MOMENT_DTYPES,
-        f"moments must both be float32 or bfloat16, got {exp_avg.dtype} and {exp_avg_sq.dtype}",
-        TypeError,
-    )
-    arenas = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "master": master, "births": births}
-    for label, arena in arenas.items():
-        if arena is not None:
-            require(
-                arena.shape == indices.shape and arena.is_contiguous() and arena.device == indices.device,
-                f"{label} must be a contiguous arena of shape {tuple(indices.shape)} on {indices.device}, "
-                f"got {tuple(arena.shape)} on {arena.device}",
-            )
-    for label, tensor, dtype in (
-        ("master", master, torch.float32),
-        ("births", births, torch.int32),
-        ("inv_scale", inv_scale, torch.float32),
-        ("found_inf", found_inf, torch.float32),
-    ):
-        if tensor is not None:
-            require(tensor.dtype == dtype, f"{label} must be {dtype}, got {tensor.dtype}", TypeError)
-    for label, number in (("inv_scale", inv_scale), ("found_inf", found_inf)):
-        if number is not None:
-            require(
-                number.numel() == 1 and number.device == indices.device,
-                f"{label} must be one number on {indices.device}, got {tuple(number.shape)} on {number.device}",
-            )
-    require(
-        lr.numel() == 1 and lr.device.type in (indices.device.type, "cpu"),
-        f"lr must be one number on {indices.device} or the CPU, got {tuple(lr.shape)} on {lr.device}",
-    )
-    require(
-        steps.shape == (len(weights),) and steps.dtype == torch.float32 and steps.device == indices.device,
-        f"steps must be ({len(weights)},) float32 on {indices.device}, got {tuple(steps.shape)} {steps.dtype} "
-        f"on {steps.device}",
-    )
-    if stochastic and weights:
-        require(
-            master is None and weights[0].dtype != torch.float32,
-            "stochastic rounding needs bfloat16 or float16 weights and no master",
+        check_weights(weights, grads, device)
+    if exp_avg.dtype != exp_avg_sq.dtype or exp_avg.dtype not in MOMENT_DTYPES:
+        raise TypeError(
+            f"the moments exp_avg and exp_avg_sq must both be float32 or both be bfloat16, got {exp_avg.dtype} "
+            f"and {exp_avg_sq.dtype}"
         )
+    arenas = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "master": master, "births": births}
+    for label, x in arenas.items():
+        if x is not None and not (x.shape == indices.shape and x.is_contiguous() and x.device == device):
+            raise ValueError(
+                f"{label} must be a contiguous arena of shape {tuple(indices.shape)} on {device}, got {describe(x)}"
+            )
+    numbers = {"inv_scale": inv_scale, "found_inf": found_inf}
+    for label, x in {"master": master, "births": births, **numbers}.items():
+        dtype = torch.int32 if label == "births" else torch.float32
+        if x is not None and x.dtype != dtype:
+            raise TypeError(f"{label} must be {dtype}, got {x.dtype}")
+    for label, x in numbers.items():
+        if x is not None and (x.numel() != 1 or x.device != device):
+            raise ValueError(f"{label} must be one number on {device}, got {tuple(x.shape)} on {x.device}")
+    require(
+        lr.numel() == 1 and lr.device.type in (device.type, "cpu"),
+        f"lr must be one number on {device} or the CPU, got {tuple(lr.shape)} on {lr.device}",
+    )
+    if steps.shape != (len(weights),) or steps.dtype != torch.float32 or steps.device != device:
+        raise ValueError(f"steps must be float32 ({len(weights)},) on {device}, got {describe(steps)}")
+    if stochastic and weights and (master is not None or weights[0].dtype == torch.float32):
+        raise ValueError("stochastic rounding needs bfloat16 or float16 weights and no master")

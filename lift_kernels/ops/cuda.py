@@ -1,5 +1,6 @@
-"""Launches of the native CUDA helpers that need scratch memory: from torch's allocator, which knows
-streams. No validation.
+"""Launches of the native CUDA ops that need scratch memory. No validation.
+
+Scratch memory comes from torch's allocator, which knows streams.
 """
 
 from __future__ import annotations
@@ -8,24 +9,26 @@ import torch
 from torch import Tensor
 
 native = torch.ops.lift_kernels_native
-_STEP, _SMALLEST_SLAB, _MAX_SLABS = 16, 512, 64  # rows of a step of the Gram kernel; bounds of a slab
-_TILE_WORDS = 1024  # of bitmaps, in a block
+# Rows of one step of the Gram kernel, fewest rows of a slab, and largest number of slabs.
+_STEP, _SMALLEST_SLAB, _MAX_SLABS = 16, 512, 64
+_TILE_WORDS = 1024  # words of a bitmap per thread block
 
 
 def slab_rows(rows: int) -> int:
-    """Rows that are summed into one partial Gram matrix: a function of their number alone, so that
-    a batch changes no bit.
+    """Return the rows that are summed into one partial Gram matrix.
+
+    They depend on the number of rows alone, so that batching changes no bit.
     """
     return max(_SMALLEST_SLAB, -(-rows // (_MAX_SLABS * _STEP)) * _STEP)
 
 
 def tile(width: int) -> int:
-    """Columns of a tile of a Gram matrix."""
+    """Return the columns of a tile of a Gram matrix."""
     return 64 if width <= 64 else 128
 
 
 def cholesky_qr_(block: Tensor, other: Tensor | None, rounds: int) -> Tensor:
-    """`mask_ops.cholesky_qr_`: four launches a round, five with ``other``."""
+    """Run `lift_kernels.ops.cholesky_qr_`: four launches per round, five with ``other``."""
     status = block.new_empty(len(block), dtype=torch.int32)
     for _ in range(rounds):
         partials = _partials(block)
@@ -35,8 +38,9 @@ def cholesky_qr_(block: Tensor, other: Tensor | None, rounds: int) -> Tensor:
 
 
 def chebyshev_step_(product: Tensor, block: Tensor, previous: Tensor | None, edge: Tensor) -> tuple[Tensor, Tensor]:
-    """`mask_ops.chebyshev_step_`: the combination of the blocks is formed where its Gram matrix
-    reads it.
+    """Run `lift_kernels.ops.chebyshev_step_`.
+
+    The combination of the blocks is formed where its Gram matrix reads it.
     """
     status = block.new_empty(len(block), dtype=torch.int32)
     raised, partials = torch.empty_like(product), _partials(block)
@@ -48,8 +52,9 @@ def chebyshev_step_(product: Tensor, block: Tensor, previous: Tensor | None, edg
 def bitmap_to_indices(
     bitmaps: Tensor, candidates: Tensor, counts: Tensor, columns: int, k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`mask_ops.bitmap_to_indices`: four launches for all matrices, on a copy of the bitmaps, which
-    is 1/32 of fp32 matrices.
+    """Run `lift_kernels.ops.bitmap_to_indices`: four launches for all matrices.
+
+    It works on a copy of the bitmaps, which take 1/32 of the memory of fp32 matrices.
     """
     batch, words = len(bitmaps), bitmaps[0].numel() if len(bitmaps) else 0
     totals = bitmaps.new_empty(batch * -(-words // _TILE_WORDS))

@@ -1,7 +1,7 @@
-"""Small tables that kernels read, built on the host and kept on their device.
+"""Small tables that kernels read, built on the host and cached on their device.
 
-None is built inside a CUDA-graph capture: the copy would be recorded with a host buffer that is
-soon gone, and the table would lie in memory of the graph, never filled where the capture fails.
+No table is built inside a CUDA-graph capture. The copy would be recorded with a host buffer that is
+soon freed. The table would lie in memory of the graph, and would stay empty if the capture fails.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class Table(NamedTuple):
-    """A device table, and whether what it describes may be read and written 128 bits at a time."""
+    """A device table, and whether what it describes allows 128-bit accesses."""
 
     data: Tensor
     aligned: bool
@@ -33,10 +33,14 @@ class _Entry:
 
 
 class DeviceTables:
-    """A small LRU of tables. Those in a captured CUDA graph stay for good: it reads them at every
-    replay.
+    """A small LRU cache of tables.
 
-    ``name`` and ``remedy`` go into the message of a table that is missing inside a capture.
+    A table that a captured CUDA graph reads stays for good, because every replay reads it again.
+
+    Args:
+        name: what the tables hold, for the error message.
+        size: number of tables that are kept.
+        remedy: what to do when a table is missing inside a capture, for the error message.
     """
 
     def __init__(self, name: str, size: int, remedy: str) -> None:
@@ -45,9 +49,10 @@ class DeviceTables:
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, device: torch.device, build: Callable[[], Table]) -> Table:
-        """The table under ``key`` on ``device``; built when it is not there.
+        """Return the table under ``key`` on ``device``, and build it if it is not there.
 
-        Raises RuntimeError where it would have to be built inside a capture.
+        Raises:
+            RuntimeError: it would have to be built inside a CUDA-graph capture.
         """
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             return self._get(key, device, build)
@@ -59,7 +64,7 @@ class DeviceTables:
             if entry is None:
                 if capturing:
                     raise RuntimeError(
-                        f"the {self._name} of a launch changed inside a CUDA graph capture, where their table cannot "
+                        f"the {self._name} of a launch changed inside a CUDA graph capture, where no table can "
                         f"be built: {self._remedy}"
                     )
                 entry = self._entries[key, device] = self._upload(build(), device)
@@ -75,8 +80,8 @@ class DeviceTables:
     def _upload(table: Table, device: torch.device) -> _Entry:
         if device.type != "cuda":
             return _Entry(table)
-        # From pinned memory the copy waits for nothing; the allocator keeps the host buffer until
-        # it is done.
+        # From pinned memory the copy waits for nothing. The allocator keeps the host buffer until
+        # the copy is done.
         uploaded = Table(table.data.pin_memory().to(device, non_blocking=True), table.aligned)
         stream = torch.cuda.current_stream()
         return _Entry(uploaded, stream, stream.record_event())

@@ -1,6 +1,4 @@
-"""Which implementations of the ops are usable here, why the others are not, and which one serves a
-device.
-"""
+"""Which backends are usable here, why the others are not, and which one runs an op."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ logger = logging.getLogger("lift_kernels")
 
 NAMES = ("native-cpu", "native-cuda", "triton", "reference")
 
-# The device that a backend is a default for; the reference serves every one.
+# The device type for which a backend can be the default. The reference runs on every device.
 _DEFAULT_DEVICE = {"native-cpu": "cpu", "native-cuda": "cuda", "triton": "cuda", "reference": None}
 
 OPS: dict[str, tuple[str, ...]] = {
@@ -33,18 +31,20 @@ OPS: dict[str, tuple[str, ...]] = {
     "cholesky_qr_": ("native-cuda", "reference"),
     "chebyshev_step_": ("native-cuda", "reference"),
 }
-"""The backends of every op, fastest first. The first usable one that serves a device is its
-default.
+"""The backends of every op, fastest first. The first usable one is the default.
 
-Subspace iteration has no C++ CPU version: there the reference calls LAPACK. It has no Triton
-version either: its factorizations are awkward to write in Triton.
+The subspace-iteration ops have no C++ CPU version, because there the reference calls LAPACK. They
+have no Triton version either, because their factorizations are awkward to write in Triton.
 """
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One line of `backends`: whether a backend can run here and, in words, what it is or why it
-    cannot.
+    """The state of one backend on this machine.
+
+    Attributes:
+        usable: whether it can run here.
+        reason: what it is, or why it cannot run.
     """
 
     usable: bool
@@ -52,7 +52,13 @@ class Backend:
 
 
 def backends() -> dict[str, Backend]:
-    """The state of every backend on this machine; never raises and never needs a GPU.
+    """Return the state of every backend on this machine.
+
+    It never needs a GPU and never raises.
+
+    Returns:
+        `Backend` records by name: native-cpu, native-cuda, triton, reference. Each has ``usable``
+        and ``reason``.
 
     >>> for name, backend in lift_kernels.backends().items():
     ...     print(name, backend.usable, backend.reason)
@@ -61,15 +67,21 @@ def backends() -> dict[str, Backend]:
 
 
 def ops_of(backend: str) -> tuple[str, ...]:
-    """The ops that a backend has, in the order of `OPS`."""
+    """Return the ops that a backend has, in the order of `OPS`."""
     return tuple(op for op, names in OPS.items() if backend in names)
 
 
 def choose(requested: str | None, device: torch.device, op: str) -> str:
-    """The backend that runs ``op`` on ``device``: the one asked for, or the fastest usable one.
+    """Return the backend that runs ``op`` on ``device``.
 
-    Raises ValueError for an unknown name and RuntimeError for one that cannot run here, naming the
-    reason.
+    Args:
+        requested: name of a backend. None takes the fastest usable one.
+        device: of the tensors.
+        op: a key of `OPS`.
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the requested backend cannot run here. The message names the reason.
     """
     if requested is None:
         return _default(device.type, OPS[op])
@@ -85,7 +97,7 @@ def choose(requested: str | None, device: torch.device, op: str) -> str:
 
 @functools.cache
 def _default(device_type: str, candidates: tuple[str, ...]) -> str:
-    """The first usable backend for a device; one warning says so when it is not the fastest."""
+    """Return the first usable backend for a device, and warn once if it is not the fastest."""
     names = [name for name in candidates if _DEFAULT_DEVICE[name] in (device_type, None)]
     chosen = next(name for name in names if not _problem(name, device_type))
     if chosen != names[0]:
@@ -105,38 +117,41 @@ def _warn_once(chosen: str, device_type: str, missing: str) -> None:
 
 
 def _problem(name: str, device_type: str) -> str:
-    """Why backend ``name`` cannot serve tensors of this device type; empty when it can."""
+    """Return why a backend cannot run on tensors of this device type, or an empty string."""
     status = backends()[name]
     if not status.usable:
         return status.reason
-    serves = {"native-cpu": "cpu", "native-cuda": "cuda", "triton": "cpu" if interpreting() else "cuda"}
-    if name in serves and serves[name] != device_type:
-        return f"it serves {serves[name]} tensors"
+    runs_on = {"native-cpu": "cpu", "native-cuda": "cuda", "triton": "cpu" if interpreting() else "cuda"}
+    if name in runs_on and runs_on[name] != device_type:
+        return f"it only runs on {runs_on[name]} tensors"
     return ""
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in its interpreter, on CPU tensors (TRITON_INTERPRET=1 before
-    triton is imported).
+    """Return whether Triton kernels run in its interpreter, on CPU tensors.
+
+    That is so when TRITON_INTERPRET=1 was set before triton was imported.
     """
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def capturing() -> bool:
-    """Whether a CUDA graph is being captured on the current stream."""
+    """Return whether a CUDA graph is being captured on the current stream."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def native_library() -> Path | None:
-    """Path of the compiled extension, or None when this installation has none."""
+    """Return the path of the compiled extension, or None if there is none."""
     spec = importlib.util.find_spec("lift_kernels._C")
     return Path(spec.origin) if spec is not None and spec.origin is not None else None
 
 
 @functools.cache
 def _load_native() -> str:
-    """Register the private ops ``lift_kernels_native``; returns why it cannot, or an empty
-    string.
+    """Register the private ops ``lift_kernels_native``.
+
+    Returns:
+        Why they cannot be loaded, or an empty string.
     """
     library = native_library()
     if library is None:
@@ -168,11 +183,11 @@ def _native_cuda() -> Backend:
         return Backend(False, "torch sees no CUDA device")
     driver = torch.ops.lift_kernels_native.cuda_driver_version()
     if driver // 1000 < runtime // 1000:
-        old = f"the driver serves CUDA {driver // 1000}, the extension holds CUDA {runtime // 1000}"
-        return Backend(False, f"{old}; update the driver, or let Triton serve")
+        old = f"the driver supports CUDA {driver // 1000}, the extension was built for CUDA {runtime // 1000}"
+        return Backend(False, f"{old}; update the driver, or use the triton backend")
     if not torch.ops.lift_kernels_native.cuda_has_code():
         major, minor = torch.cuda.get_device_capability()
-        needs = f"build it again with LIFT_CUDA_ARCHS={major}{minor}, or let Triton and torch serve"
+        needs = f"rebuild it with LIFT_CUDA_ARCHS={major}{minor}, or use the triton and reference backends"
         return Backend(False, f"the extension has no code for this device (sm_{major}{minor}); {needs}")
     return Backend(True, f"compiled CUDA {runtime // 1000}.{runtime % 1000 // 10}: {', '.join(ops_of('native-cuda'))}")
 
@@ -188,4 +203,4 @@ def _triton() -> Backend:
     return Backend(True, "Triton kernels on CUDA devices")
 
 
-_REFERENCE = Backend(True, "plain PyTorch on any device; slow")
+_REFERENCE = Backend(True, "plain PyTorch on any device (slow)")

@@ -1,6 +1,4 @@
-"""What ops share before they run eagerly: the way past the dispatcher, and the layout of
-gradients.
-"""
+"""What ops share when they run eagerly: a dispatcher bypass and row-major gradients."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ _strided_logged = False
 
 
 def row_major(grad: Tensor) -> Tensor:
-    """``grad``, copied if it must be; the first copy is logged."""
+    """Return ``grad`` in row-major order, copied if necessary. The first copy is logged."""
     if grad.is_contiguous():
         return grad
     global _strided_logged
@@ -31,9 +29,10 @@ def row_major(grad: Tensor) -> Tensor:
 
 
 def skips_dispatcher(*tensors: Tensor) -> bool:
-    """Whether a call may pass by the dispatcher: plain tensors, and nothing is recorded or traced.
+    """Return whether a call may skip the dispatcher.
 
-    The dispatcher's Python layers cost 0.1 to 0.3 ms a call when the caches are cold.
+    It may when all tensors are plain and nothing is recorded or traced. The dispatcher's Python
+    layers cost 0.1 to 0.3 ms per call when the caches are cold.
     """
     if torch.is_grad_enabled() or is_compiling():
         return False

@@ -1,4 +1,4 @@
-"""Selection of the k largest entries of a low-rank product, and of index lists from bitmaps."""
+"""Public ops that select the largest entries of a low-rank product."""
 
 from __future__ import annotations
 
@@ -13,19 +13,30 @@ from .eager import skips_dispatcher
 def lowrank_topk(
     left: Tensor, right: Tensor, k: int, *, bracket: Tensor | None = None, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The k largest |W_r|, W_r = left right^T, without the product: sorted flat int32 positions
-    (k,) and the k-th magnitude.
+    """Select the k largest entries of |left right^T|.
+
+    For factors of a low-rank approximation W_r these are the principal weights of LIFT (arXiv
+    2506.00772, section 3). Only the reference backend forms the product. Magnitudes are compared by
+    their fp32 bits without the sign, so 0 equals -0 and NaN is largest. Ties go to the lower
+    position.
 
     Args:
-        left, right: (m, r) and (n, r) fp32 contiguous factors, m * n < 2^31; or batches (b, m, r)
-            and (b, n, r) of them, whose results are (b, k) and (b,).
-        bracket: (2,) or (b, 2) fp32 interval expected to hold the k-th magnitude, then one sweep
-            over tiles of the product does it; by default drawn entries say where. A wrong one costs
-            three more sweeps, never a wrong answer.
+        left: (m, r) float32, contiguous, or a batch (b, m, r).
+        right: (n, r) or (b, n, r), likewise, with m * n < 2^31.
+        k: entries to select per matrix, 1 to m * n.
+        bracket: (2,) or (b, 2) float32, contiguous, an interval that is expected to hold the k-th
+            magnitude. Then one sweep over tiles of the product is enough. A wrong interval costs
+            three more sweeps, never a wrong result. None estimates the interval from sampled
+            entries.
+        backend: name of a backend, see `lift_kernels.backends`. None takes the fastest usable one.
 
-    Magnitudes compare by their fp32 bits without the sign, so 0 = -0 and NaN is largest; ties go to
-    the lower position. On a GPU the host waits once for a batch, and twice for each wrong bracket
-    in it.
+    Returns:
+        Sorted flat positions, (k,) or (b, k) int32, and the k-th magnitude, 0-dim or (b,) float32.
+        On a GPU the host waits once per batch, and twice for each wrong bracket.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype, layout or device, or k is out of range.
+        RuntimeError: the backend cannot run here.
     """
     return torch.ops.lift_kernels.lowrank_topk(left, right, k, bracket, backend=backend)
 
@@ -54,7 +65,7 @@ def _(left, right, k, bracket=None, *, backend=None):
 def _lowrank_topk(left, right, k, bracket, backend):
     name = dispatch.choose(backend, left.device, "lowrank_topk")
     if bracket is None and name != "reference":
-        # One by one: the drawn rows take much memory.
+        # One matrix at a time, because the sampled rows take much memory.
         drawn = [threshold_bracket.sampled(*pair, k) for pair in zip(left, right)]
         bracket = torch.stack(drawn) if drawn else left.new_empty(0, 2)
     if name == "triton":
@@ -63,7 +74,7 @@ def _lowrank_topk(left, right, k, bracket, backend):
         scanned = scan_products(left, right, k, bracket)
         indices, thresholds, status = bitmap_to_indices(*scanned, k, backend=backend)
         del scanned
-        for i in status.nonzero().flatten().tolist():  # the one wait, unless a bracket failed
+        for i in status.nonzero().flatten().tolist():  # the only wait, unless a bracket failed
             indices[i], thresholds[i] = lowrank_topk_counting(left[i], right[i], k)
         return indices, thresholds
     indices = left.new_empty(len(left), k, dtype=torch.int32)
@@ -80,22 +91,33 @@ def _lowrank_topk(left, right, k, bracket, backend):
 def bitmap_to_indices(
     bitmaps: Tensor, candidates: Tensor, counts: Tensor, columns: int, k: int, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Selections of many m x n matrices as sorted index lists: the bits set, and as many of the
-    largest candidates as make k.
+    """Turn bitmaps of selected entries, for b matrices of m x n, into sorted index lists.
+
+    Each list holds the positions of all set bits and of as many of the largest candidates as make
+    k. No argument is changed. Only the reference backend waits for the device.
 
     Args:
-        bitmaps: (b, m, ceil(n / 32)) int32; bit j of word w in row i: position i * n + 32 w + j is
-            surely chosen. Bits behind the last column do not count.
-        candidates: (b, capacity) int64, ``key << 32 | (2^31 - 1 - position)`` in any order; key:
-            the fp32 pattern of a magnitude. So NaN is largest, and ties go to the lower position.
-        counts: (b, 2) int32: bits set, and candidates, of which the first so many are read.
-        columns: n. k: 1 to m * n.
+        bitmaps: (b, m, ceil(n / 32)) int32, contiguous. Bit j of word w in row i says that position
+            i * n + 32 w + j is selected. Bits behind the last column do not count.
+        candidates: (b, capacity) int64, contiguous, in any order, each ``key << 32 | (2^31 - 1 -
+            position)``. The key is the fp32 pattern of a magnitude. So NaN is largest, and ties go
+            to the lower position.
+        counts: (b, 2) int32, contiguous: the number of set bits, and the number of candidates to
+            read.
+        columns: n.
+        k: entries to select per matrix, 1 to m * n.
+        backend: name of a backend, see `lift_kernels.backends`. None takes the fastest usable one.
 
-    All contiguous, on one device; none is changed. Returns indices (b, k) int32, the k-th
-    magnitudes (b,) fp32, and status (b,) int32: 0, or 1 where the candidates do not hold the k-th
-    magnitude (too many bits, too few candidates, more than the capacity, or places named twice):
-    all indices -1, the magnitude NaN. Never waits for the device, but for the reference backend.
-    Raises ValueError or TypeError for other shapes, dtypes and strides.
+    Returns:
+        Indices (b, k) int32, the k-th magnitudes (b,) float32, and status (b,) int32. Status is 1
+        where the candidates do not hold the k-th magnitude, otherwise 0. The causes are too many
+        bits, too few candidates, more candidates than the capacity, or positions named twice. There
+        all indices are -1 and the magnitude is NaN.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: an argument has a wrong shape, layout or device, or k is out of range.
+        RuntimeError: the backend cannot run here.
     """
     if skips_dispatcher(bitmaps):
         return _bitmap_to_indices(bitmaps, candidates, counts, columns, k, backend)

@@ -1,15 +1,8 @@
-"""Every public op: its schema, its fake, its argument checks and the choice of a backend. No
-kernels. The step is defined in `step_op`, the ops of a refresh in `mask_ops`; both are named here.
+"""Public ops that move entries between dense tensors and packed vectors.
 
-An op writes only to tensors that its schema marks, so autograd's version counters,
-functionalization and `torch.compile` see every mutation. Arena arguments (``indices``, moments,
-``master``, ``births``) hold the segments of many matrices: matrix i owns
-``offsets[i] .. offsets[i] + counts[i]``. Index lists are trusted unless ``validate=True``;
-`PackedState` checks them once, where they enter. Ops never wait for the device, apart from
-``validate`` and the reference backend.
-
-A fake checks its arguments like the op itself: a single meta tensor among them sends a call there,
-where it would otherwise do nothing and say nothing.
+Gather, scatter, migration to a new index list, and the norm of the selected entries. Each op has
+its schema, fake, argument checks and choice of backend here. `lift_kernels.ops` describes what all
+ops have in common.
 """
 
 from __future__ import annotations
@@ -33,11 +26,26 @@ def packed_gather(
     validate: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """The k entries of ``source`` (any shape, fp32/bf16/fp16) at the flat int32 ``indices``: a
-    vector of ``dtype``.
+    """Gather the entries of a tensor at flat positions.
 
-    A source that is not contiguous is copied first. Out-of-range indices are undefined unless
-    ``validate=True``.
+    Args:
+        source: tensor of any shape, float32, bfloat16 or float16. It is copied first if it is not
+            contiguous.
+        indices: (k,) int32, contiguous, flat positions in ``source``.
+        dtype: of the result, float32, bfloat16 or float16. None keeps the dtype of ``source``. A
+            narrower dtype is rounded to nearest even.
+        validate: check that ``indices`` is sorted, unique and in range, which waits for the device.
+            Without it, positions out of range are undefined behavior.
+        backend: name of a backend, see `lift_kernels.backends`. None takes the fastest usable one.
+
+    Returns:
+        (k,) vector of ``dtype`` on the device of ``source``.
+
+    Raises:
+        TypeError: a dtype is not supported.
+        ValueError: an argument has a wrong shape, layout or device.
+        IndexError: ``validate`` found a position out of range.
+        RuntimeError: the backend cannot run here.
     """
     return torch.ops.lift_kernels.packed_gather(source, indices, dtype=dtype, validate=validate, backend=backend)
 
@@ -70,8 +78,27 @@ def _(source, indices, *, dtype=None, validate=False, backend=None):
 def packed_scatter_(
     dest: Tensor, indices: Tensor, values: Tensor, *, validate: bool = False, backend: str | None = None
 ) -> Tensor:
-    """Write the k ``values`` into contiguous ``dest`` at the flat int32 ``indices``, rounded to
-    nearest even; returns ``dest``.
+    """Write values into a tensor at flat positions, in place.
+
+    All other entries keep their bits.
+
+    Args:
+        dest: contiguous tensor of any shape, float32, bfloat16 or float16.
+        indices: (k,) int32, contiguous, flat positions in ``dest``.
+        values: (k,) float32, bfloat16 or float16. They are rounded to nearest even where ``dest``
+            is narrower.
+        validate: check that ``indices`` is sorted, unique and in range, which waits for the device.
+            Without it, positions out of range are undefined behavior.
+        backend: name of a backend, see `lift_kernels.backends`. None takes the fastest usable one.
+
+    Returns:
+        ``dest``.
+
+    Raises:
+        TypeError: a dtype is not supported.
+        ValueError: an argument has a wrong shape, layout or device.
+        IndexError: ``validate`` found a position out of range.
+        RuntimeError: the backend cannot run here.
     """
     torch.ops.lift_kernels.packed_scatter_(dest, indices, values, validate=validate, backend=backend)
     return dest
@@ -107,11 +134,29 @@ def packed_migrate(
     validate: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Carry ``values`` (k_old; fp32, bf16 or int32) of one sorted index list over to another: a
-    vector of k_new values.
+    """Carry the values of one index list over to another.
 
-    Entries in both lists keep their value to the bit; entering ones get ``fill`` or their place in
-    ``fill_values`` (k_new, same dtype). A merge of the two lists: no dense buffer.
+    This is what a refresh does with the moments (LIFT, arXiv 2506.00772, section 3.2). Entries in
+    both lists keep their value to the bit. The two sorted lists are merged, without a dense buffer.
+
+    Args:
+        values: (k_old,) float32, bfloat16 or int32.
+        old_indices: (k_old,) int32, contiguous, sorted and unique.
+        new_indices: (k_new,) int32, contiguous, sorted and unique.
+        fill: value of the entries that are only in ``new_indices``.
+        fill_values: (k_new,) of the dtype of ``values``. Given, an entering entry takes its value
+            from here and not from ``fill``.
+        validate: check that both lists are sorted and unique, which waits for the device.
+        backend: name of a backend, see `lift_kernels.backends`. None takes the fastest usable one.
+
+    Returns:
+        (k_new,) vector of the dtype of ``values``.
+
+    Raises:
+        TypeError: a dtype is not supported.
+        ValueError: an argument has a wrong shape, layout or device, or ``validate`` found disorder.
+        IndexError: ``validate`` found a negative position.
+        RuntimeError: the backend cannot run here.
     """
     return torch.ops.lift_kernels.packed_migrate(
         values, old_indices, new_indices, fill_values, fill=fill, validate=validate, backend=backend
@@ -156,10 +201,28 @@ def packed_l2_norm(
     validate: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Euclidean norm over the selected entries of n gradients together: a 0-dim fp32 tensor on
-    their device.
+    """Compute the Euclidean norm over the selected entries of n gradients together.
 
-    Deterministic, without a host synchronization. Gradients as in `sparse_adamw_`.
+    The result is deterministic, and the host does not wait for the device.
+
+    Args:
+        grads: n gradients of one dtype, as in `sparse_adamw_`.
+        indices: int32 arena of the sorted flat positions.
+        offsets: where the segment of each gradient starts in the arena.
+        counts: entries of each segment.
+        packed_grads: the gradients are vectors of ``counts[i]`` entries and not dense.
+        validate: check the index lists of dense gradients, which waits for the device.
+        backend: name of a backend, see `lift_kernels.backends`. None takes the fastest usable one.
+
+    Returns:
+        0-dim float32 tensor on the device of ``indices``. Squares are summed in fp64.
+
+    Raises:
+        TypeError: a dtype is not supported.
+        ValueError: an argument has a wrong shape, layout or device, or segments overlap.
+        IndexError: a segment does not fit in the arena, or ``validate`` found a position out of
+            range.
+        RuntimeError: the backend cannot run here.
     """
     return torch.ops.lift_kernels.packed_l2_norm(
         grads, indices, offsets, counts, packed_grads=packed_grads, validate=validate, backend=backend
@@ -192,8 +255,9 @@ def _(grads, indices, offsets, counts, *, packed_grads=False, validate=False, ba
 
 
 def _kernel(backend: str, stem: str):
-    """The function that fills the outputs of op ``stem``: a private native op, or a Triton launcher
-    with the same arguments.
+    """Return the function that fills the outputs of the op ``stem``.
+
+    It is a private native op, or a Triton launcher with the same arguments.
     """
     if backend == "triton":
         from .triton import packed_ops

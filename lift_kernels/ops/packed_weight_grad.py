@@ -1,6 +1,4 @@
-"""The op behind the backward pass of a packed layer: k entries of a linear layer's weight
-gradient.
-"""
+"""The public op behind the backward pass of a packed layer."""
 
 from __future__ import annotations
 
@@ -25,22 +23,34 @@ def packed_weight_grad(
     validate: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """The k entries at ``indices`` of a linear layer's weight gradient ``grad_output^T @ input``: a
-    vector of ``dtype``.
+    """Compute selected entries of the weight gradient of a linear layer.
+
+    The gradient is ``grad_output^T @ input``, of which only k entries are kept. On the CPU each
+    thread keeps a scratch buffer of at most 4 MiB, or of one row if that is larger. On a GPU the
+    scratch is one dense gradient, in a buffer that all layers on a stream share.
 
     Args:
-        grad_output: (t, m), input: (t, n), of one dtype (fp32, bf16, fp16); any strides. t may be
-            0.
-        indices: sorted flat positions in the m x n weight, int32; undefined out of range unless
-            ``validate=True``.
-        dtype: of the result, fp32 unless given.
-        fused: Triton only: a product whose epilogue keeps the selected entries of each tile, in
-            place of torch's product into a scratch buffer and a gather. Nothing is rounded to the
-            dtype of the input in between.
+        grad_output: (t, m) float32, bfloat16 or float16, for t >= 0 tokens. Any strides.
+        input: (t, n) of the same dtype. Any strides.
+        indices: (k,) int32, contiguous, sorted flat positions in the m x n weight, with
+            m * n < 2^31.
+        dtype: of the result, float32, bfloat16 or float16. None is float32.
+        fused: only for the Triton backend. One kernel keeps the selected entries of each tile of
+            the product, in place of torch's product and a gather. It needs no dense gradient and
+            does not round to the dtype of ``input`` in between.
+        validate: check that ``indices`` is sorted, unique and in range, which waits for the device.
+            Without it, positions out of range are undefined behavior.
+        backend: name of a backend, see `lift_kernels.backends`. None takes the fastest usable one.
 
-    Scratch: at most 4 MiB (or one row) on the CPU, kept by each thread; on a GPU one dense
-    gradient, in a buffer that all layers share on a stream. Raises ValueError, TypeError or
-    IndexError with the argument's name and value.
+    Returns:
+        (k,) vector of ``dtype``.
+
+    Raises:
+        TypeError: a dtype is not supported.
+        ValueError: an argument has a wrong shape, layout or device, or ``fused`` is set and another
+            backend than Triton runs the op.
+        IndexError: ``validate`` found a position out of range.
+        RuntimeError: the backend cannot run here.
     """
     if skips_dispatcher(grad_output, indices):
         return _weight_grad(grad_output, input, indices, dtype, fused, validate, backend)
@@ -74,7 +84,8 @@ def _weight_grad(grad_output, input, indices, dtype, fused, validate, backend):
     name = dispatch.choose(backend, indices.device, "packed_weight_grad")
     if fused and name != "triton":
         raise ValueError(
-            f"fused=True is a Triton kernel, and the {name} backend serves these {indices.device.type} tensors"
+            f"fused=True needs the triton backend, but the {name} backend runs on these {indices.device.type} "
+            "tensors; pass fused=False"
         )
     if name == "reference":
         return reference.packed_weight_grad_ref(grad_output, input, indices, dtype)
@@ -82,8 +93,8 @@ def _weight_grad(grad_output, input, indices, dtype, fused, validate, backend):
     if name == "triton":
         from .triton import packed_weight_grad
 
-        way = packed_weight_grad.packed_weight_grad_triton if fused else packed_weight_grad.product_and_gather
-        way(grad_output, input, indices, out)
+        method = packed_weight_grad.packed_weight_grad_triton if fused else packed_weight_grad.product_and_gather
+        method(grad_output, input, indices, out)
     else:
         _native_weight_grad()(grad_output, input, indices, out)
     return out
@@ -91,5 +102,8 @@ def _weight_grad(grad_output, input, indices, dtype, fused, validate, backend):
 
 @functools.cache
 def _native_weight_grad():
-    """The private op itself: looking it up by name takes as long as all else that happens here."""
+    """Return the private native op.
+
+    Looking it up by name takes as long as everything else that happens here.
+    """
     return torch.ops.lift_kernels_native.packed_weight_grad.default

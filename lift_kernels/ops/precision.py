@@ -1,4 +1,4 @@
-"""What fp32 products on a GPU are formed in, whatever the user's setting."""
+"""The precision of fp32 products on a GPU, whatever the user's setting."""
 
 from __future__ import annotations
 
@@ -10,21 +10,25 @@ from torch import Tensor
 
 
 def tf32_allowed() -> bool:
-    """Whether the user lets products of fp32 matrices on a GPU be formed in TF32, by torch's newer
-    switch or by an older one.
+    """Return whether the user allows TF32 for products of fp32 matrices on a GPU.
 
-    ``torch.get_float32_matmul_precision`` raises where the newer one was used.
+    Torch has a newer switch and older ones. ``torch.get_float32_matmul_precision`` raises where the
+    newer one was used, so this reads the newer one, which follows the others.
     """
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 @contextmanager
 def matmul_precision(tensor: Tensor, precision: str) -> Iterator[None]:
-    """Products of fp32 matrices on the device of ``tensor``: in ``"tf32"`` or exact (``"ieee"``);
-    on a CPU nothing changes.
+    """Form products of fp32 matrices on a GPU in TF32 or exactly, for a while.
 
-    The setting is the process's, and comes back. Torch's older switch, ``allow_tf32``, cannot even
-    be read where the user took the newer one. TunableOp reads it, and so is left out meanwhile.
+    On a CPU nothing changes. The setting belongs to the process, and it is restored. Torch's older
+    switch, ``allow_tf32``, cannot even be read where the user took the newer one. TunableOp reads
+    it, so TunableOp is disabled meanwhile.
+
+    Args:
+        tensor: its device decides.
+        precision: ``"tf32"``, or ``"ieee"`` for exact products.
     """
     if not tensor.is_cuda:
         yield

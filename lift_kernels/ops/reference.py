@@ -1,12 +1,11 @@
 """The executable specification: every op in plain PyTorch, slow and obvious.
 
-Tests compare each backend with these functions, and `ops` falls back to them. Only torch is
-imported here, so that the specification can be read, copied into a notebook and believed on its
-own.
+Tests compare each backend with these functions, and an op falls back to them. Only torch is
+imported, so that the specification can be read, copied into a notebook and believed on its own.
 
-Shapes: a matrix has m*n entries in row-major order; its index list holds k sorted, unique flat
-positions (int32). Lists of many matrices lie one behind the other in an *arena*; matrix i owns the
-arena positions ``offsets[i] .. offsets[i]+counts[i]``.
+A matrix has m * n entries in row-major order. Its index list holds k sorted, unique flat positions
+(int32). The lists of many matrices lie one behind the other in an *arena*. Matrix i owns the arena
+positions ``offsets[i] .. offsets[i] + counts[i]``.
 """
 
 from __future__ import annotations
@@ -44,14 +43,19 @@ def sparse_adamw_ref(
     stochastic: bool = False,
     seed: int = 0,
 ) -> None:
-    """AdamW (Loshchilov & Hutter 2019, Algorithm 2) on the selected entries of many matrices, in
-    place.
+    """Apply one AdamW step to the selected entries of many matrices, in place.
 
-    ``steps[i]`` counts the updates of matrix i, this one included. Bias correction is global
-    without ``births``; with it (int32, arena-long: the step count at which an entry came in) it
-    counts the steps since then. ``master`` (fp32, arena-long) is the truth for low-precision
-    weights, which then become its round-to-nearest-even. Gradients are multiplied by ``inv_scale``
-    first. A non-zero ``found_inf`` leaves everything as it was.
+    AdamW is Algorithm 2 of Loshchilov & Hutter 2019. `lift_kernels.ops.sparse_adamw_` describes all
+    arguments.
+
+    - ``steps[i]`` counts the updates of matrix i, this one included. Bias correction uses this
+      count.
+    - ``births`` (int32 arena) holds the step count at which an entry was selected. Given, bias
+      correction counts the steps since then.
+    - ``master`` (fp32 arena) holds the exact values of low-precision weights. The weights become
+      its values rounded to nearest even.
+    - ``inv_scale`` multiplies the gradients first.
+    - ``found_inf``, if it is not zero, leaves everything as it was.
     """
     if found_inf is not None and float(found_inf) != 0.0:
         return
@@ -71,8 +75,8 @@ def sparse_adamw_ref(
         m = exp_avg[segment].to(compute)
         v = exp_avg_sq[segment].to(compute)
 
-        # The sequence of torch.optim.AdamW(foreach=False), scalars as Python floats: equal to it
-        # bit for bit at density 1.
+        # This is the sequence of torch.optim.AdamW(foreach=False), with scalars as Python floats.
+        # At density 1 the result equals it bit for bit.
         w.mul_(1 - lr * weight_decay)
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
@@ -98,15 +102,17 @@ def sparse_adamw_ref(
 
 
 def packed_gather_ref(source: Tensor, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The k entries of ``source`` (any shape) at ``indices``, as a vector of ``dtype`` (default:
-    that of the source).
+    """Return the entries of ``source`` at ``indices`` (k) as a vector of ``dtype``.
+
+    ``source`` may have any shape. ``dtype`` defaults to that of ``source``.
     """
     return source.reshape(-1)[indices.long()].to(dtype or source.dtype)
 
 
 def packed_scatter_ref(dest: Tensor, indices: Tensor, values: Tensor) -> None:
-    """Write the k ``values``, rounded to nearest even, into contiguous ``dest`` at ``indices``; all
-    else stays.
+    """Write ``values`` (k) into contiguous ``dest`` at ``indices`` (k).
+
+    Values are rounded to nearest even. All other entries stay.
     """
     dest.view(-1)[indices.long()] = values.to(dest.dtype)
 
@@ -114,9 +120,9 @@ def packed_scatter_ref(dest: Tensor, indices: Tensor, values: Tensor) -> None:
 def packed_migrate_ref(
     values: Tensor, old_indices: Tensor, new_indices: Tensor, fill: float = 0.0, fill_values: Tensor | None = None
 ) -> Tensor:
-    """Values (k_old) of a sorted index list carried over to a new sorted list (k_new).
+    """Carry ``values`` (k_old) of one sorted index list over to another (k_new).
 
-    Entries in both lists keep their value; entering entries get ``fill``, or their place in
+    Entries in both lists keep their value. Entering entries get ``fill``, or their element of
     ``fill_values`` (k_new).
     """
     if fill_values is None:
@@ -133,8 +139,9 @@ def packed_migrate_ref(
 def packed_l2_norm_ref(
     grads: list[Tensor], indices: Tensor, offsets: list[int], counts: list[int], packed_grads: bool = False
 ) -> Tensor:
-    """Euclidean norm over the selected entries of all gradients together, a 0-dim fp32 tensor;
-    summed in fp64.
+    """Return the norm over the selected entries of all gradients, a 0-dim fp32 tensor.
+
+    Squares are summed in fp64.
     """
     total = torch.zeros((), dtype=torch.float64, device=indices.device)
     for grad, offset, count in zip(grads, offsets, counts):
@@ -145,11 +152,12 @@ def packed_l2_norm_ref(
 
 
 def lowrank_topk_ref(left: Tensor, right: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Positions (k, sorted int32) of the k largest |left @ right.T| and the k-th magnitude; ties to
-    the lower position.
+    """Return the positions of the k largest |left @ right.T| and the k-th magnitude.
+
+    The positions are (k) sorted int32. Ties go to the lower position.
     """
-    # Bits without the sign: integers in the order of the magnitudes. A stable descending sort keeps
-    # ties in order.
+    # The bits without the sign are integers in the order of the magnitudes. A stable descending
+    # sort keeps ties in order.
     keys = (left @ right.T).reshape(-1).view(torch.int32) & 0x7FFFFFFF
     order = keys.sort(descending=True, stable=True).indices[:k]
     return order.sort().values.int(), keys[order[-1]].clone().view(torch.float32)
@@ -158,12 +166,16 @@ def lowrank_topk_ref(left: Tensor, right: Tensor, k: int) -> tuple[Tensor, Tenso
 def bitmap_to_indices_ref(
     bitmaps: Tensor, candidates: Tensor, counts: Tensor, columns: int, k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Bits of each bitmap (b, m, ceil(columns / 32)) and its k - definite largest candidates (b,
-    capacity) as sorted positions.
+    """Turn bitmaps and their largest candidates into sorted index lists of k positions.
 
-    A candidate is ``key << 32 | (2^31 - 1 - position)``; ``counts`` (b, 2): definite bits, near
-    candidates. Returns indices (b, k) int32, the k-th magnitudes (b,) fp32, and status (b,) int32:
-    1 where that is not k positions (indices -1, NaN).
+    Bits of ``bitmaps`` (b, m, ceil(columns / 32)) are definite positions. ``candidates`` (b,
+    capacity) are ``key << 32 | (2^31 - 1 - position)``, of which the k - definite largest are
+    chosen. ``counts`` (b, 2) holds the number of definite positions and the number of candidates to
+    read.
+
+    Returns:
+        Indices (b, k) int32, the k-th magnitudes (b,) fp32, and status (b,) int32. Status is 1
+        where that is not k positions. There all indices are -1 and the magnitude is NaN.
     """
     batch, rows = bitmaps.shape[:2]
     indices = bitmaps.new_full((batch, k), -1)
@@ -185,21 +197,20 @@ def bitmap_to_indices_ref(
 
 
 def packed_weight_grad_ref(grad_output: Tensor, input: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Entries ``indices`` (k) of the weight gradient of a linear layer, ``grad_output^T @ input``,
-    as a vector of ``dtype``.
+    """Return the entries ``indices`` (k) of the weight gradient of a linear layer.
 
-    ``grad_output`` (t, m) and ``input`` (t, n) belong to t tokens. The whole product is formed in
-    their dtype.
+    The gradient is ``grad_output^T @ input`` for ``grad_output`` (t, m) and ``input`` (t, n) of t
+    tokens. The whole product is formed in their dtype, and the result is a vector of ``dtype``.
     """
     return packed_gather_ref(grad_output.t() @ input, indices, dtype)
 
 
 def gaussian_sketch_ref_(block: Tensor, seed: int, first: int = 0) -> None:
-    """Fill ``block`` (b, n, l; fp32 or bf16) with standard normal numbers, a function of (seed,
-    matrix, position) alone.
+    """Fill ``block`` (b, n, l), fp32 or bf16, with standard normal numbers.
 
-    Philox4x32-10 (Salmon et al. 2011) under the key ``seed``; numbers 4g .. 4g+3 of matrix
-    ``first + i`` come from counter (g, matrix) by Box-Muller, two from two words.
+    Each number is a function of ``seed``, matrix and position alone. The generator is Philox4x32-10
+    (Salmon et al. 2011) under the key ``seed``. The numbers 4g .. 4g+3 of matrix ``first + i`` come
+    from the counter (g, first + i) by Box-Muller, two numbers from two words.
     """
     count = block[0].numel() if len(block) else 0
     group = torch.arange((count + 3) // 4, dtype=torch.int64, device=block.device)
@@ -214,13 +225,14 @@ def gaussian_sketch_ref_(block: Tensor, seed: int, first: int = 0) -> None:
 
 
 def philox(group: Tensor, matrix: int, seed: int) -> list[Tensor]:
-    """Four uint32 words (in int64) for each counter (group, matrix) under the 64-bit key
-    ``seed``.
+    """Return four uint32 words, held in int64, for each counter (group, matrix).
+
+    ``seed`` is the 64-bit key.
     """
     x = [group & _MASK32, group >> 32, torch.full_like(group, matrix & _MASK32), torch.full_like(group, matrix >> 32)]
     key = [seed & _MASK32, seed >> 32 & _MASK32]
     for _ in range(10):
-        # A product may wrap in int64, but its 64 bits stay right, and so do the two halves.
+        # A product may wrap in int64, but its 64 bits stay right, and so do its two halves.
         a, b = x[0] * 0xD2511F53, x[2] * 0xCD9E8D57
         x = [(b >> 32 & _MASK32) ^ x[1] ^ key[0], b & _MASK32, (a >> 32 & _MASK32) ^ x[3] ^ key[1], a & _MASK32]
         key = [(key[0] + 0x9E3779B9) & _MASK32, (key[1] + 0xBB67AE85) & _MASK32]
@@ -228,12 +240,16 @@ def philox(group: Tensor, matrix: int, seed: int) -> list[Tensor]:
 
 
 def cholesky_qr_ref_(block: Tensor, other: Tensor | None = None, rounds: int = 1) -> Tensor:
-    """Orthonormalize the columns of each block (b, n, l) in place: X <- X D R^-1 with D = diag(X^T
-    X)^-1/2, R^T R = D X^T X D.
+    """Orthonormalize the columns of each block (b, n, l) in place: X <- X D R^-1.
 
-    ``other`` gets the same factor from the right. Returns (b,) int32 about the last round: 0
-    orthonormal to working precision; 1 deficient (a zero column, or a pivot of at most l eps, which
-    took a shift of 8 l eps or more): better conditioned, no more; 2 not finite, left as it is.
+    Here D = diag(X^T X)^-1/2 and R^T R = D X^T X D. ``other`` is multiplied by the same factor from
+    the right.
+
+    Returns:
+        Status (b,) int32 of the last round. 0: orthonormal to working precision. 1: deficient, with
+        a zero column or a pivot of at most l eps. Such a pivot is handled by a shift of 8 l eps or
+        more, which leaves the block better conditioned but not orthonormal. 2: not finite, left as
+        it is.
     """
     status = torch.zeros(len(block), dtype=torch.int32, device=block.device)
     width = block.shape[-1]
@@ -264,18 +280,20 @@ def cholesky_qr_ref_(block: Tensor, other: Tensor | None = None, rounds: int = 1
 
 
 def _cholesky(gram: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-    """Upper factor of each matrix (b, l, l), and (b,) whether it broke down."""
+    """Return the upper factor of each matrix (b, l, l), and whether it broke down (b,)."""
     factor, info = torch.linalg.cholesky_ex(gram, upper=True)
     pivots = factor.diagonal(dim1=-2, dim2=-1).square()
     return factor, (info != 0) | ~(pivots > tolerance).all(-1)
 
 
 def chebyshev_step_ref_(product: Tensor, block: Tensor, previous: Tensor | None, edge: Tensor) -> tuple[Tensor, Tensor]:
-    """The next block of the recurrence, 2 ((2/a) Z - X) - X_previous, orthonormalized; X gets the
-    same factor R^-1, in place.
+    """Advance a Chebyshev recurrence by one step: 2 ((2/a) Z - X) - X_previous.
 
-    ``product`` Z = A^T A X, ``block`` X, ``previous`` (b, n, l), ``edge`` a (b,). Without
-    ``previous``: (2/a) Z - X. Returns the next block and the status of `cholesky_qr_ref_`.
+    The result is orthonormalized, and X is multiplied by the same factor R^-1 in place.
+
+    ``product`` is Z = A^T A X, ``block`` X and ``previous`` X_previous, each (b, n, l). ``edge`` is
+    a (b,). Without ``previous`` this is the first step, (2/a) Z - X. Returns the next block and the
+    status of `cholesky_qr_ref_`.
     """
     raised = (2.0 / edge)[:, None, None] * product - block
     if previous is not None:
@@ -284,11 +302,10 @@ def chebyshev_step_ref_(product: Tensor, block: Tensor, previous: Tensor | None,
 
 
 def counter_hash(x: Tensor) -> Tensor:
-    """A bijective 32-bit integer mix (constants of C. Wellons' lowbias32) on int64 tensors that
-    hold uint32 values.
+    """Mix the bits of uint32 values, held in int64, by a bijection.
 
-    A product of two 32-bit numbers may wrap in int64, but its low 32 bits, all that is kept, stay
-    right.
+    The constants are those of C. Wellons' lowbias32. A product of two 32-bit numbers may wrap in
+    int64, but only its low 32 bits are kept, and they stay right.
     """
     x = x & _MASK32
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK32
@@ -297,24 +314,25 @@ def counter_hash(x: Tensor) -> Tensor:
 
 
 def stochastic_key(steps: Tensor, seed: int) -> Tensor:
-    """One 32-bit key (in int64) per step count: the noise of a step is a pure function of (seed,
-    step, arena position).
+    """Return one 32-bit key, held in int64, per step count.
+
+    So the noise of a step is a function of seed, step and arena position alone.
     """
     return counter_hash(counter_hash(torch.full_like(steps, seed, dtype=torch.int64)) ^ steps.long())
 
 
 def round_stochastic_ref(x: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round fp32 ``x`` down or up to ``dtype`` (bf16 or fp16) with probability by distance;
-    ``noise``: uniform uint32.
+    """Round fp32 ``x`` down or up to bf16 or fp16, with probability by distance.
 
-    Non-finite values are rounded to nearest, so that NaN and infinity stay what they are.
+    ``noise`` is uniform uint32. Values that are not finite are rounded to nearest, so that NaN and
+    infinity stay what they are.
     """
     bits = x.view(torch.int32).long() & _MASK32
     if dtype == torch.bfloat16:
         rounded = _from_bits(bits + (noise & 0xFFFF) & 0xFFFF0000)
     elif dtype == torch.float16:
         normal = _from_bits(bits + (noise & 0x1FFF) & 0xFFFFE000)
-        # Below 2^-14 fp16 is a fixed-point format with quantum 2^-24; x * 2^24 is exact there.
+        # Below 2^-14 fp16 is a fixed-point format with quantum 2^-24. There x * 2^24 is exact.
         scaled = (x.abs() * 2.0**24 + (noise >> 8).float() * 2.0**-24).floor() * 2.0**-24
         rounded = torch.where(x.abs() < 2.0**-14, torch.copysign(scaled, x), normal)
     else:
@@ -323,5 +341,5 @@ def round_stochastic_ref(x: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor
 
 
 def _from_bits(bits: Tensor) -> Tensor:
-    """fp32 values from uint32 bit patterns held in int64."""
+    """Return the fp32 values of uint32 bit patterns held in int64."""
     return torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32).view(torch.float32)

@@ -1,5 +1,6 @@
-"""The public op of a step: schema, fake, argument checks and the choice of a backend, as in `ops`.
-No kernels.
+"""The public op of an optimizer step.
+
+`lift_kernels.ops` describes what all ops have in common.
 """
 
 from __future__ import annotations
@@ -42,27 +43,51 @@ def sparse_adamw_(
     validate: bool = False,
     backend: str | None = None,
 ) -> None:
-    """One AdamW step on the selected entries of n matrices, in place, in one launch.
+    """Apply one AdamW step to the selected entries of n matrices, in place, in one launch.
+
+    The update is AdamW (Loshchilov & Hutter 2019, Algorithm 2) on the entries of the masks, as in
+    LIFT (arXiv 2506.00772, section 3). All other entries of the weights keep their bits. An *arena*
+    is a vector that holds the segments of all matrices.
 
     Args:
-        weights: n contiguous tensors of one dtype (fp32, bf16, fp16) on one device.
-        grads: n gradients of one dtype: dense, of the weights' shapes, or (``packed_grads``)
-            vectors of ``counts[i]`` entries.
-        indices: int32 arena of sorted flat positions.
-        exp_avg, exp_avg_sq: arenas of the moments, fp32 or bf16.
-        steps: (n,) fp32, updates of each matrix with this one counted.
-        lr: a float, or a 0-dim tensor that may live on the device.
-        master: fp32 arena; the truth for bf16/fp16 weights, which become its round-to-nearest-even.
-        births: int32 arena, the step count at which an entry came in; given, bias correction is per
-            entry.
-        inv_scale: 0-dim fp32; gradients are multiplied by it (GradScaler's inverse scale times a
-            clipping factor).
-        found_inf: 0-dim fp32; non-zero leaves every bit as it was.
-        stochastic: round the weight stochastically; bf16/fp16 weights without master only. The
-            noise is a function of (``seed``, step, arena position), the same on every backend.
+        weights: n contiguous tensors of one dtype (float32, bfloat16, float16) on one device.
+        grads: n gradients of one dtype. They have the shapes of the weights, or ``counts[i]``
+            entries each with ``packed_grads``.
+        indices: int32 arena of the sorted flat positions.
+        offsets: where the segment of each matrix starts in the arenas.
+        counts: entries of each segment.
+        exp_avg: arena of the first moments, float32 or bfloat16.
+        exp_avg_sq: arena of the second moments, of the same dtype.
+        steps: (n,) float32, the updates of each matrix, this one included.
+        lr: learning rate, a float or a 0-dim tensor on the CPU or on the device.
+        betas: decay rates of the two moments.
+        eps: added to the denominator.
+        weight_decay: decoupled decay, of the selected entries only.
+        master: float32 arena of master weights for bfloat16 or float16 weights. It is updated, and
+            the weights become its values rounded to nearest even.
+        births: int32 arena, the step count at which each entry was selected. Given, the bias
+            correction of an entry counts the steps since then. None counts the steps of its matrix.
+        inv_scale: 0-dim float32 on the device, by which gradients are multiplied: the inverse scale
+            of a GradScaler times a clipping factor.
+        found_inf: 0-dim float32 on the device. If it is not zero, nothing changes.
+        packed_grads: gradients are packed vectors and not dense.
+        maximize: step along the gradient and not against it.
+        stochastic: round the weights stochastically. This needs bfloat16 or float16 weights and no
+            master. The noise is a function of ``seed``, step and arena position, the same on every
+            backend.
+        seed: of the noise.
+        validate: check the index lists, which waits for the device.
+        backend: name of a backend, see `lift_kernels.backends`. None takes the fastest usable one.
 
-    Raises ValueError, TypeError or IndexError, before anything is written, with the position in
-    ``weights`` and the value.
+    Raises:
+        TypeError: a dtype is not supported.
+        ValueError: an argument has a wrong shape, layout, device or value, or segments overlap.
+        IndexError: a segment does not fit in the arena, or ``validate`` found a position out of
+            range.
+        RuntimeError: the backend cannot run here.
+
+        Every error is raised before anything is written. It names the position in ``weights`` and
+        the value.
     """
     beta1, beta2 = betas
     plain = skips_dispatcher(indices)
@@ -102,11 +127,11 @@ def sparse_adamw_(
 
 @functools.cache
 def _native_step() -> Callable[..., bool] | None:
-    """The native step, when CPU tensors go to it. Its own checks of form take a tenth of Python's
-    time when caches are cold.
+    """Return the native step where CPU tensors go to it, otherwise None.
 
-    Kept, as are the functions beside it: with cold caches, looking all of them up in modules takes
-    1 % of a step on 16 M weights.
+    Its own argument checks take a tenth of the time of the Python ones when the caches are cold.
+    The result is cached, as is that of the functions beside it: with cold caches, looking all of
+    them up in their modules takes 1 % of a step on 16 M weights.
     """
     serves = dispatch.choose(None, torch.device("cpu"), "sparse_adamw_") == "native-cpu"
     return torch.ops.lift_kernels_native.sparse_adamw_.default if serves else None
@@ -192,7 +217,7 @@ def _sparse_adamw_op(
     scales = inv_scale, found_inf, packed_grads, maximize, stochastic, seed & 0xFFFFFFFF
     native = torch.ops.lift_kernels_native.sparse_adamw_.default
     done = native(*launch, steps, float(lr), beta1, beta2, eps, weight_decay, master, births, bias, *scales)
-    require(done, "the native step refused arguments that had passed the checks", RuntimeError)
+    require(done, "internal error: the native step rejected arguments that passed the checks", RuntimeError)
 
 
 def _sparse_adamw_fake(
@@ -218,9 +243,9 @@ def _sparse_adamw_fake(
     check_adamw(*arena, lr, master, births, inv_scale, found_inf, packed_grads, stochastic)
 
 
-# Not by custom_op, which passes two more Python layers at every call: 0.3 ms when the caches are
-# cold, as long as a small step. What they would do, this op does itself: it bumps the versions of
-# what it writes.
+# This op is not defined by custom_op, which adds two Python layers to every call. They cost 0.3 ms
+# when the caches are cold, as long as a small step. The op does their work itself: it bumps the
+# version counters of what it writes.
 _library = torch.library.Library("lift_kernels", "FRAGMENT")
 _library.define(
     "sparse_adamw_(Tensor(a!)[] weights, Tensor[] grads, Tensor indices, int[] offsets, int[] counts, "

@@ -1,5 +1,6 @@
-"""The public ops of a refresh: schema, fake, argument checks and the choice of a backend, as in
-`ops`. No kernels.
+"""Public ops of the subspace iteration behind a refresh.
+
+`lift_kernels.ops` describes what all ops have in common.
 """
 
 from __future__ import annotations
@@ -25,12 +26,29 @@ def gaussian_sketch(
     device: torch.device | str = "cpu",
     backend: str | None = None,
 ) -> Tensor:
-    """Standard normal blocks (matrices, rows, columns), fp32 or bf16: the random start of a
-    subspace iteration.
+    """Draw standard normal blocks, the random start of a subspace iteration.
 
-    A number is a function of (``seed``, matrix, position in it), up to rounding the same on every
-    device, whatever the batch; ``first`` is the number of the first matrix. Raises ValueError for
-    negative sizes, a seed outside 0..2^63-1 and other dtypes.
+    A number is a function of ``seed``, the number of its matrix and its position in it. Up to
+    rounding it is the same on every device and in every batch. The generator is Philox4x32-10
+    (Salmon et al. 2011).
+
+    Args:
+        matrices: number of blocks.
+        rows: of each block.
+        columns: of each block.
+        seed: 0 to 2^63-1.
+        first: number of the first matrix, 0 to 2^63-1.
+        dtype: float32 or bfloat16.
+        device: where the blocks are made.
+        backend: name of a backend, see `lift_kernels.backends`. None takes the fastest usable one.
+
+    Returns:
+        (matrices, rows, columns) tensor of ``dtype``.
+
+    Raises:
+        TypeError: the dtype is not supported.
+        ValueError: a size is negative, or ``seed`` or ``first`` is out of range.
+        RuntimeError: the backend cannot run here.
     """
     for label, size in (("matrices", matrices), ("rows", rows), ("columns", columns)):
         require(isinstance(size, int) and size >= 0, f"{label} must be an integer of at least 0, got {size!r}")
@@ -58,17 +76,31 @@ def _(block, seed, first=0, *, backend=None):
 
 
 def cholesky_qr_(block: Tensor, other: Tensor | None = None, *, rounds: int = 1, backend: str | None = None) -> Tensor:
-    """Orthonormalize the columns of tall blocks (b, n, l >= 1, n >= l), fp32 and contiguous, in
-    place: block = Q R, block <- Q.
+    """Orthonormalize the columns of tall blocks in place: block = Q R, block <- Q.
 
-    ``other`` (b, any, l) gets the same R^-1 from the right. Cholesky-QR of the Gram matrix scaled
-    to a unit diagonal; a second of two ``rounds`` brings the error of ill-conditioned blocks down
-    to that of Householder QR.
+    Each round is a Cholesky-QR of the Gram matrix, scaled to a unit diagonal. A second round brings
+    the error of ill-conditioned blocks down to that of Householder QR.
 
-    Returns (b,) int32 on the device, about the last round: 0, orthonormal; 1, deficient: a zero
-    column or a breakdown, after which a shifted factor was applied: the same span, better
-    conditioned, not orthonormal; 2, not finite, left as it is. Raises ValueError or TypeError for
-    other shapes, dtypes and strides.
+    Args:
+        block: (b, n, l) float32, contiguous, with n >= l >= 1.
+        other: (b, any, l) float32, contiguous, which is multiplied by the same R^-1 from the right,
+            in place.
+        rounds: 1 or 2.
+        backend: name of a backend, see `lift_kernels.backends`. None takes the fastest usable one.
+
+    Returns:
+        Status (b,) int32 of the last round, on the device of ``block``.
+
+        - 0: the columns are orthonormal.
+        - 1: the block was deficient, with a zero column or a breakdown. After a breakdown a shifted
+          factor was applied. The columns have the same span and are better conditioned, but they
+          are not orthonormal.
+        - 2: the block is not finite and was left as it is.
+
+    Raises:
+        TypeError: a dtype is not float32.
+        ValueError: an argument has a wrong shape, layout or device.
+        RuntimeError: the backend cannot run here.
     """
     if skips_dispatcher(block):
         return _cholesky_qr(block, other, rounds, backend)
@@ -78,8 +110,8 @@ def cholesky_qr_(block: Tensor, other: Tensor | None = None, *, rounds: int = 1,
 @torch.library.custom_op(
     "lift_kernels::cholesky_qr_",
     mutates_args=("block", "other"),
-    # No default for a written argument: torch 2.11 leaves it out of a call, and then looks for it
-    # to bump its version.
+    # `other` has no default because it is written. torch 2.11 leaves a default argument out of the
+    # call, and then looks for it to bump its version.
     schema="(Tensor(a!) block, Tensor(b!)? other, *, int rounds=1, str? backend=None) -> Tensor",
 )
 def _cholesky_qr_op(block, other, *, rounds=1, backend=None):
@@ -105,17 +137,25 @@ def _cholesky_qr(block, other, rounds, backend):
 def chebyshev_step_(
     product: Tensor, block: Tensor, previous: Tensor | None, edge: Tensor, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The next block of a Chebyshev recurrence, orth(2 ((2/a) Z - X) - X_previous), and ``block`` X
-    in its coordinates, in place.
+    """Advance a Chebyshev recurrence by one step: orth(2 ((2/a) Z - X) - X_previous).
+
+    ``block`` is multiplied by the same R^-1 in place, because the recurrence needs both blocks in
+    one coordinate system. The orthonormalization is one round of `cholesky_qr_`.
 
     Args:
-        product: Z = A^T A X, (b, n, l) fp32, contiguous. ``block``: X, ``previous``: X_previous, of
-            the same shape; without a previous block orth((2/a) Z - X).
-        edge: a, (b,) fp32, positive: the end of the interval [0, a] on which the polynomial stays
-            small.
+        product: Z = A^T A X, (b, n, l) float32, contiguous, with n >= l >= 1.
+        block: X, of the same form.
+        previous: X_previous, of the same form. None makes the first step, orth((2/a) Z - X).
+        edge: a, (b,) float32, contiguous and positive. The polynomial stays small on [0, a].
+        backend: name of a backend, see `lift_kernels.backends`. None takes the fastest usable one.
 
-    Returns (next block, status) with the status of `cholesky_qr_`, of which this is one round; X is
-    multiplied by its R^-1.
+    Returns:
+        The next block (b, n, l) float32, and the status of `cholesky_qr_`.
+
+    Raises:
+        TypeError: ``product`` or ``block`` is not float32.
+        ValueError: an argument has a wrong shape, layout or device.
+        RuntimeError: the backend cannot run here.
     """
     if skips_dispatcher(block):
         return _chebyshev_step(product, block, previous, edge, backend)

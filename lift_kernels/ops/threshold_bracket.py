@@ -1,5 +1,6 @@
-"""Where the k-th largest |W_r| is expected: intervals that let `lowrank_topk` choose in one
-sweep.
+"""Intervals that are expected to hold the k-th largest |W_r|.
+
+If the interval is right, `lowrank_topk` selects in one sweep.
 """
 
 from __future__ import annotations
@@ -10,24 +11,31 @@ from torch import Tensor
 from .reference import counter_hash
 
 WIDTH = 0.02
-"""Half width, relative, of the interval around the threshold of the last refresh: its rms error is
-0.1 %, 0.6 % at most.
+"""Relative half width of the interval around the threshold of the last refresh.
+
+The rms error of that prediction is 0.1 %, and 0.6 % at most.
 """
 _MIN_SAMPLES, _MAX_SAMPLES, _SHARE = 1024, 16384, 16
-_DEVIATIONS = 3.0  # of the sampled quantile: misses one bracket in four hundred, which costs three sweeps more
+# In standard deviations of the sampled quantile: one bracket in four hundred is missed, which costs
+# three more sweeps.
+_DEVIATIONS = 3.0
 
 
 def around(threshold: Tensor) -> Tensor:
-    """(..., 2) fp32 intervals around the k-th magnitudes (...) of the last refresh."""
+    """Return (..., 2) fp32 intervals around the k-th magnitudes (...) of the last refresh."""
     return torch.stack([threshold * (1 - WIDTH), threshold * (1 + WIDTH)], -1).float()
 
 
 def sampled(left: Tensor, right: Tensor, k: int) -> Tensor:
-    """(2,) fp32 interval from quantiles of drawn entries of |left right^T|; the same for the same
-    factors.
+    """Return a (2,) fp32 interval from quantiles of sampled entries of |left right^T|.
 
-    Entries are drawn one by one, one in each of S equal stretches of the matrix: whole tiles would
-    be correlated.
+    The same factors give the same interval. One entry is drawn from each of S equal stretches of
+    the matrix, because the entries of whole tiles would be correlated.
+
+    Args:
+        left: (m, r) fp32.
+        right: (n, r) fp32.
+        k: rank of the magnitude, 1 to m * n.
     """
     m, n = left.shape[0], right.shape[0]
     numel = m * n

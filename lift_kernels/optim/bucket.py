@@ -1,6 +1,4 @@
-"""The launches of a step, and what all of them need: the norm of their gradients, GradScaler's
-scale and flag.
-"""
+"""One fused optimizer launch per arena, group and gradient format, and gradient norms."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from .state import PackedState
 
 
 class Bucket(NamedTuple):
-    """One launch: matrices that share an arena, a group, and the form and dtype of their
+    """The matrices of one launch. They share arena, group, and form and dtype of their
     gradients.
     """
 
@@ -42,9 +40,7 @@ class Bucket(NamedTuple):
     def step(
         self, steps: Tensor, inv_scale: Tensor | None, found_inf: Tensor | None, seed: int, backend: str | None
     ) -> None:
-        """The fused update of these matrices; ``steps``: (n,) fp32 counts with this one
-        included.
-        """
+        """The fused update of these matrices. ``steps`` (n,) fp32 counts this one, too."""
         arena, group, (offsets, counts) = self.arena, self.group, self.segments()
         ops.sparse_adamw_(
             [arena.weights[row] for row in self.rows],
@@ -74,8 +70,9 @@ class Bucket(NamedTuple):
 def any_infinite(
     buckets: Sequence[Bucket], flag: Tensor | None, scale: Tensor | None, backend: str | None
 ) -> Tensor | None:
-    """GradScaler's ``flag``, raised also by packed gradients that it cannot see; None without a
-    scaler.
+    """GradScaler's ``flag``, raised also for packed gradients, which it cannot see.
+
+    None without a scaler.
     """
     hooked = [bucket for bucket in buckets if any(trainable.hooked_gradient(p) is not None for p in bucket.parameters)]
     if flag is None or not hooked:
@@ -97,10 +94,10 @@ def clipping(
     max_grad_norm: float,
     backend: str | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What gradients are multiplied by, and their norm before: over trained entries and the
-    ``dense`` parameters together.
+    """The factor of all gradients that clips them, and their norm before.
 
-    Without any gradient ``inv_scale`` comes back, and no norm. Nothing waits for the host.
+    The norm is over trained entries and the ``dense`` parameters together. Without any gradient
+    ``inv_scale`` comes back, and no norm. Nothing waits for the host.
     """
     norms = [bucket.norm(backend) for bucket in buckets]
     norms += [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in dense if p.grad is not None]

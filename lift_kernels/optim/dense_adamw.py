@@ -1,4 +1,4 @@
-"""The dense parameters beside the sparse ones: torch's own AdamW."""
+"""torch's own AdamW for the parameters that LIFT does not train."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ def dense_adamw_(
     inv_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    """One step of torch's AdamW, fused where torch has that, on parameters that have a gradient;
-    fills ``state`` when new.
+    """One step of torch's AdamW on parameters that have a gradient; fused where torch has that.
 
-    Gradients are multiplied by ``inv_scale`` (0-dim) in a copy; a non-zero ``found_inf`` leaves
-    everything as it was.
+    Args:
+        state: by parameter; it is filled when it is empty.
+        inv_scale: 0-dim factor of the gradients, which are multiplied in a copy; None for 1.
+        found_inf: a non-zero number leaves everything as it was.
     """
     for p in parameters:
         if not state[p]:
@@ -57,6 +58,6 @@ def dense_adamw_(
 
 
 def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
-    """The product formed in fp32 at least: a factor of 2^-16 has few digits left in fp16."""
+    """The product, formed in fp32 at least. In fp16 a factor of 2^-16 has few digits left."""
     wide = torch.promote_types(grad.dtype, torch.float32)
     return (grad.to(wide) * factor.to(grad.device)).to(grad.dtype)

@@ -41,9 +41,7 @@ _EMBEDDING = re.compile(r"(^|\.)(embed\w*|wte|wpe|lm_head|word_embeddings|shared
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Raise ValueError or TypeError, naming the option and its value, for a hyperparameter out of
-    range.
-    """
+    """Raise ValueError or TypeError, naming option and value, for one out of range."""
     lr, betas, eps, decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
     if isinstance(lr, Tensor):
         require(lr.numel() == 1, f"a tensor lr must hold one number, got shape {tuple(lr.shape)}")
@@ -89,8 +87,9 @@ def check_lift_parameter(parameter: Tensor, group: dict[str, Any], name: str) ->
 
 
 def is_sparse(parameter: Tensor, group: dict[str, Any]) -> bool:
-    """Whether LIFT trains this parameter: the group says so, or says nothing and it is a matrix or
-    has packed gradients.
+    """Whether LIFT trains this parameter.
+
+    The group's ``lift`` decides. Where it is None, LIFT trains matrices and packed gradients.
     """
     if group["lift"] is not None:
         return group["lift"]

@@ -27,7 +27,7 @@ from .state import PackedState
 from .state_dict import check_state_dict, compact, in_own_order
 
 logger = logging.getLogger("lift_kernels")
-_SETTINGS = (  # of no group
+_SETTINGS = (  # optimizer-wide, not of a group
     "max_grad_norm",
     "selection",
     "seed",
@@ -40,10 +40,9 @@ _SETTINGS = (  # of no group
 
 
 class LiftAdamW(Optimizer):
-    """AdamW whose update and moments live on the k principal weights of each matrix (LIFT, arXiv
-    2506.00772).
+    """AdamW on the k principal weights of each matrix (LIFT, arXiv 2506.00772).
 
-    Matrices are trained sparsely; other parameters, and groups with ``lift=False``, get ordinary
+    Matrices are trained sparsely. Other parameters, and groups with ``lift=False``, get ordinary
     dense AdamW. The first mask is made at the first ``step`` or `refresh`, later ones after every
     ``refresh_interval`` steps. Parameters with packed gradients (`lift_kernels.pack_gradients`)
     bring their first mask along.
@@ -51,50 +50,54 @@ class LiftAdamW(Optimizer):
     Args:
         params: parameters, (name, parameter) pairs or groups, as for every torch optimizer; see
             `lift_param_groups`.
-        lr, betas, eps, weight_decay: as torch.optim.AdamW; ``lr`` may be a tensor. Decay acts on
+        lr, betas, eps, weight_decay: as in torch.optim.AdamW. ``lr`` may be a tensor. Decay acts on
             selected entries only.
-        rank: LRA rank r of the approximation whose largest entries are trained; None: 64 or the
-            smaller side.
-        density: share of a matrix that is trained, in (0, 1]; unused when ``budget_rank`` is given:
-            k = (m + n) * budget_rank.
-        refresh_interval: steps between masks; None keeps the first one.
-        refresh_schedule: ``"all"`` renews every mask after an interval, ``"spread"`` a few at each
-            step, so that no step stalls.
-        bias_correction: ``"global"`` counts a matrix's steps (the paper), ``"per_entry"`` those
-            since an entry came in.
-        master: ``"fp32"`` keeps packed fp32 masters for bf16/fp16 weights; None rounds the weight
+        rank: LRA rank r of the approximation whose largest entries are trained. None: 64, or the
+            smaller side where that is less.
+        density: share of a matrix that is trained, in (0, 1].
+        budget_rank: k = (m + n) * budget_rank entries of a matrix are trained. Given, it takes
+            precedence over ``density``.
+        refresh_interval: steps between masks. None keeps the first mask.
+        refresh_schedule: ``"all"`` renews every mask after an interval. ``"spread"`` renews a few
+            at each step, so that no step stalls.
+        bias_correction: ``"global"`` counts the steps of a matrix (the paper). ``"per_entry"``
+            counts those since an entry came in.
+        master: ``"fp32"`` keeps packed fp32 masters for bf16/fp16 weights. None rounds the weight
             itself.
         rounding: ``"nearest"`` or, with ``master=None``, ``"stochastic"``.
         state_dtype: of the moments, torch.float32 or torch.bfloat16.
-        max_grad_norm: clips the norm over all trained entries of all groups; no host
+        max_grad_norm: clips the norm over all trained entries of all groups, without host
             synchronization.
         capturable: as in torch: the step may be captured in a CUDA graph. Refresh between replays.
-        selection: ``"principal"``, for comparison ``"magnitude"``, ``"gradient"`` (largest at the
-            time of the mask) or ``"random"``, all of the same k, or a callable
+        selection: ``"principal"`` (the paper). For comparison ``"magnitude"``, ``"gradient"``
+            (largest when the mask is made) or ``"random"``, all with the same k, or a callable
             ``(weight, k) -> sorted int32 indices``.
-        mask_method: of `low_rank_factors`.
-        warm_start: where bases for warm starts are kept, ``"device"`` or ``"cpu"``; None: every
+        mask_method: method of `low_rank_factors`.
+        warm_start: where bases for warm starts are kept, ``"device"`` or ``"cpu"``. None: every
             refresh starts cold.
         seed: of random masks and of stochastic rounding.
         backend: one of `lift_kernels.backends`, None for the fastest usable one.
-        process_group: with several ranks, those that hold replicas and so must train the same
-            entries: a torch process group; None: the ranks of the default group that train a
-            parameter of the same name; ``"independent"``: ranks are meant to differ. Index lists
-            are compared at the first step after each mask, and a difference is a RuntimeError on
-            every rank.
+        process_group: the ranks that hold replicas and so must train the same entries, as a torch
+            process group. None: the ranks of the default group that train a parameter of the same
+            name. ``"independent"``: ranks are meant to differ. Index lists are compared at the
+            first step after each mask. A difference is a RuntimeError on every rank.
+
+    Attributes:
+        last_refresh: `RefreshReport` of the last masks, None before the first.
+        grad_norm: 0-dim norm over all trained entries at the last step that clipped, else None.
 
     Raises ValueError or TypeError, naming the parameter and the value, for options and parameters
     that cannot work.
     """
 
     _arenas: dict[tuple, PackedState]  # by device, dtypes and form of state
-    _places: dict[Tensor, tuple[PackedState, int]]  # where each matrix lies
-    _kept: dict[Tensor, dict[str, Tensor]]  # of each matrix's last mask: basis and threshold, for a warm start
-    _layers: dict[Tensor, Any]  # a packed layer of each ``values`` that has its place
-    _uncompared: dict[Tensor, None]  # whose index lists the other ranks have not seen
-    _skipped: dict[int, Tensor | int]  # by id of the group: steps that found_inf skipped, not yet settled
-    writes_weights = True  # beside the values of packed layers
-    _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf, no host synchronization
+    _places: dict[Tensor, tuple[PackedState, int]]  # arena and row of each matrix
+    _kept: dict[Tensor, dict[str, Tensor]]  # basis and threshold of each matrix's last mask, for a warm start
+    _layers: dict[Tensor, Any]  # the packed layer that owns each ``values`` in an arena
+    _uncompared: dict[Tensor, None]  # parameters whose index lists the other ranks have not seen
+    _skipped: dict[int, Tensor | int]  # by id of the group: steps that found_inf skipped, not yet subtracted
+    writes_weights = True  # not only the values of packed layers
+    _step_supports_amp_scaling = True  # GradScaler passes grad_scale and found_inf without host synchronization
 
     def __init__(
         self,
@@ -138,9 +141,7 @@ class LiftAdamW(Optimizer):
         self.max_grad_norm, self.selection, self.seed, self.backend = max_grad_norm, selection, seed, backend
         self.mask_method, self.warm_start = mask_method, warm_start
         self.last_refresh: RefreshReport | None = None
-        self.grad_norm: Tensor | None = (
-            None  # norm over trained entries at the last step, when it was needed for clipping
-        )
+        self.grad_norm: Tensor | None = None
         self._replicas = Replicas(process_group)
         self._reset_arenas()
         defaults = dict(
@@ -167,8 +168,9 @@ class LiftAdamW(Optimizer):
     # ---- parameters ------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its matrices get their first mask at the next step. Raises, and adds
-        nothing, when it cannot work.
+        """Add a group. Its matrices get their first mask at the next step.
+
+        Raises, and adds nothing, when the group cannot work.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -218,7 +220,7 @@ class LiftAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; returns the closure's loss.
+        """Update every parameter that has a gradient, and return the closure's loss.
 
         Raises before anything is changed when a gradient cannot be used.
         """
@@ -249,8 +251,8 @@ class LiftAdamW(Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As every torch optimizer's; packed gradients ``p.lift_grad`` are cleared too. (A step has
-        cleared them already.)
+        """Clear all gradients, packed gradients ``p.lift_grad`` too. A step has cleared these
+        already.
         """
         super().zero_grad(set_to_none)
         for p in self._all_parameters():
@@ -265,7 +267,7 @@ class LiftAdamW(Optimizer):
                     check_gradient(p.grad, p, name, sparse=hyperparameters.is_sparse(p, group))
 
     def _follow_layers(self) -> None:
-        """Take the weights that packed layers have now: load_state_dict(assign=True) brings new
+        """Take the present weights of packed layers: load_state_dict(assign=True) brings new
         ones.
         """
         for p, layer in self._layers.items():
@@ -293,8 +295,9 @@ class LiftAdamW(Optimizer):
         return list(buckets.values())
 
     def _gradient_factor(self, buckets: Sequence[Bucket], dense: list[Tensor]) -> Tensor | None:
-        """What gradients are multiplied by: GradScaler's inverse scale times the clipping factor,
-        or None for one.
+        """The factor of all gradients: GradScaler's inverse scale times the clipping factor.
+
+        None stands for 1.
         """
         scale = getattr(self, "grad_scale", None)
         inv_scale = None if scale is None else scale.reshape(()).reciprocal().float()
@@ -316,37 +319,39 @@ class LiftAdamW(Optimizer):
         arena.end_step(rows, steps)
         for p in bucket.parameters:
             if p in self._layers:
-                torch.autograd.graph.increment_version(p)  # a view of the master with a counter of its own
+                torch.autograd.graph.increment_version(p)  # p is a view of the master with its own counter.
             elif bucket.packed:
-                trainable.clear_gradient(p)  # model.zero_grad() would not clear it
+                trainable.clear_gradient(p)  # model.zero_grad() would not clear it.
 
     # ---- masks -----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def refresh(self, *, drop_gradients: bool = False) -> None:
-        """Compute every mask anew from the present weights and carry the state over.
+        """Compute every mask again from the present weights, and migrate the state.
 
-        Packed gradients belong to the entries of the old masks: with ``drop_gradients`` they are
-        forgotten.
+        Entries that stay keep their moments. Entries that enter start at zero (paper section 3).
 
-        Raises ValueError, naming the parameter, for non-finite weights, and RuntimeError for packed
-        gradients that wait for a step or values that another optimizer trains; no mask is changed
-        then.
+        Args:
+            drop_gradients: drop packed gradients, which belong to the entries of the old masks.
+
+        Raises ValueError, naming the parameter, for non-finite weights. Raises RuntimeError for
+        packed gradients that wait for a step and for values that another optimizer trains. No mask
+        is changed then.
         """
         self._check_packed(drop_gradients)
         self._settle_skipped()
         if not self._make_first_masks():
             self._refresh(self.param_groups)
         if any(group["capturable"] for group in self.param_groups):
-            self._compare_ranks()  # a captured step is replayed without this code
+            self._compare_ranks()  # A captured step is replayed without this code.
 
     def _check_packed(self, drop_gradients: bool) -> None:
-        """Nothing packed stands in the way of new masks."""
+        """Raise if a packed gradient or another optimizer forbids new masks."""
         for p, _, name in self._sparse_parameters():
-            foreign = next((layer.stepped_by for layer in trainable.layers_of(p) if layer.stepped_by), None)
+            other = next((layer.stepped_by for layer in trainable.layers_of(p) if layer.stepped_by), None)
             require(
-                foreign is None,
-                f"{name} is trained by {foreign} too, whose state would belong to other entries after a refresh; "
+                other is None,
+                f"{name} is trained by {other} too, whose state would belong to other entries after a refresh; "
                 "train it by LiftAdamW alone",
                 RuntimeError,
             )
@@ -362,8 +367,9 @@ class LiftAdamW(Optimizer):
                 trainable.clear_gradient(p)
 
     def _compare_ranks(self) -> None:
-        """Replicas have the same new index lists, or each of them raises. What was refused is
-        compared again at the next step.
+        """Raise on every replica if their new index lists differ.
+
+        Lists that differed are compared again at the next step.
         """
         if not self._uncompared or not self._replicas.active() or dispatch.capturing():
             return
@@ -423,7 +429,7 @@ class LiftAdamW(Optimizer):
         return SelectionRequest(matrix, grad, rank, k, name, number, self._kept.get(p, {}))
 
     def _make_first_masks(self) -> bool:
-        """Masks for matrices that have none; whether every matrix was one of them."""
+        """Make masks for matrices that have none. Returns whether no matrix had one before."""
         missing = [due for due in self._matrices() if due.parameter not in self._places]
         everything = not self._places
         if missing:
@@ -451,7 +457,7 @@ class LiftAdamW(Optimizer):
         return everything
 
     def _adopt(self, entries: list[tuple[Tensor, dict[str, Any], str, dict[str, Tensor]]]) -> None:
-        """Put matrices with their index lists, and perhaps moments, into the arenas of their
+        """Put matrices with their index lists, and moments if given, into the arenas of their
         kind.
         """
         kinds = defaultdict(list)
@@ -481,7 +487,7 @@ class LiftAdamW(Optimizer):
             trainable.bind(p, self.state[p])
 
     def _count_step(self, groups: list[dict[str, Any]], found_inf: Tensor | None) -> None:
-        """Advance the refresh schedule; a step that found_inf skipped does not count."""
+        """Advance the refresh schedule. A step that found_inf skipped does not count."""
         groups = list({id(g): g for g in groups}.values())
         for group in groups:
             group["steps_since_refresh"] += 1
@@ -490,12 +496,12 @@ class LiftAdamW(Optimizer):
             ):  # GradScaler adds up the flags of all devices
                 self._skipped[id(group)] = self._skipped.get(id(group), 0) + (found_inf != 0).int()
         if dispatch.capturing():
-            return  # a graph replays kernels, not this schedule: refresh by hand between replays
+            return  # A graph replays kernels and not this schedule. The user refreshes between replays.
         turn = [due for group in groups if group["refresh_schedule"] == "spread" for due in self._turn(group)]
         if turn:
             self._renew(turn)
             for d in turn:
-                trainable.clear_gradient(d.parameter)  # consumed, and of the old entries
+                trainable.clear_gradient(d.parameter)  # It was used, and it belongs to the old entries.
         if any(self._due(group) for group in groups):
             self._settle_skipped()
             due = [group for group in groups if self._due(group)]
@@ -505,8 +511,9 @@ class LiftAdamW(Optimizer):
                     trainable.clear_gradient(p)
 
     def _turn(self, group: dict[str, Any]) -> list[MatrixRef]:
-        """The matrices of a spread group whose turn it is; the count starts anew after an
-        interval.
+        """The matrices of a spread group whose turn it is.
+
+        The count of steps starts again after an interval.
         """
         interval, step = group["refresh_interval"], group["steps_since_refresh"]
         if interval is None:
@@ -522,8 +529,9 @@ class LiftAdamW(Optimizer):
         return group["refresh_interval"] is not None and group["steps_since_refresh"] >= group["refresh_interval"]
 
     def _settle_skipped(self) -> None:
-        """Take skipped steps off the schedule: the one place that reads found_inf back, when a
-        refresh or a save is due.
+        """Subtract skipped steps from the schedule, when a refresh or a save is due.
+
+        This is the only place that reads found_inf on the host.
         """
         for group in self.param_groups:
             group["steps_since_refresh"] -= int(self._skipped.pop(id(group), 0))
@@ -531,16 +539,15 @@ class LiftAdamW(Optimizer):
     # ---- state -----------------------------------------------------------------------------------
 
     def state_bytes(self) -> int:
-        """Bytes of every tensor storage the optimizer holds, index lists, masters and padding
-        included.
-        """
+        """Bytes of all tensors that the optimizer holds: moments, index lists, masters, padding."""
         tensors = [t for arena in self._arenas.values() for t in (*arena.buffers().values(), arena.steps)]
         tensors += [t for entry in self.state.values() for t in entry.values() if isinstance(t, Tensor)]
         return storage_bytes(tensors)
 
     def state_dict(self) -> dict[str, Any]:
-        """As every torch optimizer's, with compact copies that share no storage and keep their
-        dtypes.
+        """The state dict of torch's optimizers, with compact copies.
+
+        The copies share no storage with the optimizer and keep their dtypes.
         """
         self._settle_skipped()
         packed = super().state_dict()
@@ -548,17 +555,17 @@ class LiftAdamW(Optimizer):
         packed["state"] = {i: compact(entry, shapes.get(i)) for i, entry in packed["state"].items()}
         for group in packed["param_groups"]:
             if "param_names" in group:
-                group["param_names"] = list(group["param_names"])  # torch's shares the list with the optimizer
-            group["seed"] = self.seed  # in the groups, which is what every tool that moves optimizer state about keeps
+                group["param_names"] = list(group["param_names"])  # torch shares the list with the optimizer.
+            group["seed"] = self.seed  # Tools that move optimizer state keep what is in the groups.
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a `state_dict`; the masks in it replace any mask made before.
+        """Continue from a `state_dict`. Its masks replace all masks made before.
 
         Parameters are matched by name where both sides have names, else by position. All state goes
         to its parameter's device.
 
-        Raises ValueError, naming the parameter, for the state of another model or version; nothing
+        Raises ValueError, naming the parameter, for the state of another model or version. Nothing
         is changed then.
         """
         state_dict = state_dict.copy()
@@ -579,8 +586,8 @@ class LiftAdamW(Optimizer):
                 f"{name}: lift={group['lift']} in the state dict, but this optimizer trains it "
                 f"{'sparsely' if was else 'densely'}; build the optimizer with the groups that were saved",
             )
-        # torch would cast floating state to the parameter's dtype, so only dense entries go its
-        # way. The hooks have run, or run when the state is complete.
+        # torch would cast floating state to the parameter's dtype. So it loads dense entries only.
+        # The hooks have run already, or run when the state is complete.
         dense = {i: entry for i, entry in state_dict["state"].items() if not sparse[i]}
         self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks = (
             OrderedDict(),
@@ -601,11 +608,11 @@ class LiftAdamW(Optimizer):
         groups = [g for g in self.param_groups for _ in g["params"]]
         self._reset_arenas()
         for p in parameters:
-            trainable.clear_gradient(p)  # of other entries
+            trainable.clear_gradient(p)  # It belongs to other entries.
         self._adopt(
             [(parameters[i], groups[i], names[i], entry) for i, entry in state_dict["state"].items() if sparse[i]]
         )
-        self._replicas.announce(name for _, _, name in self._sparse_parameters())  # the state may have brought names
+        self._replicas.announce(name for _, _, name in self._sparse_parameters())  # The state may have brought names.
         for hook in hooks[1].values():
             hook(self)
 

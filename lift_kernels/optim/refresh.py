@@ -1,6 +1,4 @@
-"""Refreshes: which matrices are due, how their new masks are selected, and a report of what came of
-it.
-"""
+"""Which matrices are due for a new mask, and the report of a refresh."""
 
 from __future__ import annotations
 
@@ -18,10 +16,15 @@ from ..masks.principal import Mask
 class MatrixRefresh:
     """What a refresh did to one matrix.
 
-    ``method``: ``"gram"``, ``"chebyshev"`` (cold), ``"warm"``, ``"cold after warm"`` (the warm
-    start did not settle) or the selection. ``entries``: k. ``passes`` over the matrix; whether the
-    iteration ``converged``; ``overlap`` with the old mask as a share of k, None for a first mask;
-    ``seconds``.
+    Attributes:
+        name: of the parameter.
+        method: ``"gram"``, ``"chebyshev"`` (cold), ``"warm"``, ``"cold after warm"`` (the warm
+            start did not converge) or the selection.
+        entries: k.
+        passes: products with the matrix or its transpose.
+        converged: False when the iteration ended before its Ritz energy stalled.
+        overlap: share of the k entries that were in the old mask, None for a first mask.
+        seconds: that its mask took.
     """
 
     name: str
@@ -46,7 +49,7 @@ class RefreshReport:
 
     @property
     def seconds(self) -> float:
-        """Of all masks together."""
+        """Seconds that all masks took together."""
         return sum(matrix.seconds for matrix in self.matrices)
 
     @property
@@ -78,8 +81,10 @@ class MatrixRef(NamedTuple):
 
 
 def report_on(due: Sequence[MatrixRef], masks: Sequence[Mask], stayed: Sequence[Tensor] | None) -> RefreshReport:
-    """``stayed``: how many entries each mask shares with the one before, on the device; None for
-    first masks.
+    """The report of the new ``masks`` of the matrices ``due``.
+
+    ``stayed`` says how many entries each mask shares with the one before, as tensors on the device.
+    None stands for first masks.
     """
     shared: Sequence[int | None] = [None] * len(masks)
     if stayed:
@@ -95,8 +100,6 @@ def report_on(due: Sequence[MatrixRef], masks: Sequence[Mask], stayed: Sequence[
 
 
 def spread_share(due: Sequence[MatrixRef], step: int, interval: int) -> list[MatrixRef]:
-    """The matrices whose turn it is at ``step`` of 1..interval, so that each has one turn in an
-    interval.
-    """
+    """The matrices whose turn it is at ``step`` of 1..interval. Each has one turn per interval."""
     n = len(due)
     return list(due[n * (step - 1) // interval : n * step // interval])

@@ -1,6 +1,4 @@
-"""PackedState: index lists, moments, masters and ages of many matrices, one behind the other in one
-arena.
-"""
+"""PackedState: index lists, moments, masters and ages of many matrices in one arena."""
 
 from __future__ import annotations
 
@@ -44,16 +42,16 @@ class PackedState:
         self._seen: list[WeightVersion] = []  # of each weight when its master was last right
 
     def buffers(self) -> dict[str, Tensor]:
-        """The arenas that exist, by name."""
+        """The buffers that exist, by name. All have the arena's length."""
         names = ("indices", "exp_avg", "exp_avg_sq", "master", "births")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def append(self, weights: Sequence[Tensor], entries: Sequence[dict[str, Tensor]], names: Sequence[str]) -> None:
-        """Add matrices. An entry holds ``indices`` and may hold what `views` shows; the rest starts
-        at zero or the weight.
+        """Add matrices to the arena.
 
-        The arena grows by copying, so addresses change. Raises before anything is changed when an
-        entry does not fit its weight.
+        An entry holds ``indices`` and may hold what `views` shows. The rest starts at zero or at
+        the weight's values. The arena grows by copying, so addresses change. Raises before anything
+        is changed when an entry does not fit its weight.
         """
         for weight, entry, name in zip(weights, entries, names):
             self._check_entry(weight, entry, name)
@@ -79,7 +77,7 @@ class PackedState:
             self._fill(i, weight, entry)
 
     def views(self, i: int) -> dict[str, Tensor]:
-        """Views of matrix i: ``step`` (0-dim) and its slice of every arena."""
+        """Views of matrix i: ``step`` (0-dim) and its slice of every buffer."""
         segment = self.segment(i)
         return {"step": self.steps[i], **{name: arena[segment] for name, arena in self.buffers().items()}}
 
@@ -88,16 +86,15 @@ class PackedState:
         return slice(self.offsets[i], self.offsets[i] + self.counts[i])
 
     def next_steps(self, rows: Sequence[int], found_inf: Tensor | None = None) -> Tensor:
-        """(len(rows),) fp32 step counts with the coming update counted, unless a non-zero
-        ``found_inf`` will skip it.
+        """(len(rows),) fp32 step counts that include the coming update.
+
+        A non-zero ``found_inf`` will skip the update, so it is not counted then.
         """
         count = 1.0 if found_inf is None else (found_inf == 0).to(torch.float32)
         return self._of(rows) + count
 
     def end_step(self, rows: Sequence[int], steps: Tensor) -> None:
-        """Note that the weights of ``rows`` were updated: their step counts, and that they hold
-        what their masters say.
-        """
+        """Commit a step: store the new step counts, and record that weights match their masters."""
         if self._is_all(rows):
             self.steps.copy_(steps)
         else:
@@ -107,9 +104,7 @@ class PackedState:
                 self._mark(row)
 
     def check_weights(self, rows: Sequence[int]) -> None:
-        """Raise, naming the parameter, unless the weights still have the form that this state was
-        made for.
-        """
+        """Raise, naming the parameter, if a weight changed its dtype, device or strides."""
         for row in rows:
             weight, name, dtype = self.weights[row], self.names[row], self._dtypes[row]
             if weight.dtype != dtype or weight.device != self.indices.device or not weight.is_contiguous():
@@ -120,19 +115,20 @@ class PackedState:
                 )
 
     def count_kept(self, row: int, new: Tensor, backend: str | None = None) -> Tensor:
-        """How many entries of matrix ``row`` are also in the sorted list ``new``; a 0-dim tensor on
-        the device.
+        """How many entries of matrix ``row`` are also in the sorted list ``new``.
+
+        A 0-dim tensor on the device.
         """
         old = self.indices[self.segment(row)]
         return (ops.packed_migrate(old, old, new, fill=-1, backend=backend) >= 0).sum()
 
     def migrate(self, rows: Sequence[int], lists: Sequence[Tensor], *, backend: str | None = None) -> None:
-        """Give the matrices ``rows`` new index lists (paper section 3.2): entries that stay keep
-        moments, master and age.
+        """Give the matrices ``rows`` new index lists (paper section 3.2).
 
-        Entering entries start with zero moments and the weight's value; leaving ones keep the
-        weight value they have. Equally long lists keep every arena address. Raises before anything
-        is changed when a list does not fit its weight.
+        Entries that stay keep moments, master and age. Entries that enter start with zero moments
+        and the weight's value. Entries that leave keep the weight value they have. Lists of the
+        same length keep every address. Raises before anything is changed when a list does not fit
+        its weight.
         """
         for row, new in zip(rows, lists):
             check_index_list(new, self.weights[row].numel(), self.names[row], self.indices.device)
@@ -144,12 +140,7 @@ class PackedState:
             self._mark(row)
 
     def regather_masters(self, rows: Sequence[int]) -> None:
-        """Make masters follow weights that were changed behind the optimizer's back (seen by
-        address and version).
-
-        An entry whose master rounds to the weight's present value keeps it, so that loading a
-        checkpoint of the model after that of the optimizer loses no bits.
-        """
+        """Let masters follow weights that were changed outside the optimizer (`WeightVersion`)."""
         if self.master is None:
             return
         for row in rows:
@@ -170,7 +161,7 @@ class PackedState:
         return list(rows) == list(range(len(self.weights)))
 
     def _row_tensor(self, rows: tuple[int, ...]) -> Tensor:
-        """``rows`` on the device, kept, so that a step uploads nothing and can be captured."""
+        """``rows`` on the device. It is cached: a step uploads nothing and can be captured."""
         if rows not in self._row_tensors:
             self._row_tensors[rows] = torch.tensor(rows, dtype=torch.int64).to(self.steps.device, non_blocking=True)
         return self._row_tensors[rows]
@@ -179,7 +170,7 @@ class PackedState:
         self._seen[row] = WeightVersion.of(self.weights[row])
 
     def _migrated(self, row: int, new: Tensor, backend: str | None) -> dict[str, Tensor]:
-        """Arena slices of matrix ``row`` for the index list ``new``."""
+        """The state of matrix ``row`` for the index list ``new``."""
         old = self.indices[self.segment(row)]
         out = {"indices": new}
         for name, arena in self.buffers().items():
@@ -194,7 +185,7 @@ class PackedState:
         return out
 
     def _migrate_resized(self, lists: dict[int, Tensor], backend: str | None) -> None:
-        """Rebuild the arena: some matrix trains another number of entries than before."""
+        """Rebuild the arena, because some matrix has another number of entries than before."""
         entries = []
         for i in range(len(self.weights)):
             entry = self._migrated(i, lists[i], backend) if i in lists else self.views(i)
@@ -213,7 +204,7 @@ class PackedState:
                 arena[segment] = ops.packed_gather(weight.detach(), self.indices[segment], dtype=torch.float32)
             elif name == "births":
                 arena[segment] = self.steps[i].to(torch.int32)
-        if "master" not in entry:  # a given master may be older than the weight: the next step compares them
+        if "master" not in entry:  # A given master may be older than the weight. The next step compares them.
             self._mark(i)
 
     def _check_entry(self, weight: Tensor, entry: dict[str, Tensor], name: str) -> None:

@@ -1,6 +1,4 @@
-"""The saved form of LiftAdamW's state: compact copies of plain types; order and checks of a loaded
-one.
-"""
+"""The saved form of LiftAdamW's state, and the checks of a state that is loaded."""
 
 from __future__ import annotations
 
@@ -20,26 +18,24 @@ from .hyperparameters import OPTIONS, check_group
 
 logger = logging.getLogger("lift_kernels")
 VERSION = 1
-"""Of the saved form; stored with each matrix, where every tool that moves optimizer state about
-keeps it.
-"""
+"""Version of the saved form. It is stored with each matrix, where tools that move state keep it."""
 
 
 def compact(entry: dict[str, Any], shape: torch.Size | None = None) -> dict[str, Any]:
-    """Clones without a shared storage; with ``shape``, that of the matrix and the version of the
-    form are added.
+    """Clones that share no storage.
+
+    With ``shape``, that of the matrix, shape and version are added.
     """
     out = {key: value.clone() if isinstance(value, Tensor) else value for key, value in entry.items()}
     return out if shape is None else {**out, "shape": list(shape), "version": VERSION}
 
 
 def in_own_order(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The state dict with groups and parameters in the order of ``groups``, those of the optimizer
-    that loads it.
+    """The state dict with groups and parameters in the order of the loading optimizer's ``groups``.
 
     Parameters are matched by name where both sides have ``param_names``, else by position, as torch
-    does; entries are found by the ids or names in the saved groups' ``params``, and are returned by
-    position. ``values`` of a packed layer and its ``weight`` are the same name, so that matrix mode
+    does. Entries are found by the ids or names in the saved groups' ``params``, and are returned by
+    position. ``values`` of a packed layer and its ``weight`` count as the same name, so matrix mode
     and packed mode load into each other.
 
     Raises ValueError, with the names that differ, for parameters of other names or in other groups.
@@ -64,9 +60,7 @@ def in_own_order(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -
 
 
 def _by_name(saved: list[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Copies of the ``saved`` groups, in the order of ``groups`` and each with its parameters in
-    the order of these.
-    """
+    """Copies of the ``saved`` groups, with groups and parameters in the order of ``groups``."""
     ours = [list(group["param_names"]) for group in groups]
     own = set(chain(*ours))
     theirs = [[_own_name(name, own) for name in group["param_names"]] for group in saved]
@@ -81,7 +75,7 @@ def _by_name(saved: list[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> l
     at: dict[frozenset[str], list[int]] = {}
     for i, names in enumerate(theirs):
         at.setdefault(frozenset(names), []).append(i)
-    places = [at[frozenset(names)].pop(0) for names in ours]  # more than one only for groups without parameters
+    places = [at[frozenset(names)].pop(0) for names in ours]  # Only groups without parameters have several.
     if places != sorted(places) and any("initial_lr" in group for group in saved):
         logger.warning(
             "the groups of the state dict come in another order: options follow the names of their parameters, but a "
@@ -95,8 +89,9 @@ def _by_name(saved: list[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> l
 
 
 def _own_name(name: str, own: set[str]) -> str:
-    """The name that a saved one has here: that of a packed layer's ``values`` may be its
-    ``weight``, and the other way round.
+    """The name of a saved parameter in this optimizer.
+
+    ``values`` of a packed layer may be its ``weight`` here, and the other way round.
     """
     other = re.sub(
         r"(?<![^.])(values|weight)$", lambda found: {"values": "weight", "weight": "values"}[found[0]], str(name)
@@ -105,7 +100,7 @@ def _own_name(name: str, own: set[str]) -> str:
 
 
 def _check_names(theirs: list[list[str]], ours: list[list[str]]) -> None:
-    """Both sides have the same names, each once, in the same groups."""
+    """Raise unless both sides have the same names, each once, in the same groups."""
     for side, groups in (("the state dict", theirs), ("this optimizer", ours)):
         repeated = [name for name, count in Counter(chain(*groups)).items() if count > 1]
         require(
@@ -132,7 +127,7 @@ def _check_names(theirs: list[list[str]], ours: list[list[str]]) -> None:
 
 
 def _some(names: Iterable[str]) -> str:
-    """The first few names in a message."""
+    """The first few names, for a message."""
     listed = sorted(map(str, names))
     return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "") if listed else "none"
 
@@ -140,8 +135,10 @@ def _some(names: Iterable[str]) -> str:
 def check_state_dict(
     state_dict: dict[str, Any], parameters: list[Tensor], sparse: list[bool], names: list[str]
 ) -> None:
-    """Raise ValueError, TypeError or IndexError unless the state, `in_own_order`, fits the
-    parameters.
+    """Raise ValueError, TypeError or IndexError unless the state fits the parameters.
+
+    The state is in the order that `in_own_order` gives. ``sparse`` says which parameters LIFT
+    trains.
     """
     for group in state_dict["param_groups"]:
         missing = sorted(OPTIONS - group.keys())

@@ -1,5 +1,6 @@
-"""Checkpoint files: plain nests come back to the bit, random numbers go on, damage is refused, a
-crash leaves the old file.
+"""Checkpoint files: bit-equal contents, refused damage, and an old file that survives a crash.
+
+Nested containers come back to the bit, and random generators continue. A damaged file is refused.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import resource
 import numpy as np
 import pytest
 import torch
+from helpers.bits import BF16, bits
 from helpers.files import alter, reseal
-from helpers.step_problems import BF16, bits
 from hypothesis import given
 from hypothesis import strategies as st
 

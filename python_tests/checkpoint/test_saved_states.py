@@ -1,5 +1,6 @@
-"""State dicts, checkpoints and deltas that an earlier version wrote load to the same bits and train
-on to the same bits.
+"""Files that an earlier version wrote load to the same bits and train on to the same bits.
+
+The files are state dicts, checkpoints and deltas.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def states():
 
 
 def assert_same(found, expected, place="state"):
-    """Equal values of one type throughout; tensors to the bit."""
+    """Check equal types and values throughout nested containers, tensors to the bit."""
     assert type(found) is type(expected), place
     if isinstance(expected, torch.Tensor):
         assert found.dtype == expected.dtype and found.shape == expected.shape, place
@@ -40,7 +41,10 @@ def assert_same(found, expected, place="state"):
 
 
 def sparse_part(model_state, optimizer_state):
-    """The matrices and their state: what our own kernels update, the same on every machine."""
+    """The matrices and their state.
+
+    The package's kernels update them the same on every machine.
+    """
     entries = {key: entry for key, entry in optimizer_state["state"].items() if "indices" in entry}
     return {name: tensor for name, tensor in model_state.items() if tensor.dim() == 2}, entries
 
@@ -69,7 +73,7 @@ def test_a_saved_state_loads_and_trains_on_to_the_same_bits(states, case):
     assert_same(found, expected)
     torch.testing.assert_close(
         dict(model.state_dict()), dict(saved["model_after"])
-    )  # torch's part, whose bits may differ
+    )  # torch computes this part; its bits may differ
 
 
 def test_the_checkpoint_holds_the_same_states(states):
@@ -79,7 +83,7 @@ def test_the_checkpoint_holds_the_same_states(states):
 
 
 def plain(value):
-    """The same with dicts in place of their subclasses, which a checkpoint does not keep."""
+    """The same containers with plain dicts, because a checkpoint keeps no subclass of dict."""
     if isinstance(value, dict):
         return {key: plain(part) for key, part in value.items()}
     return type(value)(map(plain, value)) if isinstance(value, (list, tuple)) else value

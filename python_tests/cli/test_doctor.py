@@ -1,5 +1,6 @@
-"""The doctor says what works, what does not and what to do, and fails when the default backend is
-broken.
+"""The doctor reports what works, what does not and what to do.
+
+It fails if the default backend is broken.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from lift_kernels.ops import dispatch
 
 
 def report(capsys) -> tuple[int, dict[str, tuple[str, str]]]:
-    """The exit code, and state and text by subject."""
+    """The exit code, and (state, text) by subject."""
     code = main(["doctor"])
     lines = capsys.readouterr().out.splitlines()
     parsed = [(line[:6].strip(), *line[7:].split(": ", 1)) for line in lines]
@@ -45,7 +46,7 @@ def test_a_sound_machine(capsys):
 @pytest.mark.native
 @pytest.mark.parametrize("op", dispatch.ops_of("native-cpu"))
 def test_a_wrong_default_backend_is_found(monkeypatch, capsys, no_subprocess, op):
-    """One op of the native backend errs in one entry, or raises."""
+    """One op of the native backend returns one wrong entry, or raises."""
     original = getattr(ops, op)
     for wrong in ("value", "error"):
 

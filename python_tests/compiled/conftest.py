@@ -10,12 +10,12 @@ from lift_kernels.ops import cuda, dispatch
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
-    return mask_kernels(tmp_path_factory.mktemp("mask_ops"))
+    return mask_kernels(tmp_path_factory.mktemp("subspace_ops"))
 
 
 @pytest.fixture
 def on_host(host, monkeypatch):
-    """The helpers are served by the CUDA kernels on CPU tensors."""
+    """Let the CUDA kernels run the subspace-iteration ops on CPU tensors."""
     choose = dispatch.choose
 
     def chosen(requested, device, op):

@@ -1,5 +1,6 @@
-"""The device code of `bitmap_to_indices` on the host: results, races, accesses out of bounds, and
-each barrier left out in turn.
+"""The device code of `bitmap_to_indices`, run on the host.
+
+The tests check results, races and accesses out of bounds. They also leave out each barrier in turn.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.bitmap_cases import CASES, random_keys, selection
+from helpers.bits import HANG_S
 from helpers.host_cuda import HOST_CUDA, ROOT, address, compiled, library, numbers
-from helpers.step_problems import HANG_S
 
 from lift_kernels.ops import cuda
 
@@ -24,8 +25,8 @@ BARRIERS = len(re.findall(r"__syncthreads\(\)", SOURCE.read_text()))
 
 @pytest.fixture(scope="module")
 def calls(tmp_path_factory):
-    """All cases in a file."""
-    file = tmp_path_factory.mktemp("bitmap") / "calls"
+    """A file with all cases."""
+    file = tmp_path_factory.mktemp("bitmap_to_indices") / "calls"
     with file.open("wb") as out:
         for case in CASES.values():
             call = case()
@@ -38,12 +39,14 @@ def calls(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def raced(tmp_path_factory):
-    """The program under ThreadSanitizer."""
-    return compiled(HOST_CUDA / "bitmap.cpp", tmp_path_factory.mktemp("race") / "program", "-fsanitize=thread")
+    """The program, compiled with ThreadSanitizer."""
+    return compiled(
+        HOST_CUDA / "bitmap_to_indices.cpp", tmp_path_factory.mktemp("race") / "program", "-fsanitize=thread"
+    )
 
 
 def run(program, calls, *barrier):
-    """The finished process and the numbers that it wrote."""
+    """The finished process, and the numbers that it wrote."""
     output = calls.with_name("results")
     command = [program, calls, output, *map(str, barrier)]
     done = subprocess.run(
@@ -53,7 +56,7 @@ def run(program, calls, *barrier):
 
 
 def check(done, found):
-    """Equal to the bit in every case."""
+    """Check that every case is equal to the bit."""
     assert done.returncode == 0 and done.stderr == "", done.stderr[-2000:]
     assert found[0] == 199 * 5, "the last of 200 tiles of 5"
     found = found[1:]
@@ -67,8 +70,8 @@ def check(done, found):
 
 @pytest.fixture
 def on_host(tmp_path_factory, monkeypatch):
-    """What `native_cuda` launches on a GPU runs on CPU tensors, with the same blocks."""
-    host = library(HOST_CUDA / "bitmap.cpp", tmp_path_factory.mktemp("bitmap"), "-DSHIM_FIBERS")
+    """Run on CPU tensors what `ops.cuda` launches on a GPU, with the same blocks."""
+    host = library(HOST_CUDA / "bitmap_to_indices.cpp", tmp_path_factory.mktemp("bitmap_to_indices"), "-DSHIM_FIBERS")
 
     def launch(bitmaps, candidates, counts, columns, totals, indices, thresholds, status):
         words = -(-bitmaps[0].numel() // cuda._TILE_WORDS) if len(bitmaps) else 0
@@ -87,8 +90,9 @@ def on_host(tmp_path_factory, monkeypatch):
 
 
 def test_cuda_bitmap_through_the_launcher(on_host):
-    """All cases with the blocks of a GPU, and a matrix of several tiles; nothing that the caller
-    holds is changed.
+    """All cases run with the blocks of a GPU, and so does a matrix of several tiles.
+
+    No tensor of the caller is changed.
     """
     large = selection(random_keys(2, 131, 1025), 50000, 2**30, 2**30 + 2**29)
     for name, call in [*((name, case()) for name, case in CASES.items()), ("several tiles", large)]:
@@ -102,7 +106,7 @@ def test_cuda_bitmap_through_the_launcher(on_host):
 
 @pytest.mark.parametrize("flag", ["-DSHIM_FIBERS", "-fsanitize=address,undefined"])
 def test_cuda_bitmap(tmp_path, calls, flag):
-    check(*run(compiled(HOST_CUDA / "bitmap.cpp", tmp_path / "program", flag), calls))
+    check(*run(compiled(HOST_CUDA / "bitmap_to_indices.cpp", tmp_path / "program", flag), calls))
 
 
 def test_cuda_bitmap_has_no_race(raced, calls):
@@ -111,7 +115,7 @@ def test_cuda_bitmap_has_no_race(raced, calls):
 
 @pytest.mark.parametrize("barrier", range(BARRIERS))
 def test_cuda_bitmap_needs_each_barrier(raced, calls, barrier):
-    """Without it two threads meet in shared memory, and ThreadSanitizer sees them."""
+    """Without the barrier two threads meet in shared memory, and ThreadSanitizer reports them."""
     done, _ = run(raced, calls, barrier)
     assert done.returncode != 0 and "data race" in done.stderr and "bitmap_" in done.stderr, done.stderr[-2000:]
 

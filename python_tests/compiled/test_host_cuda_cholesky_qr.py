@@ -1,5 +1,6 @@
-"""The CUDA helpers of a refresh, run on the host through the public ops, against their torch
-twins.
+"""The CUDA subspace-iteration ops against the reference implementation.
+
+The kernels run on the host, through the public ops.
 """
 
 from __future__ import annotations
@@ -9,16 +10,17 @@ import re
 
 import pytest
 import torch
+from helpers.bits import bits
 from helpers.host_cuda import HOST_CUDA, ROOT, address, compiled, disorder, run
-from helpers.step_problems import bits
 
 from lift_kernels import ops
 from lift_kernels.ops import reference
 
 
 def blocks(batch, rows, width, seed=0, spread=0.0):
-    """Random blocks whose columns share a direction: the larger ``spread``, the worse their
-    condition.
+    """Random blocks whose columns share a direction.
+
+    The larger ``spread``, the worse their condition.
     """
     generator = torch.Generator().manual_seed(seed)
     common = torch.randn(batch, rows, 1, generator=generator)
@@ -26,9 +28,7 @@ def blocks(batch, rows, width, seed=0, spread=0.0):
 
 
 def householder_q(block):
-    """The orthonormal factor of a block by plain Householder reflections in fp32, one column after
-    the other.
-    """
+    """The orthonormal factor of a block, by plain Householder reflections in fp32."""
     left, (rows, width), reflections = block.clone(), block.shape, []
     for j in range(width):
         v = left[j:, j].clone()
@@ -42,7 +42,7 @@ def householder_q(block):
     return q
 
 
-KNOWN = [  # counter and key in four and two words, and the answer: the generator's published test vectors
+KNOWN = [  # four words of counter, two of key, four of result: the generator's published test vectors
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     (
         (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
@@ -60,7 +60,7 @@ def test_gaussian_sketch_philox_is_the_published_generator(host, counter, key, e
     assert [word & 0xFFFFFFFF for word in out.tolist()] == list(expected)
     signed = group - 2**64 if group >= 2**63 else group
     words = reference.philox(torch.tensor([signed & 0xFFFFFFFFFFFFFFFF if signed >= 0 else signed]), matrix, seed)
-    if group < 2**63:  # counters of positions stay below
+    if group < 2**63:  # counters of positions are smaller
         assert [int(word) for word in words] == list(expected)
 
 
@@ -93,7 +93,7 @@ def test_cholesky_qr_matches_its_twin(on_host, batch, rows, width):
     found_other, expected_other = other.clone(), other.clone()
     assert ops.cholesky_qr_(found, found_other).tolist() == [0] * batch
     assert ops.cholesky_qr_(expected, expected_other, backend="reference").tolist() == [0] * batch
-    # Near square blocks are ill-conditioned, and both ways then err by eps times their condition.
+    # Nearly square blocks are ill-conditioned. Both methods then err by eps times the condition.
     limit = 4e-7 * float(torch.linalg.cond(start).max()) ** 2
     assert torch.allclose(found, expected, atol=max(4e-6, limit)), float((found - expected).abs().max())
     scale = float(expected_other.abs().max())
@@ -103,8 +103,9 @@ def test_cholesky_qr_matches_its_twin(on_host, batch, rows, width):
 @pytest.mark.parametrize("batch, rows, width", [(2, 300, 30), (1, 700, 130), (1, 900, 270)])
 @pytest.mark.parametrize("spread", [0.0, 30.0])
 def test_cholesky_qr_of_two_rounds_is_as_orthonormal_as_householder(on_host, batch, rows, width, spread):
-    """Householder's own disorder varies by chance, and from one LAPACK library to another: the
-    worst of several blocks counts.
+    """The limit is the worst of several blocks.
+
+    Householder's own error varies by chance, and from one LAPACK library to another.
     """
     block = blocks(batch, rows, width, spread=spread)
     others = [blocks(1, rows, width, seed=seed, spread=spread)[0] for seed in range(5)]
@@ -123,11 +124,11 @@ def test_cholesky_qr_of_a_batch_gives_the_bits_of_each_alone(on_host):
 
 
 def hard_blocks():
-    """One of each kind of trouble, and the status that it has."""
+    """One block of each difficult kind, and the status that each gets."""
     good = blocks(1, 60, 24)[0]
-    zero_column, twins, graded, poisoned, infinite, narrow = (good.clone() for _ in range(6))
+    zero_column, repeated, graded, poisoned, infinite, narrow = (good.clone() for _ in range(6))
     zero_column[:, 5] = 0
-    twins[:, 20] = twins[:, 3]
+    repeated[:, 20] = repeated[:, 3]
     graded *= torch.logspace(-15, 15, 24)
     poisoned[7, 9] = float("nan")
     infinite[0, 0] = float("inf")
@@ -135,7 +136,7 @@ def hard_blocks():
     cases = [
         (good, 0),
         (zero_column, 1),
-        (twins, 1),
+        (repeated, 1),
         (graded, 0),
         (poisoned, 2),
         (infinite, 2),
@@ -151,14 +152,14 @@ def test_cholesky_qr_of_hard_blocks_has_the_status_of_its_twin(on_host):
         block, other = start.clone(), start.clone()
         assert ops.cholesky_qr_(block, other, backend=backend).tolist() == expected
         for i, status in enumerate(expected):
-            if status == 2:  # left as it is, and so is the other one
+            if status == 2:  # unchanged, like the other block
                 assert torch.equal(bits(block[i]), bits(start[i]))
                 assert torch.equal(bits(other[i]), bits(start[i]))
             else:
                 assert block[i].isfinite().all()
             if status == 0:
                 assert disorder(block[i]) < 1e-4
-        # What a shift leaves is in the span and better conditioned: never longer than a unit.
+        # After a shift, columns are in the span, better conditioned and never longer than one.
         assert float(block[[1, 2, 6]].norm(dim=1).max()) < 1 + 1e-3
 
 
@@ -168,8 +169,9 @@ def test_cholesky_qr_of_an_other_block_without_rows(on_host):
 
 
 def shifted(tensor):
-    """The same numbers four bytes behind a 16-byte boundary. The library traps on a misaligned
-    access.
+    """The same numbers at an address 4 bytes after a 16-byte boundary.
+
+    The library traps on a misaligned access.
     """
     memory = torch.empty(tensor.numel() + 5)
     first = (4 - memory.data_ptr() // 4 % 4) % 4 + 1
@@ -206,12 +208,14 @@ def test_cholesky_qr_of_an_empty_batch(on_host):
 def test_chebyshev_step_matches_its_twin(on_host, shape, first):
     product, block, previous = (blocks(*shape, seed=seed) for seed in range(3))
     edge = torch.linspace(0.5, 2.0, shape[0])
-    other, twin = block.clone(), block.clone()
+    other, expected_block = block.clone(), block.clone()
     found, status = ops.chebyshev_step_(product, other, None if first else previous, edge)
-    expected, twin_status = ops.chebyshev_step_(product, twin, None if first else previous, edge, backend="reference")
-    assert status.tolist() == twin_status.tolist() == [0] * shape[0]
+    expected, expected_status = ops.chebyshev_step_(
+        product, expected_block, None if first else previous, edge, backend="reference"
+    )
+    assert status.tolist() == expected_status.tolist() == [0] * shape[0]
     assert torch.allclose(found, expected, atol=1e-5) and torch.allclose(
-        other, twin, atol=1e-5 * float(twin.abs().max())
+        other, expected_block, atol=1e-5 * float(expected_block.abs().max())
     )
 
 
@@ -235,13 +239,13 @@ BARRIERS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
 def test_mask_kernels_run_clean_under_sanitizers(tmp_path, sanitizer):
-    done = run(compiled(HOST_CUDA / "mask_ops.cpp", tmp_path / "clean", f"-fsanitize={sanitizer}"))
+    done = run(compiled(HOST_CUDA / "subspace_ops.cpp", tmp_path / "clean", f"-fsanitize={sanitizer}"))
     assert (done.returncode, done.stdout, done.stderr) == (0, 4 * "0 orthonormal, " + "1, 2, ", "")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("nth", [1, 5, 8, 15])  # of the Gram matrix, the factor, between panels, the product
+@pytest.mark.parametrize("nth", [1, 5, 8, 15])  # in the Gram matrix, in the factor, between panels, in the product
 def test_mask_kernels_without_a_barrier_are_a_race(tmp_path, nth):
     drop = f"-DSHIM_DROP_LINE={BARRIERS[nth]}"
-    done = run(compiled(HOST_CUDA / "mask_ops.cpp", tmp_path / "race", "-fsanitize=thread", drop))
+    done = run(compiled(HOST_CUDA / "subspace_ops.cpp", tmp_path / "race", "-fsanitize=thread", drop))
     assert done.returncode != 0 and "data race" in done.stderr

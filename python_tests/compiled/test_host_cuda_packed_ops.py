@@ -1,8 +1,7 @@
-"""The CUDA device code, compiled by the host compiler against a stand-in for the CUDA built-ins,
-and run for real.
+"""The CUDA device code, compiled by the host compiler and run on the host.
 
-``host_cuda/shim.h`` runs one host thread per CUDA thread. The same headers are what nvcc compiles;
-nothing is copied.
+``host_cuda/shim.h`` stands in for the CUDA built-ins and runs one host thread per CUDA thread. nvcc
+compiles the same headers; nothing is copied.
 """
 
 import ctypes
@@ -34,7 +33,7 @@ extern "C" void migrate(const uint32_t* v, const int32_t* o, int64_t ko, const i
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    """The packed kernels in a shared library, under the undefined-behaviour sanitizer's traps."""
+    """The packed kernels in a shared library, which traps on undefined behaviour."""
     folder = tmp_path_factory.mktemp("host_cuda")
     (folder / "harness.cpp").write_text(HARNESS)
     return library(folder / "harness.cpp", folder)

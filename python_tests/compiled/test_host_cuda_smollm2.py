@@ -1,8 +1,10 @@
-"""The CUDA helpers on real matrices: masks as through their twins, blocks as orthonormal as from
+"""The CUDA subspace-iteration ops on real matrices.
+
+Masks agree with those of the reference implementation, and blocks are as orthonormal as by
 Householder QR.
 
-`compare` takes any matrices; the tests take one layer of SmolLM2-135M. csrc/README.md tells what
-all 210 gave.
+`compare` takes any matrices. The tests use one layer of SmolLM2-135M. csrc/README.md has the
+results of all 210 matrices.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ RANK, DENSITY = 64, 0.05
 
 @pytest.fixture(scope="module")
 def layer():
-    """The seven matrices of the layer in the middle."""
+    """The seven matrices of the middle layer."""
     model, _ = model_io.load_model(model_io.find_model(None), torch.float32)
     return {
         name: module.weight.detach()
@@ -32,8 +34,10 @@ def layer():
 
 
 def compare(weight: torch.Tensor, monkeypatch) -> dict[str, float]:
-    """Overlap of the masks through helpers and twins; worst |Q^T Q - I| of two rounds and of
-    Householder QR over the blocks met.
+    """Compare the CUDA ops with the reference implementation on these matrices.
+
+    Returns the overlap of the masks, and the largest |Q^T Q - I| over all blocks, both of two
+    rounds and of Householder QR.
     """
     k = round(DENSITY * weight.numel())
 
@@ -52,29 +56,29 @@ def compare(weight: torch.Tensor, monkeypatch) -> dict[str, float]:
     with monkeypatch.context() as patch:
         patch.setattr(ops, "chebyshev_step_", kept)
         found, passes = mask()
-    blocks = [met[0], met[-1]]  # the worst conditioned one, and one near the end
+    blocks = [met[0], met[-1]]  # the block of the worst condition, and one near the end
     householder = max(disorder(torch.linalg.qr(block).Q) for block in blocks)
     for block in blocks:
         assert ops.cholesky_qr_(block, rounds=2).tolist() == [0]
     with monkeypatch.context() as patch:
         for name in ("gaussian_sketch", "cholesky_qr_", "chebyshev_step_"):
-            patch.setattr(ops, name, _twin(getattr(ops, name)))
-        expected, twin_passes = mask()
+            patch.setattr(ops, name, _by_reference(getattr(ops, name)))
+        expected, reference_passes = mask()
     return {
         "overlap": float(torch.isin(found, expected).double().mean()),
         "passes": passes,
-        "twin passes": twin_passes,
+        "reference passes": reference_passes,
         "disorder": max(map(disorder, blocks)),
         "householder": householder,
     }
 
 
-def _twin(op):
+def _by_reference(op):
     return lambda *arguments, **options: op(*arguments, **options, backend="reference")
 
 
 @pytest.mark.parametrize("name", ["self_attn.k_proj", "mlp.gate_proj"])
 def test_mask_kernels_on_a_real_matrix(layer, on_host, monkeypatch, name):  # noqa: F811
     found = compare(layer[name], monkeypatch)
-    assert found["overlap"] >= 0.998 and found["passes"] == found["twin passes"]
+    assert found["overlap"] >= 0.998 and found["passes"] == found["reference passes"]
     assert found["disorder"] <= 2 * found["householder"]

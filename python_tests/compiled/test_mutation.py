@@ -1,9 +1,8 @@
-"""Tests of the tests: a copy of the project with one bit of logic broken on purpose must fail the
-tests of the ops.
+"""Tests of the tests: they must fail for a copy of the project that is broken on purpose.
 
-Each mutant is a textual change that matches exactly once, so that a change of the code it breaks is
-noticed here. It runs a core of the suite in a forked process, and so does an intact copy for every
-backend, which must pass.
+Each mutant is a change of text that matches exactly once, so a change of the code it breaks is
+noticed here. The core of the suite runs on each mutant in a forked process. It also runs on an
+intact copy for every backend, which must pass.
 """
 
 from __future__ import annotations
@@ -31,8 +30,9 @@ CORE = (
 
 @dataclass(frozen=True)
 class Mutant:
-    """``old`` becomes ``new`` in ``file``; the tests of ``backend`` must notice. Without a file:
-    the intact copy.
+    """``old`` becomes ``new`` in ``file``, and the tests of ``backend`` must notice.
+
+    The intact copy has no file.
     """
 
     name: str
@@ -199,8 +199,10 @@ MUTANTS = [
 
 
 def compile_native(source: Path, build: Path, *names: str) -> None:
-    """Objects of the named C++ files: quick to compile, one instruction set; the results do not
-    depend on either.
+    """Compile the named C++ files to objects.
+
+    The flags make this quick: one instruction set, little optimization. Results do not depend on
+    either.
     """
     flags = [
         "-std=c++20",
@@ -227,7 +229,7 @@ def intact_objects(tmp_path_factory) -> Path:
 
 
 def build_copy(mutant: Mutant, objects: Path, copy: Path) -> None:
-    """The project in folder ``copy``, changed, with its native extension."""
+    """Copy the project into folder ``copy``, apply the change and build the native extension."""
     for folder in ("lift_kernels", "csrc", "python_tests"):
         shutil.copytree(
             ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.safetensors")
@@ -248,7 +250,7 @@ def build_copy(mutant: Mutant, objects: Path, copy: Path) -> None:
     subprocess.run([os.environ.get("CXX", "g++"), "-shared", *build.glob("*.o"), *libraries, *target], check=True)
 
 
-# A warm process that forks for each copy: importing torch and what it loads late takes longer than
+# One process imports everything and forks for each copy, because importing torch takes longer than
 # most runs.
 RUNNER = """
 import os, sys
@@ -269,8 +271,9 @@ for copy, selection, *files in map(str.split, sys.argv[1].splitlines()):
 
 
 def run_core(copies: dict[Mutant, Path], interpret: str) -> None:
-    """The core tests of each mutant's backend, up to the first failure; what they print goes to
-    ``copy/output``.
+    """Run the core tests of each mutant's backend, up to the first failure.
+
+    Their output goes to ``copy/output``.
     """
     lines = []
     for mutant, copy in copies.items():
@@ -296,8 +299,9 @@ def run_core(copies: dict[Mutant, Path], interpret: str) -> None:
 
 @pytest.fixture(scope="module")
 def outputs(request, intact_objects, tmp_path_factory) -> dict[Mutant, str]:
-    """What pytest said about each selected mutant. Two processes run them, one with Triton's
-    interpreter.
+    """The output of pytest by mutant.
+
+    Two processes run the mutants, one of them with Triton's interpreter.
     """
     items = [item for item in request.session.items if item.path == request.path]
     selected = [item.callspec.params["mutant"] for item in items]

@@ -1,5 +1,6 @@
-"""The Triton kernels compiled for sm_80, sm_90 and sm_100: no spills, 128-bit accesses on every
-contiguous stream, products on the tensor cores.
+"""The Triton kernels, compiled for sm_80, sm_90 and sm_100.
+
+They have no spills, 128-bit accesses on every contiguous stream, and products on the tensor cores.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ def test_triton_compile(compiled, case, target):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("case", PASSES, ids=lambda case: case.name)
 def test_triton_compile_tiles(compiled, case, target):
-    """Products run on the tensor cores, and factors whose rows are aligned reach shared memory 128
-    bits at a time.
+    """Products run on the tensor cores.
+
+    Factors with aligned rows are copied to shared memory 128 bits at a time.
     """
     record = compiled[case.name, target]
     assert {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[target] in record.products
@@ -49,14 +51,15 @@ def test_triton_compile_tiles(compiled, case, target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_triton_compile_passes_agree(compiled, target):
-    """All passes over a low-rank product multiply with the same instructions, so that they see the
-    same bits.
+    """All passes over a low-rank product multiply with the same instructions.
+
+    Only then do they see the same bits.
     """
     assert len(PASSES) > 1 and len({compiled[case.name, target].products for case in PASSES}) == 1
 
 
 def test_triton_compile_covers_every_kernel():
-    """Each kernel of the package has a case, so that a new one cannot be forgotten."""
+    """Each kernel of the package has a case, so a new kernel cannot be forgotten."""
     import importlib
     import pkgutil
 

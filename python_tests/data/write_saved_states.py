@@ -1,9 +1,9 @@
-"""Writes the state dicts, checkpoints and deltas that every later version must load.
+"""Write the state dicts, checkpoints and deltas that every later version must load.
 
-Run once, by the version before the layout changed: ``python
-python_tests/data/write_saved_states.py``. `test_saved_states.py` reads the files. Gradients and the
-states that follow are stored too, because only elementwise updates give the same bits on every
-machine.
+This was run once, by the version before the layout changed: ``python
+python_tests/data/write_saved_states.py``. `test_saved_states.py` reads the files. They also hold
+the gradients and the states that follow, because only elementwise updates give the same bits on
+every machine.
 """
 
 import itertools
@@ -21,7 +21,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def new_model(dtype: torch.dtype) -> nn.Module:
-    """Two matrices and dense parameters beside them."""
+    """Two matrices and some dense parameters."""
     return nn.Sequential(nn.Linear(20, 24), nn.LayerNorm(24), nn.Linear(24, 18)).to(dtype)
 
 
@@ -73,7 +73,7 @@ def step(optimizer: LiftAdamW, grads: list[torch.Tensor]) -> None:
 
 
 def cases() -> list[str]:
-    """Every form, dtype, bias correction, master and schedule that go together."""
+    """All combinations of form, dtype, bias correction, master and schedule that are allowed."""
     forms = itertools.product(
         ("matrix", "packed"), DTYPES, ("global", "per_entry"), ("fp32", "none"), ("all", "spread")
     )
@@ -81,13 +81,15 @@ def cases() -> list[str]:
 
 
 def checkpointed() -> list[str]:
-    """The cases that stand in the checkpoint too: both forms, all dtypes."""
+    """The cases that the checkpoint holds too: both forms and all dtypes."""
     return [case for case in cases() if case.endswith("per_entry-fp32-all")]
 
 
 def written(case: str) -> dict:
-    """Model and optimizer after a few steps, the gradients that follow, and model and optimizer
-    after these.
+    """Train a case and return what the files hold.
+
+    This is the model and the optimizer after a few steps, the gradients that follow, and both after
+    these.
     """
     torch.manual_seed(cases().index(case))
     generator = torch.Generator().manual_seed(cases().index(case))

@@ -1,6 +1,4 @@
-"""Delta files: exact to the bit both ways, small, refused for another base, and never
-half-written.
-"""
+"""Delta files: small, exact to the bit both ways, refused for another base, never half-written."""
 
 from __future__ import annotations
 
@@ -8,8 +6,9 @@ import json
 
 import pytest
 import torch
-from helpers.files import Small, assert_equal_models, save, tuned
-from helpers.step_problems import BF16, FP16, FP32, bits
+from helpers.bits import BF16, FP16, FP32, bits
+from helpers.files import save
+from helpers.small_models import Small, assert_equal_models, tuned
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -38,8 +37,9 @@ def test_apply_and_revert_are_exact_in_memory_and_in_files(tmp_path, dtype):
 
 
 def test_a_delta_holds_the_entries_that_changed_and_nothing_else(tmp_path):
-    """Also an entry that went to -0.0, which equals what it was; sorted int32 positions, and stock
-    safetensors reads it.
+    """An entry that went from 0.0 to -0.0 counts as changed, although the numbers are equal.
+
+    Positions are sorted int32 numbers. Stock safetensors reads the file.
     """
     base, model = Small(), tuned(2)
     with torch.no_grad():
@@ -64,7 +64,7 @@ def info_indices(path, name):
 
 
 def test_size_is_at_most_ten_bytes_an_entry_in_bf16(tmp_path):
-    """An int32 index, an old and a new value are 8; header and metadata come on top."""
+    """An int32 index and two bf16 values take 8 bytes; header and metadata take the rest."""
     torch.manual_seed(0)
     base = {f"layers.{i}.self_attn.q_proj.weight": torch.randn(256, 256).to(BF16) for i in range(4)}
     model = {name: torch.where(torch.rand(w.shape) < 0.05, w * 1.5, w) for name, w in base.items()}
@@ -74,7 +74,7 @@ def test_size_is_at_most_ten_bytes_an_entry_in_bf16(tmp_path):
 
 
 def test_a_whole_run_with_refreshes_is_in_the_delta(tmp_path):
-    """Entries that left the mask at a refresh changed too."""
+    """Entries that left the mask at a refresh have changed too."""
     model = Small()
     optimizer = LiftAdamW(lift_param_groups(model), lr=0.05, rank=2, density=0.1, refresh_interval=2)
     for step in range(6):
@@ -109,8 +109,9 @@ def test_switching_between_deltas_is_exact(tmp_path):
 
 
 def test_masters_follow_an_applied_delta(tmp_path):
-    """A delta applied between two steps is seen by the optimizer, whose old masters do not undo
-    it.
+    """The optimizer notices a delta that is applied between two steps.
+
+    Its old masters do not undo the delta.
     """
     save_delta(tuned(1), Small(), tmp_path / "a")
     model = Small()
@@ -125,8 +126,9 @@ def test_masters_follow_an_applied_delta(tmp_path):
 
 
 def test_shards_and_foreign_files_of_a_directory(tmp_path):
-    """Shards are patched one by one; configuration is copied, other forms of the weights are
-    not.
+    """Shards are patched one by one.
+
+    Configuration files are copied. Weights in other formats are not.
     """
     base, model = Small(), tuned(3)
     folder = tmp_path / "base"
@@ -152,7 +154,7 @@ def test_shards_and_foreign_files_of_a_directory(tmp_path):
 
 def test_another_base_is_refused_and_unchanged(tmp_path):
     save_delta(tuned(1), Small(), tmp_path / "a")
-    for other in (tuned(2), tuned(1)):  # a foreign model, and one that has the delta already
+    for other in (tuned(2), tuned(1)):  # another model, and one that has the delta already
         before = fingerprint(other)
         with pytest.raises(FileError, match="made for another base"):
             apply_delta(other, tmp_path / "a")

@@ -1,5 +1,6 @@
-"""Delta files that were altered, cut, forged or find no room on the disk: refused, and nothing is
-half-written.
+"""Delta files that were changed, cut or forged, and full disks.
+
+The files are refused, and none is left half-written.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import resource
 
 import pytest
 import torch
-from helpers.files import Small, alter, assert_equal_models, reseal, save, tuned
-from helpers.step_problems import bits
+from helpers.bits import bits
+from helpers.files import alter, reseal, save
+from helpers.small_models import Small, assert_equal_models, tuned
 from safetensors.torch import load_file, save_file
 
 from lift_kernels import apply_delta, revert_delta, save_delta
@@ -21,7 +23,7 @@ from lift_kernels.errors import FileError
 
 
 def forged(header, data, name="first.weight", part="indices", at=-1, value=1200):
-    """An index outside the matrix, under a right checksum."""
+    """A file with an index outside the matrix and a correct checksum."""
     start, end = header[f"{name}:{part}"]["data_offsets"]
     place = range(start, end, 4)[at]
     data[place : place + 4] = value.to_bytes(4, "little", signed=True)
@@ -59,7 +61,7 @@ def test_forged_files_with_a_right_checksum_are_refused(tmp_path, forgery):
     reseal(tmp_path / "a", lambda header, data: None)
     copy = Small()
     apply_delta(copy, tmp_path / "a")
-    assert_equal_models(copy, tuned(1))  # the forger's tool itself makes files that load
+    assert_equal_models(copy, tuned(1))  # without a change the forged file loads
     reseal(tmp_path / "a", FORGERIES[forgery])
     copy = Small()
     with pytest.raises(FileError):
@@ -68,14 +70,15 @@ def test_forged_files_with_a_right_checksum_are_refused(tmp_path, forgery):
 
 
 def leaves(tree, place=()):
-    """Places of all values in a nest of dicts and lists."""
+    """The positions of all values in nested dicts and lists."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     return [place, *(leaf for key, value in items for leaf in leaves(value, (*place, key)))][(0 if place else 1) :]
 
 
 def test_three_hundred_forged_headers_are_refused_or_change_only_what_they_list(tmp_path):
-    """A random value of header or metadata is replaced, a random number of the data too, under a
-    right checksum.
+    """A random value of the header, the metadata or the data is replaced.
+
+    The checksum is correct.
     """
     save_delta(tuned(1), Small(), tmp_path / "a")
     raw, rng, outcomes = (tmp_path / "a").read_bytes(), random.Random(3), []
@@ -146,7 +149,7 @@ def test_altered_base_files_are_refused_or_load_exactly(tmp_path):
             apply_delta(base, tmp_path / "a", out)
         except FileError as error:
             assert "\n" not in str(error) and not out.exists()
-        else:  # what does not touch a tensor, as a byte of padding
+        else:  # the change touched no tensor, such as a byte of padding
             assert fingerprint(out) == fingerprint(tuned(1))
             out.unlink()
         assert base.read_bytes() == altered
@@ -161,7 +164,7 @@ def test_headers_are_bounded_before_anything_is_allocated(tmp_path):
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):
-    """The kernel refuses to let any file grow beyond a limit, as a full disk would."""
+    """A limit on file sizes stands in for a full disk: the kernel refuses to let a file grow."""
     save_delta(tuned(1), Small(), tmp_path / "a")
     before = (tmp_path / "a").read_bytes()
     state = {"w": torch.zeros(200000)}

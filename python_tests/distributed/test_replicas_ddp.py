@@ -1,5 +1,6 @@
-"""Real ranks under DistributedDataParallel: different masks are an error on each of them, in matrix
-and in packed mode.
+"""Real ranks under DistributedDataParallel, in matrix mode and in packed mode.
+
+Different masks are an error on each of them.
 """
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ import pytest
 import torch
 from helpers.ranks import run_ranks
 
-# All cases of one number of ranks run in the same processes, one after the other.
-CASES = {  # number of ranks, those that choose another entry, from which mask on
+# All cases with the same number of ranks run in the same processes, one after the other.
+CASES = {  # number of ranks, ranks that choose another entry, first mask that differs
     "two": (2, (1,), 0),
     "three, the last": (3, (2,), 0),
     "three, the first": (3, (0,), 0),
@@ -57,7 +58,7 @@ dist.destroy_process_group()
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What each rank said in each case, and the parameters that it ended with."""
+    """The error of each rank in each case, and the parameters that it ended with."""
     results = {}
     for world in (2, 3):
         folder = tmp_path_factory.mktemp("ranks")
@@ -151,8 +152,9 @@ dist.destroy_process_group()
 
 @pytest.mark.slow
 def test_ranks_without_an_optimizer_are_not_waited_for(tmp_path):
-    """Two replicas beside a rank that trains nothing; a process group; ranks that are meant to
-    differ; a second process group.
+    """Two replicas train beside a rank that trains nothing.
+
+    Others use a process group, are meant to differ, or use a second process group.
     """
     run_ranks(ROLES, 3, tmp_path)
 
@@ -208,8 +210,9 @@ os._exit(0)
 
 
 def test_the_rank_that_holds_the_store_leaves_last(tmp_path):
-    """Its error ends the process, and the store with it: the others must have seen the difference
-    by then.
+    """Its error ends the process, and the store ends with it.
+
+    By then the others must have seen the difference.
     """
     for output in run_ranks(LEAVING, 2, tmp_path):
         assert "ranks 0 and 1 would train different entries of 0.weight" in output, output

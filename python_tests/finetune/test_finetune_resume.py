@@ -1,5 +1,6 @@
-"""An interrupted main job goes on to the same bits, wherever it was interrupted; damaged leftovers
-are refused.
+"""An interrupted fine-tuning run continues to the same bits, wherever it was interrupted.
+
+Damaged files are refused.
 """
 
 import contextlib
@@ -11,8 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.bits import HANG_S
 from helpers.finetune_runs import assert_same_end, make_runs_cheap, make_settings
-from helpers.step_problems import HANG_S
 from helpers.tiny_llama import save_tiny
 from safetensors.torch import load_file, save_file
 
@@ -65,7 +66,10 @@ CASES = [("lift", 0), ("lift", 2), ("lift", 3), ("lift", 4), ("bf16", 3), ("rand
 
 @pytest.mark.parametrize(("form", "at"), CASES)
 def test_resuming_changes_no_bit(tiny, tmp_path, monkeypatch, undisturbed, form, at):
-    """Before the first step, just before, at and after a refresh, and with every method."""
+    """Runs stop before the first step, and just before, at and after a refresh.
+
+    Every method is tested.
+    """
     settings = make_settings(tiny, tmp_path, **FORMS[form])
     interrupted(monkeypatch, settings, at)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
@@ -79,7 +83,7 @@ def test_resuming_changes_no_bit(tiny, tmp_path, monkeypatch, undisturbed, form,
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny, tmp_path_factory):
-    """Directories of runs that nothing disturbed, by form."""
+    """Folders of uninterrupted runs, by form."""
     folders: dict[str, Path] = {}
 
     def make(form: str, **changes) -> Path:
@@ -93,8 +97,9 @@ def undisturbed(tiny, tmp_path_factory):
 
 
 def test_resuming_in_a_later_epoch(tiny, tmp_path, monkeypatch, undisturbed):
-    """The order of each epoch is drawn from the global random numbers; a checkpoint holds those its
-    epoch began with.
+    """The global random generator draws the order of each epoch.
+
+    A checkpoint holds its state at the start of the epoch.
     """
     data = tmp_path / "data.jsonl"
     problems = word_problems.generate(14, "train")
@@ -112,9 +117,8 @@ def test_resuming_in_a_later_epoch(tiny, tmp_path, monkeypatch, undisturbed):
 @pytest.mark.slow
 def test_sigkill_at_ten_random_points_changes_no_bit(tiny, tmp_path):
     command = [sys.executable, "-m", "helpers.killed_runs", str(tiny), str(tmp_path), "0"]
-    path = os.pathsep.join(filter(None, sys.path))  # of the helpers too
-    # One thread: on a busy machine two of them wait for each other at every one of the tiny
-    # operations.
+    path = os.pathsep.join(filter(None, sys.path))  # the process imports helpers too
+    # One thread: on a busy machine, two threads wait for each other in every tiny operation.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     result = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -179,7 +183,7 @@ def test_resume_refuses_another_base_and_a_finished_run(tiny, tmp_path, monkeypa
 
 @contextlib.contextmanager
 def files_up_to(size: int):
-    """The kernel refuses to let any file grow beyond this size, as a full disk would."""
+    """A limit on file sizes stands in for a full disk: the kernel refuses to let a file grow."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -189,7 +193,10 @@ def files_up_to(size: int):
 
 
 def test_a_full_disk_while_the_model_is_saved(tiny, tmp_path, capsys, monkeypatch, undisturbed):
-    """No model appears, the last checkpoint stays, and the run ends once there is room."""
+    """No model appears, and the last checkpoint stays.
+
+    The run ends once there is space.
+    """
     settings = make_settings(tiny, tmp_path)
     original = run_dir.save_model
 
@@ -208,8 +215,9 @@ def test_a_full_disk_while_the_model_is_saved(tiny, tmp_path, capsys, monkeypatc
 
 
 def test_a_full_disk_while_saving_is_one_line_and_the_run_can_go_on(tiny, tmp_path, capsys, undisturbed):
-    """The third checkpoint finds no room; the second stays, and with room again the run ends as if
-    nothing had been.
+    """The disk is full at the third checkpoint, and the second stays.
+
+    With space again the run ends with the bits of an uninterrupted one.
     """
     settings = make_settings(tiny, tmp_path)
     original, calls = trainer.save_checkpoint, []

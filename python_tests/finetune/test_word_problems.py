@@ -1,5 +1,6 @@
-"""The generator of word problems: right answers, and a held-out split that training cannot have
-seen.
+"""The generator of word problems.
+
+Its answers are right, and training cannot have seen the held-out split.
 """
 
 import re
@@ -40,7 +41,7 @@ def test_wordproblems_every_equation_and_answer_is_right(split):
 
 
 def test_wordproblems_answer_follows_from_the_question_alone(split):
-    # The slots of the template are read back from the finished text, so a swapped operand would
+    # The slots of the template are read back from the finished text. So a swapped operand would
     # show.
     for problem in split[1]:
         pattern = re.escape(problem.template)
@@ -63,7 +64,7 @@ def test_wordproblems_splits_share_no_phrasing_number_fact_name_or_item():
         assert not set().union(*map(property_, train)) & set().union(*map(property_, heldout))
     assert not set(NAMES["train"]) & set(NAMES["heldout"])
     assert not set(ITEMS["train"]) & set(ITEMS["heldout"])
-    # The words around the slots differ too, so that no template is a copy with other slots.
+    # The words around the slots differ too: no template is a copy with other slots.
     texts = {s: {re.sub(r"\{\w+\}", "", t) for ts in TEMPLATES[s].values() for t in ts} for s in TEMPLATES}
     assert not texts["train"] & texts["heldout"]
 

@@ -1,4 +1,4 @@
-"""Calls of `bitmap_to_indices` and their results by a stable sort of all keys."""
+"""Calls of `bitmap_to_indices`, and their results by a stable sort of all keys."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Selection:
 
 
 def packed_bits(flags: Tensor) -> Tensor:
-    """(..., n) booleans as (..., ceil(n / 32)) int32, the first one in the lowest bit."""
+    """Pack (..., n) booleans into (..., ceil(n / 32)) int32, the first one in the lowest bit."""
     width = -(-flags.shape[-1] // 32)
     padded = torch.zeros(*flags.shape[:-1], 32 * width, dtype=torch.int64)
     padded[..., : flags.shape[-1]] = flags
@@ -38,11 +38,10 @@ def packed_bits(flags: Tensor) -> Tensor:
 
 
 def selection(keys: Tensor, k: int, low: int, high: int, *, spare: int = 3, capacity: int | None = None) -> Selection:
-    """The call that a scan with the bracket [low, high] makes of int32 ``keys`` (b, m, n),
-    candidates shuffled.
+    """The call that a scan with the bracket [low, high] makes of int32 ``keys`` (b, m, n).
 
-    ``spare`` places behind the candidates hold the largest ones there are, which must not be looked
-    at. With a ``capacity`` the candidates behind it are lost.
+    The candidates are shuffled. ``spare`` places after them hold the largest possible candidates,
+    which the op must not read. With a ``capacity``, candidates beyond it are lost.
     """
     batch, m, n = keys.shape
     generator = torch.Generator().manual_seed(m * n + k)
@@ -70,7 +69,7 @@ def random_keys(batch: int, m: int, n: int, top: int = INF) -> Tensor:
 
 
 def with_nan() -> Tensor:
-    """Some infinities, and NaN of two patterns."""
+    """Keys with some infinities and NaN of two bit patterns."""
     keys = random_keys(2, 9, 37)
     keys.view(-1)[::7] = INF
     keys.view(-1)[::10] = NAN
@@ -79,7 +78,7 @@ def with_nan() -> Tensor:
 
 
 def spoiled(call: Selection, **changes) -> Selection:
-    """A call whose counts, bits and candidates disagree: refused as a whole."""
+    """A call whose counts, bits and candidates disagree, which is refused as a whole."""
     return replace(
         call,
         **changes,

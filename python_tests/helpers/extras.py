@@ -8,20 +8,17 @@ import importlib.util
 import sys
 from pathlib import Path
 
-# These are enough for the tests marked gpu. A file that imports more is left out where that is not
-# installed, with a line that says so.
+# These are enough for most tests marked gpu. A file that imports a further package is left out if
+# the package is not installed, and pytest prints a line about it.
 ENOUGH = {"torch", "triton", "numpy", "pytest", "ninja"}
 ROOT = Path(__file__).parents[2]
-PLACES = (
-    ROOT / "python_tests",
-    ROOT,
-    ROOT / "bench",
-)  # of modules: helpers, packages, scripts of the benches
+# Folders of modules: helpers, packages, scripts of the benchmarks.
+PLACES = (ROOT / "python_tests", ROOT, ROOT / "bench")
 
 
 @functools.cache
 def file_of(module: str) -> Path | None:
-    """The file of one of the project's own modules, None for any other module."""
+    """The file of one of the project's own modules, or None for any other module."""
     path = Path(*module.split("."))
     candidates = (place / name for place in PLACES for name in (path.with_suffix(".py"), path / "__init__.py"))
     return next((file for file in candidates if file.is_file()), None)
@@ -29,8 +26,9 @@ def file_of(module: str) -> Path | None:
 
 @functools.cache
 def imports_of(file: Path) -> set[str]:
-    """Full names of what a file imports at its top level; a name imported from a package counts as
-    a module of it, too.
+    """Full names of what a file imports at its top level.
+
+    A name that is imported from a package also counts as a module of it, if there is one.
     """
     found = set()
     for node in ast.parse(file.read_text()).body:
@@ -44,8 +42,9 @@ def imports_of(file: Path) -> set[str]:
 
 
 def extras_of(module: str) -> set[str]:
-    """The packages beyond `ENOUGH` and the standard library that a module needs, by way of the
-    project's other modules too.
+    """The packages beyond `ENOUGH` and the standard library that a module needs.
+
+    The needs of the project's other modules that it imports count too.
     """
     extras, seen, left = set(), set(), [module]
     while left:
@@ -58,7 +57,7 @@ def extras_of(module: str) -> set[str]:
             extras |= {name.partition(".")[0]} - ENOUGH - sys.stdlib_module_names
         else:
             left += imports_of(file)
-            left += [name.rpartition(".")[0]] if "." in name else []  # the package runs first
+            left += [name.rpartition(".")[0]] if "." in name else []  # importing a module runs its package first
     return extras
 
 
@@ -66,7 +65,7 @@ TESTS = ROOT / "python_tests"
 
 
 def extras_of_file(file: str) -> set[str]:
-    """The extras of a test file, given within python_tests."""
+    """The extras of a test file, given by its path within python_tests."""
     return extras_of(file.removesuffix(".py").replace("/", "."))
 
 

@@ -1,4 +1,4 @@
-"""Small models and their checkpoints for the tests of files, and files whose bytes were altered."""
+"""Safetensors files of models, and files whose bytes are changed on purpose."""
 
 from __future__ import annotations
 
@@ -6,33 +6,8 @@ import hashlib
 import json
 from pathlib import Path
 
-import torch
-from helpers.step_problems import bits
 from safetensors.torch import save_file
 from torch import nn
-
-
-class Small(nn.Module):
-    """Two matrices and a bias, and a head tied to the first matrix."""
-
-    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
-        super().__init__()
-        torch.manual_seed(5)
-        self.first, self.second = nn.Linear(40, 30, bias=False), nn.Linear(30, 20)
-        self.head = nn.Linear(40, 30, bias=False)
-        self.to(dtype)
-        self.head.weight = self.first.weight
-
-
-def tuned(seed: int, dtype: torch.dtype = torch.bfloat16, share: float = 0.1) -> Small:
-    """A copy of `Small` with other values at a share of its entries, chosen by ``seed``."""
-    model = Small(dtype)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            chosen = torch.randperm(p.numel(), generator=generator)[: max(1, round(share * p.numel()))]
-            p.view(-1)[chosen] += torch.randn(len(chosen), generator=generator).to(dtype)
-    return model
 
 
 def save(model: nn.Module, path: Path) -> Path:
@@ -42,15 +17,10 @@ def save(model: nn.Module, path: Path) -> Path:
     return path
 
 
-def assert_equal_models(actual: nn.Module, expected: nn.Module) -> None:
-    """The same parameters to the bit."""
-    for (name, a), (_, e) in zip(actual.named_parameters(), expected.named_parameters(), strict=True):
-        assert torch.equal(bits(a.detach()), bits(e.detach())), name
-
-
 def reseal(path: Path, change) -> None:
-    """Let ``change`` alter header and data of a sealed file, then give it a valid checksum, as a
-    forger would.
+    """Let ``change`` edit header and data of a checksummed file, then renew its checksum.
+
+    This is what a forger would do.
     """
     raw = path.read_bytes()
     length = int.from_bytes(raw[:8], "little")
@@ -64,8 +34,10 @@ def reseal(path: Path, change) -> None:
 
 
 def alter(raw: bytes, rng) -> bytes:
-    """One random alteration: flipped bits, a cut, more bytes, a block zeroed, copied or moved,
-    another header length.
+    """Make one random change.
+
+    It flips bits, cuts, appends, zeroes, copies or removes a block, or replaces the length of the
+    header.
     """
     out = bytearray(raw)
     kind = rng.randrange(8)

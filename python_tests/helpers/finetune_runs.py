@@ -1,4 +1,4 @@
-"""Short fine-tuning runs of a tiny model, and what two runs that end alike share."""
+"""Short fine-tuning runs of a tiny model, and the check that two runs end alike."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from lift_kernels.checkpoint import load_checkpoint
+from lift_kernels.cli import main
 from lift_kernels.finetune import report, run_dir
 from lift_kernels.finetune.config import Settings
 
@@ -17,8 +18,9 @@ STEPS, REFRESH = 8, 3
 
 
 def make_runs_cheap(setattr=setattr) -> None:
-    """Keep the last checkpoint, which holds all state at the end; leave out what takes half of the
-    time of a tiny run.
+    """Keep the last checkpoint, which holds all state at the end.
+
+    Leave out what takes half of the time of a tiny run.
     """
     setattr(run_dir, "finish", lambda folder: None)
     setattr(report, "plot_losses", lambda *args: None)
@@ -32,8 +34,16 @@ def make_settings(tiny, output, **changes) -> Settings:
     return Settings(**(base | {"refresh_interval": REFRESH, "lr": 5e-3, "batch_size": 2, "save_steps": 1} | changes))
 
 
+def refused(capsys, *arguments: str) -> str:
+    """Run the command line, check that it refuses with one line, and return that line."""
+    assert main(["finetune", "--device", "cpu", *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    return error
+
+
 def flat(tree, place="") -> dict:
-    """The leaves of a nest by their place."""
+    """The leaves of nested containers, by their path."""
     if isinstance(tree, (dict, list, tuple)):
         items = tree.items() if isinstance(tree, dict) else enumerate(tree)
         return {k: v for key, value in items for k, v in flat(value, f"{place}/{key}").items()}
@@ -41,8 +51,9 @@ def flat(tree, place="") -> dict:
 
 
 def assert_same_end(actual: Path, expected: Path) -> None:
-    """The saved model, moments, masks, masters, schedule and random generators are the same to the
-    bit, the losses too.
+    """Check that two runs ended with the same bits.
+
+    Compared are the saved model, losses, moments, masks, masters, schedule and random generators.
     """
     a, e = (load_file(folder / "model" / "model.safetensors") for folder in (actual, expected))
     assert a.keys() == e.keys() and all(torch.equal(a[n].view(torch.uint8), e[n].view(torch.uint8)) for n in e)

@@ -9,7 +9,7 @@ from helpers.tiny_llama import ALPHABET, LAYERS, SPECIAL, tiny_config
 
 def write_gguf(path) -> None:
     """Write a tiny Llama with quantized matrices, as llama.cpp would."""
-    tokens = [*SPECIAL, *ALPHABET, "Ġa"]  # a merge, since the format wants at least one
+    tokens = [*SPECIAL, *ALPHABET, "Ġa"]  # a merge, because the format needs at least one
     config = tiny_config(vocab_size=len(tokens))
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     width, inner = config.hidden_size, config.intermediate_size

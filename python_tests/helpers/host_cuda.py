@@ -1,5 +1,6 @@
-"""CUDA device code of the package, compiled by the host compiler against ``host_cuda/shim.h``: the
-same source, not a copy.
+"""CUDA device code of the package, compiled by the host compiler.
+
+``host_cuda/shim.h`` replaces the CUDA built-ins. The device code is the same file, not a copy.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from helpers.step_problems import HANG_S
+from helpers.bits import HANG_S
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +20,7 @@ HOST_CUDA = Path(__file__).parents[1] / "host_cuda"
 
 
 def compiled(source: Path, target: Path, *flags: str) -> Path:
-    """A program or library of a source that includes the shim and device code of the package."""
+    """Compile a source that includes the shim and device code to a program or library."""
     compiler = shutil.which("g++") or shutil.which("c++")
     assert compiler, "a C++ compiler is needed to run the CUDA device code on the host"
     common = [
@@ -40,7 +41,7 @@ def compiled(source: Path, target: Path, *flags: str) -> Path:
 
 
 def library(source: Path, folder: Path, *flags: str) -> ctypes.CDLL:
-    """A shared library under the undefined-behaviour sanitizer's traps."""
+    """Compile a source to a shared library that traps on undefined behaviour."""
     trapped = ["-shared", "-fPIC", "-O2", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
     return ctypes.CDLL(str(compiled(source, folder / f"{source.stem}.so", *trapped, *flags)))
 
@@ -62,10 +63,11 @@ def run(program: Path) -> subprocess.CompletedProcess:
 
 
 def mask_kernels(folder: Path) -> SimpleNamespace:
-    """What `lift_kernels.ops.cuda` finds as private ops on a GPU, on CPU tensors: the kernels
-    run as fibers of one thread.
+    """Stand in, on CPU tensors, for the private CUDA ops that `lift_kernels.ops.cuda` calls.
+
+    The kernels run as fibers of one thread.
     """
-    host = library(HOST_CUDA / "mask_ops.cpp", folder, "-DSHIM_FIBERS")
+    host = library(HOST_CUDA / "subspace_ops.cpp", folder, "-DSHIM_FIBERS")
 
     def gaussian_sketch_(block, seed, first):
         count = block.shape[1] * block.shape[2]
@@ -87,6 +89,6 @@ def mask_kernels(folder: Path) -> SimpleNamespace:
 
 
 def disorder(block):
-    """Largest entry of |Q^T Q - I|, in fp64."""
+    """The largest entry of |Q^T Q - I|, in fp64."""
     gram = block.double().mT @ block.double()
     return float((gram - torch.eye(block.shape[-1], dtype=torch.float64)).abs().max())

@@ -1,8 +1,7 @@
-"""Runs of the main job that are killed with SIGKILL at random points; a process of its own, started
-by test_finetune_resume.
+"""Fine-tuning runs that are killed with SIGKILL at random points.
 
-It imports everything once and forks a child for each run. It must start no OpenMP thread before its
-last fork.
+`test_finetune_resume.py` starts this as a process. It imports everything once and forks a child for
+each run. It must start no OpenMP thread before its last fork.
 """
 
 import os
@@ -23,7 +22,7 @@ RUNS, KILLS_EACH = 5, 2
 
 
 def start(settings, folder: Path) -> int:
-    """Fork a child that runs or resumes the job; returns its process id."""
+    """Fork a child that runs or resumes the job, and return its process id."""
     process = os.fork()
     if process:
         return process
@@ -34,7 +33,7 @@ def start(settings, folder: Path) -> int:
         os.dup2(null, 2)
         if (folder / run_dir.SETTINGS).exists():
             run(settings_of(folder), resumed=True)
-        else:  # killed before it had noted its settings
+        else:  # killed before it had written its settings
             shutil.rmtree(folder, ignore_errors=True)
             run(settings)
         code = 0
@@ -43,7 +42,7 @@ def start(settings, folder: Path) -> int:
 
 
 def to_the_end(settings, folder: Path) -> float:
-    """Run undisturbed; returns the seconds."""
+    """Run without interruption and return the seconds."""
     began = time.perf_counter()
     _, status = os.waitpid(start(settings, folder), 0)
     assert status == 0, "a run failed; run the same settings by hand to see why"
@@ -51,10 +50,10 @@ def to_the_end(settings, folder: Path) -> float:
 
 
 def kill_at(settings, folder: Path, seconds: float) -> bool:
-    """Run, kill after so many seconds; whether the run was still going."""
+    """Run and kill after so many seconds; return whether the run was still going."""
     process = start(settings, folder)
     time.sleep(seconds)
-    os.kill(process, signal.SIGKILL)  # a child that has ended stays until it is waited for, so this hits no other
+    os.kill(process, signal.SIGKILL)  # an ended child keeps its id until waitpid, so this hits no other process
     _, status = os.waitpid(process, 0)
     return os.WIFSIGNALED(status)
 
@@ -73,7 +72,7 @@ def main(model: Path, output: Path, seed: int) -> None:
             share = rng.uniform(0.2, 0.95)
             while not kill_at(settings, folder, share * whole):
                 assert (folder / run_dir.REPORT).exists()
-                shutil.rmtree(folder)  # it was faster than the first one
+                shutil.rmtree(folder)  # it ended before the kill
                 share *= 0.7
             kills += 1
             left = sorted(path.name for path in folder.iterdir()) if folder.exists() else []

@@ -1,5 +1,6 @@
-"""Small training problems for LiftAdamW, snapshots of all it owns, and the ways to interrupt and go
-on.
+"""Small training problems for LiftAdamW.
+
+Here are also snapshots of all it owns, and the ways to interrupt and continue a run.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import pickle
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from helpers.step_problems import bits
+from helpers.bits import bits
 from torch import Tensor, nn
 
 from lift_kernels import LiftAdamW
@@ -37,7 +38,7 @@ def set_gradients(weights: Iterable[Tensor], step: int) -> None:
 def train(
     optimizer: torch.optim.Optimizer, steps: Iterable[int], after: Callable[[int], None] = lambda step: None
 ) -> None:
-    """Steps with the gradients of these numbers; ``after`` is called behind each."""
+    """Take steps with the gradients of these numbers and call ``after`` after each."""
     for step in steps:
         set_gradients((p for group in optimizer.param_groups for p in group["params"]), step)
         optimizer.step()
@@ -45,14 +46,15 @@ def train(
 
 
 def index_sets(optimizer: LiftAdamW) -> list[Tensor]:
-    """Copies of the index list of every matrix, in order."""
+    """Copies of the index lists of all matrices, in order."""
     entries = (optimizer.state[p] for group in optimizer.param_groups for p in group["params"])
     return [entry["indices"].clone() for entry in entries if "indices" in entry]
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, object]:
-    """Copies of everything a failing call must leave alone: bits of weights and state, options of
-    the groups.
+    """Copies of everything that a failing call must not change.
+
+    These are the bits of weights and state, and the options of the groups.
     """
     taken: dict[str, object] = {"groups": len(optimizer.param_groups)}
     for number, group in enumerate(optimizer.param_groups):
@@ -64,7 +66,7 @@ def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, object]:
 
 
 def assert_same(actual: dict[str, object], expected: dict[str, object]) -> None:
-    """Two snapshots are equal, tensors to the bit."""
+    """Check that two snapshots are equal, tensors to the bit."""
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         same = torch.equal(actual[name], value) if isinstance(value, Tensor) else actual[name] == value
@@ -80,8 +82,9 @@ def by_pickle(optimizer: LiftAdamW, weights: list[Tensor]) -> tuple[LiftAdamW, l
 
 
 def by_state_dict(optimizer: LiftAdamW, weights: list[Tensor]) -> tuple[LiftAdamW, list[Tensor]]:
-    """Weights and state through a file read with weights_only=True, into an optimizer made anew
-    with other options.
+    """Send weights and state through a file into a new optimizer with other options.
+
+    The file is read with weights_only=True.
     """
     file = io.BytesIO()
     torch.save({"weights": [w.detach() for w in weights], "optimizer": optimizer.state_dict()}, file)

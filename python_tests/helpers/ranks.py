@@ -1,4 +1,4 @@
-"""Several ranks of torch.distributed as processes on this machine, joined by gloo."""
+"""Several ranks of torch.distributed as processes on this machine, connected by gloo."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from helpers.step_problems import HANG_S
+from helpers.bits import HANG_S
 
 ROOT = Path(__file__).parents[2]
 PREAMBLE = """
@@ -33,8 +33,9 @@ def backward(model, step, rank=rank):
 
 
 def run_ranks(worker: str, world: int, folder: Path) -> list[str]:
-    """What each of ``world`` processes printed; every one ended well. ``worker`` is code that
-    follows `PREAMBLE`.
+    """Run ``world`` processes, check that each ends well, and return what each printed.
+
+    ``worker`` is code that follows `PREAMBLE`.
     """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
         "PYTHONPATH": str(ROOT)

@@ -1,4 +1,4 @@
-"""Processes in which only some of the installed packages, and what these need, can be imported."""
+"""Processes that can import only some of the installed packages and what these need."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ sys.meta_path.insert(0, Blocked())
 
 
 def needed(roots: Sequence[str]) -> set[str]:
-    """Names of the distributions that ``roots`` need, extras left out, themselves included."""
+    """Names of ``roots`` and of the distributions that they need, without extras."""
     seen, left = set(), list(roots)
     while left:
         name = re.sub(r"[-_.]+", "-", left.pop()).lower()
@@ -50,15 +50,16 @@ def needed(roots: Sequence[str]) -> set[str]:
 
 @functools.cache
 def installed_modules() -> dict[str, list[str]]:
-    """Distributions by module, as a new process sees them: packages that are imported here may have
-    lengthened ``sys.path``.
+    """The distributions of each module, as a new process sees them.
+
+    A package that this process has imported may have lengthened ``sys.path``.
     """
     program = "import importlib.metadata, json; print(json.dumps(importlib.metadata.packages_distributions()))"
     return json.loads(subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout)
 
 
 def blocked_by(roots: Sequence[str]) -> set[str]:
-    """Installed modules that would not be there if only ``roots`` and what they need were."""
+    """The installed modules that neither belong to ``roots`` nor are needed by them."""
     allowed = needed(roots)
     return {
         module
@@ -68,7 +69,7 @@ def blocked_by(roots: Sequence[str]) -> set[str]:
 
 
 def only_allowed_imports(folder: Path, roots: Sequence[str]) -> dict[str, str]:
-    """An environment for a child whose imports of every other installed package fail."""
+    """An environment for a child process that cannot import any other installed package."""
     blocked = blocked_by(roots)
     assert {"gguf", "trl", "datasets"} <= blocked
     (folder / "sitecustomize.py").write_text(SITE.format(blocked=blocked))

@@ -1,4 +1,4 @@
-"""Matrices of known spectrum, and what a mask of principal weights must fulfil."""
+"""Matrices of known spectrum, and checks of masks of principal weights."""
 
 from __future__ import annotations
 
@@ -21,15 +21,19 @@ def truncated(weight: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def whole_factors(m, n, rank, seed=0, top=3):
-    """Factors of small whole numbers: products are exact, ties plentiful, and every backend must
-    give the same positions.
+    """Factors of small whole numbers.
+
+    Products are exact and ties are frequent, so every backend must return the same positions.
     """
     generator = torch.Generator().manual_seed(seed)
     return (torch.randint(-top, top + 1, (size, rank), generator=generator).float() for size in (m, n))
 
 
 def assert_principal(indices: torch.Tensor, weight: torch.Tensor, rank: int, k: int) -> None:
-    """The k largest |W_r| of the fp64 SVD, up to entries that fp32 cannot tell from the k-th."""
+    """Check for the k largest |W_r| of the fp64 SVD.
+
+    Entries that fp32 cannot tell from the k-th may differ.
+    """
     assert_index_list(indices, k, weight.numel())
     magnitude = truncated(weight, rank).abs().flatten()
     expected = stable_top(magnitude, k)
@@ -40,8 +44,9 @@ def assert_principal(indices: torch.Tensor, weight: torch.Tensor, rank: int, k: 
 
 
 def stable_top(magnitude: torch.Tensor, k: int) -> torch.Tensor:
-    """Sorted positions of the k largest entries; a stable descending sort gives ties to the lower
-    position.
+    """Sorted positions of the k largest entries.
+
+    The descending sort is stable, so ties go to the lower position.
     """
     return magnitude.flatten().argsort(descending=True, stable=True)[:k].sort().values.int()
 

@@ -1,8 +1,7 @@
-"""Arenas of several matrices, the fp64 truth of a step on them, and the comparison of the numerics
-contract.
+"""Arenas of several matrices, the fp64 result of a step on them, and the comparison.
 
-Truth and yardstick are torch's own for-loop AdamW on the packed entries: run in fp64 it says what
-is right, run in fp32 how large an error is ordinary.
+Truth and yardstick are torch's own for-loop AdamW on the packed entries. In fp64 it gives the right
+result, and in fp32 it shows how large an ordinary error is.
 """
 
 from __future__ import annotations
@@ -10,28 +9,28 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from helpers.backends import BackendDevice
+from helpers.bits import FP32, assert_near, assert_same_bits, bits, random_indices
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
 from lift_kernels import ops
-from lift_kernels.ops import dispatch, reference
+from lift_kernels.ops import reference
 
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 GAP_INDEX, GAP_BIRTH = -123456789, 2**30
 BORDER = 64
-HANG_S = 1800  # a limit for processes that hang: a busy machine may take many times as long as a quiet one
 HYPER = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
 @dataclass
 class Problem:
-    """The arguments of a step. Arenas have gaps before, between and behind the segments, weights
-    have NaN borders.
+    """The arguments of a step.
+
+    Arenas have gaps before, between and after the segments. Weights have NaN borders.
     """
 
     weights: list[Tensor]
@@ -47,11 +46,11 @@ class Problem:
     packed: bool
     buffers: list[Tensor] = field(default_factory=list)  # the weights with their borders
 
-    def step(self, where, advance: bool = True, **options) -> None:
-        """One call of the op; ``options`` override `HYPER`."""
+    def step(self, backend: BackendDevice, /, advance: bool = True, **options) -> None:
+        """Call the op once; ``options`` override `HYPER`."""
         if advance:
             self.steps += 1
-        given = {"master": self.master, "births": self.births, "packed_grads": self.packed, "backend": where.backend}
+        given = {"master": self.master, "births": self.births, "packed_grads": self.packed, "backend": backend.name}
         options = HYPER | given | options
         ops.sparse_adamw_(
             self.weights,
@@ -77,13 +76,13 @@ class Problem:
         return copy.deepcopy(self)
 
     def new_gradients(self, seed: int) -> None:
-        """Other gradients of the same kind, in place."""
+        """Replace the gradients by others of the same kind, in place."""
         generator = torch.Generator().manual_seed(seed)
         for grad in self.grads:
             grad.copy_(torch.randn(grad.shape, generator=generator))
 
     def state(self) -> dict[str, Tensor]:
-        """Bit patterns of all that a step may write, borders and gaps too."""
+        """Bit patterns of all that a step may write, with borders and gaps."""
         tensors = {f"weight {i}": buffer for i, buffer in enumerate(self.buffers)}
         tensors |= {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "master": self.master}
         return {name: bits(t).clone() for name, t in tensors.items() if t is not None}
@@ -95,13 +94,8 @@ class Problem:
         return {name: bits(t).clone() for name, t in tensors.items() if t is not None}
 
 
-def backend_of(where, op: str) -> str | None:
-    """The backend to ask for at a place: None, the default, where the backend has no such op."""
-    return where.backend if where.backend in dispatch.OPS[op] else None
-
-
 def make_problem(
-    where,
+    backend,
     sizes: Sequence[tuple[tuple[int, int], int]] = (
         ((13, 17), 40),
         ((9, 8), 72),
@@ -119,8 +113,9 @@ def make_problem(
     step: int = 6,
     seed: int = 0,
 ) -> Problem:
-    """Random matrices of ((m, n), k), ``step`` steps into their training; moments as gradients of
-    size 1 leave them.
+    """Random matrices of ((m, n), k), after ``step`` steps of training.
+
+    Moments have the size that gradients of size 1 give them.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -134,8 +129,8 @@ def make_problem(
     length = end + 64
     indices = torch.full((length,), GAP_INDEX, dtype=torch.int32)
     ages = torch.full((length,), GAP_BIRTH, dtype=torch.int32)
-    # In gaps a NaN would poison a sum that reads it, but survives arithmetic; a number would show a
-    # write. So both.
+    # Gaps hold both NaN and a number. A NaN spoils every sum, so it shows a read. It would survive
+    # arithmetic, so a number is there to show a write.
     gap = torch.tensor([float("nan"), 777.0]).repeat(length // 2 + 1)[:length]
     moments, truth = gap.repeat(2, 1), gap.clone()
     buffers, weights, grads = [], [], []
@@ -149,16 +144,16 @@ def make_problem(
         truth[segment] = dense[indices[segment].long()]
         buffer = torch.full((m * n + 2 * BORDER,), float("nan"), dtype=weight)
         buffer[BORDER:-BORDER] = dense
-        buffers.append(buffer.to(where.device))
+        buffers.append(buffer.to(backend.device))
         weights.append(buffers[-1][BORDER:-BORDER].view(m, n))
-        grads.append(normal(*((count,) if packed else (m, n))).to(where.device, grad))
+        grads.append(normal(*((count,) if packed else (m, n))).to(backend.device, grad))
     steps = step + torch.arange(len(sizes)) if step else torch.zeros(len(sizes))
     if step == 0:
         for offset, (_, count) in zip(offsets, sizes):
             moments[:, offset : offset + count] = 0.0
 
     def put(tensor, dtype=None):
-        return tensor.to(where.device, dtype, copy=True)
+        return tensor.to(backend.device, dtype, copy=True)
 
     return Problem(
         weights,
@@ -176,28 +171,9 @@ def make_problem(
     )
 
 
-def random_indices(numel: int, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` sorted, unique positions below ``numel``, int32."""
-    return torch.randperm(numel, generator=generator)[:count].sort().values.to(torch.int32)
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """The bit pattern as integers: NaN and signed zeros can be compared."""
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.view(integers[tensor.element_size()]) if tensor.is_floating_point() else tensor
-
-
-def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Two `state`s or `inputs` are equal to the bit."""
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        differ = (actual[name] != expected[name]).sum().item()
-        assert differ == 0, f"{name}: {differ} entries differ"
-
-
 @dataclass(frozen=True)
 class Entries:
-    """What AdamW makes of a matrix's selected entries."""
+    """The selected entries of a matrix after AdamW."""
 
     w: Tensor
     m: Tensor
@@ -205,13 +181,17 @@ class Entries:
 
 
 def pooled(parts: list[Entries]) -> Entries:
-    """The entries of several matrices as one: errors are judged by the largest entry of all."""
+    """Join the entries of several matrices.
+
+    Errors are judged by the largest entry of all.
+    """
     return Entries(*(torch.cat([getattr(part, name) for part in parts]) for name in ("w", "m", "v")))
 
 
 def torch_step(problem: Problem, i: int, dtype: torch.dtype, **options) -> Entries:
-    """One step of torch's for-loop AdamW in ``dtype`` on the entries of matrix i; those of one age
-    go together.
+    """Take one step of torch's for-loop AdamW in ``dtype`` on the entries of matrix i.
+
+    Entries of one age go together.
     """
     options = HYPER | options
     segment, index = problem.segment(i), problem.index(i)
@@ -223,7 +203,7 @@ def torch_step(problem: Problem, i: int, dtype: torch.dtype, **options) -> Entri
     ages = step.expand(problem.counts[i]) if problem.births is None else step - problem.births[segment]
     for age in ages.unique():
         at = ages == age
-        # The functional form counts the step itself, on the host.
+        # The functional form counts the step itself, on the CPU.
         one = [[x[at]] for x in (w, g, m, v)]
         torch_adamw(
             *one,
@@ -243,36 +223,10 @@ def torch_step(problem: Problem, i: int, dtype: torch.dtype, **options) -> Entri
     return Entries(w, m, v)
 
 
-def two_ulp(tensor: Tensor) -> float:
-    """Two fp32 units in the last place of the largest entry."""
-    return 2 * math.ulp(1.0) * 2.0**29 * 2.0 ** math.floor(math.log2(max(tensor.abs().max().item(), 2.0**-126)))
-
-
-def assert_near(stored: Tensor, truth: Tensor, yardstick: Tensor, label: str, rounding=None) -> None:
-    """``stored`` is a rounding of fp32 values that are as near to ``truth`` as the contract asks.
-
-    In a narrow format this says: equal wherever all admissible fp32 values round the same, and
-    between the roundings elsewhere. ``rounding`` (monotone, from fp32) is to nearest unless given.
-    """
-    ordinary = (yardstick - truth).abs()
-    bound = max(2 * ordinary.max().item(), two_ulp(truth))
-    rounding = rounding or (lambda x: x.to(stored.dtype))
-    if stored.dtype == FP32:
-        error = (stored.double() - truth).abs()
-        mean = max(2 * ordinary.mean().item(), two_ulp(truth))
-        assert error.max().item() <= bound, f"{label}: error {error.max().item()}, admitted {bound}"
-        assert error.mean().item() <= mean, f"{label}: mean error {error.mean().item()}, admitted {mean}"
-        return
-    low, high = rounding((truth - bound).float()).double(), rounding((truth + bound).float()).double()
-    outside = ((stored.double() < low) | (stored.double() > high)).sum().item()
-    assert outside == 0, f"{label}: {outside} entries are not the rounding of an admissible fp32 value"
-    # The test must bite: nearly everywhere one value alone is right.
-    assert (low == high).double().mean() > 0.9, f"{label}: the comparison is too loose"
-
-
 def assert_stepped(before: Problem, after: Problem, **options) -> None:
-    """``after`` is ``before`` one step on: entries as the contract says, every other bit as it
-    was.
+    """Check that ``after`` is ``before`` one step later.
+
+    Trained entries are as the contract says, and every other bit is unchanged.
     """
     expected = before.state()
     if sum(after.counts) == 0:
@@ -301,7 +255,7 @@ def assert_stepped(before: Problem, after: Problem, **options) -> None:
         assert_near(stored, truth.w, yardstick.w, "weight", rounding)
     else:
         assert_near(stored, truth.w, yardstick.w, "weight")
-    # Put the selected entries into the old state: all else must not have moved.
+    # Put the selected entries into the old state. Everything else must be unchanged.
     for i in matrices:
         expected[f"weight {i}"][BORDER + after.index(i)] = bits(after.weights[i]).reshape(-1)[after.index(i)]
     for name, tensor in (("exp_avg", after.exp_avg), ("exp_avg_sq", after.exp_avg_sq), ("master", after.master)):
@@ -310,8 +264,10 @@ def assert_stepped(before: Problem, after: Problem, **options) -> None:
     assert_same_bits(after.state(), expected)
 
 
-LAST = 2**31 - 1
-
-
-def int32(values, where):
-    return torch.tensor(values, dtype=torch.int32, device=where.device)
+def step_and_check(backend: BackendDevice, problem: Problem, /, **options):
+    """Take one step and check it against the truth; inputs must not change."""
+    before, inputs = problem.copy(), problem.inputs()
+    problem.step(backend, **options)
+    assert_stepped(before, problem, **options)
+    inputs["steps"] = bits(problem.steps)
+    assert_same_bits(problem.inputs(), inputs)

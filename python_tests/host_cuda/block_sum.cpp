@@ -1,4 +1,5 @@
-// A kernel of the kind to come: a sum over a block through shuffles and shared memory. Without its barrier it is a race.
+// A test kernel for shim.h: a sum over a thread block with shuffles and shared memory. Without its
+// barrier it has a data race.
 #include "shim.h"
 
 #include <cstdio>

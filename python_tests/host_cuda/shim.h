@@ -1,9 +1,12 @@
-// CUDA's built-ins for a host compiler, for tests only: blocks one after the other, each thread of a block a context of its own.
+// CUDA's built-ins for a host compiler, for tests only. Thread blocks run one after the other, and
+// each CUDA thread of a block has its own context.
 //
-// Either one host thread per CUDA thread: barriers and shuffles are then real synchronization, so ThreadSanitizer sees a forgotten
-// one as the race that it is. Or, with SHIM_FIBERS, contexts that take turns in one thread: twenty times faster, for numbers.
-// A thread that returns early leaves its barriers, as on a GPU. Shared memory is `static`: blocks never overlap, so one copy
-// serves, and it keeps what the last block left, as uninitialized memory may.
+// By default each CUDA thread is a host thread. Barriers and shuffles are then real
+// synchronization, so ThreadSanitizer reports a missing one as a data race. With SHIM_FIBERS the
+// contexts take turns in one host thread. This is twenty times faster and serves to check numbers.
+// A thread that returns early leaves its barriers, as on a GPU. Shared memory is `static`: blocks
+// never overlap, so one copy is enough. It keeps what the previous block left there, as
+// uninitialized memory may.
 #pragma once
 
 #include <atomic>
@@ -66,7 +69,7 @@ class Barrier {
     waiting_in_a_row = 0;
   }
 
-  // The calling thread will not come again.
+  // The calling thread will not wait here again.
   void leave() {
     if (--expected_ == arrived_ && expected_ > 0) next_round();
   }
@@ -79,9 +82,10 @@ class Barrier {
 
 #else
 
-// A barrier that orders its threads by nothing but its rounds, so that ThreadSanitizer misses no race by chance: a thread that is
-// late to leave a round must learn nothing of what faster ones did since. With a mutex it would, and with std::barrier, whose
-// waiters share a few pools in libstdc++; hence counters of its own and a bare futex, which no sanitizer sees.
+// A barrier that orders its threads only by its rounds, so that ThreadSanitizer misses no race by
+// chance. A thread that leaves a round late must not synchronize with what faster threads did after
+// that round. A mutex would cause that, and so would std::barrier, whose waiters share a few pools
+// in libstdc++. So this class uses its own counters and a bare futex, which no sanitizer sees.
 class Barrier {
  public:
   explicit Barrier(unsigned threads) : expected_(threads), missing_(threads) {}
@@ -89,10 +93,11 @@ class Barrier {
   void wait() {
     const unsigned round = round_.load(std::memory_order_relaxed);
     arrive();
-    while (round_.load(std::memory_order_acquire) == round) syscall(SYS_futex, &round_, FUTEX_WAIT_PRIVATE, round, nullptr);
+    while (round_.load(std::memory_order_acquire) == round)
+      syscall(SYS_futex, &round_, FUTEX_WAIT_PRIVATE, round, nullptr);
   }
 
-  // The calling thread will not come again.
+  // The calling thread will not wait here again.
   void leave() {
     expected_.fetch_sub(1, std::memory_order_relaxed);
     arrive();
@@ -130,7 +135,7 @@ struct Block {
 inline Block* running = nullptr;  // written between blocks only
 inline Warp& warp() { return *running->warps[threadIdx.x / kWarp]; }
 
-// Every lane publishes its value and reads that of lane `from`.
+// Each lane publishes its value and reads the value of lane `from`.
 template <class T>
 T exchange(T value, unsigned from) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
@@ -139,11 +144,11 @@ T exchange(T value, unsigned from) {
   own.barrier.wait();
   T result;
   std::memcpy(&result, &own.values[from], sizeof(T));
-  own.barrier.wait();  // or the next exchange would overwrite what a slow lane has yet to read
+  own.barrier.wait();  // else the next exchange could overwrite a value before a slow lane reads it
   return result;
 }
 
-// The threads of one block, each of which calls `thread`.
+// Runs the threads of one block, each of which calls `thread`.
 template <class F>
 void run_block(unsigned threads, const F& thread) {
 #ifdef SHIM_FIBERS
@@ -182,11 +187,12 @@ void run_block(unsigned threads, const F& thread) {
 #endif
 }
 
-// kernel<<<grid, threads>>>: `body` calls the kernel, once in each thread.
+// kernel<<<grid, threads>>>. `body` calls the kernel, once in each thread.
 template <class F>
 void launch(dim3 grid, unsigned threads, const F& body) {
   if (grid.x == 0 || grid.y == 0 || grid.x > 2147483647u || grid.y > 65535u || threads == 0 || threads > 1024)
-    std::fprintf(stderr, "shim: a device refuses a grid of %u x %u blocks of %u threads\n", grid.x, grid.y, threads), std::abort();
+    std::fprintf(stderr, "shim: a device refuses a grid of %u x %u blocks of %u threads\n", grid.x, grid.y, threads),
+        std::abort();
   for (unsigned y = 0; y < grid.y; ++y) {
     for (unsigned x = 0; x < grid.x; ++x) {
       Block block(threads);
@@ -207,7 +213,7 @@ void launch(unsigned blocks, unsigned threads, const F& body) {
 
 }  // namespace shim
 
-#ifdef SHIM_DROP_LINE  // the barrier on this line is left out, for a test that must see the race
+#ifdef SHIM_DROP_LINE  // leaves out the barrier on this line, for a test that must find the race
 #define __syncthreads() (__LINE__ == SHIM_DROP_LINE ? void() : shim::running->barrier.wait())
 #define __syncwarp() (__LINE__ == SHIM_DROP_LINE ? void() : shim::warp().barrier.wait())
 #else
@@ -250,7 +256,8 @@ inline void sincospif(float x, float* sine, float* cosine) {
   *cosine = float(std::cos(angle));
 }
 
-// Integer atomics and bit functions, for bitmap_to_indices.cuh. Relaxed, as on a GPU: they order nothing else.
+// Integer atomics and bit functions for bitmap_to_indices.cuh. The atomics are relaxed, as on a
+// GPU: they do not order other memory accesses.
 template <class T>
 T atomicAdd(T* address, T value) {
   return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);

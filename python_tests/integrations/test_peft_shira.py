@@ -1,4 +1,4 @@
-"""SHiRA adapters: ours in stock peft, peft's as a delta, and principal weights as its mask."""
+"""SHiRA adapters: exported to stock peft, imported as a delta, with a mask of principal weights."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.files import Small, alter, save, tuned
-from helpers.step_problems import BF16, FP32
+from helpers.bits import BF16, FP32
+from helpers.files import alter, save
+from helpers.small_models import Small, tuned
 from helpers.tiny_llama import save_tiny
 from peft import PeftModel, ShiraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -25,7 +26,7 @@ IDS = torch.arange(40).reshape(2, 20)
 
 @pytest.fixture(scope="module", params=[FP32, BF16], ids=["fp32", "bf16"])
 def trained(request, tmp_path_factory):
-    """A base on the disk, the same after LIFT with refreshes, and the delta between them."""
+    """A saved base model, the same model after training with refreshes, and their delta."""
     folder = tmp_path_factory.mktemp("shira")
     model = load(save_tiny(folder / "small"), request.param)
     model.save_pretrained(folder / "base")
@@ -43,7 +44,7 @@ def load(folder, dtype):
 
 
 def assert_close(actual, expected, base, dtype):
-    """Logits within the rounding of the dtype of what training changed them by."""
+    """Check logits within the rounding error of the dtype, relative to what training changed."""
     with torch.no_grad():
         a, e, b = (model(IDS).logits.float() for model in (actual, expected, base))
     limit = {FP32: 1e-4, BF16: 2e-2}[dtype]
@@ -51,7 +52,7 @@ def assert_close(actual, expected, base, dtype):
 
 
 def test_an_exported_adapter_gives_the_same_logits_in_stock_peft(trained, tmp_path):
-    """Loaded and merged."""
+    """This holds for a loaded and for a merged adapter."""
     folder, model, dtype = trained
     r = export_shira(folder / "delta", tmp_path / "adapter", str(folder / "base"))
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
@@ -96,8 +97,9 @@ def test_an_adapter_loads_where_lift_kernels_is_not_installed(trained, tmp_path)
 
 
 def test_export_and_import_give_the_delta_back(trained, tmp_path):
-    """Bit for bit in bf16. A difference of fp32 values may need more than 24 bits; the sum then
-    lies an ulp off.
+    """It is the same to the bit in bf16.
+
+    A difference of fp32 values may need more than 24 bits. Then the sum is off by one ulp.
     """
     folder, model, dtype = trained
     export_shira(folder / "delta", tmp_path / "adapter")
@@ -127,8 +129,9 @@ def test_an_adapter_trained_by_peft_becomes_a_delta(trained, tmp_path):
 
 
 def test_the_mask_function_selects_principal_weights(trained):
-    """peft trains the k = r (m + n) entries of largest |W_r|; it keeps them when the adapter is
-    saved.
+    """peft trains the k = r (m + n) entries of largest |W_r|.
+
+    It keeps them when the adapter is saved.
     """
     folder, _, dtype = trained
     model = load(folder / "base", dtype)
@@ -164,7 +167,7 @@ def test_what_shira_cannot_hold_is_refused(tmp_path):
     with pytest.raises(FileError, match="second.bias changed, and SHiRA changes weights of linear layers only"):
         export_shira(tmp_path / "bias", tmp_path / "adapter")
     save_delta({"a.weight": torch.ones(4, 4)}, {"a.weight": torch.zeros(4, 4)}, tmp_path / "dense")
-    export_shira(tmp_path / "dense", tmp_path / "adapter")  # 16 = 2 (4 + 4) entries just fit
+    export_shira(tmp_path / "dense", tmp_path / "adapter")  # exactly 16 = 2 (4 + 4) entries fit
     with pytest.raises(FileError, match="already holds an adapter"):
         export_shira(tmp_path / "dense", tmp_path / "adapter")
     save_delta({"a.weight": torch.ones(3, 4)}, {"a.weight": torch.zeros(3, 4)}, tmp_path / "dense")

@@ -1,5 +1,6 @@
-"""LiftAdamW in a plain loop, accelerate and Trainer: the same weights; Trainer's features; what
-LiftCallback logs.
+"""LiftAdamW in a plain loop, in accelerate and in Trainer gives the same weights.
+
+The tests also cover Trainer's features and the logs of LiftCallback.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import logging
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.bits import BF16, FP32, bits
+from helpers.language_model import METHOD, Tokens, make_model
 from helpers.optimizers import assert_same, snapshot
-from helpers.small_models import METHOD, Tokens, make_model
-from helpers.step_problems import BF16, FP32, bits
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_linear_schedule_with_warmup
 
@@ -56,7 +57,7 @@ def make_trainer(folder, model, optimizer=None, callbacks=(), trainer=Trainer, *
 
 
 def by_loop(dtype=FP32, accelerator=None, **changes):
-    """A loop as one writes it oneself, with or without accelerate."""
+    """Train in a hand-written loop, with or without accelerate."""
     model, optimizer = parts(dtype, **changes)
     scheduler = get_linear_schedule_with_warmup(optimizer, WARMUP, STEPS)
     loader = DataLoader(Tokens(), batch_size=BATCH)
@@ -85,7 +86,7 @@ def assert_same_weights(actual, expected) -> None:
 
 
 def distance(actual, expected) -> float:
-    """The largest difference over the largest change of training."""
+    """The largest difference, relative to the largest change by training."""
     start = dict(make_model(FP32).named_parameters())
     pairs = list(zip(actual.named_parameters(), expected.parameters(), strict=True))
     moved = max((e - start[name]).abs().max().item() for (name, _), e in pairs)
@@ -122,8 +123,9 @@ def test_features_that_change_no_weight(tmp_path, feature):
 
 
 def test_gradient_accumulation_equals_a_large_batch(tmp_path):
-    """Four micro-batches of one: gradients add up in another order, so the weights agree to
-    rounding.
+    """There are four micro-batches of one.
+
+    Gradients are added in another order, so the weights agree up to rounding.
     """
     model = by_trainer(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=BATCH)
     assert distance(model, by_loop()) < 1e-3
@@ -142,8 +144,9 @@ def test_bf16_autocast_trains_trained_entries_only(tmp_path):
 
 
 def test_fp16_with_a_grad_scaler_in_accelerate_style():
-    """fp16 autocast wants a GPU; the scaler itself runs anywhere: scaled gradients give the weights
-    of unscaled ones.
+    """fp16 autocast needs a GPU, but the scaler runs anywhere.
+
+    Scaled gradients give the weights of unscaled ones.
     """
     model, optimizer = parts()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
@@ -160,8 +163,9 @@ def test_fp16_with_a_grad_scaler_in_accelerate_style():
 @pytest.mark.parametrize("at", [1, 2, 3])
 @pytest.mark.parametrize("form", ["bf16 master", "random", "stochastic"])
 def test_trainer_resumes_just_before_at_and_after_a_refresh(tmp_path, form, at):
-    """The second step refreshes. Trainer's own checkpoint, its own random order, other seeds at the
-    new start.
+    """The second step refreshes.
+
+    The checkpoint and the random order are Trainer's own. The new start has other seeds.
     """
     changes = {
         "bf16 master": {"bias_correction": "per_entry"},
@@ -180,9 +184,7 @@ def test_trainer_resumes_just_before_at_and_after_a_refresh(tmp_path, form, at):
 
 
 def test_accelerate_saves_and_loads_its_state_exactly(tmp_path):
-    """`save_state` after the third step, `load_state` into a new start, the rest of the steps: the
-    same bits.
-    """
+    """`save_state` after the third step and `load_state` into a new start give the same bits."""
 
     def steps(model, optimizer, batches):
         for batch in batches:
@@ -206,7 +208,7 @@ def test_accelerate_saves_and_loads_its_state_exactly(tmp_path):
 
 
 class Ema(TrainerCallback):
-    """Averages the weights and swaps the average in for evaluation, as EMA callbacks do."""
+    """Average the weights and swap the average in for evaluation, as EMA callbacks do."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.mean = [p.detach().clone() for p in model.parameters()]
@@ -227,12 +229,15 @@ class Ema(TrainerCallback):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_an_ema_swap_changes_nothing(tmp_path, dtype):
-    """Swapped in and out between two steps: masters that still round to the weights are kept."""
+    """The average is swapped in and out between two steps.
+
+    Masters that still round to the weights are kept.
+    """
     assert_same_weights(by_trainer(tmp_path, dtype, callbacks=[Ema()]), by_loop(dtype))
 
 
 class Reporter(TrainerCallback):
-    """Stands for TensorBoard or W&B: added before any callback of the user."""
+    """Stands for TensorBoard or W&B; it is added before any callback of the user."""
 
     def __init__(self):
         self.logs = []
@@ -293,7 +298,10 @@ def test_lift_callback_warns_about_dense_clipping_and_refuses_other_optimizers(t
 
 
 def test_a_delta_of_a_trainer_run(tmp_path):
-    """Saved by Trainer, made against the base in memory, loaded and taken off again."""
+    """Trainer saves the model.
+
+    The delta is made against the base in memory, applied and reverted.
+    """
     model = by_trainer(tmp_path, BF16)
     model.save_pretrained(tmp_path / "model")
     save_delta(tmp_path / "model", make_model(BF16), tmp_path / "delta")

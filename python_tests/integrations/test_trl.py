@@ -1,12 +1,13 @@
-"""TRL's SFTTrainer with LiftAdamW: the documented one-liner, its figures, and the weights of the
-optimizer made by hand.
+"""TRL's SFTTrainer with LiftAdamW: the documented one-liner and its figures.
+
+The weights are those of an optimizer that is made by hand.
 """
 
 from __future__ import annotations
 
 import torch
 from datasets import Dataset
-from helpers.step_problems import bits
+from helpers.bits import bits
 from helpers.tiny_llama import make_tokenizer, tiny_config
 from transformers import LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer

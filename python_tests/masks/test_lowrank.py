@@ -1,5 +1,6 @@
-"""Low-rank factors: the best rank-r approximation by either method, at any scale, and errors that
-name the weight.
+"""Low-rank factors: the best rank-r approximation by either method, at any scale.
+
+Errors name the weight.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ def test_factors_are_the_truncated_svd(method, shape):
             torch.float32,
             torch.float32,
         )
-        # The Ritz energy is flat where it is largest: in fp32 it stalls while the vectors are still
-        # off by some 1e-5.
+        # The Ritz energy is flat at its maximum. In fp32 it stalls while the vectors still have an
+        # error of about 1e-5.
         atol = (1e-5 if method == "chebyshev" else 2e-6) * 2.0
         assert_close((left @ right.T).double(), truncated(weight, rank), rtol=0, atol=atol)
 
@@ -47,7 +48,7 @@ def test_zeros_stay_zero(method):
 @pytest.mark.parametrize("scale", [2.0**-100, 2.0**-60, 2.0**70, 2.0**120])
 @pytest.mark.parametrize("method", METHODS)
 def test_scale_does_not_matter(method, scale):
-    """Squares of such entries leave the range of fp32, the approximation must not."""
+    """Squares of such entries leave the range of fp32; the approximation must not."""
     weight = with_spectrum(20, 30, [1.0, 0.5, 0.25, 0.1, 0.05])
     left, right, *_ = low_rank_factors(weight * scale, 2, method=method, tolerance=1e-12)
     assert_close((left @ right.T) / scale, truncated(weight, 2).float(), rtol=0, atol=2e-6)

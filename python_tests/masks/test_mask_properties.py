@@ -1,12 +1,13 @@
-"""Properties that hold for any input, drawn by hypothesis: the one file of the op tests that needs
-more than pytest.
+"""Properties that hold for any input, which hypothesis draws.
+
+This is the only file of op tests that needs more than pytest.
 """
 
 from __future__ import annotations
 
 import torch
+from helpers.bits import BF16, FP16, FP32, LAST, int32
 from helpers.spectra import assert_principal, whole_factors, with_spectrum
-from helpers.step_problems import BF16, FP16, FP32, LAST, int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,8 +32,9 @@ def test_mask_property(m, n, part, share, seed):
 @settings(derandomize=True, max_examples=80, deadline=None)
 @given(data=st.data())
 def test_lowrank_topk_property(data):
-    """Shapes, ranks, k, ties and brackets by chance: native code and reference agree to the
-    position.
+    """Shapes, ranks, k, ties and brackets are random.
+
+    Native code and reference return the same positions.
     """
     m, n, rank = (data.draw(st.integers(1, high)) for high in (70, 150, 12))
     left, right = whole_factors(m, n, rank, seed=data.draw(st.integers(0, 10**6)), top=data.draw(st.integers(0, 4)))
@@ -58,30 +60,30 @@ def test_principal_indices_property(data):
     assert len(indices) == k and indices[0] >= 0 and indices[-1] < m * n and bool((indices[1:] > indices[:-1]).all())
 
 
-def test_packed_migrate_is_a_dictionary_lookup(where):
+def test_packed_migrate_is_a_dictionary_lookup(backend):
     @SHARP
     @given(index_lists, index_lists)
     def check(old, new):
-        values = torch.arange(len(old), dtype=torch.int32, device=where.device) * 3 + 1
+        values = torch.arange(len(old), dtype=torch.int32, device=backend.device) * 3 + 1
         known = dict(zip(old, values.tolist()))
-        out = ops.packed_migrate(values, int32(old, where), int32(new, where), fill=-1, backend=where.backend)
+        out = ops.packed_migrate(values, int32(old, backend), int32(new, backend), fill=-1, backend=backend.name)
         assert out.tolist() == [known.get(index, -1) for index in new]
 
     check()
 
 
-def test_packed_scatter_then_gather_is_the_identity(where):
+def test_packed_scatter_then_gather_is_the_identity(backend):
     @SHARP
     @given(st.data(), st.integers(1, 6), st.integers(1, 6), st.sampled_from(DTYPES))
     def check(data, rows, columns, dtype):
         places = data.draw(st.sets(st.integers(0, rows * columns - 1)).map(sorted))
         number = st.floats(width=16, allow_nan=False)
         values = torch.tensor(
-            data.draw(st.lists(number, min_size=len(places), max_size=len(places))), device=where.device
+            data.draw(st.lists(number, min_size=len(places), max_size=len(places))), device=backend.device
         )
-        dense = torch.full((rows, columns), 77.0, dtype=dtype, device=where.device)
-        ops.packed_scatter_(dense, int32(places, where), values, backend=where.backend)
-        gathered = ops.packed_gather(dense, int32(places, where), dtype=FP32, backend=where.backend)
+        dense = torch.full((rows, columns), 77.0, dtype=dtype, device=backend.device)
+        ops.packed_scatter_(dense, int32(places, backend), values, backend=backend.name)
+        gathered = ops.packed_gather(dense, int32(places, backend), dtype=FP32, backend=backend.name)
         assert torch.equal(gathered, values.to(dtype).float())
         assert dense.view(-1).tolist() == [
             values.to(dtype)[places.index(at)].item() if at in places else 77.0 for at in range(rows * columns)

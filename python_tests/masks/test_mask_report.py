@@ -1,6 +1,4 @@
-"""The mask report: figures of matrices whose principal weights are known, files of a tiny model,
-refusals in one line.
-"""
+"""The mask report: figures of known matrices, files of a tiny model, refusals in one line."""
 
 from __future__ import annotations
 
@@ -15,8 +13,9 @@ from lift_kernels.masks.report import density_map, matrix_report, table
 
 
 def test_figures_of_a_matrix_of_rank_one():
-    """W = u v^T is its own approximation: the largest entries are the principal ones, in known rows
-    and columns.
+    """W = u v^T is its own approximation.
+
+    So the largest entries are the principal ones, and their rows and columns are known.
     """
     u, v = torch.ones(20), torch.ones(30)
     u[:4], v[:5] = 10.0, 10.0

@@ -1,5 +1,6 @@
-"""Masks: exactly k entries of largest |W_r|, ties to the lower position, and k from densities and
-budgets.
+"""Masks: exactly k entries of largest |W_r|, and k from densities and budgets.
+
+Ties go to the lower position.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def test_mask_equals_svd_and_stable_sort(method, shape):
 
 
 def test_rank_changes_the_mask():
-    """Guards the truth itself: low rank, full rank and plain magnitude choose different entries."""
+    """A check of the truth itself: low rank, full rank and magnitude choose different entries."""
     weight = with_spectrum(40, 60, [0.95**i for i in range(40)])
     masks = [principal_indices(weight, rank, 100) for rank in (2, 20, 40)]
     assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks[1], masks[2])
@@ -106,10 +107,10 @@ def test_same_input_same_mask():
         ({"density": 0.05}, 15),
         ({"density": 0.051}, 15),  # 15.3
         ({"density": 0.053}, 16),  # 15.9
-        ({"density": 1e-9}, 1),  # never none
+        ({"density": 1e-9}, 1),  # at least one
         ({"budget_rank": 1}, 40),
         ({"budget_rank": 7}, 280),
-        ({"budget_rank": 8}, 300),  # 320 is more than there are
+        ({"budget_rank": 8}, 300),  # fewer than 320 exist
     ],
 )
 def test_how_many_entries(request_, count):
@@ -165,16 +166,19 @@ def test_an_unknown_method_is_refused():
         principal_indices(torch.ones(4, 6), 2, 3, method="magic")
 
 
-def test_masks_of_a_batch_are_those_of_each_matrix(where):
-    """Made together, with brackets that are drawn, right and wrong, and one of another k."""
+def test_masks_of_a_batch_are_those_of_each_matrix(backend):
+    """They are made together.
+
+    Brackets are sampled, right or wrong, and one matrix has another k.
+    """
     weights = [with_spectrum(60, 90, [0.9**i for i in range(60)], seed=seed) for seed in range(4)]
-    requests = [MaskRequest(weight.to(where.device), 6, k) for weight, k in zip(weights, (270, 270, 270, 500))]
-    alone = principal_masks(requests, method="gram", memory_budget=0, backend=where.backend)
-    near, far = alone[1].threshold, torch.tensor(1e9, device=where.device)
+    requests = [MaskRequest(weight.to(backend.device), 6, k) for weight, k in zip(weights, (270, 270, 270, 500))]
+    alone = principal_masks(requests, method="gram", memory_budget=0, backend=backend.name)
+    near, far = alone[1].threshold, torch.tensor(1e9, device=backend.device)
     requests[1:3] = [replace(r, threshold=threshold) for r, threshold in zip(requests[1:3], (near, far))]
     sizes: list[int] = []
     together = principal_masks(
-        requests, method="gram", memory_budget=2**30, backend=where.backend, on_batch_done=sizes.append
+        requests, method="gram", memory_budget=2**30, backend=backend.name, on_batch_done=sizes.append
     )
     assert sizes == [4]
     for mask, one, request in zip(together, alone, requests):

@@ -1,5 +1,6 @@
-"""Chebyshev-filtered subspace iteration: faithful masks from cold and warm starts, alone and in
-batches.
+"""Chebyshev-filtered subspace iteration: accurate masks from cold and warm starts.
+
+Matrices are alone or in batches.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from lift_kernels.masks.selection import largest_indices
 
 
 def slow_spectrum(m, n, seed=0, decay=0.15):
-    """Singular values i^-decay, as flat around the rank as those of trained weights."""
+    """A matrix with singular values i^-decay, as flat around the rank as in trained weights."""
     generator = torch.Generator().manual_seed(seed)
     u, v = (torch.linalg.qr(torch.randn(size, min(m, n), generator=generator)).Q for size in (m, n))
     return (u * torch.arange(1, min(m, n) + 1).float() ** -decay) @ v.T
@@ -28,9 +29,7 @@ def exact_mask(weight, rank, k):
 
 
 def quality(indices, weight, rank):
-    """Overlap with the exact mask, and the share of the best possible sum of |W_r| that is
-    captured.
-    """
+    """The overlap with the exact mask, and the captured share of the best sum of |W_r|."""
     k = len(indices)
     best, magnitude = exact_mask(weight, rank, k)
     flat = magnitude.flatten()
@@ -48,9 +47,7 @@ def test_a_cold_start_is_faithful_where_spectra_are_slow(shape, dtype):
 
 
 def test_the_usual_randomized_svd_would_not_be():
-    """The bound of the test above tells the published variant, q = 2r and two iterations, from a
-    faithful one.
-    """
+    """The published variant, q = 2r with two iterations, misses the bound of the test above."""
     weight = slow_spectrum(200, 120)
     torch.manual_seed(0)
     u, s, v = torch.svd_lowrank(weight, q=16, niter=2)
@@ -67,8 +64,9 @@ def test_a_smaller_tolerance_is_more_faithful():
 
 
 def test_products_in_tf32_cost_no_fidelity(monkeypatch):
-    """As on a GPU: factors of the products lose 13 bits, and the last product with the matrix is
-    formed in fp32.
+    """This imitates a GPU: factors of the products lose 13 bits.
+
+    The last product with the matrix is formed in fp32.
     """
 
     def shortened(x):
@@ -121,7 +119,7 @@ def test_a_batch_gives_what_each_matrix_gives_alone(shape):
         alone = low_rank_factors(weight, 5, method="chebyshev", warm_start=basis, tolerance=1e-6)
         exact = low_rank_factors(weight, 5, method="svd")
         assert factors.converged and alone.converged
-        for found in (factors, alone):  # a batch goes on until its last matrix has converged, so they are not equal
+        for found in (factors, alone):  # a batch continues until its last matrix has converged, so they are not equal
             gap = found.left @ found.right.T - exact.left @ exact.right.T
             assert float(gap.norm()) <= 0.02 * float((exact.left @ exact.right.T).norm())
 
@@ -162,7 +160,7 @@ HARD = {
 @pytest.mark.parametrize("method", lowrank.METHODS)
 @pytest.mark.parametrize("rank", [1, 5, None])
 def test_hard_matrices_give_full_lists(name, method, rank):
-    """Deficient, tied, of extreme range: a list of exactly k, never a hang."""
+    """Deficient, tied or of extreme range, each gives exactly k entries and never hangs."""
     weight = HARD[name]
     rank = min(weight.shape) if rank is None else min(rank, *weight.shape)
     for k in {1, 17, weight.numel()}:

@@ -1,4 +1,4 @@
-"""DistributedDataParallel over packed layers: it averages k values a matrix, and nothing else."""
+"""DistributedDataParallel averages k values per packed matrix, and nothing else."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ dist.destroy_process_group()
 
 
 def test_ddp_averages_packed_gradients(tmp_path):
-    """Two processes end with the weights that one gets from both halves of each batch; the buckets
-    hold k values.
+    """Two processes end with the weights that both halves of each batch give.
+
+    The buckets hold k values.
     """
     run_ranks(WORKER, 2, tmp_path)
     torch.manual_seed(0)

@@ -1,7 +1,6 @@
-"""Ten steps of SmolLM2-135M with packed and with dense gradients: the same bits in fp32, whatever
-the way to the gradient.
+"""Ten steps of SmolLM2-135M with packed and with dense gradients give the same bits in fp32.
 
-The variants run on its first six layers: what they vary does not depend on the depth.
+The variants run on its first six layers, because depth does not matter for them.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import copy
 
 import pytest
 import torch
-from helpers.step_problems import bits
+from helpers.bits import bits
 
 from lift_kernels import LiftAdamW, lift_param_groups, pack_gradients
 from lift_kernels.finetune import model_io
@@ -26,7 +25,7 @@ CASES = {  # layers, options of the optimizer, micro-batches, checkpointing
 
 @pytest.fixture(scope="module")
 def models():
-    """By number of layers: the model, and the principal masks of its linear layers."""
+    """The model and the principal masks of its linear layers, by number of layers."""
     model, _ = model_io.load_model(model_io.find_model(None), torch.float32)
     optimizer = LiftAdamW(lift_param_groups(model, freeze_rest=True), rank=32)
     optimizer.refresh()
@@ -76,8 +75,9 @@ def test_smollm2_trains_to_the_same_bits_on_the_reference_path(models, layers, o
 @pytest.mark.slow
 @pytest.mark.native
 def test_smollm2_trains_to_the_same_weights_natively(models):
-    """Its largest weight is one panel, so the product is torch's own; the step adds no error to
-    that.
+    """Its largest weight is one panel, so the product is torch's own.
+
+    The step adds no further error.
     """
     mine = trained(models[30], "native-cpu", True, {}, 1, False)
     theirs = trained(models[30], "native-cpu", False, {}, 1, False)

@@ -1,6 +1,4 @@
-"""lift_param_groups: linear layers of torch and transformers, tied weights, heads, embeddings,
-rules on names.
-"""
+"""lift_param_groups: linear layers, tied weights, heads, embeddings and rules on names."""
 
 from __future__ import annotations
 
@@ -59,8 +57,9 @@ def test_llama_leaves_out_embeddings_head_and_norms(tied):
 
 
 def test_gpt2_conv1d():
-    """Conv1D holds its weight as (in, out): the mask is the transposed one of the linear layer it
-    stands for.
+    """Conv1D holds its weight as (in, out).
+
+    The mask is the transposed mask of the linear layer it stands for.
     """
     model = make_gpt2()
     groups = lift_param_groups(model)
@@ -77,8 +76,9 @@ def test_gpt2_conv1d():
 
 @pytest.mark.parametrize("make", [make_gpt2, lambda: make_llama(True), lambda: make_llama(False)])
 def test_freeze_rest_and_train(make):
-    """The paper's recipe: the optimizer takes the groups as they are, and a step moves principal
-    weights alone.
+    """This is the paper's recipe: the optimizer takes the groups as they are.
+
+    A step moves principal weights alone.
     """
     model = make()
     groups = lift_param_groups(model, freeze_rest=True)
@@ -120,7 +120,7 @@ def test_include_and_exclude():
     ],
 )
 def test_rules_that_cannot_work(rules, message):
-    """Nothing is frozen when the rules are refused."""
+    """Nothing is frozen if the rules are refused."""
     model = make_llama(False)
     with pytest.raises(ValueError, match=message):
         lift_param_groups(model, **rules, freeze_rest=True)
@@ -159,10 +159,10 @@ def test_a_lone_linear_layer():
 
 
 def test_the_groups_leave_room_for_options_and_for_dense_ones():
-    """Options are added to the group; norms beside it are trained densely."""
+    """Options are added to the group; norms in another group are trained densely."""
     model = make_llama(False)
     group = lift_param_groups(model)[0] | {"density": 0.2, "rank": 3}
-    matrices = dict(group["params"])  # the optimizer keeps names and parameters apart
+    matrices = dict(group["params"])  # the optimizer keeps names and parameters in two lists
     norms = [(name, p) for name, p in model.named_parameters() if "norm" in name]
     optimizer = LiftAdamW([group, {"params": norms, "lr": 1e-2}], lr=1e-3)
     model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()

@@ -1,5 +1,6 @@
-"""Tables of launches inside a CUDA-graph capture; torch's word on captures is stood in for, so no
-card is needed.
+"""Launch tables inside a CUDA graph capture.
+
+The tests replace torch's answer on whether a capture runs, so they need no GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ CUDA = torch.device("cuda", 0)
 
 @pytest.fixture
 def capture(monkeypatch):
-    """Says whether a graph is being captured; tables of a card stay on the CPU."""
+    """A function that starts or ends a pretended capture; tables of a GPU stay on the CPU."""
     state = {"on": False}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["on"])
@@ -47,7 +48,7 @@ def test_nothing_is_built_or_kept_inside_a_capture(capture):
 
 
 def test_tables_of_a_captured_graph_stay(capture):
-    """The graph reads them at every replay; the others make room."""
+    """The graph reads them at every replay. The other tables may be dropped."""
     tables = DeviceTables("betas", 2, "")
     kept = tables.get(0, CUDA, lambda: table(0))
     capture(True)
@@ -61,7 +62,7 @@ def test_tables_of_a_captured_graph_stay(capture):
 
 
 def test_bias_corrections_are_refused_and_built_afterwards(capture):
-    """per_entry, captured without a warm-up, then stepped as the message asks for."""
+    """per_entry is captured without a warm-up, and then stepped as the message asks for."""
     betas = 0.87, 0.93
     capture(True)
     with pytest.raises(RuntimeError, match="the betas of a launch changed .* run the step once before the capture"):
@@ -73,13 +74,13 @@ def test_bias_corrections_are_refused_and_built_afterwards(capture):
         assert found[0, age].item() == pytest.approx(1 / (1 - betas[0] ** age), rel=1e-7)
         assert found[1, age].item() == pytest.approx((1 - betas[1] ** age) ** -0.5, rel=1e-7)
     assert found[:, -1].tolist() == [1.0, 1.0]
-    for number in range(40):  # other betas, as a schedule of momenta brings them
+    for number in range(40):  # other betas, as from a schedule of momenta
         bias_correction.bias_table(0.5, 0.5 + number / 100, CUDA)
     assert torch.equal(bias_correction.bias_table(*betas, CUDA), found)
 
 
 def test_hooked_gradients_are_refused_inside_a_capture(capture):
-    """p.lift_grad is a new tensor at every step, which a replayed graph would not read."""
+    """p.lift_grad is a new tensor at every step, and a replayed graph would not read it."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 6))
     model[0].register_parameter("same", model[0].weight)  # held by two names: the weight gets a hook

@@ -1,5 +1,6 @@
-"""Which backends there are, why the others are not, and that importing the package needs none of
-them.
+"""Which backends there are and why others are not.
+
+Importing the package needs none of them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.step_problems import HANG_S
+from helpers.bits import HANG_S
 
 import lift_kernels
 from lift_kernels import LiftAdamW
@@ -47,7 +48,7 @@ dispatch.native_library = lambda: None
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:
-    """The code in a process of its own, without this one's interpreter mode."""
+    """Run code in a process of its own, without this one's interpreter mode."""
     inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     path = os.pathsep.join([str(Path(lift_kernels.__file__).parents[1]), inherited.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -63,7 +64,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def fresh():
-    """Dispatch as in a new process: choices are made, and said, once a process."""
+    """Dispatch as in a new process, which makes and logs each choice once."""
     for cached in (dispatch._default, dispatch._warn_once):
         cached.cache_clear()
     yield
@@ -108,7 +109,7 @@ def test_without_cuda():
 
 
 def test_without_the_extension():
-    """The reference serves, and one warning says so and why."""
+    """The reference runs, and one warning says so and why."""
     done = run(NO_EXTENSION + STEP + "print(lift_kernels.backends()['native-cpu'])")
     assert done.stdout.startswith("moved 60") and "usable=False" in done.stdout
     assert "the compiled extension lift_kernels._C is missing" in done.stdout
@@ -123,7 +124,7 @@ def test_without_extension_triton_and_optional_packages():
 
 
 def test_a_damaged_extension_is_reported(tmp_path, monkeypatch):
-    """A file that is no library is a reason, not an exception."""
+    """A file that is not a library gives a reason, not an exception."""
     broken = tmp_path / "_C.abi3.so"
     broken.write_bytes(b"not a library")
     monkeypatch.setattr(dispatch, "native_library", lambda: broken)
@@ -172,7 +173,7 @@ def test_a_backend_that_cannot_serve(no_native, monkeypatch):
     monkeypatch.setattr(dispatch, "_triton", lambda: dispatch.Backend(True, "Triton kernels on CUDA devices"))
     monkeypatch.setattr(dispatch, "interpreting", lambda: False)
     with pytest.raises(
-        RuntimeError, match="'triton' cannot run packed_gather on cpu tensors here: it serves cuda tensors"
+        RuntimeError, match="'triton' cannot run packed_gather on cpu tensors here: it only runs on cuda tensors"
     ):
         dispatch.choose("triton", CPU, "packed_gather")
     with pytest.raises(
@@ -183,6 +184,6 @@ def test_a_backend_that_cannot_serve(no_native, monkeypatch):
 
 
 def test_an_optimizer_with_a_backend_that_cannot_serve(no_native):
-    """Said when the optimizer is made, not in the middle of training."""
+    """The error comes with the constructor, not in the middle of training."""
     with pytest.raises(RuntimeError, match="'native-cpu' cannot run sparse_adamw_ on cpu tensors here"):
         LiftAdamW([torch.nn.Parameter(torch.ones(4, 4))], rank=2, backend="native-cpu")

@@ -1,5 +1,6 @@
-"""The published optimizer's numbers, replayed with the ops alone: steps on given masks, migration
-at each refresh.
+"""The published optimizer's numbers, replayed with the ops alone.
+
+They cover steps on given masks, and migration at each refresh.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ DATA = Path(__file__).parents[1] / "data"
 
 
 class Trace:
-    """A golden trace (see data/README.md): its settings by name, its tensors by call."""
+    """A golden trace (see data/README.md): settings by name, tensors by call."""
 
     def __init__(self, name: str, device: str):
         safe_open = pytest.importorskip("safetensors").safe_open
@@ -42,11 +43,11 @@ def assert_golden(actual: torch.Tensor, golden: torch.Tensor, label: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["trace_a", "trace_b"])
-def test_golden_ops(where, name):
-    trace = Trace(name, where.device)
+def test_golden_ops(backend, name):
+    trace = Trace(name, backend.device)
     weights = [weight.clone() for weight in trace("w0")]
     lists = trace.indices(0)
-    moments = [[torch.zeros(len(index), device=where.device) for index in lists] for _ in range(2)]
+    moments = [[torch.zeros(len(index), device=backend.device) for index in lists] for _ in range(2)]
     refreshes = 0
     for t in range(1, trace.steps + 1):
         counts = [len(index) for index in lists]
@@ -59,10 +60,10 @@ def test_golden_ops(where, name):
             [0, counts[0]],
             counts,
             *arenas[1:],
-            torch.full((2,), float(t), device=where.device),
+            torch.full((2,), float(t), device=backend.device),
             trace.lr,
             validate=True,
-            backend=where.backend,
+            backend=backend.name,
             **trace.options,
         )
         moments = [list(arena.split(counts)) for arena in arenas[1:]]
@@ -71,7 +72,7 @@ def test_golden_ops(where, name):
         if (t + 1) % trace.refresh_interval == 0 and f"mask.{t}.0" in trace.tensors:
             old, lists = lists, trace.indices(t)
             moments = [
-                [ops.packed_migrate(*each, validate=True, backend=where.backend) for each in zip(kind, old, lists)]
+                [ops.packed_migrate(*each, validate=True, backend=backend.name) for each in zip(kind, old, lists)]
                 for kind in moments
             ]
             refreshes += 1
@@ -84,9 +85,9 @@ def test_golden_ops(where, name):
 
 
 @pytest.mark.parametrize("name", ["trace_a", "trace_b"])
-def test_golden_ops_move_selected_entries_only(where, name):
-    """Of the traces themselves: what the tolerance above would not notice on small weights."""
-    trace = Trace(name, where.device)
+def test_golden_ops_move_selected_entries_only(backend, name):
+    """A check of the traces themselves: the tolerance above could hide this on small weights."""
+    trace = Trace(name, backend.device)
     weight, index = trace("w0")[1].clone(), trace.indices(0)[1]
     ops.sparse_adamw_(
         [weight],
@@ -94,11 +95,11 @@ def test_golden_ops_move_selected_entries_only(where, name):
         index,
         [0],
         [len(index)],
-        torch.zeros(len(index), device=where.device),
-        torch.zeros(len(index), device=where.device),
-        torch.ones(1, device=where.device),
+        torch.zeros(len(index), device=backend.device),
+        torch.zeros(len(index), device=backend.device),
+        torch.ones(1, device=backend.device),
         trace.lr,
-        backend=where.backend,
+        backend=backend.name,
         **trace.options,
     )
     moved = (weight != trace("w0")[1]).view(-1).nonzero().flatten()

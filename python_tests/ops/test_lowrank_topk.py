@@ -1,5 +1,6 @@
-"""`lowrank_topk`: exactly k sorted positions of the largest |L R^T|, on every backend, whatever the
-bracket says.
+"""`lowrank_topk`: exactly k sorted positions of the largest |L R^T|, on every backend.
+
+The bracket does not change the result.
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ from lift_kernels.ops.reference import lowrank_topk_ref
 SHAPES = [(1, 1, 1), (1, 300, 1), (300, 1, 2), (7, 5, 3), (64, 64, 16), (65, 129, 5), (130, 70, 33), (50, 200, 20)]
 
 
-def check(where, left, right, k, bracket=None):
-    """Equal to the reference in positions and threshold."""
+def check(backend, left, right, k, bracket=None):
+    """Check that positions and threshold equal those of the reference."""
     expected, threshold = lowrank_topk_ref(left, right, k)
-    device = where.device
+    device = backend.device
     bracket = None if bracket is None else torch.tensor(bracket, dtype=torch.float32, device=device)
-    indices, found = ops.lowrank_topk(left.to(device), right.to(device), k, bracket=bracket, backend=where.backend)
+    indices, found = ops.lowrank_topk(left.to(device), right.to(device), k, bracket=bracket, backend=backend.name)
     assert indices.dtype == torch.int32 and torch.equal(indices.cpu(), expected)
     assert found.dtype == torch.float32 and found.shape == ()
     assert torch.equal(found.cpu(), threshold) or bool(found.isnan() & threshold.isnan())
 
 
 @pytest.mark.parametrize("m, n, rank", SHAPES)
-def test_lowrank_topk_of_whole_numbers(where, m, n, rank):
+def test_lowrank_topk_of_whole_numbers(backend, m, n, rank):
     left, right = whole_factors(m, n, rank)
     for k in sorted({1, min(3, m * n), max(1, m * n // 20), max(1, m * n - 1), m * n}):
-        check(where, left, right, k)
+        check(backend, left, right, k)
 
 
 @pytest.mark.parametrize(
@@ -49,48 +50,49 @@ def test_lowrank_topk_of_whole_numbers(where, m, n, rank):
         (3.0, 12.0),
     ],
 )
-def test_lowrank_topk_with_any_bracket(where, low, high):
-    """Around the answer, beside it, empty, turned round, not a number: the same answer."""
+def test_lowrank_topk_with_any_bracket(backend, low, high):
+    """It may hold the answer, miss it, be empty, reversed or NaN: the answer is the same."""
     left, right = whole_factors(70, 90, 4)
     for k in (1, 200, 6300):
-        check(where, left, right, k, (low, high))
+        check(backend, left, right, k, (low, high))
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 0.25])
-def test_lowrank_topk_where_all_are_equal(where, value):
+def test_lowrank_topk_where_all_are_equal(backend, value):
     """Ties everywhere go to the lowest positions."""
     left, right = torch.full((20, 2), value), torch.ones(33, 2)
     for k in (1, 64, 65, 660):
-        check(where, left, right, k)
-        check(where, left, right, k, (2 * value, 2 * value + 1))
+        check(backend, left, right, k)
+        check(backend, left, right, k, (2 * value, 2 * value + 1))
 
 
-def test_lowrank_topk_orders_nan_above_infinity(where):
+def test_lowrank_topk_orders_nan_above_infinity(backend):
     left, right = whole_factors(40, 30, 2)
     left[3, 0], left[5, 1] = float("nan"), float("inf")
     right[:, 1] = right[:, 1].abs() + 1  # no inf * 0
     for k in (10, 30, 45, 60, 90):
-        check(where, left, right, k)
+        check(backend, left, right, k)
 
 
-def test_lowrank_topk_of_one_dominating_entry(where):
-    """A spread of magnitudes over the whole range of fp32."""
+def test_lowrank_topk_of_one_dominating_entry(backend):
+    """The magnitudes cover the whole range of fp32."""
     generator = torch.Generator().manual_seed(3)
     left = torch.exp2(torch.randint(-60, 60, (80, 1), generator=generator).float())
     right = torch.exp2(torch.randint(-60, 60, (50, 1), generator=generator).float())
     for k in (1, 2, 100, 2000, 4000):
-        check(where, left, right, k)
+        check(backend, left, right, k)
 
 
 @pytest.mark.parametrize("m, n, rank", [(90, 130, 24), (200, 64, 64)])
-def test_lowrank_topk_of_real_numbers(where, m, n, rank):
-    """Entries may differ from the reference only within rounding of the threshold, and each is
-    checked to be such a one.
+def test_lowrank_topk_of_real_numbers(backend, m, n, rank):
+    """Positions may differ from the reference only by rounding.
+
+    Each entry that differs must lie within rounding of the threshold.
     """
     generator = torch.Generator().manual_seed(1)
     left, right = (torch.randn(size, rank, generator=generator) for size in (m, n))
     k = round(0.05 * m * n)
-    indices, threshold = ops.lowrank_topk(left.to(where.device), right.to(where.device), k, backend=where.backend)
+    indices, threshold = ops.lowrank_topk(left.to(backend.device), right.to(backend.device), k, backend=backend.name)
     indices = indices.cpu().long()
     assert len(indices) == k and bool((indices[1:] > indices[:-1]).all()) and 0 <= indices[0] and indices[-1] < m * n
     exact = (left.double() @ right.double().T).abs().flatten()
@@ -102,31 +104,32 @@ def test_lowrank_topk_of_real_numbers(where, m, n, rank):
     assert abs(float(threshold) - float(limit)) <= margin
 
 
-def test_lowrank_topk_is_deterministic(where):
+def test_lowrank_topk_is_deterministic(backend):
     generator = torch.Generator().manual_seed(2)
-    left, right = (torch.randn(size, 9, generator=generator).to(where.device) for size in (150, 140))
-    first = ops.lowrank_topk(left, right, 1000, backend=where.backend)
+    left, right = (torch.randn(size, 9, generator=generator).to(backend.device) for size in (150, 140))
+    first = ops.lowrank_topk(left, right, 1000, backend=backend.name)
     threshold = first[1]
-    for bracket in (None, threshold_bracket.around(threshold), torch.zeros(2, device=where.device)):
-        again = ops.lowrank_topk(left, right, 1000, bracket=bracket, backend=where.backend)
+    for bracket in (None, threshold_bracket.around(threshold), torch.zeros(2, device=backend.device)):
+        again = ops.lowrank_topk(left, right, 1000, bracket=bracket, backend=backend.name)
         assert torch.equal(again[0], first[0]) and torch.equal(again[1], first[1])
 
 
 @pytest.mark.parametrize("m, n", [(70, 90), (300, 1), (1, 65)])
-def test_lowrank_topk_of_a_batch(where, m, n):
-    """Each matrix as if it were alone, whether its bracket is right, beside the answer, or not
-    given.
+def test_lowrank_topk_of_a_batch(backend, m, n):
+    """Each matrix gives the result it has alone.
+
+    Its bracket may be right, miss the answer, or not be given.
     """
     pairs = [tuple(whole_factors(m, n, 4, seed)) for seed in range(3)]
-    left, right = (torch.stack(factors).to(where.device) for factors in zip(*pairs))
+    left, right = (torch.stack(factors).to(backend.device) for factors in zip(*pairs))
     for k in (1, m * n // 7 + 1, m * n):
         alone = [lowrank_topk_ref(*pair, k) for pair in pairs]
         brackets_given = torch.stack(
             [threshold_bracket.around(alone[0][1]), torch.tensor([1e9, 2e9]), torch.tensor([0.0, float("inf")])]
         )
         for bracket in (None, brackets_given):
-            given = None if bracket is None else bracket.to(where.device)
-            indices, thresholds = ops.lowrank_topk(left, right, k, bracket=given, backend=where.backend)
+            given = None if bracket is None else bracket.to(backend.device)
+            indices, thresholds = ops.lowrank_topk(left, right, k, bracket=given, backend=backend.name)
             assert indices.shape == (3, k) and thresholds.shape == (3,)
             assert torch.equal(indices.cpu(), torch.stack([found for found, _ in alone]))
             assert torch.equal(thresholds.cpu(), torch.stack([threshold for _, threshold in alone]))
@@ -134,22 +137,22 @@ def test_lowrank_topk_of_a_batch(where, m, n):
 
 @pytest.mark.gpu
 def test_lowrank_topk_by_default_on_a_gpu():
-    """Whichever version of `bitmap_to_indices` serves there, the answer is the same."""
+    """The answer does not depend on which `bitmap_to_indices` runs there."""
     generator = torch.Generator().manual_seed(5)
     left, right = (torch.randn(3, size, 20, generator=generator).cuda() for size in (1100, 700))
     found = [ops.lowrank_topk(left, right, 38500, backend=backend) for backend in (None, "triton")]
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
-def test_lowrank_topk_of_no_matrix(where):
-    left, right = torch.ones(0, 5, 2, device=where.device), torch.ones(0, 7, 2, device=where.device)
-    for bracket in (None, torch.ones(0, 2, device=where.device)):
-        indices, thresholds = ops.lowrank_topk(left, right, 4, bracket=bracket, backend=where.backend)
+def test_lowrank_topk_of_no_matrix(backend):
+    left, right = torch.ones(0, 5, 2, device=backend.device), torch.ones(0, 7, 2, device=backend.device)
+    for bracket in (None, torch.ones(0, 2, device=backend.device)):
+        indices, thresholds = ops.lowrank_topk(left, right, 4, bracket=bracket, backend=backend.name)
         assert indices.shape == (0, 4) and indices.dtype == torch.int32 and thresholds.shape == (0,)
 
 
 def test_sampled_bracket_holds_the_threshold():
-    """For dense and thin selections, and always the same one."""
+    """This holds for dense and sparse selections, and the bracket is always the same."""
     generator = torch.Generator().manual_seed(4)
     left = torch.randn(300, 6, generator=generator) * torch.randn(300, 1, generator=generator).mul_(0.45).exp_()
     right = torch.randn(400, 6, generator=generator)
@@ -164,8 +167,9 @@ def test_sampled_bracket_holds_the_threshold():
 
 
 def test_lowrank_topk_makes_no_dense_matrix():
-    """Peak memory of a process that selects, against one that holds only the factors: less than an
-    eighth of m * n floats.
+    """A process that selects needs little more memory than one that holds only the factors.
+
+    The difference of their peaks is about m * n bits, far below m * n floats.
     """
     if dispatch.interpreting():
         pytest.fail("this test belongs to the plain run")
@@ -198,15 +202,15 @@ def test_lowrank_topk_makes_no_dense_matrix():
             "left must be a contiguous float32 matrix or a batch of them, got torch.float64",
         ),
         ({"left": torch.ones(2, 3).T}, ValueError, "left must be a contiguous float32 matrix"),
-        ({"right": torch.ones(4, 3)}, ValueError, "must share a rank of at least 1"),
-        ({"right": torch.ones(1, 4, 2)}, ValueError, r"and the batch, got \(3, 2\) and \(1, 4, 2\)"),
+        ({"right": torch.ones(4, 3)}, ValueError, "the same rank of at least 1"),
+        ({"right": torch.ones(1, 4, 2)}, ValueError, r"the same batch size and .*, got \(3, 2\) and \(1, 4, 2\)"),
         (
             {"left": torch.ones(2, 3, 2), "right": torch.ones(2, 4, 2), "bracket": torch.ones(2)},
             ValueError,
-            r"two float32 numbers a matrix, \(2, 2\)",
+            r"bracket must be contiguous float32 \(2, 2\)",
         ),
-        ({"left": torch.ones(3, 0), "right": torch.ones(4, 0)}, ValueError, "must share a rank of at least 1"),
-        ({"bracket": torch.ones(3)}, ValueError, "bracket must be two float32 numbers"),
+        ({"left": torch.ones(3, 0), "right": torch.ones(4, 0)}, ValueError, "the same rank of at least 1"),
+        ({"bracket": torch.ones(3)}, ValueError, r"bracket must be contiguous float32 \(2,\)"),
         (
             {"left": torch.ones(1, 1).expand(70000, 1).contiguous(), "right": torch.ones(70000, 1)},
             ValueError,
@@ -214,7 +218,7 @@ def test_lowrank_topk_makes_no_dense_matrix():
         ),
     ],
 )
-def test_lowrank_topk_bad_input(where, change, error, message):
+def test_lowrank_topk_bad_input(backend, change, error, message):
     arguments = {"left": torch.ones(3, 2), "right": torch.ones(4, 2), "k": 5} | change
     with pytest.raises(error, match=message):
-        ops.lowrank_topk(**arguments, backend=where.backend)
+        ops.lowrank_topk(**arguments, backend=backend.name)

@@ -1,12 +1,14 @@
-"""Bad input to the ops: the right kind of error, a message that names position and value, and
-nothing changed.
+"""Bad input to the ops raises the right kind of error and changes nothing.
+
+The message names position and value.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from helpers.step_problems import BF16, assert_same_bits, make_problem
+from helpers.bits import BF16, assert_same_bits
+from helpers.step_problems import make_problem
 
 from lift_kernels import ops
 
@@ -49,7 +51,7 @@ def nothing(problem):
 
 
 CHECKED = {"validate": True}
-# name: (how the arguments are spoiled, options of the call, the error, words of the message)
+# name: (function that spoils the arguments, options of the call, error, part of the message)
 BAD_STEPS = {
     "weight of a wrong dtype": (replaced("weights", torch.Tensor.double, 1), {}, TypeError, "weight 1 .*float64"),
     "weights of two dtypes": (replaced("weights", torch.Tensor.half, 1), {}, TypeError, "weight 1 .*float16"),
@@ -87,7 +89,7 @@ BAD_STEPS = {
     "first moment too short": (replaced("exp_avg", lambda t: t[1:].clone()), {}, ValueError, "exp_avg .*320.*319"),
     "second moment elsewhere": (replaced("exp_avg_sq", meta), {}, ValueError, "exp_avg_sq .*meta"),
     "second moment strided": (replaced("exp_avg_sq", strided), {}, ValueError, "exp_avg_sq"),
-    "steps too short": (replaced("steps", lambda s: s[:-1]), {}, ValueError, r"steps must be \(2,\).*\(1,\)"),
+    "steps too short": (replaced("steps", lambda s: s[:-1]), {}, ValueError, r"steps must be float32 \(2,\).*\(1,\)"),
     "steps int": (replaced("steps", torch.Tensor.int), {}, ValueError, "steps must be .*int32"),
     "steps elsewhere": (replaced("steps", meta), {}, ValueError, "steps must be .*meta"),
     "master bf16": (lambda p: setattr(p, "master", p.exp_avg.bfloat16()), {}, TypeError, "master .*bfloat16"),
@@ -106,47 +108,51 @@ BAD_STEPS = {
     "index twice": (index_set(5, 4), CHECKED, ValueError, "matrix 1: .*got 4 before 4 at position 4"),
     "index unsorted": (index_set(5, 7), CHECKED, ValueError, "matrix 1: .*got 7 before 6 at position 5"),
     "order hidden by wrapping": (index_set(0, 2**31 - 1), CHECKED, ValueError, "got 2147483647 before 1"),
-    "segments overlap": (replaced("offsets", lambda o: o - 63, 1), CHECKED, ValueError, "segment 1 .*neighbour"),
+    "segments overlap": (
+        replaced("offsets", lambda o: o - 63, 1),
+        CHECKED,
+        ValueError,
+        "segment 1 .* overlaps the segment that ends at",
+    ),
 }
 
 
 @pytest.mark.parametrize("spoil, options, error, message", BAD_STEPS.values(), ids=BAD_STEPS)
-def test_op_bad_step(where, spoil, options, error, message):
-    problem = make_problem(where, [((13, 17), 40), ((9, 8), 72)])
+def test_op_bad_step(backend, spoil, options, error, message):
+    problem = make_problem(backend, [((13, 17), 40), ((9, 8), 72)])
     whole = problem.copy()
     problem.__dict__.update(vars(whole))  # the same tensors, in lists and fields that may be spoiled
     spoil(problem)
     before = whole.state()
     device = {
-        key: value.to(where.device) if key in ("inv_scale", "found_inf") else value for key, value in options.items()
+        key: value.to(backend.device) if key in ("inv_scale", "found_inf") else value for key, value in options.items()
     }
     with pytest.raises(error, match=message):
-        problem.step(where, advance=False, **device)
+        problem.step(backend, advance=False, **device)
     assert_same_bits(whole.state(), before)
 
 
-def test_op_bad_step_stochastic_with_master(where):
-    problem = make_problem(where, weight=BF16, master=True)
+def test_op_bad_step_stochastic_with_master(backend):
+    problem = make_problem(backend, weight=BF16, master=True)
     before = problem.state()
     with pytest.raises(ValueError, match="no master"):
-        problem.step(where, stochastic=True)
+        problem.step(backend, stochastic=True)
     assert_same_bits(problem.state(), before)
 
 
-def test_op_bad_step_betas_too_near_one(where):
+def test_op_bad_step_betas_too_near_one(backend):
     """The table of corrections by age would be too long; the global form has no table."""
-    problem = make_problem(where, births=True)
+    problem = make_problem(backend, births=True)
     before = problem.state()
-    if where.backend != "reference":
+    if backend.name != "reference":
         with pytest.raises(ValueError, match="betas up to 0.99999"):
-            problem.step(where, betas=(0.9, 1 - 1e-9))
+            problem.step(backend, betas=(0.9, 1 - 1e-9))
         assert_same_bits(problem.state(), before)
-    problem.step(where, betas=(0.9, 1 - 1e-9), births=None)
+    problem.step(backend, betas=(0.9, 1 - 1e-9), births=None)
     assert not torch.equal(problem.state()["weight 0"], before["weight 0"])
 
 
-# name: (op, arguments in order, how some of them are spoiled and further options, the error, words
-# of the message)
+# name: (op, arguments in order, spoiled arguments and further options, error, part of the message)
 GATHER, SCATTER, MIGRATE, GRADIENT = "packed_gather", "packed_scatter_", "packed_migrate", "packed_weight_grad"
 ONES, ONE = [1.0, 1.0], [1.0]
 BAD_CALLS = {
@@ -200,7 +206,7 @@ BAD_CALLS = {
         (ONES, ONES, [0]),
         {},
         ValueError,
-        r"matrices of as many rows, got \(2,\) and",
+        r"matrices with the same number of rows, got \(2,\) and",
     ),
     "weight gradient of other tokens": (
         GRADIENT,
@@ -244,7 +250,7 @@ BAD_CALLS = {
 
 
 @pytest.mark.parametrize("op, values, options, error, message", BAD_CALLS.values(), ids=BAD_CALLS)
-def test_op_bad_call(where, op, values, options, error, message):
+def test_op_bad_call(backend, op, values, options, error, message):
     names = [argument.name for argument in getattr(torch.ops.lift_kernels, op).default._schema.arguments]
     changes = {
         "meta": meta,
@@ -255,10 +261,10 @@ def test_op_bad_call(where, op, values, options, error, message):
     arguments = {}
     for name, value in zip(names, values):
         dtype = torch.int32 if "indices" in name else None
-        tensor = torch.tensor(value, dtype=dtype, device=where.device)
+        tensor = torch.tensor(value, dtype=dtype, device=backend.device)
         arguments[name] = changes[options[name]](tensor) if name in options else tensor
     before = {name: tensor.clone() for name, tensor in arguments.items()}
-    extra = {"backend": where.backend} | {name: value for name, value in options.items() if name not in arguments}
+    extra = {"backend": backend.name} | {name: value for name, value in options.items() if name not in arguments}
     with pytest.raises(error, match=message):
         getattr(ops, op)(**arguments, **extra)
     for name, tensor in arguments.items():
@@ -266,12 +272,12 @@ def test_op_bad_call(where, op, values, options, error, message):
             assert torch.equal(tensor, before[name]), name
 
 
-def test_op_bad_norm(where):
-    problem = make_problem(where, [((13, 17), 40), ((9, 8), 72)])
+def test_op_bad_norm(backend):
+    problem = make_problem(backend, [((13, 17), 40), ((9, 8), 72)])
     arguments = problem.grads, problem.indices, problem.offsets, problem.counts
 
     def norm(*changed, **options):
-        return ops.packed_l2_norm(*changed, *arguments[len(changed) :], backend=where.backend, **options)
+        return ops.packed_l2_norm(*changed, *arguments[len(changed) :], backend=backend.name, **options)
 
     with pytest.raises(TypeError, match="gradient 1 .*float16"):
         norm([problem.grads[0], problem.grads[1].half()])

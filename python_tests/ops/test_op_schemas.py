@@ -1,11 +1,13 @@
-"""What every op owes its callers: a true schema, honest version counters, a default backend."""
+"""The contract of every op: a true schema, correct version counters, a default backend."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from helpers.backends import backend_of
 from helpers.bitmap_cases import CASES
-from helpers.step_problems import BF16, FP16, FP32, backend_of, bits, make_problem
+from helpers.bits import BF16, FP16, FP32, bits
+from helpers.step_problems import make_problem
 
 from lift_kernels import ops
 from lift_kernels.ops import dispatch
@@ -13,19 +15,20 @@ from lift_kernels.ops import dispatch
 NAMESPACE = torch.ops.lift_kernels
 
 
-def int32(values, where):
-    return torch.tensor(values, dtype=torch.int32, device=where.device)
+def int32(values, backend):
+    return torch.tensor(values, dtype=torch.int32, device=backend.device)
 
 
-def adamw_arguments(where, **kinds):
-    """Positional and keyword arguments of the raw op, on weights without borders: opcheck copies
-    each tensor alone.
+def adamw_arguments(backend, **kinds):
+    """Positional and keyword arguments of the raw op.
+
+    The weights have no borders, because opcheck copies each tensor alone.
     """
-    problem = make_problem(where, [((6, 7), 9), ((5, 4), 20)], **kinds)
+    problem = make_problem(backend, [((6, 7), 9), ((5, 4), 20)], **kinds)
     problem.steps += 1
     weights = [weight.clone() for weight in problem.weights]
-    lr = torch.tensor(0.01, device=where.device)
-    extra = {"inv_scale": torch.tensor(0.5, device=where.device), "found_inf": torch.zeros((), device=where.device)}
+    lr = torch.tensor(0.01, device=backend.device)
+    extra = {"inv_scale": torch.tensor(0.5, device=backend.device), "found_inf": torch.zeros((), device=backend.device)}
     arguments = (
         weights,
         problem.grads,
@@ -41,100 +44,106 @@ def adamw_arguments(where, **kinds):
     return arguments, options | extra | {"master": problem.master, "births": problem.births}
 
 
-def norm_arguments(where, packed):
-    problem = make_problem(where, [((6, 7), 9), ((5, 4), 20)], packed=packed)
+def norm_arguments(backend, packed):
+    problem = make_problem(backend, [((6, 7), 9), ((5, 4), 20)], packed=packed)
     return (problem.grads, problem.indices, problem.offsets, problem.counts), {"packed_grads": packed}
 
 
-def weight_grad_arguments(where, dtype):
-    factors = [torch.randn(4, side, device=where.device).to(dtype) for side in (6, 7)]
-    return *factors, int32([0, 8, 41], where)
+def weight_grad_arguments(backend, dtype):
+    factors = [torch.randn(4, side, device=backend.device).to(dtype) for side in (6, 7)]
+    return *factors, int32([0, 8, 41], backend)
 
 
-def chebyshev_arguments(where, previous):
-    product, block = (torch.randn(2, 9, 4, device=where.device) for _ in range(2))
-    return product, block, previous, torch.tensor([0.5, 2.0], device=where.device)
+def chebyshev_arguments(backend, previous):
+    product, block = (torch.randn(2, 9, 4, device=backend.device) for _ in range(2))
+    return product, block, previous, torch.tensor([0.5, 2.0], device=backend.device)
 
 
-# Every op with the ways of calling it that differ in what is read or written: functions of `where`.
+# Samples of every op, as functions of `backend`. They differ in what the op reads or writes.
 SAMPLES = {
     "sparse_adamw_": {
         "dense": adamw_arguments,
-        "packed, per entry": lambda where: adamw_arguments(where, packed=True, births=True),
-        "master": lambda where: adamw_arguments(where, weight=BF16, master=True, moment=BF16),
-        "stochastic": lambda where: (
-            adamw_arguments(where, weight=FP16)[0],
-            adamw_arguments(where, weight=FP16)[1] | {"stochastic": True, "seed": 3},
+        "packed, per entry": lambda backend: adamw_arguments(backend, packed=True, births=True),
+        "master": lambda backend: adamw_arguments(backend, weight=BF16, master=True, moment=BF16),
+        "stochastic": lambda backend: (
+            adamw_arguments(backend, weight=FP16)[0],
+            adamw_arguments(backend, weight=FP16)[1] | {"stochastic": True, "seed": 3},
         ),
     },
     "packed_gather": {
-        "same dtype": lambda where: ((torch.randn(4, 5, device=where.device), int32([1, 7, 19], where)), {}),
-        "other dtype": lambda where: ((torch.randn(4, 5, device=where.device), int32([2], where)), {"dtype": BF16}),
+        "same dtype": lambda backend: ((torch.randn(4, 5, device=backend.device), int32([1, 7, 19], backend)), {}),
+        "other dtype": lambda backend: (
+            (torch.randn(4, 5, device=backend.device), int32([2], backend)),
+            {"dtype": BF16},
+        ),
     },
     "packed_scatter_": {
-        "values": lambda where: (
-            (torch.randn(4, 5, device=where.device), int32([1, 7], where), torch.randn(2, device=where.device)),
+        "values": lambda backend: (
+            (torch.randn(4, 5, device=backend.device), int32([1, 7], backend), torch.randn(2, device=backend.device)),
             {},
         ),
     },
     "packed_migrate": {
-        "fill": lambda where: ((torch.randn(2, device=where.device), int32([1, 7], where), int32([2, 7], where)), {}),
-        "fill_values": lambda where: (
+        "fill": lambda backend: (
+            (torch.randn(2, device=backend.device), int32([1, 7], backend), int32([2, 7], backend)),
+            {},
+        ),
+        "fill_values": lambda backend: (
             (
-                torch.randn(2, device=where.device),
-                int32([1, 7], where),
-                int32([0, 7], where),
-                torch.randn(2, device=where.device),
+                torch.randn(2, device=backend.device),
+                int32([1, 7], backend),
+                int32([0, 7], backend),
+                torch.randn(2, device=backend.device),
             ),
             {},
         ),
     },
     "lowrank_topk": {
-        "sampled bracket": lambda where: (
-            (torch.randn(9, 3, device=where.device), torch.randn(7, 3, device=where.device), 12),
+        "sampled bracket": lambda backend: (
+            (torch.randn(9, 3, device=backend.device), torch.randn(7, 3, device=backend.device), 12),
             {},
         ),
-        "bracket": lambda where: (
+        "bracket": lambda backend: (
             (
-                torch.randn(9, 3, device=where.device),
-                torch.randn(7, 3, device=where.device),
+                torch.randn(9, 3, device=backend.device),
+                torch.randn(7, 3, device=backend.device),
                 12,
-                torch.tensor([0.5, 2.5], device=where.device),
+                torch.tensor([0.5, 2.5], device=backend.device),
             ),
             {},
         ),
-        "a batch": lambda where: (
-            (torch.randn(2, 9, 3, device=where.device), torch.randn(2, 7, 3, device=where.device), 12),
+        "a batch": lambda backend: (
+            (torch.randn(2, 9, 3, device=backend.device), torch.randn(2, 7, 3, device=backend.device), 12),
             {},
         ),
     },
     "bitmap_to_indices": {
-        "two matrices": lambda where: (CASES["a thin bracket"]().arguments(where.device), {}),
-        "no matrix": lambda where: (CASES["no matrix"]().arguments(where.device), {}),
+        "two matrices": lambda backend: (CASES["a thin bracket"]().arguments(backend.device), {}),
+        "no matrix": lambda backend: (CASES["no matrix"]().arguments(backend.device), {}),
     },
     "gaussian_sketch_": {
-        "fp32": lambda where: ((torch.zeros(2, 5, 3, device=where.device), 7), {}),
-        "bf16": lambda where: ((torch.zeros(1, 4, 8, device=where.device, dtype=BF16), 7, 2), {}),
+        "fp32": lambda backend: ((torch.zeros(2, 5, 3, device=backend.device), 7), {}),
+        "bf16": lambda backend: ((torch.zeros(1, 4, 8, device=backend.device, dtype=BF16), 7, 2), {}),
     },
     "cholesky_qr_": {
-        "a block": lambda where: ((torch.randn(2, 9, 4, device=where.device), None), {}),
-        "two blocks, two rounds": lambda where: (
-            (torch.randn(2, 9, 4, device=where.device), torch.randn(2, 5, 4, device=where.device)),
+        "a block": lambda backend: ((torch.randn(2, 9, 4, device=backend.device), None), {}),
+        "two blocks, two rounds": lambda backend: (
+            (torch.randn(2, 9, 4, device=backend.device), torch.randn(2, 5, 4, device=backend.device)),
             {"rounds": 2},
         ),
     },
     "chebyshev_step_": {
-        "first": lambda where: (chebyshev_arguments(where, None), {}),
-        "later": lambda where: (chebyshev_arguments(where, torch.randn(2, 9, 4, device=where.device)), {}),
+        "first": lambda backend: (chebyshev_arguments(backend, None), {}),
+        "later": lambda backend: (chebyshev_arguments(backend, torch.randn(2, 9, 4, device=backend.device)), {}),
     },
     "packed_l2_norm": {
-        "dense": lambda where: norm_arguments(where, packed=False),
-        "packed": lambda where: norm_arguments(where, packed=True),
+        "dense": lambda backend: norm_arguments(backend, packed=False),
+        "packed": lambda backend: norm_arguments(backend, packed=True),
     },
     "packed_weight_grad": {
-        "fp32": lambda where: (weight_grad_arguments(where, FP32), {}),
-        "bf16, to bf16": lambda where: (weight_grad_arguments(where, BF16), {"dtype": BF16}),
-        "another way": lambda where: (weight_grad_arguments(where, FP16), {"fused": where.backend == "triton"}),
+        "fp32": lambda backend: (weight_grad_arguments(backend, FP32), {}),
+        "bf16, to bf16": lambda backend: (weight_grad_arguments(backend, BF16), {"dtype": BF16}),
+        "another way": lambda backend: (weight_grad_arguments(backend, FP16), {"fused": backend.name == "triton"}),
     },
 }
 CALLS = [
@@ -162,13 +171,13 @@ def test_op_contract_has_a_sample_of_every_op():
 
 
 @pytest.mark.parametrize("op, sample", CALLS)
-def test_op_contract_opcheck(where, op, sample):
-    arguments, options = sample(where)
-    torch.library.opcheck(getattr(NAMESPACE, op).default, arguments, options | {"backend": backend_of(where, op)})
+def test_op_contract_opcheck(backend, op, sample):
+    arguments, options = sample(backend)
+    torch.library.opcheck(getattr(NAMESPACE, op).default, arguments, options | {"backend": backend_of(backend, op)})
 
 
 def named_tensors(op, arguments, options):
-    """(argument name, tensor) for every tensor of a call, lists unrolled."""
+    """(argument name, tensor) for every tensor of a call, with lists unrolled."""
     schema = getattr(NAMESPACE, op).default._schema
     given = dict(zip((argument.name for argument in schema.arguments), arguments)) | options
     for name, value in given.items():
@@ -178,12 +187,12 @@ def named_tensors(op, arguments, options):
 
 
 @pytest.mark.parametrize("op, sample", CALLS)
-def test_op_contract_versions_of_mutated_tensors_rise(where, op, sample):
-    """Of these alone: so autograd sees each write, and no write that did not happen."""
-    arguments, options = sample(where)
+def test_op_contract_versions_of_mutated_tensors_rise(backend, op, sample):
+    """Only these rise, so autograd sees each write, and no write that did not happen."""
+    arguments, options = sample(backend)
     tensors = list(named_tensors(op, arguments, options))
     old = [(tensor._version, bits(tensor).clone()) for _, tensor in tensors]
-    getattr(NAMESPACE, op)(*arguments, **options, backend=backend_of(where, op))
+    getattr(NAMESPACE, op)(*arguments, **options, backend=backend_of(backend, op))
     for (name, tensor), (version, pattern) in zip(tensors, old):
         assert (tensor._version > version) == (name in MUTATED[op]), f"{name}: version {version} -> {tensor._version}"
         assert torch.equal(bits(tensor), pattern) == (name not in MUTATED[op]), f"{name}: written or not"
@@ -195,19 +204,19 @@ def test_op_contract_schema_says_what_is_mutated():
         assert {argument.name for argument in arguments if argument.is_write} == mutated
 
 
-def test_op_contract_stale_backward_is_refused(where):
-    """A product saved a weight; the step changed it; the backward pass notices."""
-    problem = make_problem(where, [((6, 7), 9)])
-    x = torch.ones(6, 7, device=where.device, requires_grad=True)
+def test_op_contract_stale_backward_is_refused(backend):
+    """A product saved a weight, the step changed it, and the backward pass notices."""
+    problem = make_problem(backend, [((6, 7), 9)])
+    x = torch.ones(6, 7, device=backend.device, requires_grad=True)
     loss = (x * problem.weights[0]).sum()
-    problem.step(where)
+    problem.step(backend)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
 @pytest.mark.parametrize("op", SAMPLES)
 def test_op_contract_default_backend(op):
-    """The native code serves CPU tensors by default; the interpreter only when asked for."""
+    """The native code runs on CPU tensors by default; the interpreter only if requested."""
     assert dispatch.choose(None, torch.device("cpu"), op) == dispatch.OPS[op][0].replace("native-cuda", "reference")
 
 
@@ -217,11 +226,12 @@ def test_op_contract_cpu_tensors_need_a_cpu_backend(op):
         dispatch.choose("native-cuda", torch.device("cpu"), op)
 
 
-def test_op_contract_dtypes_of_results(where):
-    """The fakes promise what the ops return: checked by value in the tests of each op, here for the
-    empty ones.
+def test_op_contract_dtypes_of_results(backend):
+    """The fakes promise what the ops return.
+
+    The tests of each op check this by value, and this test checks empty results.
     """
-    none = int32([], where)
-    source = torch.ones(3, dtype=FP32, device=where.device)
-    assert ops.packed_gather(source, none, dtype=FP16, backend=where.backend).dtype == FP16
-    assert ops.packed_migrate(source.bfloat16()[:0], none, none, backend=where.backend).dtype == BF16
+    none = int32([], backend)
+    source = torch.ones(3, dtype=FP32, device=backend.device)
+    assert ops.packed_gather(source, none, dtype=FP16, backend=backend.name).dtype == FP16
+    assert ops.packed_migrate(source.bfloat16()[:0], none, none, backend=backend.name).dtype == BF16

@@ -1,12 +1,10 @@
-"""packed_weight_grad on every backend: the dense weight gradient at the index list, value by
-value.
-"""
+"""packed_weight_grad on every backend: the dense weight gradient at the index list."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from helpers.step_problems import BF16, FP16, FP32, assert_near, bits, random_indices
+from helpers.bits import BF16, FP16, FP32, assert_near, bits, random_indices
 
 from lift_kernels import ops
 
@@ -25,22 +23,22 @@ SHAPES = {  # tokens, m, n, k
 }
 
 
-def factors(where, tokens, m, n, dtype=FP32, seed=0):
+def factors(backend, tokens, m, n, dtype=FP32, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(tokens, side, generator=generator).to(where.device, dtype) for side in (m, n)]
+    return [torch.randn(tokens, side, generator=generator).to(backend.device, dtype) for side in (m, n)]
 
 
-def index_list(where, m, n, k, seed=1):
-    return random_indices(m * n, k, torch.Generator().manual_seed(seed)).to(where.device)
+def index_list(backend, m, n, k, seed=1):
+    return random_indices(m * n, k, torch.Generator().manual_seed(seed)).to(backend.device)
 
 
-def ways(where):
+def ways(backend):
     """The options that choose an implementation of this backend."""
-    return [{"fused": False}, {"fused": True}] if where.backend == "triton" else [{}]
+    return [{"fused": False}, {"fused": True}] if backend.name == "triton" else [{}]
 
 
 def summed_in_order(grad_output, input):
-    """The product as a plain loop over tokens forms it, in fp32 on the CPU."""
+    """The product by a plain loop over tokens, in fp32 on the CPU."""
     total = torch.zeros(grad_output.shape[1], input.shape[1])
     for g, x in zip(grad_output.float().cpu(), input.float().cpu()):
         total += torch.outer(g, x)
@@ -48,11 +46,10 @@ def summed_in_order(grad_output, input):
 
 
 def assert_entries(actual, grad_output, input, index, exact):
-    """As near to the fp64 product as torch's own product in this dtype; or to the bit what a gather
-    from that one gives.
+    """Check that the result is as near to the fp64 product as torch's own product in this dtype.
 
-    Each BLAS library sums in an order of its own, and some are lucky: a plain loop's error is
-    admitted everywhere.
+    Or it must equal a gather from torch's product to the bit. Each BLAS library sums in an order of
+    its own, and some have less error by luck. So the error of a plain loop is allowed everywhere.
     """
     dense = (grad_output.t() @ input).reshape(-1)[index.long()].float()
     assert actual.dtype == FP32 and actual.shape == index.shape
@@ -67,37 +64,37 @@ def assert_entries(actual, grad_output, input, index, exact):
 
 @pytest.mark.parametrize("dtype", INPUTS, ids=IDS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_packed_weight_grad(where, shape, dtype):
+def test_packed_weight_grad(backend, shape, dtype):
     tokens, m, n, k = shape
-    grad_output, input = factors(where, tokens, m, n, dtype)
-    index = index_list(where, m, n, k)
-    for way in ways(where):
-        out = ops.packed_weight_grad(grad_output, input, index, backend=where.backend, **way)
-        exact = where.backend == "reference" or way == {"fused": False}
+    grad_output, input = factors(backend, tokens, m, n, dtype)
+    index = index_list(backend, m, n, k)
+    for way in ways(backend):
+        out = ops.packed_weight_grad(grad_output, input, index, backend=backend.name, **way)
+        exact = backend.name == "reference" or way == {"fused": False}
         assert_entries(out, grad_output, input, index, exact)
-        again = ops.packed_weight_grad(grad_output, input, index, backend=where.backend, **way)
+        again = ops.packed_weight_grad(grad_output, input, index, backend=backend.name, **way)
         assert torch.equal(bits(out), bits(again)), "the same bits every time"
 
 
-def test_packed_weight_grad_by_hand(where):
-    """Two tokens, four entries: sums of products that are exact in every dtype."""
+def test_packed_weight_grad_by_hand(backend):
+    """Two tokens and four entries give sums that are exact in every dtype."""
     for dtype in INPUTS:
-        grad_output = torch.tensor([[1.0, 2.0], [4.0, 8.0]], device=where.device, dtype=dtype)
-        input = torch.tensor([[1.0, 0.0, 3.0], [0.5, 1.0, 0.0]], device=where.device, dtype=dtype)
-        index = torch.tensor([0, 2, 4, 5], dtype=torch.int32, device=where.device)
-        for way in ways(where):
-            out = ops.packed_weight_grad(grad_output, input, index, backend=where.backend, **way)
+        grad_output = torch.tensor([[1.0, 2.0], [4.0, 8.0]], device=backend.device, dtype=dtype)
+        input = torch.tensor([[1.0, 0.0, 3.0], [0.5, 1.0, 0.0]], device=backend.device, dtype=dtype)
+        index = torch.tensor([0, 2, 4, 5], dtype=torch.int32, device=backend.device)
+        for way in ways(backend):
+            out = ops.packed_weight_grad(grad_output, input, index, backend=backend.name, **way)
             assert out.tolist() == [3.0, 3.0, 8.0, 6.0]
             for wanted in INPUTS:
-                cast = ops.packed_weight_grad(grad_output, input, index, dtype=wanted, backend=where.backend, **way)
+                cast = ops.packed_weight_grad(grad_output, input, index, dtype=wanted, backend=backend.name, **way)
                 assert cast.dtype == wanted and cast.tolist() == [3.0, 3.0, 8.0, 6.0]
 
 
 @pytest.mark.parametrize("dtype", INPUTS, ids=IDS)
-def test_packed_weight_grad_of_any_layout(where, dtype):
-    """Transposed, expanded and sliced factors count as what they show."""
-    index = index_list(where, 12, 9, 30)
-    grad_output, input = factors(where, 6, 12, 9, dtype)
+def test_packed_weight_grad_of_any_layout(backend, dtype):
+    """Transposed, expanded and sliced factors count by their values."""
+    index = index_list(backend, 12, 9, 30)
+    grad_output, input = factors(backend, 6, 12, 9, dtype)
     layouts = {
         "transposed": (grad_output.t().contiguous().t(), input.t().contiguous().t()),
         "expanded": (grad_output[:1].expand(6, 12), input),
@@ -105,77 +102,78 @@ def test_packed_weight_grad_of_any_layout(where, dtype):
     }
     for name, (g, x) in layouts.items():
         assert not g.is_contiguous(), name
-        for way in ways(where):
-            out = ops.packed_weight_grad(g, x, index, backend=where.backend, **way)
+        for way in ways(backend):
+            out = ops.packed_weight_grad(g, x, index, backend=backend.name, **way)
             assert_entries(out, g, x, index, exact=False)
 
 
-def test_packed_weight_grad_in_several_panels(where):
-    """A weight of more than the scratch of the CPU: rows at the seams, and panels without any
-    entry.
+def test_packed_weight_grad_in_several_panels(backend):
+    """The weight is larger than the scratch memory on the CPU.
+
+    Some rows lie at the edges of panels, and some panels have no entry.
     """
-    m, n = (500, 4500) if where.backend != "triton" else (140, 300)  # the interpreter takes its time, and has no panels
-    grad_output, input = factors(where, 3, m, n)
-    everywhere = index_list(where, m, n, 3000)
+    m, n = (500, 4500) if backend.name != "triton" else (140, 300)  # the interpreter is slow and has no panels
+    grad_output, input = factors(backend, 3, m, n)
+    everywhere = index_list(backend, m, n, 3000)
     height = min(4 * 2**20 // (4 * n), m // 2)
     seams = torch.tensor([0, height * n - 1, height * n, 2 * height * n - 1, m * n - 1], dtype=torch.int32).unique()
     last_row = (torch.arange(n) + (m - 1) * n).int()
-    for index in (everywhere, seams.to(where.device), last_row.to(where.device)):
-        for way in ways(where):
-            out = ops.packed_weight_grad(grad_output, input, index, backend=where.backend, **way)
+    for index in (everywhere, seams.to(backend.device), last_row.to(backend.device)):
+        for way in ways(backend):
+            out = ops.packed_weight_grad(grad_output, input, index, backend=backend.name, **way)
             assert_entries(out, grad_output, input, index, exact=False)
 
 
-def test_packed_weight_grad_passes_non_finite_values_on(where):
-    """As the dense product: NaN and infinity reach the entries of their row and column, and no
-    others.
+def test_packed_weight_grad_passes_non_finite_values_on(backend):
+    """NaN and infinity reach the entries of their row and column and no others.
+
+    This is as in the dense product.
     """
-    grad_output, input = factors(where, 4, 5, 6)
+    grad_output, input = factors(backend, 4, 5, 6)
     grad_output[2, 1], input[1, 3] = float("nan"), float("inf")
-    index = torch.arange(30, dtype=torch.int32, device=where.device)
+    index = torch.arange(30, dtype=torch.int32, device=backend.device)
     expected = grad_output.t() @ input
-    for way in ways(where):
-        out = ops.packed_weight_grad(grad_output, input, index, backend=where.backend, **way).view(5, 6)
+    for way in ways(backend):
+        out = ops.packed_weight_grad(grad_output, input, index, backend=backend.name, **way).view(5, 6)
         assert torch.equal(out.isnan(), expected.isnan())
         assert torch.equal(out.isinf(), expected.isinf())
         assert out[1].isnan().all() and out[:, 3].isfinite().logical_not().all() and out[0, 0].isfinite()
 
 
-def test_packed_weight_grad_writes_nothing_else(where):
-    """The factors and the index list are only read; entries beyond the list's end stay."""
-    grad_output, input = factors(where, 4, 13, 17)
-    index = index_list(where, 13, 17, 50)
+def test_packed_weight_grad_writes_nothing_else(backend):
+    """The factors and the index list are only read, and entries beyond the list's end stay."""
+    grad_output, input = factors(backend, 4, 13, 17)
+    index = index_list(backend, 13, 17, 50)
     before = [t.clone() for t in (grad_output, input, index)]
-    for way in ways(where):
-        ops.packed_weight_grad(grad_output, input, index, backend=where.backend, **way)
+    for way in ways(backend):
+        ops.packed_weight_grad(grad_output, input, index, backend=backend.name, **way)
     assert all(torch.equal(t, b) for t, b in zip((grad_output, input, index), before))
 
 
 @pytest.mark.parametrize("switch", [torch.backends.cuda.matmul, torch.backends], ids=["matmul", "all backends"])
-def test_packed_weight_grad_after_the_newer_precision_switch(where, switch):
-    """torch.get_float32_matmul_precision raises once it was used. The numbers are small integers,
-    exact in TF32 too.
+def test_packed_weight_grad_after_the_newer_precision_switch(backend, switch):
+    """torch.get_float32_matmul_precision raises once the newer switch was used.
+
+    The numbers are small integers, which are exact in TF32 too.
     """
-    index = index_list(where, 13, 17, 50)
-    grad_output, input = (t.mul(4).round() for t in factors(where, 7, 13, 17))
+    index = index_list(backend, 13, 17, 50)
+    grad_output, input = (t.mul(4).round() for t in factors(backend, 7, 13, 17))
     expected = (grad_output.t() @ input).reshape(-1)[index.long()]
     before, switch.fp32_precision = switch.fp32_precision, "tf32"
     try:
-        for way in ways(where):
-            assert torch.equal(
-                ops.packed_weight_grad(grad_output, input, index, backend=where.backend, **way), expected
-            )
+        for way in ways(backend):
+            assert torch.equal(ops.packed_weight_grad(grad_output, input, index, backend=backend.name, **way), expected)
     finally:
         switch.fp32_precision = before
 
 
-def test_packed_weight_grad_needs_a_backend_for_fused(where):
-    if where.backend == "triton":
+def test_packed_weight_grad_needs_a_backend_for_fused(backend):
+    if backend.name == "triton":
         return
-    grad_output, input = factors(where, 4, 5, 6)
-    index = index_list(where, 5, 6, 3)
-    with pytest.raises(ValueError, match=f"fused=True is a Triton kernel, and the {where.backend} backend serves"):
-        ops.packed_weight_grad(grad_output, input, index, fused=True, backend=where.backend)
+    grad_output, input = factors(backend, 4, 5, 6)
+    index = index_list(backend, 5, 6, 3)
+    with pytest.raises(ValueError, match=f"fused=True needs the triton backend, but the {backend.name} backend runs"):
+        ops.packed_weight_grad(grad_output, input, index, fused=True, backend=backend.name)
 
 
 def test_packed_weight_grad_float64_is_for_the_reference():

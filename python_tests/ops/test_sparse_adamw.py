@@ -1,28 +1,22 @@
-"""`sparse_adamw_` on every backend: steps against fp64 with torch's AdamW as yardstick, and what
-must not move.
-"""
+"""`sparse_adamw_` on every backend: steps against torch's AdamW in fp64, and what must not move."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from helpers.step_problems import (
-    BF16,
-    BORDER,
-    FP16,
-    FP32,
-    HYPER,
-    assert_near,
-    assert_same_bits,
-    assert_stepped,
-    bits,
-    make_problem,
-    torch_step,
-)
+from helpers.backends import REFERENCE
+from helpers.bits import BF16, FP16, FP32, assert_near, assert_same_bits, bits
+from helpers.step_problems import HYPER, make_problem, step_and_check, torch_step
 
 from lift_kernels.ops import reference
 
-STORAGE = [(FP32, False), (BF16, False), (BF16, True), (FP16, False), (FP16, True)]  # weight, with a master
+STORAGE = [
+    (FP32, False),
+    (BF16, False),
+    (BF16, True),
+    (FP16, False),
+    (FP16, True),
+]  # dtype of the weight, whether there is a master
 ONE_MATRIX = [((40, 30), 300)]
 SHORT = {FP32: "fp32", BF16: "bf16", FP16: "fp16"}
 
@@ -31,35 +25,33 @@ def dtype_id(value):
     return SHORT.get(value)
 
 
-def step_and_check(where, problem, **options):
-    """One step against the truth; inputs stay as they were."""
-    before, inputs = problem.copy(), problem.inputs()
-    problem.step(where, **options)
-    assert_stepped(before, problem, **options)
-    inputs["steps"] = bits(problem.steps)
-    assert_same_bits(problem.inputs(), inputs)
-
-
 @pytest.mark.parametrize("births", [False, True], ids=["global", "per-entry"])
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize("moment", [FP32, BF16], ids=lambda d: f"moments-{SHORT[d]}")
 @pytest.mark.parametrize("grad", [FP32, BF16, FP16], ids=lambda d: f"grads-{SHORT[d]}")
 @pytest.mark.parametrize("weight, master", STORAGE, ids=["fp32", "bf16", "bf16-master", "fp16", "fp16-master"])
-def test_sparse_adamw_step(where, weight, master, grad, moment, packed, births):
+def test_sparse_adamw_step(backend, weight, master, grad, moment, packed, births):
     problem = make_problem(
-        where, weight=weight, master=master, grad=grad, moment=moment, packed=packed, births=births, aligned=not births
+        backend,
+        weight=weight,
+        master=master,
+        grad=grad,
+        moment=moment,
+        packed=packed,
+        births=births,
+        aligned=not births,
     )
     for step in range(2):
-        step_and_check(where, problem)
+        step_and_check(backend, problem)
         problem.new_gradients(step)
 
 
 @pytest.mark.parametrize("aligned", [False, True], ids=["unaligned", "aligned"])
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
-def test_sparse_adamw_several_blocks(where, packed, aligned):
-    """The last entry of the last, partial block counts as much as the first."""
+def test_sparse_adamw_several_blocks(backend, packed, aligned):
+    """The last entry of the last, partial block is updated like the first."""
     sizes = [((100, 87), 8193), ((3, 3), 9), ((128, 33), 4097), ((70, 60), 4096)]
-    step_and_check(where, make_problem(where, sizes, packed=packed, aligned=aligned))
+    step_and_check(backend, make_problem(backend, sizes, packed=packed, aligned=aligned))
 
 
 @pytest.mark.parametrize(
@@ -77,89 +69,93 @@ def test_sparse_adamw_several_blocks(where, packed, aligned):
     ids=str,
 )
 @pytest.mark.parametrize("births", [False, True], ids=["global", "per-entry"])
-def test_sparse_adamw_options(where, options, births):
-    step_and_check(where, make_problem(where, ONE_MATRIX, births=births), **options)
+def test_sparse_adamw_options(backend, options, births):
+    step_and_check(backend, make_problem(backend, ONE_MATRIX, births=births), **options)
 
 
 @pytest.mark.parametrize("births", [False, True], ids=["global", "per-entry"])
-def test_sparse_adamw_first_step(where, births):
-    """From zero moments the bias corrections are largest: every entry moves by lr, whatever its
-    gradient.
+def test_sparse_adamw_first_step(backend, births):
+    """From zero moments the bias corrections are largest.
+
+    Every entry moves by lr, whatever its gradient.
     """
-    problem = make_problem(where, ONE_MATRIX, births=births, step=0)
+    problem = make_problem(backend, ONE_MATRIX, births=births, step=0)
     old, index = problem.weights[0].clone().view(-1), problem.index(0)
-    step_and_check(where, problem, weight_decay=0.0)
+    step_and_check(backend, problem, weight_decay=0.0)
     moved = (problem.weights[0].view(-1) - old)[index]
     torch.testing.assert_close(moved, -0.01 * problem.grads[0].view(-1)[index].sign(), rtol=1e-4, atol=0)
 
 
-def test_sparse_adamw_old_entries_need_no_correction(where):
-    """Far beyond the end of a table by age, and where steps are no longer small integers in
-    bf16.
+def test_sparse_adamw_old_entries_need_no_correction(backend):
+    """Ages lie far beyond the end of the table of corrections.
+
+    Steps are too large to be exact in bf16.
     """
-    problem = make_problem(where, ONE_MATRIX, births=True, step=0)
+    problem = make_problem(backend, ONE_MATRIX, births=True, step=0)
     problem.births[problem.segment(0)] = torch.arange(300, dtype=torch.int32) * 333
     problem.exp_avg_sq[problem.segment(0)] = 0.1
     problem.steps += 100_000
-    step_and_check(where, problem)
+    step_and_check(backend, problem)
 
 
 @pytest.mark.parametrize("weight, master", STORAGE, ids=["fp32", "bf16", "bf16-master", "fp16", "fp16-master"])
-def test_sparse_adamw_scaled_gradients(where, weight, master):
-    problem = make_problem(where, ONE_MATRIX, weight=weight, master=master)
-    scale = torch.tensor(0.37, device=where.device)
-    step_and_check(where, problem, inv_scale=scale, found_inf=torch.zeros((), device=where.device), maximize=True)
+def test_sparse_adamw_scaled_gradients(backend, weight, master):
+    problem = make_problem(backend, ONE_MATRIX, weight=weight, master=master)
+    scale = torch.tensor(0.37, device=backend.device)
+    step_and_check(backend, problem, inv_scale=scale, found_inf=torch.zeros((), device=backend.device), maximize=True)
 
 
 @pytest.mark.parametrize("weight, master", STORAGE, ids=["fp32", "bf16", "bf16-master", "fp16", "fp16-master"])
-def test_sparse_adamw_found_inf_changes_nothing(where, weight, master):
-    problem = make_problem(where, weight=weight, master=master, moment=BF16)
+def test_sparse_adamw_found_inf_changes_nothing(backend, weight, master):
+    problem = make_problem(backend, weight=weight, master=master, moment=BF16)
     problem.grads[0].fill_(float("inf"))
     problem.grads[4].fill_(float("nan"))
     before = problem.state()
-    problem.step(where, found_inf=torch.ones((), device=where.device))
+    problem.step(backend, found_inf=torch.ones((), device=backend.device))
     assert_same_bits(problem.state(), before)
 
 
-def test_sparse_adamw_lr_tensor(where):
-    """A tensor on the device is as good as the number: the same bits."""
-    start = make_problem(where, births=True)
+def test_sparse_adamw_lr_tensor(backend):
+    """A tensor on the device gives the same bits as the number."""
+    start = make_problem(backend, births=True)
     numbers = {}
-    for lr in (0.25, torch.tensor(0.25, device=where.device), torch.tensor(0.25, dtype=torch.float64)):
+    for lr in (0.25, torch.tensor(0.25, device=backend.device), torch.tensor(0.25, dtype=torch.float64)):
         problem = start.copy()
-        problem.step(where, lr=lr)
+        problem.step(backend, lr=lr)
         numbers[type(lr), getattr(lr, "dtype", None)] = problem.state()
     first, *others = numbers.values()
     for other in others:
         assert_same_bits(other, first)
-    step_and_check(where, start, lr=torch.tensor(0.25, device=where.device))
+    step_and_check(backend, start, lr=torch.tensor(0.25, device=backend.device))
 
 
 @pytest.mark.parametrize("weight", [BF16, FP16], ids=dtype_id)
 @pytest.mark.parametrize("births", [False, True], ids=["global", "per-entry"])
-def test_sparse_adamw_stochastic_noise_is_the_specified_one(where, weight, births):
-    """Rounded with the noise of the reference. fp16 weights near 2^-14 take the subnormal path as
-    well.
+def test_sparse_adamw_stochastic_noise_is_the_specified_one(backend, weight, births):
+    """Weights are rounded with the noise of the reference.
+
+    fp16 weights near 2^-14 also take the subnormal path.
     """
     for seed in (0, 1, 2**31 - 1):
-        problem = make_problem(where, weight=weight, births=births, aligned=births, seed=seed)
+        problem = make_problem(backend, weight=weight, births=births, aligned=births, seed=seed)
         if weight == FP16:
             problem.weights[0] *= 2.0**-10
-        step_and_check(where, problem, stochastic=True, seed=seed, **({"lr": 1e-4} if weight == FP16 else {}))
+        step_and_check(backend, problem, stochastic=True, seed=seed, **({"lr": 1e-4} if weight == FP16 else {}))
 
 
 @pytest.mark.parametrize("weight, lr", [(BF16, 0.001), (FP16, 0.0001)], ids=["bf16", "fp16"])
-def test_sparse_adamw_stochastic_mean_is_unbiased(where, weight, lr):
-    """4096 ones that should become 1 - lr: their mean does, within 4 standard errors, though no
-    single one can.
+def test_sparse_adamw_stochastic_mean_is_unbiased(backend, weight, lr):
+    """4096 ones should become 1 - lr, which none of them can represent.
+
+    Their mean does, within 4 standard errors.
     """
-    start = make_problem(where, [((64, 64), 4096)], weight=weight, step=0)
+    start = make_problem(backend, [((64, 64), 4096)], weight=weight, step=0)
     start.weights[0].fill_(1.0)
     start.grads[0].fill_(1.0)
     means = []
     for seed in range(8):
         problem = start.copy()
-        problem.step(where, lr=lr, weight_decay=0.0, stochastic=True, seed=seed)
+        problem.step(backend, lr=lr, weight_decay=0.0, stochastic=True, seed=seed)
         below = 1.0 - {BF16: 2.0**-8, FP16: 2.0**-11}[weight]
         assert set(problem.weights[0].float().unique().tolist()) == {below, 1.0}
         means.append(problem.weights[0].double().mean())
@@ -170,7 +166,7 @@ def test_sparse_adamw_stochastic_mean_is_unbiased(where, weight, lr):
 
 
 def test_sparse_adamw_stochastic_hash_by_hand():
-    """The counter hash against arithmetic on Python's integers."""
+    """The counter hash equals arithmetic on Python's integers."""
 
     def mix(x):
         x = (x ^ x >> 16) * 0x7FEB352D % 2**32
@@ -183,11 +179,12 @@ def test_sparse_adamw_stochastic_hash_by_hand():
 
 
 @pytest.mark.parametrize("births", [False, True], ids=["global", "per-entry"])
-def test_sparse_adamw_trajectory(where, births):
-    """20 steps with changing rate: the drift from an fp64 run is at most twice that of torch's fp32
-    run.
+def test_sparse_adamw_trajectory(backend, births):
+    """Over 20 steps the drift from an fp64 run is at most twice that of torch's fp32 run.
+
+    The rate changes at every step.
     """
-    problem = make_problem(where, ONE_MATRIX, births=births, step=0)
+    problem = make_problem(backend, ONE_MATRIX, births=births, step=0)
     segment, index = problem.segment(0), problem.index(0)
     runs = {dtype: problem.copy() for dtype in (FP32, torch.float64)}
     for dtype, run in runs.items():
@@ -195,7 +192,7 @@ def test_sparse_adamw_trajectory(where, births):
         run.exp_avg, run.exp_avg_sq = run.exp_avg.to(dtype), run.exp_avg_sq.to(dtype)
     for step in range(20):
         lr = 0.01 / (1 + step)
-        problem.step(where, lr=lr)
+        problem.step(backend, lr=lr)
         for dtype, run in runs.items():
             run.steps += 1
             entries = torch_step(run, 0, dtype, lr=lr)
@@ -212,10 +209,8 @@ def test_sparse_adamw_trajectory(where, births):
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_sparse_adamw_reference_is_torch_at_density_1(packed, maximize):
-    """Bit for bit, over 50 steps with decay and a schedule."""
-    from conftest import Where
-
-    problem = make_problem(Where("reference", "cpu"), [((12, 11), 132), ((7, 5), 35)], packed=packed, step=0)
+    """They are equal to the bit, over 50 steps with decay and a schedule."""
+    problem = make_problem(REFERENCE, [((12, 11), 132), ((7, 5), 35)], packed=packed, step=0)
     problem.steps.zero_()
     parameters = [torch.nn.Parameter(w.clone()) for w in problem.weights]
     adamw = torch.optim.AdamW(parameters, **HYPER, foreach=False, fused=False, maximize=maximize)
@@ -225,31 +220,31 @@ def test_sparse_adamw_reference_is_torch_at_density_1(packed, maximize):
             parameter.grad = grad.view(parameter.shape).clone()
         adamw.param_groups[0]["lr"] = lr = 0.01 * (1 - step / 60)
         adamw.step()
-        problem.step(Where("reference", "cpu"), lr=lr, maximize=maximize)
+        problem.step(REFERENCE, lr=lr, maximize=maximize)
         for i, parameter in enumerate(parameters):
             assert torch.equal(problem.weights[i], parameter)
             assert torch.equal(problem.exp_avg[problem.segment(i)], adamw.state[parameter]["exp_avg"].view(-1))
             assert torch.equal(problem.exp_avg_sq[problem.segment(i)], adamw.state[parameter]["exp_avg_sq"].view(-1))
 
 
-def test_sparse_adamw_decay_touches_selected_entries_only(where):
-    problem = make_problem(where, ONE_MATRIX, step=0)
+def test_sparse_adamw_decay_touches_selected_entries_only(backend):
+    problem = make_problem(backend, ONE_MATRIX, step=0)
     problem.grads[0].zero_()
     old, index = problem.weights[0].clone().view(-1), problem.index(0)
-    problem.step(where, lr=0.25, weight_decay=0.5)
+    problem.step(backend, lr=0.25, weight_decay=0.5)
     expected = old.clone()
     expected[index] *= 0.875
     assert torch.equal(problem.weights[0].view(-1), expected)
 
 
 @pytest.mark.parametrize("weight, master", STORAGE, ids=["fp32", "bf16", "bf16-master", "fp16", "fp16-master"])
-def test_sparse_adamw_not_finite_gradients_act_as_in_torch(where, weight, master):
-    problem = make_problem(where, ONE_MATRIX, weight=weight, master=master)
+def test_sparse_adamw_not_finite_gradients_act_as_in_torch(backend, weight, master):
+    problem = make_problem(backend, ONE_MATRIX, weight=weight, master=master)
     segment, index = problem.segment(0), problem.index(0)
-    special = torch.tensor([float("inf"), float("-inf"), float("nan"), 3e38, -3e38], device=where.device)
+    special = torch.tensor([float("inf"), float("-inf"), float("nan"), 3e38, -3e38], device=backend.device)
     problem.grads[0].view(-1)[index[:5]] = special
     before = problem.copy()
-    problem.step(where)
+    problem.step(backend)
     before.steps += 1
     torch_one = torch_step(before, 0, FP32)
     pairs = [(problem.exp_avg[segment], torch_one.m), (problem.exp_avg_sq[segment], torch_one.v)]
@@ -262,99 +257,43 @@ def test_sparse_adamw_not_finite_gradients_act_as_in_torch(where, weight, master
         assert ours[5:].isfinite().all()
     clean = before.copy()
     clean.grads[0].view(-1)[index[:5]] = 0.0
-    clean.step(where, advance=False)
+    clean.step(backend, advance=False)
     assert torch.equal(bits(problem.exp_avg[segment][5:]), bits(clean.exp_avg[segment][5:])), (
         "only those entries are touched"
     )
     assert torch.equal(bits(problem.weights[0].view(-1)[index[5:]]), bits(clean.weights[0].view(-1)[index[5:]]))
 
 
-def test_sparse_adamw_strided_gradients(where):
-    """A transposed or sliced gradient counts by its values, not by its memory."""
-    problem = make_problem(where, [((30, 20), 77), ((10, 12), 33)])
-    contiguous = problem.copy()
-    problem.grads[0] = problem.grads[0].t().contiguous().t()
-    problem.grads[1] = torch.stack([problem.grads[1], -problem.grads[1]], dim=-1)[..., 0]
-    assert not any(grad.is_contiguous() for grad in problem.grads)
-    problem.step(where)
-    contiguous.step(where)
-    assert_same_bits(problem.state(), contiguous.state())
-
-
 @pytest.mark.parametrize("weight, stochastic", [(FP32, False), (BF16, True)], ids=["fp32", "stochastic"])
-def test_sparse_adamw_same_bits_twice(where, weight, stochastic):
-    start = make_problem(where, [((200, 80), 12000), ((64, 64), 100)], weight=weight)
+def test_sparse_adamw_same_bits_twice(backend, weight, stochastic):
+    start = make_problem(backend, [((200, 80), 12000), ((64, 64), 100)], weight=weight)
     results = []
     for _ in range(2):
         problem = start.copy()
         for _ in range(3):
-            problem.step(where, stochastic=stochastic, seed=3)
+            problem.step(backend, stochastic=stochastic, seed=3)
         results.append(problem.state())
     assert_same_bits(*results)
 
 
 @pytest.mark.parametrize("sizes", [[], [((4, 4), 0)], [((4, 4), 0), ((3, 5), 0)]], ids=["no-matrix", "k=0", "two-k=0"])
-def test_sparse_adamw_nothing_to_do(where, sizes):
-    problem = make_problem(where, sizes)
+def test_sparse_adamw_nothing_to_do(backend, sizes):
+    problem = make_problem(backend, sizes)
     before = problem.state()
-    problem.step(where)
+    problem.step(backend)
     assert_same_bits(problem.state(), before)
 
 
-def test_sparse_adamw_one_matrix_at_a_time_is_the_same(where):
-    """A launch over many matrices equals a launch for each: no matrix sees another one's scalars or
-    entries.
+def test_sparse_adamw_one_matrix_at_a_time_is_the_same(backend):
+    """A launch over many matrices equals one launch for each.
+
+    No matrix sees the scalars or entries of another.
     """
-    together, apart = make_problem(where, births=True), make_problem(where, births=True)
-    together.step(where)
+    together, apart = make_problem(backend, births=True), make_problem(backend, births=True)
+    together.step(backend)
     apart.steps += 1
     everything = apart.weights, apart.grads, apart.offsets, apart.counts, apart.steps
     for i in reversed(range(len(apart.weights))):
         apart.weights, apart.grads, apart.offsets, apart.counts, apart.steps = (x[i : i + 1] for x in everything)
-        apart.step(where, advance=False)
+        apart.step(backend, advance=False)
     assert_same_bits(apart.state(), together.state())
-
-
-@pytest.mark.parametrize(
-    "shape, indices",
-    [((300, 300), [0, 65535, 65536, 65537, 89999]), ((4097, 4097), [2**24 - 1, 2**24, 2**24 + 1, 4097 * 4097 - 1])],
-    ids=["past-bf16", "past-fp32"],
-)
-def test_sparse_adamw_large_positions(where, shape, indices):
-    """Positions that bf16 (65537) or fp32 (2^24 + 1) cannot hold are still their own."""
-    problem = make_problem(where, [((8, 8), len(indices))], weight=BF16, packed=True)
-    buffer = torch.zeros(shape[0] * shape[1] + 2 * BORDER, dtype=BF16, device=where.device)
-    problem.buffers, problem.weights = [buffer], [buffer[BORDER:-BORDER].view(shape)]
-    problem.indices[problem.segment(0)] = torch.tensor(indices, dtype=torch.int32, device=where.device)
-    step_and_check(where, problem, lr=0.5)
-    assert problem.weights[0].view(-1).nonzero().flatten().tolist() == indices
-
-
-def test_sparse_adamw_four_gigabyte_weight(where):
-    """Byte offsets beyond 2^32: the last of 2^31 - 1 entries. Only the pages that are touched take
-    memory.
-    """
-    last = 2**31 - 2
-    problem = make_problem(where, [((8, 8), 3)], weight=BF16, packed=True)
-    weight = torch.empty(1, 2**31 - 1, dtype=BF16, device=where.device)
-    index = torch.tensor([5, 2**30 + 1, last], device=where.device)
-    neighbours = torch.cat([index - 1, index[:2] + 1])
-    weight.view(-1)[index] = problem.weights[0].view(-1)[problem.index(0)]
-    weight.view(-1)[neighbours] = 1.0
-    small = problem.copy()
-    problem.weights, problem.indices[problem.segment(0)] = [weight], index.int()
-    problem.step(where)
-    small.step(where)
-    assert torch.equal(weight.view(-1)[index], small.weights[0].view(-1)[small.index(0)])
-    assert torch.equal(weight.view(-1)[neighbours], torch.ones(5, dtype=BF16, device=where.device))
-
-
-def test_sparse_adamw_takes_packed_gradients_of_any_shape_and_strided_counts(where):
-    """As the reference does: only their numbers matter."""
-    plain, shaped = (make_problem(where, [((6, 7), 12), ((5, 4), 20)], packed=True) for _ in range(2))
-    shaped.grads = [grad.view(4, -1) for grad in shaped.grads]
-    plain.steps.fill_(8.0)
-    shaped.steps = plain.steps[:1].clone().expand(2)
-    plain.step(where, advance=False)
-    shaped.step(where, advance=False)
-    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(plain.weights, shaped.weights))

@@ -1,4 +1,4 @@
-"""The sketch's moments, and what the helpers of a refresh refuse."""
+"""The moments of the sketch, and the bad input that subspace-iteration ops refuse."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ COUNT = 10_000_000
 
 
 def test_gaussian_sketch_has_the_moments_of_a_normal_distribution():
-    """Mean, variance, skewness, kurtosis and correlation of ten million numbers, within five
-    standard errors.
+    """Mean, variance, skewness, kurtosis and correlation of ten million numbers are right.
+
+    They lie within five standard errors.
     """
     numbers = ops.gaussian_sketch(4, 2500, 1000, seed=11).double()
     flat = numbers.flatten()
@@ -54,7 +55,7 @@ def test_gaussian_sketch_in_bf16_is_the_rounded_one():
             (1, 2, 3),
             {"seed": 0, "dtype": torch.float16},
             TypeError,
-            "a sketch is float32 or bfloat16, got torch.float16",
+            "the dtype of a sketch must be float32 or bfloat16, got torch.float16",
         ),
         (
             (1, 2, 3),
@@ -75,15 +76,15 @@ def test_gaussian_sketch_bad_input(arguments, options, error, message):
     [
         ({"block": torch.ones(2, 3, 4)}, ValueError, "4 columns of 3 rows cannot be orthonormal"),
         ({"block": torch.ones(2, 3, 0), "other": None}, ValueError, "0 columns of 3 rows"),
-        ({"block": torch.ones(6, 4)}, ValueError, r"block must be contiguous \(b, n, l\), got \(6, 4\)"),
+        ({"block": torch.ones(6, 4)}, ValueError, r"block must be contiguous \(b, n, l\), got torch.float32 \(6, 4\)"),
         ({"block": torch.ones(2, 4, 6).mT}, ValueError, "block must be contiguous"),
         ({"block": torch.ones(2, 6, 4, dtype=torch.float64)}, TypeError, "block must be float32, got torch.float64"),
         (
             {"other": torch.ones(2, 6, 3)},
             ValueError,
-            r"other must share the batch and the columns of block \(2, 6, 4\)",
+            r"other must have the batch size and the columns of block \(2, 6, 4\)",
         ),
-        ({"other": torch.ones(1, 6, 4)}, ValueError, "other must share the batch"),
+        ({"other": torch.ones(1, 6, 4)}, ValueError, "other must have the batch size"),
         ({"other": torch.ones(2, 6, 4, device="meta")}, ValueError, "other is on meta, block on cpu"),
         ({"rounds": 3}, ValueError, "rounds must be 1 or 2, got 3"),
         ({"backend": "native-cpu"}, RuntimeError, "is only available for native-cuda, reference"),
@@ -132,8 +133,9 @@ def test_chebyshev_step_is_the_recurrence():
 
 
 def test_cholesky_qr_without_a_second_block_where_gradients_are_recorded():
-    """Through the dispatcher: torch 2.11 stumbles over written arguments that a call leaves out by
-    their default.
+    """The call goes through the dispatcher.
+
+    torch 2.11 fails on a written argument that a call leaves at its default.
     """
     block = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(0))
     assert torch.is_grad_enabled()
@@ -170,10 +172,10 @@ def test_helpers_on_a_gpu_match_their_twins(batch, rows, width):
 @pytest.mark.gpu
 def test_helpers_on_a_gpu_with_hard_blocks():
     good = ops.gaussian_sketch(1, 60, 24, seed=0)[0]
-    twins, poisoned = good.clone(), good.clone()
-    twins[:, 20], poisoned[7, 9] = twins[:, 3], float("nan")
+    repeated, poisoned = good.clone(), good.clone()
+    repeated[:, 20], poisoned[7, 9] = repeated[:, 3], float("nan")
     for backend in ("native-cuda", "reference"):
-        block = torch.stack([good, twins, poisoned, 0 * good]).cuda()
+        block = torch.stack([good, repeated, poisoned, 0 * good]).cuda()
         assert ops.cholesky_qr_(block, backend=backend).tolist() == [0, 1, 2, 1]
 
 
@@ -235,8 +237,9 @@ for precision in ("tf32", "ieee"):
     ],
 )
 def test_the_precision_of_products_comes_back(start, tf32):
-    """Whichever of torch's switches the user took: some of them cannot be read once another was
-    set.
+    """This holds for each of torch's switches.
+
+    Some of them cannot be read once another was set.
     """
     done = subprocess.run(
         [sys.executable, "-c", PRECISIONS.format(start=start, tf32=tf32)], capture_output=True, text=True

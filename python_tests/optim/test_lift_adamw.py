@@ -1,5 +1,6 @@
-"""LiftAdamW's step: torch's AdamW at density 1, the golden traces, and groups, dtypes and clipping
-side by side.
+"""LiftAdamW's step: torch's AdamW at density 1, and the golden traces.
+
+Groups, dtypes and clipping are tested side by side.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.bits import BF16, FP16, FP32, assert_near, bits
 from helpers.optimizers import INTERRUPTIONS, OPTIONS, index_sets, make_weights, set_gradients, train
-from helpers.step_problems import BF16, FP16, FP32, assert_near, bits
 from torch.optim import AdamW
 
 from lift_kernels import LiftAdamW
@@ -27,7 +28,7 @@ def moments(optimizer, weights, key):
 
 
 def train_torch(dtype, weight_decay, device):
-    """The weights of `test_density_one` under torch's for-loop AdamW in ``dtype``."""
+    """The weights of `test_density_one` after torch's for-loop AdamW in ``dtype``."""
     weights = [torch.nn.Parameter(w.detach().to(dtype)) for w in make_weights(device=device)]
     optimizer = AdamW(weights, lr=0.01, betas=(0.9, 0.95), weight_decay=weight_decay, foreach=False, fused=False)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / 60)
@@ -40,38 +41,40 @@ def train_torch(dtype, weight_decay, device):
     return weights, optimizer
 
 
-def test_density_one_is_torch_adamw(where):
-    """50 steps with decay, a falling lr, refreshes and interruptions of each kind: bit for bit in
-    the reference.
+def test_density_one_is_torch_adamw(backend):
+    """50 steps with decay, a falling lr, refreshes and interruptions of each kind.
+
+    The reference is equal to the bit.
     """
-    weights = make_weights(device=where.device)
-    optimizer = LiftAdamW(weights, **OPTIONS | {"density": 1.0}, refresh_interval=7, backend=where.backend)
+    weights = make_weights(device=backend.device)
+    optimizer = LiftAdamW(weights, **OPTIONS | {"density": 1.0}, refresh_interval=7, backend=backend.name)
     for step in range(50):
         if step % 12 == 11 and step < 40:
             optimizer, weights = INTERRUPTIONS[step // 12](optimizer, weights)
         for group in optimizer.param_groups:
             group["lr"] = 0.01 * (1.0 - step / 60)
         train(optimizer, [step])
-    ordinary, torch_optimizer = train_torch(FP32, 0.1, where.device)
-    if where.backend == "reference":
+    ordinary, torch_optimizer = train_torch(FP32, 0.1, backend.device)
+    if backend.name == "reference":
         for w, o in zip(weights, ordinary):
             assert torch.equal(bits(w), bits(o))
             for key in ("exp_avg", "exp_avg_sq"):
                 assert torch.equal(bits(optimizer.state[w][key]), bits(torch_optimizer.state[o][key].flatten()))
-    exact, exact_optimizer = train_torch(torch.float64, 0.1, where.device)
+    exact, exact_optimizer = train_torch(torch.float64, 0.1, backend.device)
     assert_near(flat(weights).float(), flat(exact), flat(ordinary), "weight")
     for key in ("exp_avg", "exp_avg_sq"):
         truth, yardstick = moments(exact_optimizer, exact, key), moments(torch_optimizer, ordinary, key)
         assert_near(moments(optimizer, weights, key).float(), truth, yardstick, key)
 
 
-def test_density_one_with_a_master(where):
-    """bf16 weights at density 1: the master is what AdamW makes of an fp32 copy, the weight its
-    rounding.
+def test_density_one_with_a_master(backend):
+    """At density 1 a bf16 weight is its rounded master.
+
+    The master is what AdamW gives for an fp32 copy.
     """
-    weights = make_weights(dtype=BF16, device=where.device)
+    weights = make_weights(dtype=BF16, device=backend.device)
     copies = [torch.nn.Parameter(w.detach().float()) for w in weights]
-    optimizer = LiftAdamW(weights, **OPTIONS | {"density": 1.0}, backend=where.backend)
+    optimizer = LiftAdamW(weights, **OPTIONS | {"density": 1.0}, backend=backend.name)
     reference = AdamW(copies, lr=0.01, betas=(0.9, 0.95), weight_decay=0.1, foreach=False)
     for step in range(12):
         train(optimizer, [step])
@@ -81,7 +84,7 @@ def test_density_one_with_a_master(where):
     for w, c in zip(weights, copies):
         master = optimizer.state[w]["master"].view(w.shape)
         assert torch.equal(w, master.to(BF16))
-        torch.testing.assert_close(master, c.detach(), rtol=0, atol=0 if where.backend == "reference" else 2e-7)
+        torch.testing.assert_close(master, c.detach(), rtol=0, atol=0 if backend.name == "reference" else 2e-7)
 
 
 def load_trace(name):
@@ -93,13 +96,14 @@ def load_trace(name):
 
 
 @pytest.mark.parametrize("name", ["trace_a", "trace_b"])
-def test_golden_trace(where, name):
-    """Numbers of the published optimizer: index sets equal, weights and moments within 1e-6 of the
-    largest entry.
+def test_golden_trace(backend, name):
+    """The published optimizer's index sets are equal.
+
+    Weights and moments agree within 1e-6 of the largest entry.
     """
     tensors, meta = load_trace(name)
     count = len(meta["shapes"])
-    weights = [torch.nn.Parameter(tensors[f"w0.{i}"].to(where.device)) for i in range(count)]
+    weights = [torch.nn.Parameter(tensors[f"w0.{i}"].to(backend.device)) for i in range(count)]
     optimizer = LiftAdamW(
         weights,
         lr=meta["lr"],
@@ -109,7 +113,7 @@ def test_golden_trace(where, name):
         rank=meta["rank"],
         budget_rank=meta["budget_rank"],
         refresh_interval=None,
-        backend=where.backend,
+        backend=backend.name,
     )
 
     def check_masks(step):
@@ -126,7 +130,7 @@ def test_golden_trace(where, name):
     refreshes = 0
     for step in range(1, meta["steps"] + 1):
         for i, w in enumerate(weights):
-            w.grad = tensors[f"grad.{step}.{i}"].to(where.device)
+            w.grad = tensors[f"grad.{step}.{i}"].to(backend.device)
         optimizer.step()
         for i, w in enumerate(weights):
             near(w, tensors[f"w.{step}.{i}"], f"weight {i} after step {step}")
@@ -141,7 +145,7 @@ def test_golden_trace(where, name):
 
 
 def expected_adamw(weights, optimizer_options, steps, **torch_options):
-    """Fresh copies of the weights after torch's AdamW."""
+    """Copies of the weights after torch's AdamW."""
     copies = [torch.nn.Parameter(w.detach().clone()) for w in weights]
     options = {key: OPTIONS[key] for key in ("lr", "betas", "weight_decay")} | optimizer_options
     optimizer = AdamW(copies, **options, **torch_options)
@@ -149,18 +153,18 @@ def expected_adamw(weights, optimizer_options, steps, **torch_options):
     return copies
 
 
-def test_sparse_and_dense_side_by_side(where):
-    """Vectors and ``lift=False`` groups get torch's AdamW; matrices move at their k entries
-    alone.
+def test_sparse_and_dense_side_by_side(backend):
+    """Vectors and ``lift=False`` groups get torch's AdamW.
+
+    Matrices move at their k entries alone.
     """
-    weights = make_weights(((24, 40), (24,), (33, 17), (5, 6), ()), device=where.device)
+    weights = make_weights(((24, 40), (24,), (33, 17), (5, 6), ()), device=backend.device)
     start = [w.detach().clone() for w in weights]
     groups = [{"params": weights[:3]}, {"params": weights[3:4], "lift": False, "lr": 0.002}, {"params": weights[4:]}]
-    optimizer = LiftAdamW(groups, **OPTIONS, backend=where.backend)
-    # The gradients of each optimizer depend on the parameters it holds, so every run holds all of
-    # them.
+    optimizer = LiftAdamW(groups, **OPTIONS, backend=backend.name)
+    # Gradients depend on the parameters that an optimizer holds. So every run holds all of them.
     alone = LiftAdamW(
-        [{"params": make_weights(((24, 40), (24,), (33, 17), (5, 6), ()), device=where.device), "lift": False}],
+        [{"params": make_weights(((24, 40), (24,), (33, 17), (5, 6), ()), device=backend.device), "lift": False}],
         **OPTIONS,
     )
     train(optimizer, range(6))
@@ -178,15 +182,15 @@ def test_sparse_and_dense_side_by_side(where):
         torch.testing.assert_close(weights[i].flatten()[chosen], dense[i].flatten()[chosen], rtol=0, atol=1e-7)
 
 
-def test_groups_keep_their_own_options(where):
-    weights = make_weights(((20, 30), (20, 30), (20, 30)), device=where.device)
+def test_groups_keep_their_own_options(backend):
+    weights = make_weights(((20, 30), (20, 30), (20, 30)), device=backend.device)
     start = [w.detach().clone() for w in weights]
     groups = [
         {"params": weights[:1], "density": 0.5},
         {"params": weights[1:2], "budget_rank": 2, "lr": 0.0},
         {"params": weights[2:], "rank": 1, "weight_decay": 0.0, "maximize": True, "betas": (0.5, 0.5)},
     ]
-    optimizer = LiftAdamW(groups, **OPTIONS, backend=where.backend)
+    optimizer = LiftAdamW(groups, **OPTIONS, backend=backend.name)
     train(optimizer, range(3))
     assert [len(x) for x in index_sets(optimizer)] == [300, 100, 60]
     assert torch.equal(weights[1], start[1])
@@ -197,11 +201,14 @@ def test_groups_keep_their_own_options(where):
     torch.testing.assert_close(weights[2].flatten()[chosen], expected.flatten()[chosen], rtol=0, atol=1e-7)
 
 
-def test_a_missing_gradient_skips_the_parameter(where):
-    """Neither its weight, moments nor step count move; the others do as if it were not there."""
-    weights, others = make_weights(device=where.device), make_weights(device=where.device)
-    optimizer = LiftAdamW(weights, **OPTIONS, backend=where.backend)
-    whole = LiftAdamW(others, **OPTIONS, backend=where.backend)
+def test_a_missing_gradient_skips_the_parameter(backend):
+    """Its weight, moments and step count stay.
+
+    The others move as if it were not there.
+    """
+    weights, others = make_weights(device=backend.device), make_weights(device=backend.device)
+    optimizer = LiftAdamW(weights, **OPTIONS, backend=backend.name)
+    whole = LiftAdamW(others, **OPTIONS, backend=backend.name)
     train(optimizer, range(2))
     train(whole, range(2))
     before = {k: v.clone() for k, v in optimizer.state[weights[0]].items()} | {"weight": weights[0].detach().clone()}
@@ -217,21 +224,21 @@ def test_a_missing_gradient_skips_the_parameter(where):
     assert [optimizer.state[w]["step"].item() for w in weights] == [2, 5]
     set_gradients(weights, 2)
     optimizer.step()
-    twin = make_weights(device=where.device)
-    third = LiftAdamW(twin, **OPTIONS, backend=where.backend)
+    again = make_weights(device=backend.device)
+    third = LiftAdamW(again, **OPTIONS, backend=backend.name)
     train(third, range(3))
-    assert torch.equal(weights[0], twin[0]), "its third step must be a third step, not a sixth"
+    assert torch.equal(weights[0], again[0]), "its third step must be a third step, not a sixth"
 
 
-def test_several_dtypes_at_once(where):
+def test_several_dtypes_at_once(backend):
     """Each matrix ends as it does with an optimizer of its own."""
 
     def build():
-        return [make_weights(((24, 40),), dtype, where.device)[0] for dtype in (FP32, BF16, FP16)]
+        return [make_weights(((24, 40),), dtype, backend.device)[0] for dtype in (FP32, BF16, FP16)]
 
     together, apart = build(), build()
-    optimizer = LiftAdamW(together, **OPTIONS, backend=where.backend)
-    alone = [LiftAdamW([w], **OPTIONS, backend=where.backend) for w in apart]
+    optimizer = LiftAdamW(together, **OPTIONS, backend=backend.name)
+    alone = [LiftAdamW([w], **OPTIONS, backend=backend.name) for w in apart]
     for step in range(4):
         set_gradients(together, step)
         for w, other, single in zip(together, apart, alone):
@@ -245,14 +252,15 @@ def test_several_dtypes_at_once(where):
             assert torch.equal(optimizer.state[w][key], value), key
 
 
-def test_gradient_clipping_uses_trained_entries(where):
-    """`max_grad_norm` is clip_grad_norm_ over the trained entries of sparse and dense parameters
-    together.
+def test_gradient_clipping_uses_trained_entries(backend):
+    """`max_grad_norm` is clip_grad_norm_ over all trained entries.
+
+    These are the trained entries of sparse parameters and all of dense parameters.
     """
-    weights = make_weights(((24, 40), (40,), (33, 17)), device=where.device)
-    optimizer = LiftAdamW(weights, **OPTIONS, max_grad_norm=0.5, backend=where.backend)
-    twins = make_weights(((24, 40), (40,), (33, 17)), device=where.device)
-    unclipped = LiftAdamW(twins, **OPTIONS, backend=where.backend)
+    weights = make_weights(((24, 40), (40,), (33, 17)), device=backend.device)
+    optimizer = LiftAdamW(weights, **OPTIONS, max_grad_norm=0.5, backend=backend.name)
+    copies = make_weights(((24, 40), (40,), (33, 17)), device=backend.device)
+    unclipped = LiftAdamW(copies, **OPTIONS, backend=backend.name)
     optimizer.refresh()
     for step in range(3):
         set_gradients(weights, step)
@@ -262,36 +270,36 @@ def test_gradient_clipping_uses_trained_entries(where):
             p.grad = g.clone()
         norm = torch.nn.utils.clip_grad_norm_(packed, 0.5)
         assert norm > 0.5
-        for w, twin in zip(weights, twins):
-            twin.grad = w.grad * (0.5 / (norm + 1e-6))
+        for w, other in zip(weights, copies):
+            other.grad = w.grad * (0.5 / (norm + 1e-6))
         given = [w.grad.clone() for w in weights]
         optimizer.step()
         unclipped.step()
         torch.testing.assert_close(optimizer.grad_norm, norm, rtol=1e-6, atol=0)
         assert all(torch.equal(w.grad, g) for w, g in zip(weights, given)), "gradients are not overwritten"
-    for w, twin in zip(weights, twins):
+    for w, other in zip(weights, copies):
         torch.testing.assert_close(
-            optimizer.state[w]["exp_avg"], unclipped.state[twin]["exp_avg"], rtol=2e-6, atol=1e-9
+            optimizer.state[w]["exp_avg"], unclipped.state[other]["exp_avg"], rtol=2e-6, atol=1e-9
         )
-        torch.testing.assert_close(w, twin, rtol=0, atol=1e-6)
+        torch.testing.assert_close(w, other, rtol=0, atol=1e-6)
 
 
-def test_a_small_norm_is_not_clipped(where):
-    weights, twins = make_weights(device=where.device), make_weights(device=where.device)
-    train(LiftAdamW(weights, **OPTIONS, max_grad_norm=1e6, backend=where.backend), range(3))
-    train(LiftAdamW(twins, **OPTIONS, backend=where.backend), range(3))
-    assert all(torch.equal(w, twin) for w, twin in zip(weights, twins))
+def test_a_small_norm_is_not_clipped(backend):
+    weights, copies = make_weights(device=backend.device), make_weights(device=backend.device)
+    train(LiftAdamW(weights, **OPTIONS, max_grad_norm=1e6, backend=backend.name), range(3))
+    train(LiftAdamW(copies, **OPTIONS, backend=backend.name), range(3))
+    assert all(torch.equal(w, other) for w, other in zip(weights, copies))
 
 
-def test_maximize_is_a_step_on_the_negated_gradient(where):
-    weights, twins = make_weights(device=where.device), make_weights(device=where.device)
-    upward = LiftAdamW(weights, **OPTIONS, maximize=True, backend=where.backend)
-    downward = LiftAdamW(twins, **OPTIONS, backend=where.backend)
+def test_maximize_is_a_step_on_the_negated_gradient(backend):
+    weights, copies = make_weights(device=backend.device), make_weights(device=backend.device)
+    upward = LiftAdamW(weights, **OPTIONS, maximize=True, backend=backend.name)
+    downward = LiftAdamW(copies, **OPTIONS, backend=backend.name)
     for step in range(3):
         set_gradients(weights, step)
-        for w, twin in zip(weights, twins):
-            twin.grad = -w.grad
+        for w, other in zip(weights, copies):
+            other.grad = -w.grad
         upward.step()
         downward.step()
-    assert all(torch.equal(w, twin) for w, twin in zip(weights, twins))
+    assert all(torch.equal(w, other) for w, other in zip(weights, copies))
     assert not torch.equal(upward.state[weights[0]]["exp_avg"], torch.zeros_like(upward.state[weights[0]]["exp_avg"]))

@@ -1,27 +1,24 @@
-"""Mixed precision: gradient scaling, steps that are skipped, and fp32 masters of low-precision
-weights.
-"""
+"""Mixed precision: gradient scaling, skipped steps, fp32 masters of low-precision weights."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from helpers.bits import BF16, FP16, FP32
 from helpers.optimizers import OPTIONS, assert_same, make_weights, set_gradients, snapshot, train
-from helpers.step_problems import BF16, FP16, FP32
 
 from lift_kernels import LiftAdamW
 
 
 def scaled_step(optimizer, scaler, weights, step, bad=None):
-    """One step as under torch.amp; ``bad`` is put into one gradient, on a trained entry or not."""
+    """Take one step as under torch.amp; ``bad`` is put into one gradient, trained entry or not."""
     set_gradients(weights, step)
     for w in weights:
         w.grad *= scaler.get_scale() if scaler.is_enabled() else 1.0
     if bad is not None:
         weights[-1].grad.view(-1)[-1] = bad
-    scaler.scale(
-        torch.ones(1, device=weights[0].device)
-    )  # what backward needs: it readies the scale, on the loss's device
+    # This creates the scale on the device of the loss, as before backward.
+    scaler.scale(torch.ones(1, device=weights[0].device))
     scaler.step(optimizer)
     scaler.update()
 
@@ -29,70 +26,71 @@ def scaled_step(optimizer, scaler, weights, step, bad=None):
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 @pytest.mark.parametrize("max_grad_norm", [None, 0.3])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_a_skipped_step_changes_no_bit(where, dtype, max_grad_norm, bad):
-    """Weights, moments, masters and counts stay; with the skipped step left out the run is the
-    same.
+def test_a_skipped_step_changes_no_bit(backend, dtype, max_grad_norm, bad):
+    """Weights, moments, masters and counts stay.
+
+    The run equals one that leaves the skipped step out.
     """
 
     def build():
-        weights = make_weights(((24, 40), (33, 17), (40,)), dtype, where.device)
+        weights = make_weights(((24, 40), (33, 17), (40,)), dtype, backend.device)
         return weights, LiftAdamW(
-            weights, **OPTIONS, max_grad_norm=max_grad_norm, refresh_interval=None, backend=where.backend
+            weights, **OPTIONS, max_grad_norm=max_grad_norm, refresh_interval=None, backend=backend.name
         )
 
     weights, optimizer = build()
-    scaler = torch.amp.GradScaler(where.device, init_scale=1024.0, backoff_factor=1.0 - 1e-9)
+    scaler = torch.amp.GradScaler(backend.device, init_scale=1024.0, backoff_factor=1.0 - 1e-9)
     scaled_step(optimizer, scaler, weights, 0)
     before = snapshot(optimizer)
     scaled_step(optimizer, scaler, weights, 1, bad)
     after = snapshot(optimizer)
-    before["steps_since_refresh of group 0"] = after["steps_since_refresh of group 0"]  # settled when it is read
+    before["steps_since_refresh of group 0"] = after["steps_since_refresh of group 0"]  # updated when it is read
     assert_same(after, before)
     scaled_step(optimizer, scaler, weights, 2)
-    twins, twin = build()
-    scaler = torch.amp.GradScaler(where.device, init_scale=1024.0)
-    scaled_step(twin, scaler, twins, 0)
-    scaled_step(twin, scaler, twins, 2)
+    copies, other = build()
+    scaler = torch.amp.GradScaler(backend.device, init_scale=1024.0)
+    scaled_step(other, scaler, copies, 0)
+    scaled_step(other, scaler, copies, 2)
     optimizer.state_dict()
-    assert_same(snapshot(optimizer), snapshot(twin))
+    assert_same(snapshot(optimizer), snapshot(other))
     assert optimizer.state[weights[0]]["step"] == optimizer.state[weights[2]]["step"] == 2
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.3])
-def test_scaling_by_a_power_of_two_changes_no_bit(where, max_grad_norm):
+def test_scaling_by_a_power_of_two_changes_no_bit(backend, max_grad_norm):
     shapes = ((24, 40), (33, 17), (40,))
-    weights, twins = make_weights(shapes, device=where.device), make_weights(shapes, device=where.device)
-    optimizer = LiftAdamW(weights, **OPTIONS, max_grad_norm=max_grad_norm, backend=where.backend)
-    twin = LiftAdamW(twins, **OPTIONS, max_grad_norm=max_grad_norm, backend=where.backend)
-    scaler = torch.amp.GradScaler(where.device, init_scale=2.0**16)
+    weights, copies = make_weights(shapes, device=backend.device), make_weights(shapes, device=backend.device)
+    optimizer = LiftAdamW(weights, **OPTIONS, max_grad_norm=max_grad_norm, backend=backend.name)
+    other = LiftAdamW(copies, **OPTIONS, max_grad_norm=max_grad_norm, backend=backend.name)
+    scaler = torch.amp.GradScaler(backend.device, init_scale=2.0**16)
     for step in range(3):
         scaled_step(optimizer, scaler, weights, step)
-        train(twin, [step])
+        train(other, [step])
         if max_grad_norm is not None:
-            torch.testing.assert_close(optimizer.grad_norm, twin.grad_norm, rtol=1e-6, atol=0)
-    for w, t in zip(weights, twins):
+            torch.testing.assert_close(optimizer.grad_norm, other.grad_norm, rtol=1e-6, atol=0)
+    for w, t in zip(weights, copies):
         torch.testing.assert_close(w, t, rtol=0, atol=0 if max_grad_norm is None else 1e-7)
 
 
-def test_unscaling_before_the_step(where):
-    """`scaler.unscale_` has divided the gradients already; they are not divided twice."""
-    weights, twins = make_weights(device=where.device), make_weights(device=where.device)
-    optimizer = LiftAdamW(weights, **OPTIONS, backend=where.backend)
-    scaler = torch.amp.GradScaler(where.device, init_scale=256.0)
+def test_unscaling_before_the_step(backend):
+    """`scaler.unscale_` has divided the gradients already, and they are not divided again."""
+    weights, copies = make_weights(device=backend.device), make_weights(device=backend.device)
+    optimizer = LiftAdamW(weights, **OPTIONS, backend=backend.name)
+    scaler = torch.amp.GradScaler(backend.device, init_scale=256.0)
     for step in range(2):
         set_gradients(weights, step)
         for w in weights:
             w.grad *= 256.0
-        scaler.scale(torch.ones(1, device=where.device))
+        scaler.scale(torch.ones(1, device=backend.device))
         scaler.unscale_(optimizer)
         scaler.step(optimizer)
         scaler.update()
-    train(LiftAdamW(twins, **OPTIONS, backend=where.backend), range(2))
-    assert all(torch.equal(w, t) for w, t in zip(weights, twins))
+    train(LiftAdamW(copies, **OPTIONS, backend=backend.name), range(2))
+    assert all(torch.equal(w, t) for w, t in zip(weights, copies))
 
 
 def refresh_steps(interval, skipped, steps, by_hand=()):
-    """Steps (from 1) after which a mask was made, with the steps ``skipped`` found infinite."""
+    """The steps (from 1) after which a mask was made, if the steps ``skipped`` are infinite."""
     weights = make_weights()
     optimizer = LiftAdamW(weights, **OPTIONS, refresh_interval=interval)
     optimizer.refresh()
@@ -121,7 +119,7 @@ def test_a_refresh_by_hand_forgets_steps_skipped_before():
 
 
 def test_found_inf_of_several_devices_counts_once():
-    """GradScaler adds up the flags of all devices, so the flag may be two."""
+    """GradScaler adds the flags of all devices, so the flag may be two."""
     weights = make_weights()
     optimizer = LiftAdamW(weights, **OPTIONS, refresh_interval=10)
     train(optimizer, range(3))
@@ -133,7 +131,7 @@ def test_found_inf_of_several_devices_counts_once():
 
 
 def test_a_group_that_did_not_step_loses_no_count():
-    """A skipped step of one group says nothing about another that had no gradients."""
+    """A skipped step of one group does not concern another that had no gradients."""
     weights = make_weights()
     optimizer = LiftAdamW([{"params": [w]} for w in weights], **OPTIONS, refresh_interval=10)
     train(optimizer, range(3))
@@ -143,26 +141,27 @@ def test_a_group_that_did_not_step_loses_no_count():
     assert [group["steps_since_refresh"] for group in optimizer.state_dict()["param_groups"]] == [3, 3]
 
 
-def test_dense_low_precision_gradients_are_scaled_in_fp32(where):
-    """fp16 gradients of a dense parameter: unscaling must not drown them in fp16's smallest
-    numbers.
+def test_dense_low_precision_gradients_are_scaled_in_fp32(backend):
+    """A dense parameter has fp16 gradients.
+
+    Unscaling must not lose them below fp16's smallest numbers.
     """
-    weight = torch.nn.Parameter(torch.zeros(8, dtype=FP16, device=where.device))
-    optimizer = LiftAdamW([weight], lr=0.01, betas=(0.0, 0.0), eps=1e-9, backend=where.backend)
+    weight = torch.nn.Parameter(torch.zeros(8, dtype=FP16, device=backend.device))
+    optimizer = LiftAdamW([weight], lr=0.01, betas=(0.0, 0.0), eps=1e-9, backend=backend.name)
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0**15 * 3), torch.tensor(0.0)
-    weight.grad = torch.full((8,), 30000.0, dtype=FP16, device=where.device)
+    weight.grad = torch.full((8,), 30000.0, dtype=FP16, device=backend.device)
     optimizer.step()
     expected = torch.tensor(30000.0 / (2.0**15 * 3)).to(FP16)
     torch.testing.assert_close(optimizer.state[weight]["exp_avg"].cpu(), expected.expand(8), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_small_steps_add_up_in_the_master(where, dtype):
+def test_small_steps_add_up_in_the_master(backend, dtype):
     """Updates below half an ulp of the weight vanish without a master and add up with one."""
     moved = {}
     for master in ("fp32", None):
-        weight = torch.nn.Parameter(torch.ones(6, 8, dtype=dtype, device=where.device))
-        optimizer = LiftAdamW([weight], lr=2e-4, density=1.0, master=master, backend=where.backend)
+        weight = torch.nn.Parameter(torch.ones(6, 8, dtype=dtype, device=backend.device))
+        optimizer = LiftAdamW([weight], lr=2e-4, density=1.0, master=master, backend=backend.name)
         for _ in range(50):
             weight.grad = torch.ones_like(weight)
             optimizer.step()
@@ -171,19 +170,20 @@ def test_small_steps_add_up_in_the_master(where, dtype):
     torch.testing.assert_close(moved["fp32"], torch.full((6, 8), 0.99), rtol=0, atol=2.0**-9)
 
 
-def test_weights_loaded_behind_the_back(where, caplog):
-    """As `load_best_model_at_end` does: the master follows model.load_state_dict, and only where
-    the values differ.
+def test_weights_loaded_behind_the_back(backend, caplog):
+    """`load_best_model_at_end` loads weights like this.
+
+    The master follows model.load_state_dict, but only at entries whose values differ.
     """
-    model = torch.nn.Linear(40, 24, bias=False, dtype=BF16, device=where.device)
+    model = torch.nn.Linear(40, 24, bias=False, dtype=BF16, device=backend.device)
     with torch.no_grad():
         model.weight.copy_(make_weights(((24, 40),), BF16)[0])
-    optimizer = LiftAdamW(model.parameters(), **OPTIONS, refresh_interval=None, backend=where.backend)
+    optimizer = LiftAdamW(model.parameters(), **OPTIONS, refresh_interval=None, backend=backend.name)
     train(optimizer, range(2))
     best = {name: value.clone() for name, value in model.state_dict().items()}
     index = optimizer.state[model.weight]["indices"].long()
     master = optimizer.state[model.weight]["master"].clone()
-    model.load_state_dict(best)  # the same values: nothing is lost, nothing is said
+    model.load_state_dict(best)  # the same values: nothing is lost and nothing is logged
     optimizer.param_groups[0]["lr"] = 0.0
     train(optimizer, [2])
     assert torch.equal(optimizer.state[model.weight]["master"], master) and not caplog.records
@@ -198,10 +198,13 @@ def test_weights_loaded_behind_the_back(where, caplog):
     assert len(caplog.records) == 1 and "changed outside the optimizer" in caplog.records[0].getMessage()
 
 
-def test_a_refresh_sees_outside_changes(where):
-    """The new mask comes from the new values, and entries that stay take them into their master."""
-    weight = make_weights(((24, 40),), BF16, where.device)[0]
-    optimizer = LiftAdamW([weight], **OPTIONS, refresh_interval=None, backend=where.backend)
+def test_a_refresh_sees_outside_changes(backend):
+    """The new mask comes from the new values.
+
+    Entries that stay take the new values into their master.
+    """
+    weight = make_weights(((24, 40),), BF16, backend.device)[0]
+    optimizer = LiftAdamW([weight], **OPTIONS, refresh_interval=None, backend=backend.name)
     train(optimizer, range(2))
     with torch.no_grad():
         weight.mul_(1.5)

@@ -1,5 +1,6 @@
-"""Bad input to the optimizer: a clear error that names the parameter and the value, and nothing has
-changed.
+"""Bad input to the optimizer raises a clear error and changes nothing.
+
+The message names the parameter and the value.
 """
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ import copy
 
 import pytest
 import torch
+from helpers.bits import BF16
 from helpers.optimizers import OPTIONS, assert_same, make_weights, set_gradients, snapshot, train
-from helpers.step_problems import BF16
 
 from lift_kernels import LiftAdamW, lift_param_groups
 
@@ -18,7 +19,7 @@ SHAPES = ((24, 40), (33, 17), (17,))
 
 
 def make_named(**options):
-    """Two matrices and a vector under an optimizer, two steps into their training."""
+    """Two matrices and a vector with an optimizer, after two steps."""
     weights = make_weights(SHAPES, options.pop("dtype", torch.float32))
     optimizer = LiftAdamW(list(zip(NAMES, weights)), **OPTIONS | options)
     train(optimizer, range(2))
@@ -26,7 +27,7 @@ def make_named(**options):
 
 
 def assert_refused(optimizer, error, message, call):
-    """``call`` raises this, and neither weights, state nor groups have changed."""
+    """Check that ``call`` raises this and changes neither weights, state nor groups."""
     before = snapshot(optimizer)
     with pytest.raises(error, match=message):
         call()
@@ -73,8 +74,9 @@ CONSTRUCTOR_ERRORS = [
 
 @pytest.mark.parametrize(("options", "error", "message"), OPTION_ERRORS)
 def test_a_bad_option_of_a_group(options, error, message):
-    """The same check in the constructor and for a group that is added later, which then is not
-    there.
+    """The check is the same in the constructor and for a group that is added later.
+
+    The refused group is not added.
     """
     later = list(zip(NAMES, make_weights(SHAPES)))
     optimizer, _ = make_named()
@@ -124,7 +126,7 @@ def with_gradient(optimizer, weights, which, grad):
     """A step with good gradients but one."""
     set_gradients(weights, 2)
     if grad.dtype != weights[which].dtype:
-        weights[which].grad_dtype = None  # the switch of torch that admits other gradients
+        weights[which].grad_dtype = None  # torch's switch that allows gradients of another dtype
     weights[which].grad = grad
     optimizer.step()
 
@@ -150,7 +152,7 @@ BAD_GRADIENTS = [
 
 @pytest.mark.parametrize(("which", "grad", "error", "message"), BAD_GRADIENTS)
 def test_a_bad_gradient(which, grad, error, message):
-    """Also of a dense parameter: found before the first matrix has moved."""
+    """A bad gradient, dense or not, is found before the first matrix has moved."""
     optimizer, weights = make_named()
     message = NAMES[which].replace(".", r"\.") + ": " + message
     assert_refused(optimizer, error, message, lambda: with_gradient(optimizer, weights, which, grad))
@@ -170,7 +172,7 @@ def test_a_weight_made_strided_behind_the_back():
 
 
 def test_a_weight_given_another_dtype_behind_the_back():
-    """`model.bfloat16()` after the first step: the state fits no longer."""
+    """After `model.bfloat16()` the state no longer fits."""
     optimizer, weights = make_named()
     for w in weights[:2]:
         w.grad = None
@@ -182,7 +184,7 @@ def test_a_weight_given_another_dtype_behind_the_back():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("selection", ["principal", "random", lambda w, k: torch.arange(k, dtype=torch.int32)])
 def test_non_finite_weights(value, selection):
-    """At the first mask the step is refused, at a refresh by hand every mask stays."""
+    """At the first mask the step is refused. At a refresh by hand every mask stays."""
     weights = make_weights(SHAPES)
     optimizer = LiftAdamW(list(zip(NAMES, weights)), **OPTIONS, selection=selection)
     with torch.no_grad():
@@ -217,7 +219,7 @@ BAD_SELECTIONS = [
 
 @pytest.mark.parametrize(("selection", "error", "message"), BAD_SELECTIONS)
 def test_a_selection_that_returns_no_index_list(selection, error, message):
-    """The good mask of the first matrix is not taken over alone."""
+    """The good mask of the first matrix is not used alone."""
     optimizer, weights = make_named()
     optimizer.selection = lambda w, k: torch.arange(k, dtype=torch.int32) if w.shape[0] == 24 else selection(w, k)
     assert_refused(optimizer, error, rf"layers\.0\.down\.weight: .*{message}", optimizer.refresh)
@@ -306,9 +308,9 @@ def test_a_state_dict_that_does_not_fit(change, error, message):
     change(saved)
     assert_refused(optimizer, error, message, lambda: optimizer.load_state_dict(saved))
     train(optimizer, [3])
-    twin, twins = make_named()
-    train(twin, range(2, 4))
-    assert all(torch.equal(w, t) for w, t in zip(weights, twins)), "the failed load has left a trace"
+    other, copies = make_named()
+    train(other, range(2, 4))
+    assert all(torch.equal(w, t) for w, t in zip(weights, copies)), "the failed load has left a trace"
 
 
 @pytest.mark.parametrize("steps", [0, 2])

@@ -1,13 +1,14 @@
-"""LiftAdamW as a torch optimizer: schedulers, closures, hooks, groups added later, names and
-warnings.
+"""LiftAdamW as a torch optimizer.
+
+Tested are schedulers, closures, hooks, groups added later, names and warnings.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
+from helpers.bits import bits
 from helpers.optimizers import OPTIONS, index_sets, make_weights, set_gradients, train
-from helpers.step_problems import bits
 from torch.optim import lr_scheduler
 
 from lift_kernels import LiftAdamW, principal_indices
@@ -32,11 +33,11 @@ def test_two_weights_and_lr_are_enough():
         lambda o: lr_scheduler.SequentialLR(o, [lr_scheduler.LinearLR(o), lr_scheduler.ExponentialLR(o, 0.9)], [3]),
     ],
 )
-def test_schedulers_drive_lr(where, make):
-    """The same learning rates by hand give the same bits; OneCycleLR moves betas too."""
-    weights, twins = make_weights(device=where.device), make_weights(device=where.device)
-    optimizer = LiftAdamW(weights, **OPTIONS, backend=where.backend)
-    by_hand = LiftAdamW(twins, **OPTIONS, backend=where.backend)
+def test_schedulers_drive_lr(backend, make):
+    """The same learning rates by hand give the same bits. OneCycleLR moves betas too."""
+    weights, copies = make_weights(device=backend.device), make_weights(device=backend.device)
+    optimizer = LiftAdamW(weights, **OPTIONS, backend=backend.name)
+    by_hand = LiftAdamW(copies, **OPTIONS, backend=backend.name)
     scheduler = make(optimizer)
     rates = set()
     for step in range(6):
@@ -46,22 +47,22 @@ def test_schedulers_drive_lr(where, make):
         train(optimizer, [step])
         train(by_hand, [step])
         scheduler.step()
-    assert len(rates) > 3 and all(torch.equal(w, t) for w, t in zip(weights, twins))
+    assert len(rates) > 3 and all(torch.equal(w, t) for w, t in zip(weights, copies))
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])
-def test_tensor_lr_equals_the_number(where, shape):
-    weights, twins = make_weights(device=where.device), make_weights(device=where.device)
+def test_tensor_lr_equals_the_number(backend, shape):
+    weights, copies = make_weights(device=backend.device), make_weights(device=backend.device)
     lr = torch.full(shape, 0.0078125)  # exact in fp32
-    optimizer = LiftAdamW(weights, **OPTIONS | {"lr": lr}, backend=where.backend)
-    twin = LiftAdamW(twins, **OPTIONS | {"lr": 0.0078125}, backend=where.backend)
+    optimizer = LiftAdamW(weights, **OPTIONS | {"lr": lr}, backend=backend.name)
+    other = LiftAdamW(copies, **OPTIONS | {"lr": 0.0078125}, backend=backend.name)
     for step in range(4):
         if step == 2:
             lr.fill_(0.00390625)
-            twin.param_groups[0]["lr"] = 0.00390625
+            other.param_groups[0]["lr"] = 0.00390625
         train(optimizer, [step])
-        train(twin, [step])
-    assert all(torch.equal(bits(w), bits(t)) for w, t in zip(weights, twins))
+        train(other, [step])
+    assert all(torch.equal(bits(w), bits(t)) for w, t in zip(weights, copies))
 
 
 def test_a_closure_is_run_with_gradients_and_its_loss_returned():
@@ -103,24 +104,25 @@ def test_step_hooks_see_each_step():
     assert not torch.equal(before[0], after[0]) and len(before) == len(after) == 2
 
 
-def test_a_group_added_later_starts_from_zero(where):
-    """It joins at its first step, with its own options; matrices already there go on as without
-    it.
+def test_a_group_added_later_starts_from_zero(backend):
+    """It joins at its first step, with its own options.
+
+    Matrices that are already there continue as without it.
     """
-    weights, twins = make_weights(device=where.device), make_weights(device=where.device)
-    late = make_weights(((30, 30),), device=where.device)
-    optimizer = LiftAdamW(weights, **OPTIONS, backend=where.backend)
-    twin = LiftAdamW(twins, **OPTIONS, backend=where.backend)
+    weights, copies = make_weights(device=backend.device), make_weights(device=backend.device)
+    late = make_weights(((30, 30),), device=backend.device)
+    optimizer = LiftAdamW(weights, **OPTIONS, backend=backend.name)
+    other = LiftAdamW(copies, **OPTIONS, backend=backend.name)
     train(optimizer, range(3))
-    train(twin, range(3))
+    train(other, range(3))
     optimizer.add_param_group({"params": late, "density": 0.2})
     train(optimizer, range(3, 5))
-    train(twin, range(3, 5))
+    train(other, range(3, 5))
     assert [len(x) for x in index_sets(optimizer)] == [96, 56, 180]
     assert [optimizer.state[p]["step"].item() for p in (*weights, *late)] == [5, 5, 2]
-    for w, t in zip(weights, twins):
+    for w, t in zip(weights, copies):
         assert torch.equal(w, t)
-        assert all(torch.equal(optimizer.state[w][key], value) for key, value in twin.state[t].items())
+        assert all(torch.equal(optimizer.state[w][key], value) for key, value in other.state[t].items())
 
 
 def test_a_group_that_cannot_work_is_not_added():

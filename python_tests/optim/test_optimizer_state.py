@@ -1,4 +1,4 @@
-"""State that is saved and loaded: plain, compact, of its own dtypes, and continuing to the bit."""
+"""Saved and loaded state is plain and compact, keeps its dtypes, and continues to the bit."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import io
 
 import pytest
 import torch
+from helpers.bits import BF16, FP16, FP32, bits
 from helpers.optimizers import INTERRUPTIONS, OPTIONS, assert_same, make_weights, set_gradients, snapshot, train
-from helpers.step_problems import BF16, FP16, FP32, bits
 
 from lift_kernels import LiftAdamW
 
@@ -24,12 +24,15 @@ FORMS = {
 
 @pytest.mark.parametrize("interrupt", INTERRUPTIONS)
 @pytest.mark.parametrize("form", FORMS)
-def test_an_interruption_changes_no_bit(where, form, interrupt):
-    """Sparse and dense parameters, interrupted between two refreshes, then past the next one."""
+def test_an_interruption_changes_no_bit(backend, form, interrupt):
+    """Training stops between two refreshes and continues past the next one.
+
+    Parameters are sparse and dense.
+    """
     dtype, extra = FORMS[form]
-    weights = make_weights(((24, 40), (24,), (33, 17), (10, 10)), dtype, where.device)
+    weights = make_weights(((24, 40), (24,), (33, 17), (10, 10)), dtype, backend.device)
     groups = [{"params": weights[:2]}, {"params": weights[2:], "density": 0.3, "lr": 0.02}]
-    optimizer = LiftAdamW(groups, **OPTIONS, refresh_interval=3, backend=where.backend, **extra)
+    optimizer = LiftAdamW(groups, **OPTIONS, refresh_interval=3, backend=backend.name, **extra)
     train(optimizer, range(5))
     other, other_weights = interrupt(optimizer, weights)
     storages = [{t.data_ptr() for entry in o.state.values() for t in entry.values()} for o in (optimizer, other)]
@@ -65,22 +68,22 @@ def test_a_copy_is_independent():
 
 
 def test_state_is_shown_as_views():
-    """What one writes into ``optimizer.state[p]`` is what the next step uses."""
-    weights, twins = make_weights(), make_weights()
-    optimizer, twin = LiftAdamW(weights, **OPTIONS), LiftAdamW(twins, **OPTIONS)
+    """The next step uses what is written into ``optimizer.state[p]``."""
+    weights, copies = make_weights(), make_weights()
+    optimizer, other = LiftAdamW(weights, **OPTIONS), LiftAdamW(copies, **OPTIONS)
     train(optimizer, range(2))
-    train(twin, range(2))
+    train(other, range(2))
     for key in ("exp_avg", "exp_avg_sq"):
         optimizer.state[weights[0]][key].zero_()
     train(optimizer, [2])
-    train(twin, [2])
+    train(other, [2])
     grad = weights[0].grad.flatten()[optimizer.state[weights[0]]["indices"].long()]
     torch.testing.assert_close(optimizer.state[weights[0]]["exp_avg"], (1 - 0.9) * grad, rtol=1e-6, atol=0)
-    assert torch.equal(weights[1], twins[1]) and not torch.equal(weights[0], twins[0])
+    assert torch.equal(weights[1], copies[1]) and not torch.equal(weights[0], copies[0])
 
 
 def test_state_dict_keeps_dtypes_through_a_file():
-    """int32 65537 is no bf16 number: cast to the weight's dtype it would come back as 65536."""
+    """int32 65537 is no bf16 number: a cast to the weight's dtype would make it 65536."""
     weight = torch.nn.Parameter(torch.zeros(2, 40000, dtype=BF16))
     chosen = torch.tensor([0, 1, 65537, 79999], dtype=torch.int32)
     options = {
@@ -122,8 +125,9 @@ def plain(value) -> bool:
 
 
 def test_state_dict_is_plain_and_compact():
-    """Only k entries a matrix are saved, in tensors that own just their bytes: 12 an entry and a
-    few kB in all.
+    """Only k entries per matrix are saved, in tensors that own just their bytes.
+
+    This is 12 bytes per entry and a few kB in all.
     """
     weights = make_weights(((200, 300), (300, 100)))
     optimizer = LiftAdamW(weights, lr=torch.tensor(0.01), rank=4, density=0.1)
@@ -141,8 +145,9 @@ def test_state_dict_is_plain_and_compact():
 
 
 def test_state_bytes_counts_every_storage_once():
-    """Per sparse matrix: 12 bytes for each of k entries, padded to 64; a dense parameter twice its
-    own and a step.
+    """A sparse matrix has 12 bytes for each of k entries, padded to 64.
+
+    A dense parameter has twice its own size and a step.
     """
     weights = make_weights(((200, 300), (300, 100), (50,)))
     optimizer = LiftAdamW(weights, rank=4, density=0.1)
@@ -155,7 +160,7 @@ def test_state_bytes_counts_every_storage_once():
 
 
 def test_a_loaded_mask_replaces_one_made_before():
-    """Loaded before or after the first step, the same run follows."""
+    """Loading before or after the first step leads to the same run."""
     weights = make_weights()
     optimizer = LiftAdamW(weights, **OPTIONS, refresh_interval=4)
     train(optimizer, range(3))
@@ -178,14 +183,14 @@ def test_a_loaded_mask_replaces_one_made_before():
 
 
 def test_an_empty_state_dict_loads():
-    """What accelerate does in ``prepare``: a state dict from before the first step."""
+    """accelerate's ``prepare`` loads a state dict from before the first step."""
     weights = make_weights()
     optimizer = LiftAdamW(weights, **OPTIONS)
     optimizer.load_state_dict(optimizer.state_dict())
-    twins = make_weights()
+    copies = make_weights()
     train(optimizer, range(2))
-    train(LiftAdamW(twins, **OPTIONS), range(2))
-    assert all(torch.equal(w, twin) for w, twin in zip(weights, twins))
+    train(LiftAdamW(copies, **OPTIONS), range(2))
+    assert all(torch.equal(w, other) for w, other in zip(weights, copies))
 
 
 def test_options_travel_with_the_state():
@@ -203,7 +208,7 @@ def test_options_travel_with_the_state():
 
 
 def test_a_master_loaded_onto_other_weights_follows_them():
-    """An optimizer state older than the weights must not undo them at the next step."""
+    """An optimizer state that is older than the weights must not undo them at the next step."""
     weights = make_weights(dtype=BF16)
     optimizer = LiftAdamW(weights, **OPTIONS, refresh_interval=None)
     train(optimizer, range(3))
@@ -220,8 +225,9 @@ def test_a_master_loaded_onto_other_weights_follows_them():
 
 @pytest.mark.parametrize("options", [{"selection": "random"}, {"master": None, "rounding": "stochastic"}])
 def test_the_seed_travels_with_the_state(options):
-    """Random masks and stochastic rounding go on as without the interruption, whatever seed the new
-    optimizer was given.
+    """Random masks and stochastic rounding continue as without the interruption.
+
+    The seed of the new optimizer does not matter.
     """
     weights = make_weights(dtype=BF16)
     options = OPTIONS | options

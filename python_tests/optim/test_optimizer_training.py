@@ -1,15 +1,13 @@
-"""LiftAdamW inside other people's training loops: accelerate's `prepare` and transformers' Trainer
-with a resume.
-"""
+"""LiftAdamW in accelerate's `prepare` and in transformers' Trainer, with a resume."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.bits import BF16, FP32, bits
+from helpers.language_model import METHOD, Tokens, make_model
 from helpers.optimizers import OPTIONS, assert_same, make_weights, set_gradients, snapshot, train
-from helpers.small_models import METHOD, Tokens, make_model
-from helpers.step_problems import BF16, FP32, bits
 from transformers import Trainer, TrainingArguments
 
 from lift_kernels import LiftAdamW, lift_param_groups
@@ -42,9 +40,7 @@ def make_trainer(folder, dtype, **arguments):
 
 
 def test_trainer_one_liner_gives_the_same_weights(tmp_path):
-    """The README's ``optimizer_cls_and_kwargs`` builds the optimizer that one could build by
-    hand.
-    """
+    """The README's ``optimizer_cls_and_kwargs`` builds the optimizer that one builds by hand."""
     by_hand, model, _ = make_trainer(tmp_path, FP32, save_strategy="no")
     by_hand.train()
     other = make_model(FP32)
@@ -65,7 +61,10 @@ def test_trainer_one_liner_gives_the_same_weights(tmp_path):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_trainer_resumes_to_the_same_bits(tmp_path, dtype):
-    """Six steps at once, and three of them from a checkpoint, past a refresh at the fourth."""
+    """Six steps at once equal three steps and three more from a checkpoint.
+
+    The fourth step refreshes.
+    """
     trainer, model, optimizer = make_trainer(tmp_path, dtype)
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -84,8 +83,9 @@ def test_trainer_resumes_to_the_same_bits(tmp_path, dtype):
 
 
 def test_trainer_keeps_the_best_model(tmp_path):
-    """`load_best_model_at_end` changes the weights behind the optimizer; training on starts from
-    them.
+    """`load_best_model_at_end` changes the weights without the optimizer.
+
+    Training continues from them.
     """
     evaluation = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True, "learning_rate": 1.0}
     trainer, model, optimizer = make_trainer(tmp_path, BF16, **evaluation)
@@ -98,19 +98,20 @@ def test_trainer_keeps_the_best_model(tmp_path):
 
 
 def test_accelerate_prepare():
-    """Prepared for the CPU it takes the same steps, also accumulated ones; its state dict passes
-    through.
+    """Prepared for the CPU it takes the same steps, also accumulated ones.
+
+    Its state dict passes through.
     """
-    weights, twins = make_weights(), make_weights()
+    weights, copies = make_weights(), make_weights()
     accelerator = Accelerator(cpu=True)
     prepared = accelerator.prepare(LiftAdamW(weights, **OPTIONS, refresh_interval=3))
-    plain = LiftAdamW(twins, **OPTIONS, refresh_interval=3)
+    plain = LiftAdamW(copies, **OPTIONS, refresh_interval=3)
     for step in range(5):
         set_gradients(weights, step)
         prepared.step()
         prepared.zero_grad()
     train(plain, range(5))
-    assert all(torch.equal(w, t) for w, t in zip(weights, twins))
+    assert all(torch.equal(w, t) for w, t in zip(weights, copies))
     prepared.load_state_dict(prepared.state_dict())
     set_gradients(weights, 5)
     prepared.step()

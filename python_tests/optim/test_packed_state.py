@@ -1,12 +1,10 @@
-"""PackedState: where segments lie, what a migration carries over, and that errors change
-nothing.
-"""
+"""PackedState: the layout of segments, migration, and errors that change nothing."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from helpers.step_problems import BF16, FP32, bits, random_indices
+from helpers.bits import BF16, FP32, bits, random_indices
 
 from lift_kernels import PackedState
 from lift_kernels.ops.reference import packed_migrate_ref
@@ -21,7 +19,7 @@ def make_weight(shape, seed, dtype=FP32):
 
 
 def make_entry(numel, count, seed, step=7):
-    """An entry as a state dict holds it, without master."""
+    """An entry as in a state dict, without master."""
     generator = torch.Generator().manual_seed(100 + seed)
     return {
         "indices": random_indices(numel, count, generator),
@@ -33,7 +31,7 @@ def make_entry(numel, count, seed, step=7):
 
 
 def make_state(sizes=SIZES, dtype=BF16, moments=FP32, master=True, births=True, device=CPU):
-    """A state of several matrices some steps into their training, and what was put in."""
+    """A state of several matrices after some steps, and what was put in."""
     state = PackedState(torch.device(device), moments, master=master, births=births)
     weights = [make_weight(shape, seed, dtype).to(device) for seed, (shape, _) in enumerate(sizes)]
     entries = [make_entry(w.numel(), count, seed) for seed, (w, (_, count)) in enumerate(zip(weights, sizes))]
@@ -62,7 +60,7 @@ def assert_equal(actual, expected):
 
 
 def assert_layout(state):
-    """Segments start on the boundary one behind the other, and what lies between them is zero."""
+    """Check that segments follow each other, start on the boundary, and have zeros between them."""
     end = 0
     for offset, count in zip(state.offsets, state.counts):
         assert offset == end and offset % ALIGNMENT == 0
@@ -141,8 +139,9 @@ def test_views_alias_the_arenas():
 
 
 def test_steps_count_only_their_rows():
-    """`next_steps` says what a step will count, `written` keeps it; a skipped step counts
-    nothing.
+    """`next_steps` returns what a step will count, and `written` keeps it.
+
+    A skipped step counts nothing.
     """
     state, _, _ = make_state()
     assert state.next_steps([0, 2]).tolist() == [8.0, 8.0] and state.steps.tolist() == [7] * 5
@@ -158,7 +157,7 @@ def test_steps_count_only_their_rows():
 
 
 def expected_entry(state, i, new):
-    """Matrix i after a migration to ``new``, from the specification."""
+    """Matrix i after a migration to ``new``, by the specification."""
     old, weight = state.indices[state.segment(i)], state.weights[i].flatten()[new.long()].float()
     birth = torch.full_like(new, int(state.steps[i]))
     fills = {"exp_avg": None, "exp_avg_sq": None, "master": weight, "births": birth}
@@ -186,9 +185,9 @@ def new_lists(state, counts, seed=5):
 
 @pytest.mark.parametrize("moments", [FP32, BF16])
 @pytest.mark.parametrize("counts", [None, (60, 72, 300, 5, 1)], ids=["same-size", "resized"])
-def test_migrate(where, moments, counts):
-    state, _, _ = make_state(moments=moments, device=where.device)
-    state.master += 1e-4  # so that masters say more than the weights
+def test_migrate(backend, moments, counts):
+    state, _, _ = make_state(moments=moments, device=backend.device)
+    state.master += 1e-4  # so masters hold more than the weights
     for padding in (slice(40, 64), slice(136, 192), slice(321, 384), slice(385, 448)):
         state.master[padding] = 0
     state.steps += 2
@@ -199,7 +198,7 @@ def test_migrate(where, moments, counts):
         for i in range(5)
     ]
     addresses = {name: arena.data_ptr() for name, arena in state.buffers().items()}
-    state.migrate(rows, [lists[i] for i in rows], backend=where.backend)
+    state.migrate(rows, [lists[i] for i in rows], backend=backend.name)
     for i in range(5):
         assert_equal({k: bits(v) for k, v in state.views(i).items()}, {k: bits(v) for k, v in expected[i].items()})
     assert_layout(state)
@@ -269,8 +268,9 @@ def test_a_weight_that_does_not_fit_changes_nothing(weight, error, message):
 
 
 def test_regather_follows_outside_changes_alone(caplog):
-    """Entries whose master rounds to the present weight keep their bits; the others take the
-    weight's value.
+    """Entries whose master rounds to the present weight keep their bits.
+
+    The others take the weight's value.
     """
     state, weights, _ = make_state()
     state.master[state.segment(0)] *= 1 + 2.0**-12  # below half a bf16 ulp: rounds to the same weights

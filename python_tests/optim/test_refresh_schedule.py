@@ -1,20 +1,21 @@
-"""Masks over time: when they are made, what stays, enters and leaves, and that no other weight ever
-moves.
+"""Masks over time: when they are made, and which entries stay, enter and leave.
+
+No other weight ever moves.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
+from helpers.bits import BF16, FP16, FP32, bits
 from helpers.optimizers import OPTIONS, index_sets, make_weights, set_gradients, train
-from helpers.step_problems import BF16, FP16, FP32, bits
 
 from lift_kernels import LiftAdamW, principal_indices
 from lift_kernels.ops.reference import packed_migrate_ref
 
 
 def record_refreshes(optimizer, steps, **options):
-    """Numbers (from 1) of the steps that ended in new masks, seen by the calls of the selection."""
+    """The steps (from 1) that ended in new masks, recorded by the calls of the selection."""
     calls = []
     optimizer.selection = lambda w, k: (calls.append(w.shape), torch.arange(k, dtype=torch.int32))[1]
     seen = []
@@ -62,13 +63,14 @@ def test_the_first_refresh_by_hand_makes_one_mask():
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("bias", ["global", "per_entry"])
-def test_stay_enter_leave(where, dtype, bias):
-    """The state after a refresh is the old one migrated to the principal entries of the present
-    weights.
+def test_stay_enter_leave(backend, dtype, bias):
+    """The state after a refresh is the old one, migrated.
+
+    The new entries are the principal ones of the present weights.
     """
-    weights = make_weights(dtype=dtype, device=where.device)
+    weights = make_weights(dtype=dtype, device=backend.device)
     options = OPTIONS | {"lr": 0.05}
-    optimizer = LiftAdamW(weights, **options, refresh_interval=None, bias_correction=bias, backend=where.backend)
+    optimizer = LiftAdamW(weights, **options, refresh_interval=None, bias_correction=bias, backend=backend.name)
     train(optimizer, range(5))
     old = [{k: v.clone() for k, v in optimizer.state[w].items()} for w in weights]
     before = [bits(w.detach()).clone() for w in weights]
@@ -92,13 +94,14 @@ def test_stay_enter_leave(where, dtype, bias):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 @pytest.mark.parametrize("selection", ["principal", "random"])
-def test_unselected_weights_keep_every_bit(where, dtype, selection):
-    """Over steps with decay and refreshes an entry that was in no mask keeps its bits, one that
-    left keeps its last.
+def test_unselected_weights_keep_every_bit(backend, dtype, selection):
+    """Steps decay weights and masks change.
+
+    An entry that was in no mask keeps its bits. One that left keeps its last value.
     """
-    weights = make_weights(dtype=dtype, device=where.device)
+    weights = make_weights(dtype=dtype, device=backend.device)
     options = OPTIONS | {"lr": 0.05, "weight_decay": 0.5}
-    optimizer = LiftAdamW(weights, **options, refresh_interval=3, selection=selection, backend=where.backend)
+    optimizer = LiftAdamW(weights, **options, refresh_interval=3, selection=selection, backend=backend.name)
     optimizer.refresh()
     masks = index_sets(optimizer)
     expected = [bits(w.detach()).clone().flatten() for w in weights]
@@ -115,21 +118,22 @@ def test_unselected_weights_keep_every_bit(where, dtype, selection):
     train(optimizer, range(8), check)
 
 
-def test_per_entry_counts_from_the_entry(where):
-    """An entering entry moves by lr at its first step; under global correction it moves by much
-    more.
+def test_per_entry_counts_from_the_entry(backend):
+    """An entering entry moves by lr at its first step.
+
+    Under global correction it moves by much more.
     """
     lists = [torch.arange(0, 8), torch.arange(4, 12)]
     moved = {}
     for bias in ("global", "per_entry"):
-        weight = torch.nn.Parameter(torch.zeros(6, 5, device=where.device))
+        weight = torch.nn.Parameter(torch.zeros(6, 5, device=backend.device))
         masks = iter(lists)
         optimizer = LiftAdamW(
             [weight],
             lr=0.01,
             bias_correction=bias,
             refresh_interval=None,
-            backend=where.backend,
+            backend=backend.name,
             selection=lambda w, k, masks=masks: next(masks).int().to(w.device),
         )
         train(optimizer, range(20))
@@ -143,18 +147,18 @@ def test_per_entry_counts_from_the_entry(where):
     torch.testing.assert_close(moved["global"][4:8], moved["per_entry"][4:8], rtol=1e-4, atol=0)
 
 
-def test_per_entry_equals_global_before_the_first_refresh(where):
-    weights, twins = make_weights(device=where.device), make_weights(device=where.device)
-    train(LiftAdamW(weights, **OPTIONS, bias_correction="per_entry", backend=where.backend), range(6))
-    train(LiftAdamW(twins, **OPTIONS, backend=where.backend), range(6))
-    for w, twin in zip(weights, twins):
-        torch.testing.assert_close(w, twin, rtol=0, atol=1e-7)
+def test_per_entry_equals_global_before_the_first_refresh(backend):
+    weights, copies = make_weights(device=backend.device), make_weights(device=backend.device)
+    train(LiftAdamW(weights, **OPTIONS, bias_correction="per_entry", backend=backend.name), range(6))
+    train(LiftAdamW(copies, **OPTIONS, backend=backend.name), range(6))
+    for w, other in zip(weights, copies):
+        torch.testing.assert_close(w, other, rtol=0, atol=1e-7)
 
 
-def test_a_refresh_on_changed_density_resizes_the_state(where):
-    """Entries in both masks keep their moments although the arena is laid out anew."""
-    weights = make_weights(device=where.device)
-    optimizer = LiftAdamW(weights, **OPTIONS, refresh_interval=None, backend=where.backend)
+def test_a_refresh_on_changed_density_resizes_the_state(backend):
+    """Entries in both masks keep their moments although the arena has a new layout."""
+    weights = make_weights(device=backend.device)
+    optimizer = LiftAdamW(weights, **OPTIONS, refresh_interval=None, backend=backend.name)
     train(optimizer, range(3))
     old = [{k: v.clone() for k, v in optimizer.state[w].items()} for w in weights]
     optimizer.param_groups[0]["density"] = 0.3
@@ -180,24 +184,24 @@ def test_random_selection_has_the_same_k_and_its_seed_decides():
     assert not torch.equal(first[0], masks(2)[0])
 
 
-def test_a_callable_selects(where):
-    """It sees the weight without its graph and may return any number of entries."""
+def test_a_callable_selects(backend):
+    """It gets the weight without its graph and may return any number of entries."""
     seen = []
 
     def largest_rows(weight, k):
         seen.append((weight.requires_grad, k))
         return torch.arange(2 * weight.shape[1], dtype=torch.int32, device=weight.device)
 
-    weights = make_weights(device=where.device)
+    weights = make_weights(device=backend.device)
     start = [w.detach().clone() for w in weights]
-    train(LiftAdamW(weights, **OPTIONS, selection=largest_rows, backend=where.backend), range(2))
+    train(LiftAdamW(weights, **OPTIONS, selection=largest_rows, backend=backend.name), range(2))
     assert seen == [(False, 96), (False, 56)]
     for w, s in zip(weights, start):
         assert torch.equal(w[2:], s[2:]) and (w[:2] != s[:2]).all()
 
 
 def test_a_failed_refresh_keeps_every_mask():
-    """A weight that became infinite is named, masks and moments of the healthy one stay too."""
+    """An infinite weight is named. Masks and moments of the healthy weight stay too."""
     weights = make_weights()
     optimizer = LiftAdamW([("a.weight", weights[0]), ("b.weight", weights[1])], **OPTIONS, refresh_interval=None)
     train(optimizer, range(2))

@@ -1,5 +1,6 @@
-"""A loaded state belongs to the parameters of its names, whatever their order, and lies on their
-devices.
+"""A loaded state belongs to the parameters of its names and lies on their devices.
+
+The order of the parameters does not matter.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from lift_kernels import LiftAdamW, lift_param_groups, pack_gradients
 from lift_kernels.checkpoint.training_state import load_checkpoint, save_checkpoint
 
 NAMES = ("layers.0.weight", "layers.1.weight", "layers.2.weight", "norm.weight")
-SHAPES = ((24, 40), (24, 40), (24, 40), (17,))  # matrices of one shape: nothing but the name tells them apart
+SHAPES = ((24, 40), (24, 40), (24, 40), (17,))  # matrices of one shape, which only their names distinguish
 
 
 def saved_run():
-    """Weights by name after two steps, and the state of their optimizer."""
+    """Weights by name after two steps, and their optimizer."""
     weights = dict(zip(NAMES, make_weights(SHAPES)))
     optimizer = LiftAdamW(list(weights.items()), **OPTIONS, refresh_interval=None)
     train(optimizer, range(2))
@@ -31,14 +32,14 @@ def copies(weights):
 
 
 def step_alike(*runs):
-    """One step of each (weights by name, optimizer) with the same gradients for the same names."""
+    """Take one step of each (weights by name, optimizer), with the same gradients by name."""
     for weights, optimizer in runs:
         set_gradients((weights[name] for name in NAMES), 7)
         optimizer.step()
 
 
 def same_state(one, other, optimizer, loaded):
-    """Weights and state are equal to the bit, name by name."""
+    """Check that weights and state are equal to the bit, name by name."""
     for name in NAMES:
         assert torch.equal(one[name], other[name]), name
         expected, found = optimizer.state[one[name]], loaded.state[other[name]]
@@ -48,8 +49,9 @@ def same_state(one, other, optimizer, loaded):
 
 @pytest.mark.parametrize("order", [(3, 2, 1, 0), (1, 2, 0, 3)])
 def test_parameters_in_another_order(order):
-    """Masks and moments follow the names; the next step's bits are those of the run that was
-    saved.
+    """Masks and moments follow the names.
+
+    The next step has the bits of the saved run.
     """
     weights, optimizer = saved_run()
     other = copies(weights)
@@ -63,7 +65,7 @@ def test_parameters_in_another_order(order):
 
 
 def test_groups_in_another_order():
-    """Each group finds its own options, an empty one included."""
+    """Each group finds its own options, also an empty group."""
 
     def grouped(weights, order):
         named = list(weights.items())
@@ -126,8 +128,9 @@ def test_other_groups_are_refused():
 
 
 def test_names_that_repeat():
-    """Two models in one optimizer may share names: the same order loads, another one cannot be told
-    apart.
+    """Two models in one optimizer may share names.
+
+    The same order loads. Another order is ambiguous and refused.
     """
     names = ("a.weight", "b.weight", "a.weight", "c.weight")
     weights = make_weights(SHAPES)
@@ -201,8 +204,9 @@ def dense_and_sparse(device):
 
 
 def test_the_state_goes_to_the_device_of_its_parameter():
-    """torch leaves a dense ``step`` where it was saved, which the fused step refuses. The meta
-    device stands in for a card.
+    """torch leaves a dense ``step`` on the device of the file, which the fused step refuses.
+
+    The meta device stands in for a GPU.
     """
     _, optimizer = dense_and_sparse("cpu")
     train(optimizer, range(2))
@@ -227,8 +231,9 @@ def through_checkpoint(state, folder):
 @pytest.mark.parametrize("through", [through_torch_load, through_checkpoint])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_run_goes_on_from_a_state_on_the_cpu(tmp_path, device, through):
-    """Sparse and dense parameters, on the CPU and on a card, where a resume loads to the CPU
-    first.
+    """The state of sparse and dense parameters is loaded to the CPU first.
+
+    The parameters are on the CPU or on a GPU.
     """
     weights, optimizer = dense_and_sparse(device)
     train(optimizer, range(2))
@@ -245,7 +250,7 @@ def test_a_run_goes_on_from_a_state_on_the_cpu(tmp_path, device, through):
 
 
 def test_a_file_keeps_names():
-    """What a user loads is matched after torch.save too."""
+    """A state that a user loads with torch.load is matched by names too."""
     weights, optimizer = saved_run()
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
@@ -258,8 +263,9 @@ def test_a_file_keeps_names():
 
 @pytest.mark.parametrize("named", [True, False])
 def test_entries_are_found_by_the_ids_of_their_groups(named):
-    """A user may put the saved groups into the order of the optimizer by hand, as torch asks for;
-    ids go along with them.
+    """A user may put the saved groups into the order of the optimizer, as torch asks for.
+
+    Ids go with their groups.
     """
 
     def grouped(weights, order):
@@ -281,7 +287,7 @@ def test_entries_are_found_by_the_ids_of_their_groups(named):
 
 
 def test_groups_that_move_are_named_where_a_scheduler_is(caplog):
-    """A scheduler's own state goes by position, in torch."""
+    """In torch the state of a scheduler goes by position."""
     weights, optimizer = saved_run()
     named = list(weights.items())
     optimizer = LiftAdamW([{"params": named[:1], "lr": 0.1}, {"params": named[1:], "lr": 0.2}], **OPTIONS)
@@ -295,8 +301,9 @@ def test_groups_that_move_are_named_where_a_scheduler_is(caplog):
 
 
 def test_hooks_see_and_change_the_whole_state():
-    """register_load_state_dict_pre_hook is torch's way to rename parameters; a post-hook sees the
-    loaded masks.
+    """register_load_state_dict_pre_hook is torch's way to rename parameters.
+
+    A post-hook sees the loaded masks.
     """
     weights, optimizer = saved_run()
     other = copies(weights)
@@ -323,7 +330,7 @@ def test_hooks_see_and_change_the_whole_state():
 
 
 def test_a_module_with_values_of_its_own():
-    """``a.values`` and ``a.weight`` are two parameters here, and no other name for each other."""
+    """``a.values`` and ``a.weight`` are two different parameters here."""
     names = ("a.values", "a.weight")
     weights = make_weights(SHAPES[:2])
     optimizer = LiftAdamW(list(zip(names, weights)), **OPTIONS, refresh_interval=None)

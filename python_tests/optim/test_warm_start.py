@@ -1,6 +1,4 @@
-"""Refreshes of LiftAdamW: warm starts, the spread schedule, the report, and the selections that
-users compare.
-"""
+"""Refreshes of LiftAdamW: warm starts, the spread schedule, the report and the selections."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from lift_kernels.masks.principal import MaskRequest, principal_masks
 from lift_kernels.masks.selection import largest_indices
 from lift_kernels.optim.refresh import spread_share
 
-WIDE = (300, 280)  # wide enough for the iteration
+WIDE = (300, 280)  # wide enough for subspace iteration
 
 
 def parameters(*shapes, dtype=torch.float32):
@@ -63,7 +61,7 @@ def test_a_refresh_starts_from_the_basis_of_the_last(where_kept):
 
 
 def test_a_reloaded_optimizer_refreshes_to_the_same_bits():
-    """The basis and the threshold are part of the state: in memory, in a file, in a copy."""
+    """The basis and the threshold are part of the state, in memory, in a file and in a copy."""
     (weight,) = parameters(WIDE)
     options = {"lr": 1e-4, "rank": 16, "mask_method": "chebyshev", "refresh_interval": 3}
     optimizer = LiftAdamW([weight], **options)
@@ -71,16 +69,16 @@ def test_a_reloaded_optimizer_refreshes_to_the_same_bits():
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
-    (twin,) = parameters(WIDE)
-    twin.data.copy_(weight.detach())
-    other = LiftAdamW([twin], **options)
+    (copied,) = parameters(WIDE)
+    copied.data.copy_(weight.detach())
+    other = LiftAdamW([copied], **options)
     other.load_state_dict(torch.load(file, weights_only=True))
     for key in ("basis", "threshold"):
-        assert torch.equal(other.state[twin][key], optimizer.state[weight][key])
+        assert torch.equal(other.state[copied][key], optimizer.state[weight][key])
     for one in (optimizer, other):
         train(one, range(4, 8))
         assert one.last_refresh.matrices[0].method == "warm"
-    assert torch.equal(weight, twin) and torch.equal(masks(optimizer)[0], masks(other)[0])
+    assert torch.equal(weight, copied) and torch.equal(masks(optimizer)[0], masks(other)[0])
 
 
 def test_a_basis_that_does_not_fit_is_refused_at_loading():
@@ -110,7 +108,7 @@ def test_packed_gradients_refresh_from_the_basis_of_their_first_mask():
 
 
 def test_stacked_matrices_get_a_mask_each():
-    """3-D parameters are batches of matrices; each part has the mask that it would have alone."""
+    """A 3-D parameter is a batch of matrices. Each part has the mask that it has alone."""
     (stack,) = parameters((3, 300, 280))
     optimizer = LiftAdamW(
         [{"params": [stack], "lift": True}], lr=1e-4, rank=16, mask_method="chebyshev", refresh_interval=None
@@ -227,8 +225,9 @@ def test_a_model_of_many_matrices_is_quiet_and_works_without_tqdm(monkeypatch):
 
 
 def test_spread_over_the_cores_changes_no_mask_and_no_setting():
-    """Each small matrix has a thread of its own; the number of torch's threads is as before, also
-    after a failure.
+    """Each small matrix has a thread of its own.
+
+    The number of torch's threads is as before, also after a failure.
     """
     weights = [w.detach() for w in parameters(*[(300, 280), (60, 90)] * 3)]
     requests = [MaskRequest(w, 16, 400, f"w{i}") for i, w in enumerate(weights)]

@@ -1,41 +1,20 @@
-"""What an installation says about itself: version, links, types. Built without torch in sight."""
+"""The metadata of an installation: version, links, types."""
 
 from __future__ import annotations
 
 import email
-import os
-import shutil
-import subprocess
-import sys
 import zipfile
-from pathlib import Path
 
 import pytest
+from helpers.wheels import ROOT, build_wheel, copy_source
 
 import lift_kernels
-
-ROOT = Path(__file__).parents[2]
-BUILD = """
-import sys
-sys.modules["torch"] = None  # as in an isolated build
-from setuptools import build_meta
-build_meta.build_wheel(sys.argv[1])
-"""
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    shutil.copytree(
-        ROOT / "lift_kernels", source / "lift_kernels", ignore=shutil.ignore_patterns("__pycache__", "*.so")
-    )
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [sys.executable, "-c", BUILD, str(out)]
-    subprocess.run(command, cwd=source, env=environment, check=True, capture_output=True)
-    (path,) = out.glob("*.whl")
-    with zipfile.ZipFile(path) as file:
+    source = copy_source(tmp_path_factory.mktemp("source"))
+    with zipfile.ZipFile(build_wheel(source, tmp_path_factory.mktemp("wheel"))) as file:
         yield file
 
 

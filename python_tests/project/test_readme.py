@@ -1,5 +1,6 @@
-"""The code blocks of the documents are run as they stand there, and their links and figures hold;
-deltas of the main job, whatever form its base has.
+"""The code blocks of the documents run as written, and their links and figures are right.
+
+Here are also deltas of fine-tuning runs, for every form of the base.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.bits import BF16, bits
 from helpers.gguf import write_gguf
-from helpers.step_problems import BF16, bits
 from helpers.tiny_llama import save_tiny
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -38,13 +39,14 @@ DOCUMENTS = [
 
 
 def blocks(document: str) -> list[tuple[str, str]]:
-    """Language and text of the code blocks of a document, in their order."""
+    """Language and text of the code blocks of a document, in order."""
     return re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
 
 
 def run_line(line: str) -> None:
-    """A line of a shell block. pip only plans the installation, make only has the target and takes
-    the options.
+    """Run a line of a shell block.
+
+    pip only plans the installation. For make, the target must exist and the options must parse.
     """
     words = shlex.split(line, comments=True)
     if words[:2] == ["pip", "install"]:
@@ -61,7 +63,7 @@ def run_line(line: str) -> None:
 
 
 def run_blocks(document: str) -> dict:
-    """Run all shell and Python blocks of a document; returns the names that these define."""
+    """Run all shell and Python blocks of a document, and return the names that these define."""
     names: dict = {"__name__": document}
     for language, text in blocks(document):
         if language == "sh":
@@ -79,7 +81,7 @@ def write_jsonl(path: Path, count: int = 40) -> None:
 
 @pytest.mark.slow
 def test_the_new_users_path(tmp_path, monkeypatch, capsys):
-    """Every code block of the README, in an empty directory with the user's own model and data."""
+    """Every code block of the README runs in an empty folder with the user's own model and data."""
     save_tiny(tmp_path / "my-model")
     write_jsonl(tmp_path / "my.jsonl")
     monkeypatch.chdir(tmp_path)
@@ -112,7 +114,7 @@ def test_the_readme_is_short():
 
 
 def test_links_lead_somewhere():
-    """Files, and headings in them, by GitHub's rule."""
+    """Checked are files, and headings in them by GitHub's rule."""
     for document in DOCUMENTS:
         for link in re.findall(r"(?<!\!)\[[^\]]*\]\(([^)\s]+)\)", (ROOT / document).read_text()):
             path, _, heading = link.partition("#")
@@ -127,7 +129,7 @@ def test_links_lead_somewhere():
 
 
 def test_figures_in_the_readmes_sentences():
-    """Those that no table shows, from the CSV of the default job."""
+    """These are in no table. They come from the CSV of the default job."""
     with (ROOT / "bench/results/amd-epyc-2-cores/main_job.csv").open(newline="") as file:
         rows = {row["variant"]: row for row in csv.DictReader(file)}
     text = " ".join((ROOT / "README.md").read_text().split())
@@ -138,9 +140,7 @@ def test_figures_in_the_readmes_sentences():
 
 
 def finetune_and_delta(tmp_path, model: Path, *options: str):
-    """Train a few steps, make a delta against the model as it was given, and apply it; all by the
-    command line.
-    """
+    """Train a few steps, make a delta against the given model and apply it, by the command line."""
     arguments = [
         "--model",
         str(model),

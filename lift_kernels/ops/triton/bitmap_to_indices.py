@@ -1,9 +1,9 @@
-"""Bitmaps of selections as sorted index lists, for many matrices at once, where the native CUDA
-version is absent.
+"""Bitmaps of selections as sorted index lists, for many matrices at once.
 
-A bitmap is (m, ceil(n / 32)) int32: each row starts a word of its own. A candidate is
-``key << 32 | (LAST - position)`` int64, so that the larger one has the larger key or, of equal
-ones, the lower position. Atomics only "or" integers, in any order.
+It is used where the native CUDA version is absent. A bitmap is (m, ceil(n / 32)) int32, and each
+row starts a new word. A candidate is ``key << 32 | (LAST - position)`` int64. So the larger
+candidate has the larger key or, of equal keys, the lower position. Atomics only "or" integers, in
+any order.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from torch import Tensor
 from .memory import load_stream
 
 BLOCK = 1024
-CHOOSE = {"BLOCK": 2048, "DIGIT": 9}  # bits of a digit: seven make the 63 of a candidate
+CHOOSE = {"BLOCK": 2048, "DIGIT": 9}  # seven digits of 9 bits make the 63 bits of a candidate
 CHOOSE_WARPS = 8
 
 
 @triton.jit
 def popcount(x):
-    """Bits set in each uint32, as int32; the compiler knows this idiom and makes one instruction of
-    it.
+    """Count the bits set in each uint32, as int32.
+
+    The compiler recognizes this idiom and makes one instruction of it.
     """
     x = x - ((x >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
@@ -40,7 +41,7 @@ def _set(bitmap, position, n, mask):
 
 @triton.jit(do_not_specialize=["m", "n", "capacity", "k"])
 def _bitmap_choose_kernel(
-    bitmaps,  # (b, m, words) int32; the bits of the chosen candidates are set
+    bitmaps,  # (b, m, words) int32, in which the bits of the chosen candidates are set
     candidates,  # (b, capacity) int64
     counts,  # (b, 2) int32: bits set before, candidates
     thresholds,  # (b,) int32 patterns of the k-th magnitudes
@@ -52,8 +53,9 @@ def _bitmap_choose_kernel(
     BLOCK: tl.constexpr,
     DIGIT: tl.constexpr,
 ):
-    """One program a matrix: the pivot among its candidates digit by digit, from the highest digit
-    in which two of them differ.
+    """Find the pivot among the candidates digit by digit, one program per matrix.
+
+    The search starts at the highest digit in which two candidates differ.
     """
     BINS: tl.constexpr = 1 << DIGIT
     LAST: tl.constexpr = 0x7FFFFFFF
@@ -88,9 +90,8 @@ def _bitmap_choose_kernel(
                 histogram += tl.histogram(digit, BINS, mask=same)
             low -= DIGIT
             above = tl.sum(histogram, axis=0) - tl.cumsum(histogram, axis=0)
-            bin = (
-                tl.sum((above + histogram >= rank).to(tl.int32), axis=0) - 1
-            )  # the highest in which the count reaches the rank
+            # The highest bin in which the count reaches the rank.
+            bin = tl.sum((above + histogram >= rank).to(tl.int32), axis=0) - 1
             at = tl.arange(0, BINS) == bin
             rank -= tl.sum(tl.where(at, above, 0), axis=0)
             sharing = tl.sum(tl.where(at, histogram, 0), axis=0)
@@ -117,8 +118,10 @@ def _set_bits_kernel(bitmap, positions, count, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def _load_words(bitmaps, length, n, BLOCK: tl.constexpr):
-    """This program's words of its matrix as uint32, bits behind the last column dropped; the number
-    of the first; the matrix.
+    """Load this program's words of its matrix as uint32.
+
+    Bits behind the last column are dropped. Also returns the number of the first word, and the
+    matrix.
     """
     blocks = tl.cdiv(length, BLOCK)
     matrix = (tl.program_id(0) // blocks).to(tl.int64)
@@ -138,8 +141,9 @@ def _count_bits_kernel(bitmaps, totals, length, n, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count", "n"])
 def _list_bits_kernel(bitmaps, ends, out, length, count, n, BLOCK: tl.constexpr):
-    """Write the flat positions of the first ``count`` bits of each matrix, in order; ``ends``: bits
-    set up to each block's end.
+    """Write the flat positions of the first ``count`` bits of each matrix, in order.
+
+    ``ends`` holds the number of bits set up to the end of each block.
     """
     words, start, matrix = _load_words(bitmaps, length, n, BLOCK)
     bits = popcount(words)
@@ -158,7 +162,10 @@ def _list_bits_kernel(bitmaps, ends, out, length, count, n, BLOCK: tl.constexpr)
 def bitmap_to_indices_triton(
     bitmaps: Tensor, candidates: Tensor, counts: Tensor, columns: int, k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`mask_ops.bitmap_to_indices`: three launches for all matrices, on a copy of the bitmaps."""
+    """Run `lift_kernels.ops.bitmap_to_indices`: three launches for all matrices.
+
+    It works on a copy of the bitmaps.
+    """
     (batch, rows, _), capacity = bitmaps.shape, candidates.shape[1]
     thresholds, status = bitmaps.new_empty(batch), bitmaps.new_empty(batch)
     if batch == 0:
@@ -185,16 +192,24 @@ def bitmap_to_indices_triton(
 
 
 def set_bits(bitmap: Tensor, positions: Tensor, n: int) -> None:
-    """Set the bits of flat ``positions`` (count,) int32 in the bitmap of one matrix with ``n``
-    columns.
+    """Set the bits of flat ``positions`` (count,) int32 in the bitmap of one matrix.
+
+    The matrix has ``n`` columns.
     """
     count = positions.numel()
     _set_bits_kernel[(triton.cdiv(count, BLOCK),)](bitmap, positions, count, n, BLOCK=BLOCK, num_warps=4)
 
 
 def list_bits(bitmaps: Tensor, count: int, n: int) -> tuple[Tensor, Tensor]:
-    """(b, count) int32: positions of the first bits set in each bitmap (b, m, words) of ``n``
-    columns; (b,) bits set in all.
+    """Return the positions of the first ``count`` bits of each bitmap, and its number of bits.
+
+    Args:
+        bitmaps: (b, m, words) int32 of ``n`` columns.
+        count: positions per bitmap.
+        n: columns.
+
+    Returns:
+        Positions (b, count) int32, and the bits set in each bitmap (b,) int32.
     """
     batch, length = len(bitmaps), bitmaps[0].numel()
     blocks = triton.cdiv(length, BLOCK)

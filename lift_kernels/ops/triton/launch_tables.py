@@ -1,5 +1,4 @@
-"""Launch tables on the device: addresses of a launch's tensors, and which piece of which matrix a
-program works on.
+"""Tables on the device for a launch: tensor addresses, and the work of each program.
 
 Both are built on the host and cached, so that a step with the same tensors copies nothing.
 """
@@ -17,18 +16,21 @@ from ..device_tables import DeviceTables, Table
 
 
 def block_size() -> int:
-    """Entries a program handles. The interpreter pays milliseconds a program, whatever its size."""
+    """Return the entries that a program handles.
+
+    The interpreter takes milliseconds per program, whatever its size, so it gets larger blocks.
+    """
     return 4096 if dispatch.interpreting() else 1024
 
 
 def block_table(
     offsets: Sequence[int], counts: Sequence[int], arena_length: int, block: int, device: torch.device
 ) -> Table:
-    """(programs, 4) int64: matrix, arena position, position in the matrix's list, entries left in
-    it (at least 1).
+    """Return the work of each program, (programs, 4) int64.
 
-    Aligned: every segment starts at a multiple of `ALIGNMENT` and reaches no other one when padded
-    to it.
+    The columns are the matrix, the arena position, the position in the list of the matrix, and the
+    entries left in that list (at least 1). The table is marked aligned when every segment starts at
+    a multiple of `ALIGNMENT` and reaches no other segment when padded to it.
     """
     offsets, counts = tuple(offsets), tuple(counts)
 
@@ -44,7 +46,10 @@ def block_table(
 
 
 def pointer_table(tensors: Sequence[Tensor], device: torch.device) -> Table:
-    """(n,) int64 addresses of the tensors. Aligned: each is a multiple of 16 bytes."""
+    """Return the addresses of the tensors, (n,) int64.
+
+    The table is marked aligned when each address is a multiple of 16 bytes.
+    """
     addresses = tuple(tensor.data_ptr() for tensor in tensors)
 
     def build() -> Table:
@@ -54,8 +59,9 @@ def pointer_table(tensors: Sequence[Tensor], device: torch.device) -> Table:
 
 
 def _padded(offset: Tensor, count: Tensor, arena_length: int) -> bool:
-    """Whether segments are aligned and can be padded to `ALIGNMENT` entries without reaching each
-    other or the end.
+    """Return whether segments are aligned and can be padded to `ALIGNMENT` entries.
+
+    Padded segments must not reach each other or the end of the arena.
     """
     start, order = offset[count > 0].sort()
     end = start + (count[count > 0][order] + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT

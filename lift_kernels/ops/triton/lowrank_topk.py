@@ -1,10 +1,10 @@
-"""The largest entries of a low-rank product, chosen while its tiles are recomputed: it never lies
-in memory.
+"""The largest entries of a low-rank product that never lies in memory.
 
-Magnitudes are compared as keys: the fp32 pattern without its sign, a non-negative int32. So -0
-equals 0, NaN comes above infinity, and the order is total. Chosen entries are bits of a bitmap (m,
-ceil(n / 32)) int32: each row starts a word of its own, so that no two tiles share one. Atomics add
-and "or" integers only: their order changes no result.
+Each pass over the product computes its tiles again. Magnitudes are compared as *keys*: the fp32
+pattern without its sign, a non-negative int32. So -0 equals 0, NaN comes above infinity, and the
+order is total. Selected entries are bits of a bitmap (m, ceil(n / 32)) int32. Each row starts a new
+word, so that no two tiles share one. Atomics add and "or" integers only, so their order changes no
+result.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .bitmap_to_indices import list_bits, popcount, set_bits
 
-# TF32 products of split factors, three for one: the error of fp32 at the speed of tensor cores.
+# Three TF32 products of split factors make one product: fp32 error on tensor cores.
 TILE = {"ROWS": 128, "COLUMNS": 64, "DEPTH": 16, "PRECISION": "tf32x3"}
 # Two programs fit on a multiprocessor, so that one multiplies while the other selects.
 TILE_OPTIONS = {"num_warps": 8, "num_stages": 2, "maxnreg": 128, "enable_fp_fusion": False}
@@ -36,17 +36,18 @@ def _tile_keys(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(ROWS, COLUMNS) int32 keys of left @ right.T from (row, column) on; -1, below every limit,
-    outside of it.
+    """Return the (ROWS, COLUMNS) int32 keys of left @ right.T from (row, column) on.
 
-    All passes over the product come here with the same shapes, so that they see the same bits.
+    Outside of the product they are -1, below every limit. All passes over the product call this
+    with the same shapes, so that they see the same bits.
     """
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     depth = tl.arange(0, DEPTH)
     left += row.to(tl.int64) * r
     right += column.to(tl.int64) * r
-    x = tl.minimum(rows, m - row - 1)[:, None] * r + depth[None, :]  # behind the last row it stands in for them
+    # Behind the last row or column, the last one is loaded again.
+    x = tl.minimum(rows, m - row - 1)[:, None] * r + depth[None, :]
     y = tl.minimum(columns, n - column - 1)[:, None] * r + depth[None, :]
     product = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for start in range(0, r, DEPTH):
@@ -60,8 +61,9 @@ def _tile_keys(
 
 @triton.jit
 def _tile_corner(m, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """This program's matrix, and row and column where its tile begins; neighbours share their rows
-    of the left factor.
+    """Return this program's matrix, and the first row and column of its tile.
+
+    Neighbors share their rows of the left factor.
     """
     across = tl.cdiv(n, COLUMNS)
     tiles = tl.cdiv(m, ROWS) * across
@@ -71,15 +73,16 @@ def _tile_corner(m, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _load_limits(bracket):
-    """Lowest and highest key of a bracket (2,), fp32 patterns as int32; what is negative counts as
-    zero.
+    """Return the lowest and highest key of a bracket (2,), fp32 patterns as int32.
+
+    Negative limits count as zero.
     """
     return tl.maximum(tl.load(bracket), 0), tl.maximum(tl.load(bracket + 1), 0)
 
 
 @triton.jit
 def _pack_words(flags, ROWS: tl.constexpr, WORDS: tl.constexpr):
-    """(ROWS, WORDS, 32) booleans as (ROWS, WORDS) uint32, the first one in the lowest bit."""
+    """Pack (ROWS, WORDS, 32) booleans into (ROWS, WORDS) uint32, lowest bit first."""
     return tl.sum(flags.to(tl.uint32) << tl.arange(0, 32).to(tl.uint32)[None, None, :], axis=2)
 
 
@@ -92,16 +95,16 @@ def _lowrank_topk_kernel(
     r,
     bracket,  # (b, 2) int32 patterns of the limits
     bitmap,  # (b, m, words) int32: keys above the bracket
-    ties,  # (b, m, words) int32: keys inside it; or None
-    candidates,  # (b, capacity) int64: key << 32 | (LAST - position) of those inside, in any order; or None
+    ties,  # (b, m, words) int32: keys inside it, or None
+    candidates,  # (b, capacity) int64: key << 32 | (LAST - position) of those inside, in any order, or None
     capacity,
-    counts,  # (b, 2) int32, zeros before: keys above, keys inside
+    counts,  # (b, 2) int32, zero-filled: keys above, keys inside
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One pass over the product: a bit for what is surely chosen, a note of what may be."""
+    """Mark what is surely selected in one pass over the product, and note what may be."""
     WORDS: tl.constexpr = COLUMNS // 32
     matrix, row, column = _tile_corner(m, n, ROWS, COLUMNS)
     left += matrix * m * r
@@ -153,7 +156,7 @@ def _lowrank_histogram_kernel(
     n,
     r,
     bracket,  # (2,) int32 patterns of the limits
-    histogram,  # (bins,) int32, zeros before
+    histogram,  # (bins,) int32, zero-filled
     shift,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -164,17 +167,24 @@ def _lowrank_histogram_kernel(
     _, row, column = _tile_corner(m, n, ROWS, COLUMNS)
     keys = _tile_keys(left, right, m, n, r, row, column, ROWS, COLUMNS, DEPTH, PRECISION)
     low, high = _load_limits(bracket)
-    distance = (keys - low).to(tl.uint32, bitcast=True)  # what is below wraps round to far above
+    distance = (keys - low).to(tl.uint32, bitcast=True)  # a key below wraps around to far above
     tl.atomic_add(histogram + (distance >> shift), 1, mask=distance <= high - low, sem="relaxed")
 
 
 def scan_products(left: Tensor, right: Tensor, k: int, bracket: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Bitmaps, candidates and counts of ``left @ right.mT`` and the columns of the bitmaps: what
-    `bitmap_to_indices` takes.
+    """Scan ``left @ right.mT`` once and return the arguments of `bitmap_to_indices`.
 
-    ``left`` (b, m, r) and ``right`` (b, n, r) fp32, contiguous; ``bracket`` (b, 2) fp32: limits,
-    included, of where the k-th magnitude is expected. Candidates beyond max(4096, k / 2) are
-    counted, not kept. Nothing waits for the device.
+    Nothing waits for the device.
+
+    Args:
+        left: (b, m, r) fp32, contiguous.
+        right: (b, n, r) fp32, contiguous.
+        k: entries to select per matrix.
+        bracket: (b, 2) fp32, limits, inclusive, between which the k-th magnitude is expected.
+
+    Returns:
+        Bitmaps, candidates, counts, and the columns of the bitmaps. Candidates beyond
+        max(4096, k / 2) are counted but not kept.
     """
     left, right = _filling_words(left, right)
     (batch, m, _), n = left.shape, right.shape[1]
@@ -186,10 +196,14 @@ def scan_products(left: Tensor, right: Tensor, k: int, bracket: Tensor) -> tuple
 
 
 def lowrank_topk_counting(left: Tensor, right: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Positions (k,) and k-th magnitude of one matrix without a bracket: its keys are counted in
-    two passes more.
+    """Return the positions (k,) and the k-th magnitude of one matrix without a bracket.
 
-    ``left`` (m, r) and ``right`` (n, r). Scratch: two bitmaps, a histogram and up to k ties.
+    Two more passes count its keys. Scratch memory: two bitmaps, a histogram and up to k ties.
+
+    Args:
+        left: (m, r) fp32, contiguous.
+        right: (n, r) fp32, contiguous.
+        k: entries to select.
     """
     left, right = _filling_words(left[None], right[None])
     m, n = left.shape[1], right.shape[1]
@@ -203,8 +217,9 @@ def lowrank_topk_counting(left: Tensor, right: Tensor, k: int) -> tuple[Tensor, 
 
 
 def _filling_words(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of the same flat product: a column lies flat as a row does, but a row fills its
-    words.
+    """Return factors of the same flat product whose rows fill words of a bitmap.
+
+    A product with one column is transposed. A column and a row have the same flat positions.
     """
     return (right, left) if right.shape[1] == 1 else (left, right)
 
@@ -218,8 +233,9 @@ def _scan(
     ties: Tensor | None = None,
     candidates: Tensor | None = None,
 ) -> Tensor:
-    """Mark keys above the bracket in ``bitmaps``, keep those in it as ``ties`` or ``candidates``;
-    (b, 2) counts of both.
+    """Mark keys above the bracket in ``bitmaps``, and keep those inside it.
+
+    Keys inside are kept as ``ties`` or ``candidates``. Returns (b, 2) counts of both kinds.
     """
     counts = torch.zeros(len(left), 2, dtype=torch.int32, device=left.device)
     capacity = 0 if candidates is None else candidates.shape[1]
@@ -229,8 +245,9 @@ def _scan(
 
 
 def _kth_key(left: Tensor, right: Tensor, k: int) -> Tensor:
-    """The k-th largest key of one matrix, () int32, by a histogram of the high 15 bits and one of
-    the low 16.
+    """Return the k-th largest key of one matrix, 0-dim int32.
+
+    It takes a histogram of the high 15 bits and one of the low 16.
     """
     low = torch.zeros((), dtype=torch.int32, device=left.device)
     rank: int | Tensor = k

@@ -8,8 +8,9 @@ import triton.language as tl
 
 @triton.jit
 def load_stream(start, count, BLOCK: tl.constexpr):
-    """``count`` values from ``start`` on, zeros behind them; no mask on whole blocks: loads are 128
-    bits wide.
+    """Load ``count`` values from ``start`` on, and zeros behind them.
+
+    Whole blocks take no mask, so that their loads are 128 bits wide.
     """
     lanes = tl.arange(0, BLOCK)
     if count >= BLOCK:
@@ -21,9 +22,7 @@ def load_stream(start, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def store_stream(start, x, count, BLOCK: tl.constexpr):
-    """Store the first ``count`` values of a block from ``start`` on; the counterpart of
-    `load_stream`.
-    """
+    """Store the first ``count`` values of a block from ``start`` on, as `load_stream` loads."""
     lanes = tl.arange(0, BLOCK)
     if count >= BLOCK:
         tl.store(start + lanes, x)

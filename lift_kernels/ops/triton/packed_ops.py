@@ -1,6 +1,4 @@
-"""Entries between dense tensors and packed vectors: gather, scatter, migration to a new list, sums
-of squares.
-"""
+"""Kernels that move entries between dense tensors and packed vectors, or sum squares."""
 
 from __future__ import annotations
 
@@ -18,8 +16,9 @@ from .rounding import FORMATS, bits, narrow, widen
 
 @triton.jit
 def _convert(x, FORMAT: tl.constexpr):
-    """A block in another storage format, rounded to nearest even; the same bits when it has that
-    format already.
+    """Round a block to nearest even in another storage format.
+
+    A block that has that format already keeps its bits.
     """
     if x.dtype == FORMAT:
         return x
@@ -29,8 +28,9 @@ def _convert(x, FORMAT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count"])
 def _packed_gather_kernel(source, indices, out, count, BLOCK: tl.constexpr):
-    """out[i] = source[indices[i]]; ``indices`` (count,) int32, ``out`` (count,) in any storage
-    format.
+    """out[i] = source[indices[i]].
+
+    ``indices`` is (count,) int32, and ``out`` is (count,) in any storage format.
     """
     start = tl.program_id(0) * BLOCK
     left = count - start
@@ -41,8 +41,9 @@ def _packed_gather_kernel(source, indices, out, count, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count"])
 def _packed_scatter_kernel(dest, indices, values, count, BLOCK: tl.constexpr):
-    """dest[indices[i]] = values[i]; ``indices`` (count,) int32, ``values`` (count,) in any storage
-    format.
+    """dest[indices[i]] = values[i].
+
+    ``indices`` is (count,) int32, and ``values`` is (count,) in any storage format.
     """
     start = tl.program_id(0) * BLOCK
     left = count - start
@@ -53,12 +54,12 @@ def _packed_scatter_kernel(dest, indices, values, count, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["old_count", "new_count", "stride"])
 def _packed_migrate_kernel(values, old_indices, new_indices, out, old_count, new_count, stride, BLOCK: tl.constexpr):
-    """out[i] = values[j] where old_indices[j] == new_indices[i]; other places of ``out``
-    (new_count,) stay.
+    """out[i] = values[j] where old_indices[j] == new_indices[i].
 
-    Each new entry counts the old ones below it, its lower bound, in steps of ``stride`` (the
-    largest power of two up to old_count, 0 for none), stride/2, ..., 1. No atomics, and neighbours
-    walk through the same cache lines.
+    Other elements of ``out`` (new_count,) stay. Each new entry counts the old ones below it, its
+    lower bound, in steps of ``stride``, stride/2, ..., 1. ``stride`` is the largest power of two up
+    to old_count, or 0 for none. There are no atomics, and neighbors walk through the same cache
+    lines.
     """
     start = tl.program_id(0) * BLOCK
     left = new_count - start
@@ -88,8 +89,9 @@ def _packed_square_sums_kernel(
     WIDE_GRADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Each program's sum of squared entries, in fp64: squares of fp32 neither overflow nor vanish
-    there.
+    """Sum the squared entries of each program in fp64.
+
+    There squares of fp32 numbers neither overflow nor vanish.
     """
     row = blocks + tl.program_id(0).to(tl.int64) * 4
     matrix = tl.load(row)
@@ -116,22 +118,25 @@ def _packed_square_sums_kernel(
 
 
 def packed_gather_triton(source: Tensor, indices: Tensor, out: Tensor) -> None:
-    """Fill ``out`` (k,) with contiguous ``source`` at ``indices`` (k,) int32; each fp32, bf16 or
-    fp16.
+    """Fill ``out`` (k,) with the entries of contiguous ``source`` at ``indices`` (k,) int32.
+
+    ``source`` and ``out`` are fp32, bf16 or fp16.
     """
     _launch(_packed_gather_kernel, indices.numel(), bits(source), indices, bits(out), indices.numel())
 
 
 def packed_scatter_triton(dest: Tensor, indices: Tensor, values: Tensor) -> None:
-    """Write ``values`` (k,) into contiguous ``dest`` at ``indices`` (k,) int32; fp32, bf16 or fp16
-    each.
+    """Write ``values`` (k,) into contiguous ``dest`` at ``indices`` (k,) int32.
+
+    ``dest`` and ``values`` are fp32, bf16 or fp16.
     """
     _launch(_packed_scatter_kernel, indices.numel(), bits(dest), indices, bits(values), indices.numel())
 
 
 def packed_migrate_triton(values: Tensor, old_indices: Tensor, new_indices: Tensor, out: Tensor) -> None:
-    """Write into ``out`` (k_new) the values of entries in both sorted lists; fp32, bf16, fp16 or
-    int32.
+    """Write the values of the entries in both sorted lists into ``out`` (k_new,).
+
+    ``values`` and ``out`` are fp32, bf16, fp16 or int32.
     """
     old, new = old_indices.numel(), new_indices.numel()
     stride = 1 << (old.bit_length() - 1) if old > 0 else 0
@@ -141,8 +146,9 @@ def packed_migrate_triton(values: Tensor, old_indices: Tensor, new_indices: Tens
 def packed_square_sums_triton(
     grads: Sequence[Tensor], indices: Tensor, offsets: Sequence[int], counts: Sequence[int], packed_grads: bool
 ) -> Tensor:
-    """(programs,) fp64 sums of squares over the selected entries of contiguous gradients; the same
-    bits every time.
+    """Return sums of squares over the selected entries, (programs,) fp64.
+
+    Gradients are contiguous. The bits are the same every time.
     """
     block = block_size()
     with torch.cuda.device_of(indices):
@@ -167,7 +173,7 @@ def packed_square_sums_triton(
 
 
 def _launch(kernel, entries: int, *arguments) -> None:
-    """Run a kernel with one program per block of entries, on the device of its first argument."""
+    """Run a kernel with one program per block of entries, on the device of its arguments."""
     block = block_size()
     if entries > 0:
         with torch.cuda.device_of(arguments[0]):

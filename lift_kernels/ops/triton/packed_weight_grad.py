@@ -1,5 +1,7 @@
-"""Weight gradients of linear layers at the selected entries: torch's product and a gather, or one
-product that keeps only them.
+"""Weight gradients of linear layers at the selected entries.
+
+There are two methods: torch's product followed by a gather, or one kernel that keeps only the
+selected entries of its product.
 """
 
 from __future__ import annotations
@@ -15,16 +17,19 @@ from .packed_ops import packed_gather_triton
 from .rounding import bits, narrow
 
 ROWS, COLUMNS, TOKENS, ENTRIES = 128, 128, 32, 8
-"""Sides of a tile of the gradient, tokens of one step of the product, and entries of a row that the
-epilogue writes at once.
+"""Tile sizes of the fused kernel.
+
+They are the sides of a tile of the gradient, the tokens of one step of the product, and the entries
+of a row that the epilogue writes at once.
 """
 WARPS, STAGES = 8, 3
 
 
 @triton.jit
 def _lower_bound(indices, bound, count, stride):
-    """How many of the ``count`` sorted ``indices`` lie below each int64 ``bound``; ``stride``:
-    largest power of two <= count.
+    """Count how many of the ``count`` sorted ``indices`` lie below each int64 ``bound``.
+
+    ``stride`` is the largest power of two up to count, or 0 for none.
     """
     low = tl.zeros_like(bound).to(tl.int32)
     while stride > 0:
@@ -53,10 +58,10 @@ def _packed_weight_grad_kernel(
     TOKENS: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
-    """One tile of grad_output^T @ input, of which only the entries in the index list reach memory.
+    """Form a tile of grad_output^T @ input, and store only the entries in the index list.
 
-    The entries of a row within a tile are neighbours in the list, so each row of the tile searches
-    for its first and its last one. No atomics: every entry belongs to one tile.
+    The entries of a row within a tile are neighbors in the list. So each row of the tile searches
+    for its first and its last one. There are no atomics, because every entry belongs to one tile.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS
@@ -71,7 +76,8 @@ def _packed_weight_grad_kernel(
         tile = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
         at_grad = grad_output + token.to(tl.int64)[:, None] * m + row[None, :]
         at_input = input + token.to(tl.int64)[:, None] * n + columns[None, :]
-        ahead = tl.full([], TOKENS, tl.int64)  # a side of 1 is a constant to the compiler and has no dtype to convert
+        # An int64 step: a side of 1 is a constant to the compiler and has no dtype to convert.
+        ahead = tl.full([], TOKENS, tl.int64)
         for done in range(0, tokens, TOKENS):
             inside = token[:, None] < tokens - done
             g = tl.load(at_grad, mask=inside & (row[None, :] < m), other=0.0)
@@ -89,17 +95,20 @@ def _packed_weight_grad_kernel(
 
 
 def packed_weight_grad_triton(grad_output: Tensor, input: Tensor, indices: Tensor, out: Tensor) -> None:
-    """Fill ``out`` (k,) with grad_output^T @ input at ``indices`` (k,) int32, without a dense
-    gradient.
+    """Fill ``out`` (k,) with grad_output^T @ input at ``indices``, without a dense gradient.
 
-    ``grad_output`` (t, m) and ``input`` (t, n) are of one dtype and are made contiguous. Sums are
-    fp32; fp32 products are exact or TF32, as torch's own products on the GPU.
+    Args:
+        grad_output: (t, m). It is made contiguous.
+        input: (t, n) of the same dtype. It is made contiguous.
+        indices: (k,) int32, sorted.
+        out: (k,) fp32, bf16 or fp16. Sums are fp32. Products of fp32 are exact or TF32, like
+            torch's own products on the GPU.
     """
     count = indices.numel()
     if count == 0:
         return
     grad_output, input = grad_output.contiguous(), input.contiguous()
-    if dispatch.interpreting():  # its dot knows no bf16; widening changes no value
+    if dispatch.interpreting():  # its dot does not support bf16, and widening changes no value
         grad_output, input = grad_output.float(), input.float()
     (tokens, m), n = grad_output.shape, input.shape[1]
     precision = "tf32" if tf32_allowed() else "ieee"
@@ -125,8 +134,9 @@ def packed_weight_grad_triton(grad_output: Tensor, input: Tensor, indices: Tenso
 
 
 def product_and_gather(grad_output: Tensor, input: Tensor, indices: Tensor, out: Tensor) -> None:
-    """Fill ``out`` (k,) from torch's own dense product, formed in a buffer that all layers share;
-    the same bits as the gather.
+    """Fill ``out`` (k,) from torch's dense product, without changing a bit.
+
+    The product is formed in a buffer that all layers share, and then gathered.
     """
     if indices.numel() == 0:
         return
@@ -140,11 +150,10 @@ _scratch: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def scratch(entries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A vector whose contents nobody needs after the next call on this (device, stream); it grows
-    to the largest request.
+    """Return a vector whose contents nobody needs after the next call on this stream.
 
-    Work on one stream runs in order, so layers cannot disturb each other. Inside a CUDA-graph
-    capture the memory must belong to the graph, and is not kept.
+    It grows to the largest request. Work on one stream runs in order, so layers cannot disturb each
+    other. Inside a CUDA-graph capture the memory must belong to the graph, so it is not kept.
     """
     size = entries * dtype.itemsize
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():

@@ -1,5 +1,4 @@
-"""Device functions for storage formats: widening to fp32, rounding from it, and the counter-based
-noise.
+"""Device functions that widen storage formats to fp32 and round fp32 to them.
 
 A format is named by the element type of its pointer: ``tl.float32``, ``tl.float16``, or
 ``tl.int16`` for bf16 patterns.
@@ -16,13 +15,13 @@ FORMATS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The tensor as kernels take it: bf16 as int16 bit patterns, all else unchanged."""
+    """Return the tensor as kernels take it: bf16 as int16 bit patterns, others unchanged."""
     return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
 
 
 @triton.jit
 def widen(x):
-    """fp32 values of a block in any storage format; exact."""
+    """Return the exact fp32 values of a block in any storage format."""
     if x.dtype == tl.int16:
         return (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -31,8 +30,9 @@ def widen(x):
 
 @triton.jit
 def narrow(x, FORMAT: tl.constexpr):
-    """fp32 ``x`` rounded to nearest even in a storage format; any NaN becomes the quiet bf16 NaN
-    0x7FC0 as in torch.
+    """Round fp32 ``x`` to nearest even in a storage format.
+
+    In bf16 any NaN becomes the quiet NaN 0x7FC0, as in torch.
     """
     if FORMAT == tl.int16:
         pattern = x.to(tl.uint32, bitcast=True)
@@ -44,8 +44,9 @@ def narrow(x, FORMAT: tl.constexpr):
 
 @triton.jit
 def narrow_stochastic(x, noise, FORMAT: tl.constexpr):
-    """fp32 ``x`` rounded down or up to bf16 or fp16 by uniform uint32 ``noise``; non-finite values
-    to nearest.
+    """Round fp32 ``x`` down or up to bf16 or fp16 by uniform uint32 ``noise``.
+
+    Values that are not finite are rounded to nearest.
     """
     pattern = x.to(tl.uint32, bitcast=True)
     finite = (pattern & 0x7F800000) != 0x7F800000
@@ -54,7 +55,7 @@ def narrow_stochastic(x, noise, FORMAT: tl.constexpr):
         return tl.where(finite, rounded, narrow(x, FORMAT))
     else:
         normal = ((pattern + (noise & 0x1FFF)) & 0xFFFFE000).to(tl.float32, bitcast=True)
-        # Below 2^-14 fp16 is a fixed-point format with quantum 2^-24; x * 2^24 is exact there.
+        # Below 2^-14 fp16 is a fixed-point format with quantum 2^-24. There x * 2^24 is exact.
         magnitude = tl.abs(x)
         scaled = tl.floor(magnitude * 16777216.0 + (noise >> 8).to(tl.float32) * 5.9604644775390625e-08)
         scaled = scaled * 5.9604644775390625e-08
@@ -65,9 +66,7 @@ def narrow_stochastic(x, noise, FORMAT: tl.constexpr):
 
 @triton.jit
 def counter_hash(x):
-    """The bijective mix of uint32 counters that `lift_kernels.ops.reference.counter_hash`
-    specifies, to the bit.
-    """
+    """Mix uint32 counters with the bits of `lift_kernels.ops.reference.counter_hash`."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)

