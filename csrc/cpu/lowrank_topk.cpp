@@ -19,7 +19,7 @@
 namespace lift {
 namespace {
 
-constexpr int kTileRows = 6;  // a tile of the product in registers
+constexpr int kTileRows = 6;  // of a tile of the product, which is kept in registers
 constexpr int kTileColumns = 32;
 constexpr int kWordBits = 64;  // columns per word of the bitmap, two tiles
 constexpr int kBandRows = 48;  // rows that share a pass over the right factor

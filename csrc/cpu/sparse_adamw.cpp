@@ -25,7 +25,7 @@
 namespace lift {
 namespace {
 
-constexpr int kStride = 37;    // odd, so every entry of a block is visited
+constexpr int kStride = 37;               // odd, so every entry of a block is visited
 constexpr int64_t kPrefetchDistance = 8;  // blocks
 constexpr int kPrefetchToL2 = 2;          // the locality argument of __builtin_prefetch
 constexpr int kCacheLine = 64;            // bytes

@@ -18,11 +18,11 @@ namespace lift::cuda {
 constexpr int kQrThreads = 256;
 // Sides of a tile. Blocks with l up to kNarrowTile use the smaller one.
 constexpr int kNarrowTile = 64, kWideTile = 128;
-constexpr int kTileDepth = 16;  // rows per step of a tiled product
+constexpr int kTileDepth = 16;  // depth of one step of a tiled product
 // Rows that are summed one by one into a Gram matrix. A longer run would cost orthonormality.
 constexpr int kRunRows = 128;
 constexpr int kPanelRows = 16;   // rows of a panel of the factorization
-constexpr int kPanelDepth = 64;  // rows per step of the factorization
+constexpr int kPanelDepth = 64;  // depth of one step of the factorization
 
 using Float4 = AlignedVector<float, 4>;
 

@@ -1,4 +1,4 @@
-// Device code of the packed ops. Each kernel is one grid-stride loop without shared memory and
+// Device code of the packed ops. Each kernel is one grid-stride loop without shared memory or
 // atomics. The file uses neither torch nor launch syntax, so tests can compile it with a host
 // compiler.
 #pragma once
