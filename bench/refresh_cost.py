@@ -38,7 +38,7 @@ from torch.utils.flop_counter import flop_registry
 
 from bench import bench_util
 from lift_kernels import ops
-from lift_kernels.masks import lowrank, principal
+from lift_kernels.masks import chebyshev, lowrank, principal
 from lift_kernels.ops import cuda
 
 SHAPES = {(4096, 4096): 128, (11008, 4096): 64, (4096, 11008): 32}
@@ -87,7 +87,7 @@ class Counting(TorchDispatchMode):
         return out
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """`lowrank._product`, which a GPU forms in TF32."""
+        """`chebyshev.product`, which a GPU forms in TF32."""
         self.tf32 = True
         try:
             return a @ b
@@ -143,7 +143,7 @@ def refresh(shape: tuple[int, int], rank: int, matrices: int, with_helpers: bool
     counting = Counting(cost, weight.numel())
     with (
         counting,
-        mock.patch.object(lowrank, "_product", counting.product),
+        mock.patch.object(chebyshev, "product", counting.product),
         helpers(cost) if with_helpers else nullcontext(),
     ):
         factors = lowrank.batched_factors(

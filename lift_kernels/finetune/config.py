@@ -10,6 +10,8 @@ import torch
 from ..errors import UserError
 
 METHODS = ("lift", "full", "lora", "random")
+LEARNING_RATES = {"lift": 1e-3, "random": 1e-3, "lora": 1e-3, "full": 1e-4}
+"""Default peak learning rate of each method."""
 GRADIENTS = ("packed", "dense")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -11,10 +11,9 @@ from ..errors import UserError
 from ..nn.packing import pack_gradients
 from ..nn.param_groups import lift_param_groups
 from ..optim.lift_adamw import LiftAdamW
-from .config import Settings
+from .config import LEARNING_RATES, Settings
 from .timing import Clock
 
-LEARNING_RATES = {"lift": 1e-3, "random": 1e-3, "lora": 1e-3, "full": 1e-4}
 BETAS = (0.9, 0.95)  # as in the LIFT paper
 CLIP_NORM = 1.0  # largest norm of the gradient over the trained entries
 LORA_RANK = 16

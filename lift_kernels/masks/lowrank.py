@@ -1,12 +1,11 @@
-"""Low-rank factors of weight matrices: W_r = L R^T, the best rank-r approximation (paper section
-3).
+"""Low-rank factors of weight matrices: W_r = L R^T, the best rank-r approximation.
 
 There are two methods. *Gram* takes the top eigenvectors of the smaller Gram matrix; it is exact.
-*Chebyshev* is subspace iteration with about 2r vectors. Its filter is a Chebyshev polynomial of A^T
-A, where A is the matrix with its shorter side inside. It starts from a random block (cold start) or
-from the basis of the last mask (warm start). It stops when the Ritz energy, the sum of the top r
-Ritz values, has stalled. Matrices of one shape are factored together, because small factorizations
-would leave a GPU idle.
+*Chebyshev* is subspace iteration (`chebyshev`) with about 2r vectors. Its filter is a Chebyshev
+polynomial of A^T A, where A is the matrix with its shorter side inside. It starts from a random
+block (cold start) or from the basis of the last mask (warm start). It stops when the Ritz energy,
+the sum of the top r Ritz values, has stalled. Matrices of one shape are factored together, because
+small factorizations would leave a GPU idle.
 """
 
 from __future__ import annotations
@@ -18,15 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..ops.precision import matmul_precision
 from ..validation import check_finite, require
 from .budget import check_rank
+from .chebyshev import cold_block, exact_product, subspace_iteration
 
 METHODS = ("auto", "gram", "chebyshev", "svd")
 TOLERANCE = 3e-5
-"""The iteration has converged when the Ritz energy grows less than this over one degree,
-relatively.
+"""The iteration has converged when the relative growth of the Ritz energy per degree is less.
 
 On trained matrices about 0.3 % of a mask's entries are then still wrong, 2 % at worst.
 """
@@ -36,9 +33,8 @@ OVERSAMPLING = 2
 Spectra are flat, so a wide block converges in far fewer passes.
 """
 MAX_DEGREES, MAX_WARM_DEGREES = 24, 3
-_CYCLE = 3  # degrees of one Chebyshev polynomial, which is then fitted again to the smallest Ritz value
-# Cost of an n x n eigenproblem, in flops of a product per n^3. The CPU's is measured, CUDA's
-# assumed.
+# Cost of an n x n eigenproblem, in flops of a product per n^3: measured for the CPU, assumed for
+# CUDA.
 _EIGH_COST = {"cpu": 12.0, "cuda": 2000.0}
 _SMALL = 256  # Shorter sides up to here take the exact method: overheads decide there, not flops.
 _EXACT_BONUS = 1.5  # auto leaves the exact method only for a predicted cost this many times lower
@@ -145,8 +141,8 @@ def batched_factors(
         if warm:
             block = torch.stack([warm_starts[i].to(tall.device).float() for i in members])  # type: ignore[union-attr]
         else:
-            block = _cold_block(tall, rank, generator)
-        ended = _chebyshev(tall, block, rank, tolerance, MAX_WARM_DEGREES if warm else MAX_DEGREES)
+            block = cold_block(tall, block_width(shape, rank), generator)
+        ended = subspace_iteration(tall, block, rank, tolerance, MAX_WARM_DEGREES if warm else MAX_DEGREES)
         for at, i in enumerate(members):
             if ended.converged[at] or not warm:
                 passes = ended.passes[at] + (0 if warm else 2)
@@ -239,102 +235,9 @@ def _svd(weight: Tensor, rank: int) -> LowRankFactors:
 
 
 def _gram(tall: Tensor, shape: torch.Size, rank: int, unit: float) -> LowRankFactors:
-    _, vectors = torch.linalg.eigh(_exact_product(tall.T, tall))  # ascending eigenvalues
+    _, vectors = torch.linalg.eigh(exact_product(tall.T, tall))  # ascending eigenvalues
     short = vectors[:, -rank:].contiguous()
     basis = None
     if cheapest_method(shape, rank, warm=True, device=tall.device.type) == "chebyshev":
         basis = vectors[:, -block_width(shape, rank) :].to(torch.bfloat16)
-    return _oriented(_exact_product(tall, short), short, basis, shape, unit, "gram", 2, True)
-
-
-class _Ended(NamedTuple):
-    long: Tensor  # (b, M, r)
-    short: Tensor  # (b, N, r)
-    basis: Tensor  # (b, N, l) bf16
-    passes: list[int]
-    converged: list[bool]
-
-
-def _cold_block(tall: Tensor, rank: int, generator: torch.Generator | None) -> Tensor:
-    """(b, N, l) orthonormal blocks near the top singular vectors, after two passes.
-
-    All matrices start from one random block.
-    """
-    width = block_width(tall.shape[1:], rank)
-    seed = 0
-    if generator is not None:
-        seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
-    noise = ops.gaussian_sketch(1, tall.shape[2], width, seed=seed, device=tall.device)[0]
-    image, _ = orthonormalized(_product(tall, noise))
-    return orthonormalized(_product(tall.mT, image))[0]
-
-
-def _chebyshev(tall: Tensor, block: Tensor, rank: int, tolerance: float, max_degrees: int) -> _Ended:
-    """Subspace iteration on A (b, M, N) from blocks (b, N, l), until the Ritz energies stall.
-
-    A degree computes Y = A X, Z = A^T Y and X <- orth(2 ((2/a) Z - X) - X_previous). The first
-    degree of a cycle takes X <- orth((2/a) Z - X). The polynomial is small on [0, a] and grows
-    beyond it. a is the smallest Ritz value at the start of the cycle.
-    """
-    block, _ = orthonormalized(block.contiguous())
-    previous: Tensor | None = None
-    energy = torch.zeros(len(tall), device=tall.device)
-    passes, converged = [0] * len(tall), [False] * len(tall)
-    for degree in range(max_degrees + 1):
-        image = _product(tall, block)
-        values, rotation = torch.linalg.eigh(_product(image.mT, image))  # ascending Ritz values
-        new = values[:, -rank:].sum(1)
-        growth = (new - energy) / new.clamp_min(torch.finfo(new.dtype).tiny)
-        energy = new
-        done = (growth <= tolerance).tolist() if degree else [not e > 0 for e in new.tolist()]
-        for i, stalled in enumerate(done):
-            converged[i] = converged[i] or stalled
-            passes[i] = passes[i] if converged[i] and not stalled else 2 * degree + 1
-        if all(converged) or degree == max_degrees:
-            break
-        if previous is None:
-            # With Ritz vectors as columns, scaling them takes out most of the condition number.
-            block, image = _product(block, rotation), _product(image, rotation)
-            edge = values[:, 0].clamp_min(1e-12 * values[:, -1] + torch.finfo(values.dtype).tiny)
-        raised, status = ops.chebyshev_step_(_product(tall.mT, image), block, previous, edge)
-        block, previous = _repaired(raised, block, status)
-        if degree % _CYCLE == _CYCLE - 1:
-            previous = None
-    top = rotation[:, :, -rank:]
-    short, basis = _exact_product(block, top), _product(block, rotation).to(torch.bfloat16)
-    if tall.is_cuda:  # The image was formed in TF32. The factors need it in full fp32.
-        return _Ended(_exact_product(tall, short), short, basis, [p + 1 for p in passes], converged)
-    return _Ended(image @ top, short, basis, passes, converged)
-
-
-def orthonormalized(block: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Orthonormalize the columns of ``block`` (b, n, l), n >= l, in place: block = Q R, block <- Q.
-
-    ``other`` is multiplied by R^-1 from the right, in place. Where R is singular, Q comes from
-    Householder QR and None comes back for ``other``: a recurrence that needs both starts again.
-    """
-    return _repaired(block, other, ops.cholesky_qr_(block, other))
-
-
-def _repaired(block: Tensor, other: Tensor | None, status: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The blocks after a round of Cholesky-QR that ended with ``status``.
-
-    Where one round was not enough, two more follow, and then Householder QR.
-    """
-    if bool(status.any()) and bool(ops.cholesky_qr_(block, other, rounds=2).any()):
-        return torch.linalg.qr(block).Q.contiguous(), None
-    return block, other
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b within the iteration. TF32 on GPUs: its error is smaller than the stopping
-    tolerance.
-    """
-    with matmul_precision(a, "tf32"):
-        return a @ b
-
-
-def _exact_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in full fp32, whatever the user's setting."""
-    with matmul_precision(a, "ieee"):
-        return a @ b
+    return _oriented(exact_product(tall, short), short, basis, shape, unit, "gram", 2, True)

@@ -20,7 +20,7 @@ from .lowrank_topk import bitmap_to_indices, lowrank_topk
 from .packed_ops import packed_gather, packed_l2_norm, packed_migrate, packed_scatter_
 from .packed_weight_grad import packed_weight_grad
 from .sparse_adamw import sparse_adamw_
-from .subspace import chebyshev_step_, cholesky_qr_, gaussian_sketch
+from .subspace_ops import chebyshev_step_, cholesky_qr_, gaussian_sketch
 
 __all__ = [
     "bitmap_to_indices",

@@ -1,7 +1,7 @@
 """The optimizer: its state, its step and its refresh schedule."""
 
 from .lift_adamw import LiftAdamW
+from .packed_state import PackedState
 from .refresh import MatrixRefresh, RefreshReport
-from .state import PackedState
 
 __all__ = ["LiftAdamW", "MatrixRefresh", "PackedState", "RefreshReport"]

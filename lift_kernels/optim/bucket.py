@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import ops
 from ..nn import trainable
 from ..validation import require
-from .state import PackedState
+from .packed_state import PackedState
 
 
 class Bucket(NamedTuple):

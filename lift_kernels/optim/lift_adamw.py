@@ -22,8 +22,8 @@ from ..validation import check_gradient, require
 from . import hyperparameters
 from .bucket import Bucket, any_infinite, clipping
 from .dense_adamw import dense_adamw_
-from .refresh import MatrixRef, RefreshReport, report_on, spread_share
-from .state import PackedState
+from .packed_state import PackedState
+from .refresh import MatrixRef, RefreshReport, RefreshSchedule, report_on
 from .state_dict import check_state_dict, compact, in_own_order
 
 logger = logging.getLogger("lift_kernels")
@@ -95,7 +95,7 @@ class LiftAdamW(Optimizer):
     _kept: dict[Tensor, dict[str, Tensor]]  # basis and threshold of each matrix's last mask, for a warm start
     _layers: dict[Tensor, Any]  # the packed layer that owns each ``values`` in an arena
     _uncompared: dict[Tensor, None]  # parameters whose index lists the other ranks have not seen
-    _skipped: dict[int, Tensor | int]  # by id of the group: steps that found_inf skipped, not yet subtracted
+    _schedule: RefreshSchedule
     writes_weights = True  # not only the values of packed layers
     _step_supports_amp_scaling = True  # GradScaler passes grad_scale and found_inf without host synchronization
 
@@ -339,7 +339,7 @@ class LiftAdamW(Optimizer):
         is changed then.
         """
         self._check_packed(drop_gradients)
-        self._settle_skipped()
+        self._schedule.subtract_skipped(self.param_groups)
         if not self._make_first_masks():
             self._refresh(self.param_groups)
         if any(group["capturable"] for group in self.param_groups):
@@ -487,54 +487,27 @@ class LiftAdamW(Optimizer):
             trainable.bind(p, self.state[p])
 
     def _count_step(self, groups: list[dict[str, Any]], found_inf: Tensor | None) -> None:
-        """Advance the refresh schedule. A step that found_inf skipped does not count."""
+        """Advance the refresh schedule, and renew the masks that are due."""
         groups = list({id(g): g for g in groups}.values())
-        for group in groups:
-            group["steps_since_refresh"] += 1
-            if (
-                found_inf is not None and group["refresh_schedule"] == "all"
-            ):  # GradScaler adds up the flags of all devices
-                self._skipped[id(group)] = self._skipped.get(id(group), 0) + (found_inf != 0).int()
+        self._schedule.count_step(groups, found_inf)
         if dispatch.capturing():
             return  # A graph replays kernels and not this schedule. The user refreshes between replays.
-        turn = [due for group in groups if group["refresh_schedule"] == "spread" for due in self._turn(group)]
+        turn = [due for group in groups for due in self._schedule.turn(group, self._placed(group))]
         if turn:
             self._renew(turn)
             for d in turn:
                 trainable.clear_gradient(d.parameter)  # It was used, and it belongs to the old entries.
-        if any(self._due(group) for group in groups):
-            self._settle_skipped()
-            due = [group for group in groups if self._due(group)]
-            if due:
-                self._refresh(due)
-                for p in (p for group in due for p in group["params"]):
-                    trainable.clear_gradient(p)
+        due = self._schedule.due_groups(groups)
+        if due:
+            self._refresh(due)
+            for p in (p for group in due for p in group["params"]):
+                trainable.clear_gradient(p)
 
-    def _turn(self, group: dict[str, Any]) -> list[MatrixRef]:
-        """The matrices of a spread group whose turn it is.
-
-        The count of steps starts again after an interval.
-        """
-        interval, step = group["refresh_interval"], group["steps_since_refresh"]
-        if interval is None:
+    def _placed(self, group: dict[str, Any]) -> list[MatrixRef]:
+        """The matrices of a group that have a mask; none unless it spreads its refreshes."""
+        if group["refresh_schedule"] != "spread":
             return []
-        group["steps_since_refresh"] = step % interval
-        own = [due for due in self._matrices() if due.group is group and due.parameter in self._places]
-        return spread_share(own, min(step, interval), interval)
-
-    @staticmethod
-    def _due(group: dict[str, Any]) -> bool:
-        if group["refresh_schedule"] == "spread":
-            return False
-        return group["refresh_interval"] is not None and group["steps_since_refresh"] >= group["refresh_interval"]
-
-    def _settle_skipped(self) -> None:
-        """Subtract skipped steps from the schedule, when a refresh or a save is due.
-
-        This is the only place that reads found_inf on the host.
-        """
-        for group in self.param_groups:
-            group["steps_since_refresh"] -= int(self._skipped.pop(id(group), 0))
+        return [ref for ref in self._matrices() if ref.group is group and ref.parameter in self._places]
 
     # ---- state -----------------------------------------------------------------------------------
 
@@ -549,7 +522,7 @@ class LiftAdamW(Optimizer):
 
         The copies share no storage with the optimizer and keep their dtypes.
         """
-        self._settle_skipped()
+        self._schedule.subtract_skipped(self.param_groups)
         packed = super().state_dict()
         shapes = {i: trainable.matrix_of(p).shape for i, p in enumerate(self._all_parameters()) if p in self._places}
         packed["state"] = {i: compact(entry, shapes.get(i)) for i, entry in packed["state"].items()}
@@ -620,11 +593,12 @@ class LiftAdamW(Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _reset_arenas(self) -> None:
-        self._arenas, self._places, self._kept, self._layers, self._skipped = {}, {}, {}, {}, {}
+        self._arenas, self._places, self._kept, self._layers = {}, {}, {}, {}
+        self._schedule = RefreshSchedule()
         self._uncompared = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        self._settle_skipped()
+        self._schedule.subtract_skipped(self.param_groups)
         config = {key: getattr(self, key) for key in _SETTINGS}
         state = defaultdict(dict, {p: compact(entry) for p, entry in self.state.items()})
         layers = {p: layers for p in self._all_parameters() if (layers := trainable.layers_of(p))}

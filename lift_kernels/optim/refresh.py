@@ -1,4 +1,4 @@
-"""Which matrices are due for a new mask, and the report of a refresh."""
+"""The refresh schedule: which matrices are due for a new mask; and the report of a refresh."""
 
 from __future__ import annotations
 
@@ -99,7 +99,53 @@ def report_on(due: Sequence[MatrixRef], masks: Sequence[Mask], stayed: Sequence[
     )
 
 
-def spread_share(due: Sequence[MatrixRef], step: int, interval: int) -> list[MatrixRef]:
-    """The matrices whose turn it is at ``step`` of 1..interval. Each has one turn per interval."""
-    n = len(due)
-    return list(due[n * (step - 1) // interval : n * step // interval])
+class RefreshSchedule:
+    """Which groups and matrices are due for a new mask after a step.
+
+    A group counts its own steps in ``steps_since_refresh``, which its state dict keeps. With
+    ``refresh_schedule="all"`` every mask of a group is due after an interval. With ``"spread"``
+    each matrix has one turn per interval.
+    """
+
+    def __init__(self) -> None:
+        self._skipped: dict[int, Tensor | int] = {}  # by id of the group: skipped steps, not yet subtracted
+
+    def count_step(self, groups: Sequence[dict[str, Any]], found_inf: Tensor | None) -> None:
+        """Count a step of these groups. A step that ``found_inf`` skipped is subtracted later."""
+        for group in groups:
+            group["steps_since_refresh"] += 1
+            if found_inf is not None and group["refresh_schedule"] == "all":
+                # GradScaler adds up the flags of all devices.
+                self._skipped[id(group)] = self._skipped.get(id(group), 0) + (found_inf != 0).int()
+
+    def turn(self, group: dict[str, Any], matrices: Sequence[MatrixRef]) -> list[MatrixRef]:
+        """The matrices of a spread group whose turn it is; none in a group with another schedule.
+
+        The count of steps starts again after an interval.
+        """
+        interval, step = group["refresh_interval"], group["steps_since_refresh"]
+        if group["refresh_schedule"] != "spread" or interval is None:
+            return []
+        group["steps_since_refresh"] = step % interval
+        n, step = len(matrices), min(step, interval)
+        return list(matrices[n * (step - 1) // interval : n * step // interval])
+
+    def due_groups(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The groups whose interval is over. Waits for the device only when there may be one."""
+        if any(self._is_due(group) for group in groups):
+            self.subtract_skipped(groups)
+        return [group for group in groups if self._is_due(group)]
+
+    def subtract_skipped(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Subtract skipped steps from the counts, when a refresh or a save is due.
+
+        This is the only place that reads ``found_inf`` on the host.
+        """
+        for group in groups:
+            group["steps_since_refresh"] -= int(self._skipped.pop(id(group), 0))
+
+    @staticmethod
+    def _is_due(group: dict[str, Any]) -> bool:
+        interval = group["refresh_interval"]
+        spread = group["refresh_schedule"] == "spread"
+        return not spread and interval is not None and group["steps_since_refresh"] >= interval

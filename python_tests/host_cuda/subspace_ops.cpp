@@ -2,7 +2,7 @@
 // but without streams. As a program, it runs a small problem through all of them.
 #include "shim.h"
 
-#include "cholesky_qr.cuh"
+#include "subspace_ops.cuh"
 #include "gaussian_sketch.cuh"
 
 #include <cstdio>

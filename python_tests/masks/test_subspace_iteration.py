@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from lift_kernels import principal_indices
-from lift_kernels.masks import lowrank
-from lift_kernels.masks.lowrank import batched_factors, low_rank_factors, orthonormalized
+from lift_kernels.masks import chebyshev, lowrank
+from lift_kernels.masks.chebyshev import orthonormalized
+from lift_kernels.masks.lowrank import batched_factors, low_rank_factors
 from lift_kernels.masks.principal import MaskRequest, principal_masks
 from lift_kernels.masks.selection import largest_indices
 
@@ -75,7 +76,7 @@ def test_products_in_tf32_cost_no_fidelity(monkeypatch):
     weight = slow_spectrum(300, 200)
     for tf32 in (False, True):
         if tf32:
-            monkeypatch.setattr(lowrank, "_product", lambda a, b: shortened(a) @ shortened(b))
+            monkeypatch.setattr(chebyshev, "product", lambda a, b: shortened(a) @ shortened(b))
         factors = low_rank_factors(weight, 8, method="chebyshev")
         mask = largest_indices((weight @ factors.right @ factors.right.T).abs(), 3000)
         overlap, captured = quality(mask, weight, 8)

@@ -8,7 +8,7 @@ from helpers.bits import BF16, FP32, bits, random_indices
 
 from lift_kernels import PackedState
 from lift_kernels.ops.reference import packed_migrate_ref
-from lift_kernels.optim.state import ALIGNMENT
+from lift_kernels.optim.packed_state import ALIGNMENT
 
 SIZES = (((13, 17), 40), ((9, 8), 72), ((20, 30), 129), ((4, 4), 0), ((1, 1), 1))
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from lift_kernels import LiftAdamW, pack_gradients, principal_indices
 from lift_kernels.masks import lowrank
 from lift_kernels.masks.principal import MaskRequest, principal_masks
 from lift_kernels.masks.selection import largest_indices
-from lift_kernels.optim.refresh import spread_share
+from lift_kernels.optim.refresh import RefreshSchedule
 
 WIDE = (300, 280)  # wide enough for subspace iteration
 
@@ -137,7 +137,10 @@ def test_a_raised_rank_makes_a_cold_start():
 
 def test_spread_gives_every_matrix_one_turn_in_an_interval():
     for n, interval in [(7, 3), (3, 7), (5, 5), (210, 200), (1, 4)]:
-        turns = [spread_share(list(range(n)), step, interval) for step in range(1, interval + 1)]
+        group = {"refresh_schedule": "spread", "refresh_interval": interval}
+        turns = [
+            RefreshSchedule().turn(group | {"steps_since_refresh": step}, range(n)) for step in range(1, interval + 1)
+        ]
         assert [i for turn in turns for i in turn] == list(range(n))
         assert max(map(len, turns)) <= -(-n // interval)
 

@@ -1,6 +1,6 @@
 // Launches of the subspace-iteration ops: Gaussian sketch, Gram matrix, factorization, and product
 // with the inverse factor.
-#include "cholesky_qr.cuh"
+#include "subspace_ops.cuh"
 
 #include "launch.h"
 #include "gaussian_sketch.cuh"

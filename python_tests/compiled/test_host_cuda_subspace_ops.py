@@ -231,7 +231,7 @@ def test_chebyshev_step_reports_a_block_that_is_not_finite(on_host):
 
 BARRIERS = [
     number
-    for number, line in enumerate((ROOT / "csrc/cuda/cholesky_qr.cuh").read_text().splitlines(), 1)
+    for number, line in enumerate((ROOT / "csrc/cuda/subspace_ops.cuh").read_text().splitlines(), 1)
     if re.fullmatch(r" *__sync(threads|warp)\(\);", line)
 ]
 

@@ -1,0 +1,110 @@
+"""Chebyshev-filtered subspace iteration: the top singular subspace of a batch of tall matrices.
+
+The recurrence of one degree is the op `lift_kernels.ops.chebyshev_step_`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..ops.precision import matmul_precision
+
+_CYCLE = 3  # degrees of one Chebyshev polynomial, which is then fitted again to the smallest Ritz value
+
+
+class Iterated(NamedTuple):
+    """The factors of b tall matrices: A_r = long short^T, and what the next warm start needs."""
+
+    long: Tensor  # (b, M, r)
+    short: Tensor  # (b, N, r)
+    basis: Tensor  # (b, N, l) bf16
+    passes: list[int]
+    converged: list[bool]
+
+
+def cold_block(tall: Tensor, width: int, generator: torch.Generator | None) -> Tensor:
+    """(b, N, ``width``) orthonormal blocks near the top singular vectors, after two passes.
+
+    All matrices start from one random block. ``generator`` draws its seed, which is 0 without one.
+    """
+    seed = 0
+    if generator is not None:
+        seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
+    noise = ops.gaussian_sketch(1, tall.shape[2], width, seed=seed, device=tall.device)[0]
+    image, _ = orthonormalized(product(tall, noise))
+    return orthonormalized(product(tall.mT, image))[0]
+
+
+def subspace_iteration(tall: Tensor, block: Tensor, rank: int, tolerance: float, max_degrees: int) -> Iterated:
+    """Subspace iteration on A (b, M, N) from blocks (b, N, l), until the Ritz energies stall.
+
+    A degree computes Y = A X, Z = A^T Y and X <- orth(2 ((2/a) Z - X) - X_previous). The first
+    degree of a cycle takes X <- orth((2/a) Z - X). The polynomial is small on [0, a] and grows
+    beyond it. a is the smallest Ritz value at the start of the cycle.
+    """
+    block, _ = orthonormalized(block.contiguous())
+    previous: Tensor | None = None
+    energy = torch.zeros(len(tall), device=tall.device)
+    passes, converged = [0] * len(tall), [False] * len(tall)
+    for degree in range(max_degrees + 1):
+        image = product(tall, block)
+        values, rotation = torch.linalg.eigh(product(image.mT, image))  # ascending Ritz values
+        new = values[:, -rank:].sum(1)
+        growth = (new - energy) / new.clamp_min(torch.finfo(new.dtype).tiny)
+        energy = new
+        done = (growth <= tolerance).tolist() if degree else [not e > 0 for e in new.tolist()]
+        for i, stalled in enumerate(done):
+            converged[i] = converged[i] or stalled
+            passes[i] = passes[i] if converged[i] and not stalled else 2 * degree + 1
+        if all(converged) or degree == max_degrees:
+            break
+        if previous is None:
+            # With Ritz vectors as columns, scaling them takes out most of the condition number.
+            block, image = product(block, rotation), product(image, rotation)
+            edge = values[:, 0].clamp_min(1e-12 * values[:, -1] + torch.finfo(values.dtype).tiny)
+        raised, status = ops.chebyshev_step_(product(tall.mT, image), block, previous, edge)
+        block, previous = _repaired(raised, block, status)
+        if degree % _CYCLE == _CYCLE - 1:
+            previous = None
+    top = rotation[:, :, -rank:]
+    short, basis = exact_product(block, top), product(block, rotation).to(torch.bfloat16)
+    if tall.is_cuda:  # The image was formed in TF32. The factors need it in full fp32.
+        return Iterated(exact_product(tall, short), short, basis, [p + 1 for p in passes], converged)
+    return Iterated(image @ top, short, basis, passes, converged)
+
+
+def orthonormalized(block: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Orthonormalize the columns of ``block`` (b, n, l), n >= l, in place: block = Q R, block <- Q.
+
+    ``other`` is multiplied by R^-1 from the right, in place. Where R is singular, Q comes from
+    Householder QR and None comes back for ``other``: a recurrence that needs both starts again.
+    """
+    return _repaired(block, other, ops.cholesky_qr_(block, other))
+
+
+def _repaired(block: Tensor, other: Tensor | None, status: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The blocks after a round of Cholesky-QR that ended with ``status``.
+
+    Where one round was not enough, two more follow, and then Householder QR.
+    """
+    if bool(status.any()) and bool(ops.cholesky_qr_(block, other, rounds=2).any()):
+        return torch.linalg.qr(block).Q.contiguous(), None
+    return block, other
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b within the iteration. TF32 on GPUs: its error is smaller than the stopping
+    tolerance.
+    """
+    with matmul_precision(a, "tf32"):
+        return a @ b
+
+
+def exact_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in full fp32, whatever the user's setting."""
+    with matmul_precision(a, "ieee"):
+        return a @ b
