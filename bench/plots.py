@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.plot_labels import OPS, REFRESH, Row, amount, label, origin, percent, times
-from bench.plot_panels import BLUE, DARK, GREEN, GREY, INK, PALE, PINK, SKY, YELLOW, Bar, Panel, figure
+from bench.common.plot_labels import OPS, REFRESH, Row, amount, label, origin, percent, times
+from bench.common.plot_panels import BLUE, DARK, GREEN, GREY, INK, PALE, PINK, SKY, YELLOW, Bar, Panel, figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

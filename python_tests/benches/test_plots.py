@@ -8,7 +8,8 @@ import shutil
 
 import pytest
 
-from bench import plot_labels, plots
+from bench import plots
+from bench.common import plot_labels
 
 FOLDER = plots.DEFAULT
 NAMES = [name for name in plots.FIGURES if name != "masks"]  # the committed masks.png came before its CSV

@@ -1,5 +1,6 @@
-"""pytest plugin: every n-th of the collected tests from the i-th on, ``LIFT_SHARD=i/n``. Processes
-share the compiled kernels.
+"""pytest plugin: takes every n-th of the collected tests from the i-th on, ``LIFT_SHARD=i/n``.
+
+The processes share the compiled kernels.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""What `bench.kernel_report` compiles, and what each kernel is held to: variants of Triton kernels,
-launches of CUDA kernels.
+"""The variants of Triton kernels and launches of CUDA kernels that `bench.kernels.report` compiles.
+
+Each declares what its machine code is held to.
 """
 
 from __future__ import annotations
@@ -26,14 +27,10 @@ class Case:
     kernel: str  # module.function in lift_kernels.ops.triton
     types: dict[str, str]
     constants: dict[str, object] = field(default_factory=dict)
-    loads: (
-        tuple[str, ...] | None
-    ) = ()  # None: not counted, for the compiler may copy to shared memory past the registers
+    loads: tuple[str, ...] | None = ()  # None: not counted, as copies to shared memory may pass the registers
     stores: tuple[str, ...] | None = ()
     multiples: tuple[str, ...] = ()  # of 16
-    options: dict[str, object] = field(
-        default_factory=dict
-    )  # of the compiler, in place of those of the streaming kernels
+    options: dict[str, object] = field(default_factory=dict)  # compiler options instead of the streaming kernels'
     tensor_cores: bool = False
     wide_copies: bool = False  # all copies to shared memory past the registers are to move 128 bits
 
@@ -44,9 +41,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Launch:
-    """How a CUDA kernel is launched, and how many 128-bit accesses its machine code must have at
-    least.
-    """
+    """How a CUDA kernel is launched, and the least 128-bit accesses of its machine code."""
 
     threads: int = 256  # a block
     dynamic_shared: int = 0  # bytes a block; what is declared in the kernel is read from the machine code
@@ -127,8 +122,10 @@ def packed_cases():
 
 
 def weight_grad_case(dtype, out, precision="tf32", one=None):
-    """The fused product of a weight gradient with the launcher's tile; an fp32 one by TF32 or
-    exact. ``one``: the side "m" or "n" that is 1, which the compiler takes for a constant.
+    """The fused product of a weight gradient with the launcher's tile.
+
+    An fp32 one is by TF32 or exact. ``one``: the side "m" or "n" that is 1, which the compiler
+    takes for a constant.
     """
     from lift_kernels.ops.triton import packed_weight_grad
 
@@ -155,9 +152,7 @@ def weight_grad_case(dtype, out, precision="tf32", one=None):
 
 
 def select_cases():
-    """The passes over the tiles of a low-rank product, and the kernels that fill and list a
-    bitmap.
-    """
+    """The passes over the tiles of a low-rank product, and the kernels of bitmaps."""
     from lift_kernels.ops.triton import bitmap_to_indices, lowrank_topk
 
     factors = {"left": "*fp32", "right": "*fp32", "m": "i32", "n": "i32", "r": "i32", "bracket": "*i32"}
