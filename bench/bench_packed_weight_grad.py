@@ -1,4 +1,4 @@
-"""Packed against dense weight gradients: memory, the backward pass, and the step that follows.
+"""Packed against dense weight gradients: memory, backward pass, and the next step.
 
 The model is SmolLM2-135M (or ``--model``). Two models share their weights. In one the matrices of
 the linear layers have dense gradients. In the other they have packed ones (`pack_gradients`, 5 %,

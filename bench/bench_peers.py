@@ -54,7 +54,7 @@ COLUMNS = [
 
 
 def optimizer(package: str, module: str, name: str, group: dict | None = None) -> Callable:
-    """Builds a baseline's optimizer over one group, with the hyperparameters of all candidates."""
+    """Builds a baseline's optimizer over one group, with `HYPER` as for all candidates."""
 
     def build(weights, grads, arena):
         return attribute(package, module, name)([{"params": parameters(weights, grads), **(group or {})}], **HYPER)

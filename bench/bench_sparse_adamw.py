@@ -1,12 +1,12 @@
-"""The step of all matrices by `sparse_adamw_` on the CPU, against torch.optim.AdamW(fused=True).
+"""The step by `sparse_adamw_` on the CPU, against torch.optim.AdamW(fused=True).
 
-Shape sets: the 210 linear matrices of SmolLM2-135M (or of ``--model``) with their real masks (exact
-top 5 % of |W_r|, r = 64), and one 4096 x 4096 and one 4096 x 11008 matrix with a random mask
-clustered by rows. All candidates of a shape set and dtype share weights and dense gradients. They
-are timed in turns. Baselines are torch's fused, foreach and for-loop AdamW, whose moments have the
-weight's dtype, and a plain rewrite of the authors' step. Rows with ``+ refresh/100`` add a
-hundredth of a refresh of all masks, as LiftAdamW makes it from the bases of the last one. Rows with
-``+ cold refresh/100`` add one without bases.
+One call steps all matrices. Shape sets: the 210 linear matrices of SmolLM2-135M (or of ``--model``)
+with their real masks (exact top 5 % of |W_r|, r = 64), and one 4096 x 4096 and one 4096 x 11008
+matrix with a random mask clustered by rows. All candidates of a shape set and dtype share weights
+and dense gradients. They are timed in turns. Baselines are torch's fused, foreach and for-loop
+AdamW, whose moments have the weight's dtype, and a plain rewrite of the authors' step. Rows with
+``+ refresh/100`` add a hundredth of a refresh of all masks, as LiftAdamW makes it from the bases of
+the last one. Rows with ``+ cold refresh/100`` add one without bases.
 
 Every variant is first checked against `lift_kernels.ops.reference`. A wrong one has a row without a
 time, and the exit status is 1.

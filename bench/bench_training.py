@@ -176,7 +176,10 @@ def problem(name: str, losses: dict[str, list[float]], plain: dict[str, list[flo
 
 
 def references(trainers: Sequence[Trainer], model: nn.Module, tokens: Tensor) -> dict[str, list[float]]:
-    """Losses of the first steps in plain torch code, of full fine-tuning and of both LIFT modes."""
+    """Losses of the first steps in plain torch code, by method.
+
+    The methods are full fine-tuning and both LIFT modes.
+    """
     plain = {FULL: training_methods.reference_losses(model, tokens, CHECKED)}
     known: list[tuple[list[Tensor], list[float]]] = []
     for trainer in trainers:

@@ -1,4 +1,4 @@
-"""Bytes, FLOPs and launches of one warm refresh of LLaMA-2-7B, by reference and by CUDA ops.
+"""Bytes, FLOPs and launches of a warm refresh of LLaMA-2-7B, by reference and CUDA ops.
 
 The ops are the subspace-iteration ops. All is computed, not timed. The factorization of one matrix
 of each shape runs on the CPU under a dispatch mode that counts, with a basis from which one degree

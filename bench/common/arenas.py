@@ -1,6 +1,6 @@
-"""What the ops under test work on: index lists in arenas, and masks clustered like principal masks.
+"""Index lists in arenas, and random masks clustered like principal masks.
 
-An arena also counts the cache lines that its entries lie on.
+The ops under test work on these. An arena also counts the cache lines that its entries lie on.
 """
 
 from __future__ import annotations

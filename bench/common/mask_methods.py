@@ -1,4 +1,4 @@
-"""Every method of making a mask that `bench_masks` compares, and the measure of faithfulness."""
+"""The methods of making masks that `bench_masks` compares, and their faithfulness."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Method = Callable[[Sequence[Tensor], int], list[Mask]]  # weights, rank -> masks
 
 
 class Truth(NamedTuple):
-    """The exact mask, and what judges another one: the exact factors and the best possible sum."""
+    """The exact mask, and the exact factors and best possible sum that judge others."""
 
     indices: Tensor
     left: Tensor
@@ -136,8 +136,9 @@ def each(make: Callable[[Tensor, int], Mask]) -> Method:
 
 
 def cold_methods(real: bool, last: bool, full_svd: bool, sklearn: bool) -> dict[str, Method]:
-    """The cold methods by their names in the rows. The slowest ones run at the ``last`` rank only.
+    """The cold methods by their names in the rows.
 
+    The slowest ones run at the ``last`` rank only.
     ``real``: weights of a model, small matrices. ``full_svd``, ``sklearn``: whether these run.
     """
     methods: dict[str, Method] = {

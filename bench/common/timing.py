@@ -1,4 +1,4 @@
-"""Interleaved timing in one process, the rates of the machine, and the comparison of results.
+"""Interleaved timing in one process, rates of the machine, comparison of results.
 
 Other work on a machine, its clock and its caches drift. So candidates are timed in turns, in a new
 random order each round. The caches are emptied before each run. Candidates are compared by the

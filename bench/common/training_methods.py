@@ -31,7 +31,7 @@ FULL, MATRIX, PACKED = "full fine-tuning, AdamW fused", "LIFT, matrix mode", "LI
 
 
 def matrices(model: nn.Module) -> list[Tensor]:
-    """The weights of the linear layers; requires_grad of nothing is changed."""
+    """The weights of the linear layers. No requires_grad is changed."""
     return [weight for _, weight in lift_param_groups(model)[0]["params"]]
 
 

@@ -1,7 +1,8 @@
-"""bitmap_to_indices alone: two matrices whose bracket, 2 % about the k-th magnitude, holds it.
+"""bitmap_to_indices alone, on two matrices.
 
-Bytes of the roofline, per matrix: bitmap copied and read (3 m n / 8), candidates read (8 each),
-list written (4 k). Checked: all results equal the reference's.
+Their bracket, 2 % about the k-th magnitude, holds it. Bytes of the roofline, per matrix: bitmap
+copied and read (3 m n / 8), candidates read (8 each), list written (4 k). Checked: all results
+equal the reference's.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The small factorizations of a refresh: eigenproblems and subspace-iteration ops, against torch's.
+"""The small factorizations of a refresh against torch's.
 
-The widths are those of rank 128.
+They are eigenproblems and subspace-iteration ops. The widths are those of rank 128.
 
 - torch.linalg.eigh alone: ``eigh_cost`` is what one costs in FLOPs of a TF32 product a third power
   of the side. Such a number is assumed for CUDA in `lift_kernels.masks.lowrank`.

@@ -114,7 +114,7 @@ SPANS = [
 
 @contextmanager
 def spans(run: Run) -> Iterator[dict[str, list]]:
-    """While it lasts, events enclose calls of the functions in `SPANS`. Yields pairs by column."""
+    """Enclose calls of the functions in `SPANS` by events. Yields pairs by column."""
     found: dict[str, list] = {column: [] for _, _, column in SPANS}
     originals = [getattr(module, name) for module, name, _ in SPANS]
 

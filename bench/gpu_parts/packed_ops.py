@@ -1,4 +1,4 @@
-"""The packed ops on one matrix by each backend, and norms and migration over many matrices.
+"""The packed ops on one matrix by each backend; norms and migration on many matrices.
 
 Bytes of the roofline: distinct sectors of the matrix (gather and dense norm read them, scatter
 reads and writes them), 4 an entry of each index list, and packed values read or written. Calls on

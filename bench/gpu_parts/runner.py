@@ -76,7 +76,7 @@ class Run:
             file.write(json.dumps({"environment": environment(self.device)}) + "\n")
 
     def problem(self, check: Callable[[], str]) -> str:
-        """What ``check`` finds wrong, an exception included; an empty string when all is well."""
+        """What ``check`` finds wrong, an exception included. An empty string when all is well."""
         try:
             return check()
         except Exception as error:  # reported in the row, as any other mistake of the op
@@ -151,8 +151,8 @@ class Run:
         """Time a variant and write its row.
 
         Args:
-            calls: what is timed, several calls in turns; or ``ready``, which makes the next call,
-                untimed.
+            calls: what is timed. Several calls take turns.
+            ready: makes the next call, untimed, in place of ``calls``.
             problem: what the check found. When it is not empty, the variant is refused. None: a
                 baseline, with nothing to check.
             moved, flops: bytes that it must move and arithmetic that it must do. The roofline is

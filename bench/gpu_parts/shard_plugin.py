@@ -1,6 +1,6 @@
-"""pytest plugin: takes every n-th of the collected tests from the i-th on, ``LIFT_SHARD=i/n``.
+"""pytest plugin: runs every n-th of the collected tests.
 
-The processes share the compiled kernels.
+``LIFT_SHARD=i/n`` starts at the i-th one. The processes share the compiled kernels.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The step over all matrices of a model in one launch, against torch.optim.AdamW(fused=True).
+"""The step over all matrices of a model, against torch.optim.AdamW(fused=True).
 
-Both work on the same tensors. Bytes of the roofline: distinct 32-byte sectors of weights (read and
-written) and dense gradients (read) that selected entries lie on, and the packed streams, as in
-`bench_sparse_adamw`. Dense: 7 times the weights' bytes. A step moves gigabytes, so the L2 cache
-serves none of it and inputs need not take turns. Checked are two steps of the whole launch: the
-last layer's matrices, moments and masters are compared with the reference's.
+It is one launch. Both work on the same tensors. Bytes of the roofline: distinct 32-byte sectors of
+weights (read and written) and dense gradients (read) that selected entries lie on, and the packed
+streams, as in `bench_sparse_adamw`. Dense: 7 times the weights' bytes. A step moves gigabytes, so
+the L2 cache serves none of it and inputs need not take turns. Checked are two steps of the whole
+launch: the last layer's matrices, moments and masters are compared with the reference's.
 """
 
 from __future__ import annotations

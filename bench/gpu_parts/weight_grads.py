@@ -1,4 +1,4 @@
-"""Weight gradients of a layer's matrices, as ops and in a backward pass: dense beside packed.
+"""Dense and packed weight gradients of a layer, as ops and in a backward pass.
 
 As ops (`packed_weight_grad`): torch's dense products alone, the product into one shared buffer and
 a gather (the default), and the fused product. Bytes of the roofline: factors read, results written.

@@ -1,6 +1,6 @@
-"""The variants of Triton kernels and launches of CUDA kernels that `bench.kernels.report` compiles.
+"""Variants of Triton kernels and launches of CUDA kernels to compile.
 
-Each declares what its machine code is held to.
+`bench.kernels.report` compiles them. Each declares what its machine code is held to.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int32": 4}
 class Case:
     """One variant of a Triton kernel.
 
-    ``types`` holds Triton's types of the runtime arguments; every argument that is not there is a
+    ``types`` holds Triton's types of the runtime arguments. Every argument that is not there is a
     constant, and None unless ``constants`` says otherwise. ``loads`` and ``stores`` are the dtypes
     of the contiguous streams. ``multiples`` are integers that 16 divides.
     """
@@ -27,12 +27,12 @@ class Case:
     kernel: str  # module.function in lift_kernels.ops.triton
     types: dict[str, str]
     constants: dict[str, object] = field(default_factory=dict)
-    loads: tuple[str, ...] | None = ()  # None: not counted, as copies to shared memory may pass the registers
+    loads: tuple[str, ...] | None = ()  # None: not counted, since the compiler may bypass the registers
     stores: tuple[str, ...] | None = ()
     multiples: tuple[str, ...] = ()  # of 16
     options: dict[str, object] = field(default_factory=dict)  # compiler options instead of the streaming kernels'
     tensor_cores: bool = False
-    wide_copies: bool = False  # all copies to shared memory past the registers are to move 128 bits
+    wide_copies: bool = False  # all copies to shared memory past the registers must move 128 bits
 
     def needed(self, streams: tuple[str, ...] | None) -> int:
         """128-bit accesses a thread makes when all of these streams move that wide."""
@@ -68,8 +68,9 @@ CUDA_LAUNCHES = {
 def adamw_case(
     weight, grad, moments, *, master=False, births=False, packed=False, stochastic=False, scaled=False, aligned=True
 ):
-    """A variant of the AdamW kernel; dtypes as keys of `FORMATS`, ``scaled``: with inv_scale and
-    found_inf.
+    """A variant of the AdamW kernel.
+
+    Dtypes are keys of `FORMATS`. ``scaled``: with inv_scale and found_inf.
     """
     types = dict.fromkeys(("weights", "grads", "blocks"), "*i64")
     types |= {"indices": "*i32", "table": "*fp32", "last_age": "i32"}

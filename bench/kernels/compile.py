@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of the Triton and CUDA kernels, and what their machine code holds.
+"""Ahead-of-time compilation of the kernels, and what their machine code holds.
 
 It needs no GPU. `survey` compiles in processes of their own, because TRITON_INTERPRET=1 replaces
 the compiler when triton is imported. Everything is read from the machine code by the disassembler
@@ -33,11 +33,11 @@ SYSTEM_SHARED = 1024  # bytes that the system takes of each block
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of a kernel on a target.
+    """What a kernel compiled to on a target.
 
-    Wide accesses are 128-bit units in the machine code of one thread, a 256-bit access counts
-    twice; ``needed`` ones are those that its declaration asks for. Copies go to shared memory past
-    the registers. ``spills`` counts loads and stores of local memory.
+    Wide accesses are 128-bit units in the machine code of one thread. A 256-bit access counts
+    twice. The declaration of the kernel asks for the ``needed`` ones. Copies go to shared memory
+    past the registers. ``spills`` counts loads and stores of local memory.
     """
 
     kernel: str
@@ -168,7 +168,7 @@ def nvcc() -> str | None:
 
 
 def no_nvcc() -> str:
-    """Why no CUDA kernel was compiled; empty where nvcc is present."""
+    """Why no CUDA kernel was compiled. Empty where nvcc is present."""
     if nvcc() is not None:
         return ""
     place = (
@@ -190,7 +190,7 @@ def build() -> ModuleType:
 
 
 def _machine_code(cubin: Path, target: int) -> dict[str, dict]:
-    """By mangled name, the fields of `Compiled` that the machine code tells."""
+    """By mangled name, the fields of `Compiled` that the machine code holds."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -1,4 +1,6 @@
-"""Renders the tables of results in the READMEs from the CSVs, so that none is typed by hand.
+"""Renders the tables of results in the READMEs from the CSVs.
+
+So no table is typed by hand.
 
     python -m bench.tables [--check] [README ...]
 

@@ -107,7 +107,10 @@ def distinct(rows: Sequence[dict], column: str) -> list[str]:
 
 
 def rewrite(text: str, tables: Mapping[str, Table], root: Path = ROOT) -> str:
-    """The text with every marked table rendered. TableError names the table that cannot be made."""
+    """The text with every marked table rendered.
+
+    TableError names the table that cannot be made.
+    """
 
     def replace(match: re.Match) -> str:
         marker, name, sources, _ = match.groups()

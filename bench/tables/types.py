@@ -1,4 +1,4 @@
-"""A table of the READMEs as it is described: columns, rows and which rows of a CSV they mean."""
+"""The description of a table: columns, lines, and the rows of a CSV that they mean."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Table:
     """A Markdown table made of the rows of a CSV, or of several.
 
     Attributes:
-        csv: the name of the CSV; several have commas in between.
+        csv: the name of the CSV, or several names with commas in between.
         columns: headers and the format of their cells, as `bench.tables.render.Cell` reads it.
         rows: one line each, its ``label`` (a field of that name) and which rows of the CSV its
             other fields mean, by alias.

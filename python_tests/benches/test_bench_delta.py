@@ -1,4 +1,4 @@
-"""Dry runs of `bench_delta` and `bench_memory`: their values, and that what is wrong is refused."""
+"""Dry runs of `bench_delta` and `bench_memory`: their values, and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bench_finetune`: rows from reports, and the refusal of runs that failed or began elsewhere."""
+"""`bench_finetune`: rows from reports, and the refusal of runs."""
 
 from __future__ import annotations
 

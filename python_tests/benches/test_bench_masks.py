@@ -78,8 +78,8 @@ def test_wrong_masks_and_a_wrong_selection_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(ops, "lowrank_topk", wrong)
     status, rows = dry_run(tmp_path)
     assert status == 1
-    ours = [("96x128", "default, cold"), ("96x128", "chebyshev, cold"), ("96x128, changed by 3 %", "warm")]
-    for key in ours:
+    lift = [("96x128", "default, cold"), ("96x128", "chebyshev, cold"), ("96x128, changed by 3 %", "warm")]
+    for key in lift:
         assert (
             rows[key]["status"].startswith("refused, it is wrong: a mean overlap of 0.") and rows[key]["seconds"] == ""
         )

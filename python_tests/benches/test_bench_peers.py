@@ -1,4 +1,4 @@
-"""`bench_peers` in small: its rows and bytes, missing baselines, and the refusal of a wrong op."""
+"""`bench_peers` in small: rows, bytes, missing baselines, and the refusal of a wrong op."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def test_rows_and_bytes():
     assert (
         rows["AdamW fused"]["state_bytes"] == round(4 + 4 / (96 * 64), 4) and rows["AdamW fused"]["computed_bytes"] == 4
     )
-    ours = rows["sparse_adamw_, packed grads, fp32 moments and master"]
+    packed_row = rows["sparse_adamw_, packed grads, fp32 moments and master"]
     entries, padded = 2 * 307, 2 * 320
-    assert ours["computed_bytes"] == round(16 * entries / (2 * 96 * 64), 4)
-    assert ours["state_bytes"] == round((16 * padded + 2 * 4) / (2 * 96 * 64), 4)
-    assert ours["status"] == "ok" and 0 < ours["share_of_floor"]
+    assert packed_row["computed_bytes"] == round(16 * entries / (2 * 96 * 64), 4)
+    assert packed_row["state_bytes"] == round((16 * padded + 2 * 4) / (2 * 96 * 64), 4)
+    assert packed_row["status"] == "ok" and 0 < packed_row["share_of_floor"]
     assert rows[TRITON]["status"].startswith("needs a GPU")
     assert (
         rows["bitsandbytes AdamW"]["status"] == "switched off by --only"

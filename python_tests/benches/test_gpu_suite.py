@@ -42,10 +42,10 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory):
-    """The whole command, where nothing but the standard library and the five packages (and their
-    needs) can be imported.
+    """The whole command, with the standard library, five packages and what these need.
 
-    A busy process keeps a core from it, for nothing in it may depend on the clock.
+    Nothing else can be imported. A busy process keeps a core from it, because nothing in it may
+    depend on the clock.
     """
     folder = tmp_path_factory.mktemp("dry")
     environment = only_allowed_imports(tmp_path_factory.mktemp("blocked"), FIVE)
@@ -159,9 +159,7 @@ def works(run):
 
 @pytest.mark.slow
 def test_a_stage_that_hangs_crashes_or_raises_stops_no_other(tmp_path, monkeypatch):
-    """The one that hangs is out of time when it has measured something, however long this takes
-    here.
-    """
+    """The one that hangs is out of time when it has measured something."""
     signal = tmp_path / "measured"
     (tmp_path / "some_stages.py").write_text(STAGES.format(signal=str(signal)))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
@@ -206,9 +204,7 @@ def test_a_deadline_is_waited_for_and_no_longer():
 
 
 def test_the_budget_counts_from_the_start_of_the_process(tmp_path, monkeypatch):
-    """A stage is given its deadline: what it imports is part of its time, and of what it believes
-    to have left.
-    """
+    """A stage is given its deadline, so the time of its imports counts."""
     given = []
 
     class Started(Exception):

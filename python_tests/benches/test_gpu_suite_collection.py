@@ -36,10 +36,10 @@ def all_gpu_tests():
 @pytest.mark.slow
 @pytest.mark.parametrize("packages", PACKAGES)
 def test_gpu_tests_are_collected(all_gpu_tests, tmp_path, packages):
-    """With five packages and with those of a card's machine: every gpu test whose file needs no
-    other, and no error.
+    """Every gpu test whose file needs no other package is collected, without an error.
 
-    A file that needs more is left out with a line that says so.
+    This holds with five packages and with those of a card's machine. A file that needs more is left
+    out with a line that says so.
     """
     environment = only_allowed_imports(tmp_path, PACKAGES[packages]) | NO_PLUGINS
     done = subprocess.run(COLLECT, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""`bench.kernels.report`: green on the kernels as they are, red on wrong ones; its arithmetic.
+"""`bench.kernels.report`: no faults in the kernels, faults in wrong ones, arithmetic.
 
 A wrong kernel spills or lost its wide loads.
 """

@@ -1,4 +1,4 @@
-"""bench/plots.py: every plot is drawn from the CSVs, fits a page, and its texts can be read."""
+"""`bench.plots`: every plot is drawn from the CSVs, fits a page, and can be read."""
 
 from __future__ import annotations
 

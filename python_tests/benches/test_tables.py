@@ -1,6 +1,4 @@
-"""bench.tables: the READMEs say what the CSVs say, and a table is made of the rows that its
-description selects.
-"""
+"""`bench.tables`: the READMEs say what the CSVs say; a table shows the selected rows."""
 
 from __future__ import annotations
 
@@ -63,9 +61,7 @@ def test_a_readme_that_differs_is_shown_and_rendered_again(tmp_path, capsys):
 
 
 def test_cells(root):
-    """Numbers and their quotients, units, ranges over rows, texts, alternatives; where the rows
-    come from.
-    """
+    """Numbers, quotients, units, ranges over rows, texts, alternatives, and the origin."""
     columns = {
         "which": "{label}",
         "ms": "{ours.ms:.2f}, {theirs.ms/ours.ms:.3g} x",
