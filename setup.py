@@ -155,7 +155,7 @@ def native_extension() -> tuple[list[Extension], dict]:
     return [extension], {"build_ext": Build}
 
 
-if __name__ == "__main__":  # not when bench/kernel_compile.py imports this file
+if __name__ == "__main__":  # not when bench/kernels/compile.py imports this file
     extensions, commands = native_extension()
     setup(
         ext_modules=extensions,

@@ -1,29 +1,29 @@
-"""Delta files of SmolLM2-135M (or ``--model``): save, apply and revert, beside safetensors' save
-and load of the whole model.
+"""Delta files of a model: save, apply and revert, beside safetensors.
 
-The fine-tuned model differs from the base in the top 5 % of |W_r|, r = 64, of every linear layer.
+safetensors saves and loads the whole model. The model is SmolLM2-135M (or ``--model``). The
+fine-tuned one differs from the base in the top 5 % of |W_r|, r = 64, of every linear layer.
 Everything is done in fp32 and in bf16, timed in turns in a new random order each round, on the file
-system of the temporary folder. First each way is checked: what was applied equals the fine-tuned
-model, and what was reverted the base, bit for bit. A wrong one is refused; the exit status is then
-1.
+system of the temporary folder. First each method is checked: what was applied equals the fine-tuned
+model, and what was reverted the base, bit for bit. A wrong one is refused, and the exit status is
+then 1.
 
 - ``save_delta``: both models in memory to a file, which is complete on the disk at the end (fsync).
   ``apply`` and ``revert``: of a module in memory, in place. ``apply to a checkpoint``: a
   safetensors file, copied and patched, complete on the disk at the end.
-- safetensors: ``save_file`` of the whole model and an fsync, which it leaves out itself;
-  ``load_file``, every page read into memory of its own. They are the baselines of ``ratio``, save
-  of save and load of the others.
-- ``bytes_per_entry``: of the file, of each entry that changed, measured; ``computed_bytes``: 4 of
+- safetensors: ``save_file`` of the whole model and an fsync, which it leaves out itself.
+  ``load_file``, with every page read into memory of its own. The save is the baseline of ``ratio``
+  for itself and save_delta, the load for the rest.
+- ``bytes_per_entry``: of the file, of each entry that changed, measured. ``computed_bytes``: 4 of
   the index and two values.
-- Floor: bytes over measured rates. Files written at the rate of a write with fsync, files read,
-  which were just written, at that of a read from the page cache, tensors in memory at the copy
-  bandwidth. save_delta reads both models and writes the file; apply and revert read the model and
-  the file; of a checkpoint, base and file are read and the copy is written.
-- Most of the distance to the floor is the SHA-256 by which a delta knows its base; its time over
+- Roofline: bytes over measured rates. Files are written at the rate of a write with fsync. Files
+  that are read were just written, so they are read at the rate of the page cache. Tensors in memory
+  have the copy bandwidth. save_delta reads both models and writes the file. apply and revert read
+  the model and the file. Of a checkpoint, base and file are read and the copy is written.
+- Most of the distance to the roofline is the SHA-256 by which a delta knows its base. Its time over
   the model has a row of its own. save_delta takes it of both models, apply and revert of one.
 
-    python bench/bench_delta.py [--model DIR] [--dtypes fp32 bf16] [--runs 3] [--dry-run] [--out
-    DIR]
+    python -m bench.bench_delta [--model DIR] [--dtypes fp32 bf16] [--runs 3] [--dry-run]
+        [--out DIR]
 """
 
 from __future__ import annotations
@@ -37,14 +37,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import bench_util
 import numpy as np
 import torch
-import training_methods
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bench import plots
+from bench.common import results, timing, training_methods
 from lift_kernels import apply_delta, delta_info, revert_delta, save_delta
 from lift_kernels.delta.model_weights import ModuleWeights, fingerprint
 from lift_kernels.masks.principal import MaskRequest, principal_masks
@@ -66,8 +65,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass
 class Rates:
-    """Measured bytes per second: of a copy in memory, of writing a file to the disk, of reading it
-    from the page cache.
+    """Measured bytes per second.
+
+    They are of a copy in memory, of writing a file to the disk, and of reading it from the page
+    cache.
     """
 
     copy: float
@@ -89,10 +90,10 @@ class Rates:
                 while view:
                     view = view[file.readinto(view) :]
             end = time.perf_counter()
-            for way, seconds in (("write", middle - start), ("read", end - middle)):
-                best[way] = max(best[way], len(data) / seconds)
+            for name, seconds in (("write", middle - start), ("read", end - middle)):
+                best[name] = max(best[name], len(data) / seconds)
         path.unlink()
-        return Rates(bench_util.copy_bandwidth(mib=2 * mib), **best)
+        return Rates(timing.copy_bandwidth(mib=2 * mib), **best)
 
     def seconds(self, memory: float = 0, written: float = 0, read: float = 0) -> float:
         return memory / self.copy + written / self.write + read / self.read
@@ -115,8 +116,9 @@ def same(model: nn.Module | dict[str, Tensor], expected: nn.Module) -> str:
 
 
 def tune(model: nn.Module) -> nn.Module:
-    """A copy with other values at the principal entries of its matrices; changes that both dtypes
-    can hold.
+    """A copy with other values at the principal entries of its matrices.
+
+    Both dtypes can hold the changes.
     """
     model = copy.deepcopy(model)
     weights = training_methods.matrices(model)
@@ -130,8 +132,9 @@ def tune(model: nn.Module) -> nn.Module:
 
 
 class Files:
-    """Base and fine-tuned model of one dtype, their files in ``folder``, and every way between
-    them.
+    """Base and fine-tuned model of one dtype, their files, and the methods between them.
+
+    The files are in ``folder``.
     """
 
     def __init__(self, base: nn.Module, tuned: nn.Module, folder: Path) -> None:
@@ -163,7 +166,7 @@ class Files:
         return {name: tensor.clone() for name, tensor in load_file(self.whole).items()}
 
     def check(self) -> dict[str, str]:
-        """By variant, what is wrong with it; nothing for right ones. Leaves all as it was."""
+        """By variant, what is wrong with it. Right ones are left out. All is left as it was."""
         found = {}
 
         def note(
@@ -185,7 +188,7 @@ class Files:
         note("apply to a checkpoint", self.apply_to_file, lambda: load_file(self.copy), self.tuned)
         note(LOAD, self.save_whole, self.load_whole, self.tuned)
         if "apply" in found:
-            found["save_delta"] = found["apply"]  # which of them is wrong, nobody knows
+            found["save_delta"] = found["apply"]  # it is not known which of them is wrong
         self.copy.unlink(missing_ok=True)
         return found
 
@@ -193,28 +196,30 @@ class Files:
 def rounds(
     units: Sequence[dict[str, Callable[[], object]]], runs: int, after: Callable[[], None]
 ) -> dict[str, np.ndarray]:
-    """Seconds of every run by variant; units in shuffled order, the ways of one in theirs.
-    ``after`` each unit, untimed.
+    """Seconds of every run, by variant.
+
+    Units come in shuffled order, the methods of one unit in their own order. ``after`` each unit
+    something is done that is not timed.
     """
     rng = np.random.default_rng(0)
     times: dict[str, list[float]] = {name: [] for unit in units for name in unit}
     for _ in range(runs):
         for i in rng.permutation(len(units)):
-            for name, way in units[i].items():
+            for name, method in units[i].items():
                 start = time.perf_counter()
-                way()
+                method()
                 times[name].append(time.perf_counter() - start)
             after()
     return {name: np.array(values) for name, values in times.items()}
 
 
 def compare(label: str, base: nn.Module, tuned: nn.Module, runs: int, rates: Rates, folder: Path) -> list[dict]:
-    """One row a way, those that were refused included."""
+    """One row per method, those that were refused included."""
     files = Files(base, tuned, folder)
     status = files.check()
     info, width = delta_info(files.delta), next(base.parameters()).element_size()
     size, delta = sum(t.nbytes for t in tensors(base).values()), info.file_bytes
-    floors = {
+    rooflines = {
         SAVE: rates.seconds(size, written=size),
         LOAD: rates.seconds(size, read=size),
         "save_delta": rates.seconds(2 * size, written=delta),
@@ -242,11 +247,11 @@ def compare(label: str, base: nn.Module, tuned: nn.Module, runs: int, rates: Rat
         "entries": info.entries,
     }
     table = []
-    for name, floor in floors.items():
+    for name, roofline in rooflines.items():
         said: dict = {"variant": name, "status": status.get(name, "ok")}
         baseline = SAVE if name in (SAVE, "save_delta") else LOAD
         if name in times and baseline in times:
-            said |= bench_util.row(name, times[name], times[baseline], floor * rates.copy, rates.copy) | {
+            said |= results.row(name, times[name], times[baseline], roofline * rates.copy, rates.copy) | {
                 "baseline": baseline
             }
         if name in sizes:
@@ -263,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="directory, GGUF file or hub id in place of the bundled SmolLM2-135M")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
-    parser.add_argument("--runs", type=int, default=3, help="rounds of alternating runs")
+    parser.add_argument("--runs", type=int, default=3, help="interleaved rounds")
     parser.add_argument(
         "--dry-run", action="store_true", help="a tiny random Llama, files in a temporary folder unless --out"
     )
@@ -286,11 +291,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for dtype in given.dtypes:
             models = (copy.deepcopy(model).to(DTYPES[dtype]) for model in (base, tuned))
             new = compare(f"{label}, {dtype}", *models, given.runs, rates, Path(place))
-            bench_util.show(new, COLUMNS)
-            table += [row | bench_util.environment() for row in new]
-    folder = given.out or bench_util.results_folder()
+            results.show(new, COLUMNS)
+            table += [row | results.environment() for row in new]
+    folder = given.out or results.results_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    bench_util.write_csv(folder / "delta.csv", table)
+    results.write_csv(folder / "delta.csv", table)
     plots.draw("delta", folder)
     return int(any(row["status"].startswith("refused") for row in table))
 

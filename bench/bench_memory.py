@@ -1,29 +1,27 @@
-"""Bytes per parameter that training takes beside the weights: gradients, moments, masters, index
-lists; measured and computed.
+"""Bytes per parameter that training takes beside the weights, measured and computed.
 
 The matrices of two layers of SmolLM2-135M's form, with random weights (bytes depend on shapes
-alone), are trained by every method, one real backward pass and step; nothing else is trained.
-Columns, each in bytes per parameter of these matrices, counted as the distinct tensor storages
-behind them:
+alone), are trained by every method for one real backward pass and step. Nothing else is trained.
+The columns are in bytes per parameter of these matrices. They count the distinct tensor storages:
 
 - ``added``: trained vectors or factors beside the base's weights, and their index lists where the
-  method keeps them in the model;
+  method keeps them in the model.
 - ``gradients``: what the backward pass leaves. SHiRA also makes a dense one for each matrix on its
-  way, which is freed again;
-- ``indices``, ``master`` (in packed mode the trained values), ``moments`` (with everything else in
-  the optimizer's state);
-- ``warm_start``: bases from which LIFT's next masks start; ``warm_start=None`` keeps none,
-  ``"cpu"`` none on a GPU;
-- ``total`` of these, measured; ``computed``: what the method's form should take. Not computed: step
-  counters, padding of LIFT's segments to 64 entries, block-wise forms' tables. GaLore keeps the
-  whole factor of the SVD that its projection is a view into.
+  way, which is freed again.
+- ``indices``, ``master`` (with packed gradients the trained values), ``moments`` (with everything
+  else in the optimizer's state).
+- ``warm_start``: bases from which LIFT's next masks start. ``warm_start=None`` keeps none, and
+  ``"cpu"`` keeps none on a GPU.
+- ``total`` of these, measured. ``computed``: what the method's format should take. Not computed are
+  step counters, the padding of LIFT's segments to 64 entries, and tables of block-wise formats.
+  GaLore keeps the whole factor of the SVD that its projection is a view into.
 - ``share_of_adamw``: total over that of torch.optim.AdamW on weights of this dtype.
 
-Ours is refused when measured and computed differ by more than 3 %; the exit status is 1 then. A
-method that cannot be had here has a row whose status begins with ``missing:``, a form that we have
-not one with ``not offered:``.
+LIFT is refused when measured and computed differ by more than 3 %. The exit status is then 1. A
+method that cannot run here has a row whose status begins with ``missing:``. A combination that does
+not exist has one that begins with ``not offered:``.
 
-    python bench/bench_memory.py [--dry-run] [--out DIR]
+    python -m bench.bench_memory [--dry-run] [--out DIR]
 """
 
 from __future__ import annotations
@@ -35,15 +33,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import bench_util
 import torch
-import training_methods
-from bench_peers import BLOCK, attribute, state_bytes
 from torch import Tensor, nn
-from training_methods import HYPER, RANK, adapter_rank, matrices
 
 from bench import plots
+from bench.common import results, training_methods
+from bench.common.baselines import BLOCK, attribute, tensors_within
+from bench.common.training_methods import HYPER, RANK, adapter_rank, matrices
 from lift_kernels import LiftAdamW
+from lift_kernels._storage import storage_bytes
 
 PARTS = ["added", "gradients", "indices", "master", "moments", "warm_start"]
 COLUMNS = ["set", "variant", *PARTS, "total", "computed", "share_of_adamw", "status"]
@@ -70,7 +68,7 @@ def galore(model: nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
-PEERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+BASELINES: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     ADAMW: lambda model: torch.optim.AdamW(matrices(model), 1e-3, **HYPER, fused=True),
     "bitsandbytes AdamW8bit": on_matrices("bitsandbytes", "bitsandbytes.optim", "AdamW8bit"),
     "torchao AdamW8bit": on_matrices("torchao", "torchao.optim", "AdamW8bit"),
@@ -82,7 +80,7 @@ PEERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 
 
 def computed(name: str, weights: Sequence[Tensor], options: dict[str, Any], rank: int) -> float | None:
-    """Bytes per parameter of ``weights`` beside them, bases for warm starts left out; or None."""
+    """Bytes per parameter of ``weights`` beside them, without bases for warm starts; or None."""
     numel, width = sum(w.numel() for w in weights), weights[0].element_size()
     if name.startswith("LIFT"):
         entries = sum(round(training_methods.DENSITY * w.numel()) for w in weights)
@@ -100,8 +98,9 @@ def computed(name: str, weights: Sequence[Tensor], options: dict[str, Any], rank
 
 
 def extra(model: nn.Module, known: set[int]) -> Iterator[Tensor]:
-    """Tensors of the model that it did not have before, index lists that modules keep as attributes
-    too.
+    """Tensors that the model did not have before.
+
+    Index lists that modules keep as attributes are among them.
     """
     for module in model.modules():
         held = [*module._parameters.values(), *module._buffers.values()]
@@ -110,8 +109,9 @@ def extra(model: nn.Module, known: set[int]) -> Iterator[Tensor]:
 
 
 def measure(build: Callable[[nn.Module], torch.optim.Optimizer], model: nn.Module) -> tuple[dict[str, int], int]:
-    """Bytes of each of `PARTS` once the model was trained for one step, and those that the bases
-    for warm starts should take.
+    """Bytes of each of `PARTS` once the model was trained for one step.
+
+    Also the bytes that the bases for warm starts should take.
     """
     known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     model.requires_grad_(False)
@@ -122,18 +122,18 @@ def measure(build: Callable[[nn.Module], torch.optim.Optimizer], model: nn.Modul
     model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     bases = 0
-    found = dict.fromkeys(PARTS, 0) | {"gradients": state_bytes([p.grad for p in trained])}
+    found = dict.fromkeys(PARTS, 0) | {"gradients": storage_bytes(tensors_within([p.grad for p in trained]))}
     optimizer.step()
     if isinstance(optimizer, LiftAdamW):
         for arena in optimizer._arenas.values():
             for name, held in arena.buffers().items():
-                found["moments" if name.startswith("exp_avg") else name] += state_bytes(held)
-            found["moments"] += state_bytes(arena.steps)
+                found["moments" if name.startswith("exp_avg") else name] += storage_bytes([held])
+            found["moments"] += storage_bytes([arena.steps])
         bases = sum(s[key].nbytes for s in optimizer.state.values() for key in ("basis", "threshold") if key in s)
         found["warm_start"] = optimizer.state_bytes() - sum(found[part] for part in ("indices", "master", "moments"))
     else:
-        found["moments"] = state_bytes(dict(optimizer.state))
-        found["added"] = state_bytes(list(extra(model, known)))
+        found["moments"] = storage_bytes(tensors_within(dict(optimizer.state)))
+        found["added"] = storage_bytes(extra(model, known))
     return found, bases
 
 
@@ -147,7 +147,7 @@ def row(
     try:
         with torch.compiler.set_stance("force_eager"):  # torchao compiles its step, which changes no state
             parts, bases = measure(build, model)
-    except Exception as error:  # whatever a foreign package raises is its row's status
+    except Exception as error:  # whatever another package raises is its row's status
         return {"variant": name, "status": training_methods.failed(name, error)}
     right = computed(name, weights, options, rank)
     if right is not None:
@@ -166,8 +166,8 @@ def compare(shape: tuple[int, int, int, int]) -> list[dict]:
     table = []
     for form, (dtype, options) in FORMS.items():
         rows = []
-        if form != "bf16, fp32 moments and master":  # peers' moments have the dtype of what they train
-            rows += [row(name, build, dtype, {}, shape) for name, build in PEERS.items()]
+        if form != "bf16, fp32 moments and master":  # baselines' moments have the dtype of what they train
+            rows += [row(name, build, dtype, {}, shape) for name, build in BASELINES.items()]
         for name in (training_methods.MATRIX, training_methods.PACKED):
             if name == training_methods.PACKED and "master" in options:
                 rows.append({"variant": name, "status": "not offered: packed mode keeps its trained values in fp32"})
@@ -187,11 +187,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     if given.dry_run:
         given.out = given.out or Path(tempfile.mkdtemp())
-    table = [r | bench_util.environment() for r in compare((128, 320, 1, 64) if given.dry_run else SHAPE)]
-    bench_util.show(table, COLUMNS)
-    folder = given.out or bench_util.results_folder()
+    table = [r | results.environment() for r in compare((128, 320, 1, 64) if given.dry_run else SHAPE)]
+    results.show(table, COLUMNS)
+    folder = given.out or results.results_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    bench_util.write_csv(folder / "memory.csv", table)
+    results.write_csv(folder / "memory.csv", table)
     plots.draw("memory", folder)
     return int(any(r["status"].startswith("refused") for r in table))
 

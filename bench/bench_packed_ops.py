@@ -1,15 +1,15 @@
-"""Times packed_gather, packed_scatter_, packed_migrate and packed_l2_norm on the CPU against plain
-PyTorch (the reference).
+"""The packed ops on the CPU against plain PyTorch, which is the reference.
 
-One 4096 x 11008 matrix with a random 5 % mask clustered by rows; the migration goes to a list that
-shares about 95 % with the old one. Each op is first checked against the reference; a wrong one has
-a row without a time, and the exit status is 1.
+The ops are packed_gather, packed_scatter_, packed_migrate and packed_l2_norm. There is one 4096 x
+11008 matrix with a random 5 % mask clustered by rows. The migration goes to a list that shares
+about 95 % with the old one. Each op is first checked against the reference. A wrong one has a row
+without a time, and the exit status is 1.
 
-Bytes of the floor: distinct 64-byte lines of the matrix (gather and norm: read; scatter: read and
-written), 4 an entry of each index list, and packed values read or written.
+Bytes of the roofline: distinct 64-byte lines of the matrix (gather and norm read them, scatter
+reads and writes them), 4 an entry of each index list, and packed values read or written.
 
-    python bench/bench_packed_ops.py [--runs 20] [--out DIR]     (--dry-run: a tiny matrix, no files
-    without --out)
+    python -m bench.bench_packed_ops [--runs 20] [--out DIR]
+        (--dry-run: a tiny matrix, no files without --out)
 """
 
 from __future__ import annotations
@@ -17,24 +17,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 
-import bench_util
 import torch
-from bench_arena import Arena, clustered_indices
-from bench_util import Contestant
 from torch import Tensor
 
 from bench import plots
+from bench.common import results, timing
+from bench.common.arenas import Arena, clustered_indices, neighbour
+from bench.common.timing import Candidate
 from lift_kernels import ops
 
 Op = Callable[[str | None], Tensor]  # backend -> result
-
-
-def neighbour(index: Tensor, numel: int, share: float = 0.95) -> Tensor:
-    """Another sorted list of about the same length that keeps ``share`` of the entries."""
-    generator = torch.Generator(index.device).manual_seed(1)
-    stays = torch.rand(len(index), generator=generator, device=index.device) < share
-    entering = torch.randint(numel, (round((1 - share) * len(index)),), generator=generator, device=index.device)
-    return torch.cat([index[stays], entering.int()]).unique()
 
 
 def cases(m: int, n: int, dtype: torch.dtype) -> list[tuple[str, Op, float]]:
@@ -61,22 +53,22 @@ def cases(m: int, n: int, dtype: torch.dtype) -> list[tuple[str, Op, float]]:
 
 
 def compare(m: int, n: int, dtype: torch.dtype, runs: int, mib: int = 256) -> list[dict]:
-    """Two rows an op, plain PyTorch first; one row that says why for a wrong op."""
+    """Two rows per op, plain PyTorch first. A wrong op has one row that says why."""
     table: list[dict] = []
-    for name, op, floor in cases(m, n, dtype):
+    for name, op, moved in cases(m, n, dtype):
         labels = {"op": name, "set": f"{m}x{n}, {str(dtype).removeprefix('torch.')}"}
-        if problem := bench_util.difference([op("reference").clone()], [op(None).clone()]):
+        if problem := timing.difference([op("reference").clone()], [op(None).clone()]):
             table.append(labels | {"variant": name, "status": f"refused, it is wrong: {problem}"})
             continue
-        entrants = [
-            Contestant(f"{name}, plain PyTorch", lambda op=op: op("reference")),
-            Contestant(name, lambda op=op: op(None), floor),
+        candidates = [
+            Candidate(f"{name}, plain PyTorch", lambda op=op: op("reference")),
+            Candidate(name, lambda op=op: op(None), moved),
         ]
-        times, bandwidth = bench_util.alternate_with_copy(entrants, runs, mib=mib)
+        times, bandwidth = timing.time_interleaved_with_copy(candidates, runs, mib=mib)
         table += [
-            row | {"status": "ok"} for row in bench_util.rows(entrants, times, entrants[0].name, bandwidth, **labels)
+            row | {"status": "ok"} for row in results.rows(candidates, times, candidates[0].name, bandwidth, **labels)
         ]
-    bench_util.show(
+    results.show(
         table, ["set", "variant", "median_ms", "q25_ms", "q75_ms", "ratio", "floor_ms", "share_of_floor", "status"]
     )
     return table
@@ -84,19 +76,19 @@ def compare(m: int, n: int, dtype: torch.dtype, runs: int, mib: int = 256) -> li
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=20, help="rounds of alternating runs")
-    bench_util.add_output_options(parser)
+    parser.add_argument("--runs", type=int, default=20, help="interleaved rounds")
+    results.add_output_options(parser)
     arguments = parser.parse_args(argv)
     m, n, runs, mib = (96, 128, 2, 8) if arguments.dry_run else (4096, 11008, arguments.runs, 256)
     table = [
-        row | bench_util.environment()
+        row | results.environment()
         for dtype in (torch.float32, torch.bfloat16)
         for row in compare(m, n, dtype, runs, mib)
     ]
-    if folder := bench_util.output_folder(arguments):
-        bench_util.write_csv(folder / "packed_ops.csv", table)
+    if folder := results.output_folder(arguments):
+        results.write_csv(folder / "packed_ops.csv", table)
         plots.draw("packed_ops", folder)
-    return bench_util.exit_status(table)
+    return results.exit_status(table)
 
 
 if __name__ == "__main__":

@@ -1,43 +1,44 @@
-"""Fine-tuning end to end: tokens per second and peak memory of LIFT beside full fine-tuning, LoRA,
-SHiRA and GaLore.
+"""Fine-tuning end to end: tokens per second and peak memory of LIFT beside other methods.
 
-Two models: SmolLM2-135M (or ``--model``) and a random Llama that fits the device. Every method
-trains a copy of the same weights on the same batch of random tokens, fp32 on the CPU and bf16 on a
-GPU; training steps are timed in turns, in a new random order each round, after two untimed ones. It
-is no contest of losses: the learning rates are customary ones.
+The others are full fine-tuning, LoRA, SHiRA and GaLore. There are two models: SmolLM2-135M (or
+``--model``) and a random Llama that fits the device. Every method trains a copy of the same weights
+on the same batch of random tokens, in fp32 on the CPU and in bf16 on a GPU. Training steps are
+timed in turns, in a new random order each round, after two untimed ones. This is no contest of
+losses: the learning rates are customary ones.
 
 - A method that is not installed or cannot run here has a row without a time whose ``status`` begins
   with ``missing:``.
 - Correctness, of all steps: losses are finite and fall, and the first one is the plain model's. The
   first three losses of full fine-tuning and of both LIFT modes equal those of plain torch code
-  (for-loop AdamW, for LIFT on vectors of the first masks' entries), and those of both modes equal
-  each other, to 1 % (bf16: 5 %) of what the loss fell. A wrong method is refused: ``status`` says
-  why, its row has no time, and the exit status is 1.
-- ``median_ms``: of a whole step, with new masks in it: LIFT's refresh is spread over 200 steps
+  (for-loop AdamW, for LIFT on vectors of the first masks' entries). Those of both modes equal each
+  other. Equal means to 1 % (bf16: 5 %) of what the loss fell. A wrong method is refused: ``status``
+  says why, its row has no time, and the exit status is 1.
+- ``median_ms``: of a whole step, with new masks in it. LIFT's refresh is spread over 200 steps
   (``refresh_interval``). A model of fewer matrices renews one at each timed step all the same, and
-  of the seconds of that counts matrices / 200. GaLore's projections are made in its first step; a
-  200th of what that took longer is added to each of its steps. ``refresh_ms``, the mean of these
-  parts; ``step_ms``, the rest of the optimizer's step; ``forward_backward_ms``; ``tokens_s``:
-  tokens of a batch over the median; ``setup_s``: adapters, first masks or projections.
-- ``peak_over_model_mib``: what setup and two steps take beyond the weights; ``steps_peak_mib``: the
-  steps alone. A process of its own for each method makes a random model of the same form (memory
-  depends on shapes only), and the peak of its resident memory, or of what CUDA has allocated, is
+  matrices / 200 of the seconds of that count. GaLore's projections are made in its first step. A
+  200th of what that took longer is added to each of its steps. ``refresh_ms`` is the mean of these
+  parts, ``step_ms`` the rest of the optimizer's step.
+- ``tokens_s``: tokens of a batch over the median. ``setup_s``: adapters, first masks, projections.
+- ``peak_over_model_mib``: what setup and two steps take beyond the weights. ``steps_peak_mib``: the
+  steps alone. A process of its own for each method makes a random model of the same form, because
+  memory depends on shapes only. The peak of its resident memory, or of what CUDA has allocated, is
   counted from there.
-- Floor: FLOPs at the measured rate of products plus the bytes of the optimizer's step at the
-  measured copy bandwidth, each the better of a measurement before and one after the steps. FLOPs,
-  for T tokens in sequences of length L: 4 T for each entry of the linear layers and of the head
-  (forward, and backward to the inputs); 2 T for each whose weight gradient is made (full
-  fine-tuning and GaLore: all; SHiRA and both LIFT modes: the linear layers', made dense by all of
-  them whatever they keep; LoRA instead 6 T for each entry of its factors); 6 T L x heads x head
-  size a layer for the causal half of attention; 4 r m n for GaLore's projections to and fro. Bytes:
-  AdamW 7 values of each trained entry; GaLore the same but for the matrices, of which gradient and
-  weight are read and the weight written; LIFT as in `bench_sparse_adamw`, packed mode with a
-  master. Not counted: norms, softmax, activations, the loss, peft's dense sums of weight and
-  adapter, refreshes.
+- Roofline: FLOPs at the measured rate of products plus the bytes of the optimizer's step at the
+  measured copy bandwidth. Each rate is the better of a measurement before and one after the steps.
+- FLOPs, for T tokens in sequences of length L: 4 T for each entry of the linear layers and of the
+  head (forward, and backward to the inputs). 2 T for each whose weight gradient is made: in full
+  fine-tuning and GaLore all, in SHiRA and both LIFT modes those of the linear layers, which all of
+  them make dense whatever they keep. LoRA instead has 6 T for each entry of its factors. 6 T L x
+  heads x head size a layer for the causal half of attention. 4 r m n for GaLore's projections to
+  and fro.
+- Bytes: AdamW 7 values of each trained entry. GaLore the same but for the matrices, of which
+  gradient and weight are read and the weight is written. LIFT as in `bench_sparse_adamw`, packed
+  mode with a master.
+- Not counted: norms, softmax, activations, the loss, peft's dense sums of weight and adapter,
+  refreshes.
 
-    python bench/bench_training.py [--sets smollm2 random] [--batch 2] [--length 64] [--runs 5]
-    [--only NAME ...] [--no-memory]
-                                   [--model DIR] [--dry-run] [--out DIR]
+    python -m bench.bench_training [--sets smollm2 random] [--batch 2] [--length 64] [--runs 5]
+        [--only NAME ...] [--no-memory] [--model DIR] [--dry-run] [--out DIR]
 """
 
 from __future__ import annotations
@@ -50,14 +51,13 @@ from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
 
-import bench_util
 import numpy as np
 import torch
-import training_methods
 from torch import Tensor, nn
-from training_methods import FULL, INTERVAL, MATRIX, METHODS, PACKED, Step, Trainer
 
 from bench import plots
+from bench.common import results, timing, training_methods
+from bench.common.training_methods import FULL, INTERVAL, MATRIX, METHODS, PACKED, Step, Trainer
 
 COLUMNS = [
     "set",
@@ -80,8 +80,9 @@ SIZES = [(512, 1376, 8, 8192), (1024, 2816, 16, 32000), (2048, 5632, 22, 32000),
 
 
 def size_for(device: str) -> tuple[int, int, int, int]:
-    """The largest of `SIZES` of which all methods fit the GPU at once; on the CPU, where time is
-    what is short, the smallest.
+    """The largest of `SIZES` of which all methods fit the GPU at once.
+
+    On the CPU the smallest one is taken, because time is short there.
     """
     if device == "cpu":
         return SIZES[0]
@@ -106,8 +107,9 @@ def build(kind: str, name: str | None, dtype: torch.dtype, device: str) -> tuple
 
 
 def train(trainers: Sequence[Trainer], runs: int) -> tuple[dict[str, list[Step]], dict[str, str]]:
-    """``runs`` timed steps of each, in turns; by name, and a status of those that cannot run, found
-    at their first step.
+    """``runs`` timed steps of each trainer, in turns, by name.
+
+    Also the statuses of those that cannot run, which is found at their first step.
     """
     rng = np.random.default_rng(0)
     steps: dict[str, list[Step]] = {trainer.name: [] for trainer in trainers}
@@ -140,8 +142,9 @@ def train(trainers: Sequence[Trainer], runs: int) -> tuple[dict[str, list[Step]]
 
 
 def gap(losses: Sequence[float], expected: Sequence[float], tolerance: float) -> str:
-    """What is wrong with losses, compared with the expected ones as far as these go, or an empty
-    string.
+    """What is wrong with losses, or an empty string.
+
+    They are compared with the expected ones as far as these go.
     """
     fall = abs(expected[0] - min(expected))
     for i, (got, right) in enumerate(zip(losses, expected)):
@@ -151,8 +154,9 @@ def gap(losses: Sequence[float], expected: Sequence[float], tolerance: float) ->
 
 
 def problem(name: str, losses: dict[str, list[float]], plain: dict[str, list[float]], tolerance: float) -> str:
-    """What is wrong with the losses of a method, or an empty string. ``plain``: of reference loops,
-    by name of the method.
+    """What is wrong with the losses of a method, or an empty string.
+
+    ``plain``: losses of reference loops, by name of the method.
     """
     own, start = losses[name], next(iter(plain.values()))[0]
     if not all(map(math.isfinite, own)) or not own[-1] < own[0]:
@@ -172,7 +176,10 @@ def problem(name: str, losses: dict[str, list[float]], plain: dict[str, list[flo
 
 
 def references(trainers: Sequence[Trainer], model: nn.Module, tokens: Tensor) -> dict[str, list[float]]:
-    """Losses of the first steps in plain torch code, of full fine-tuning and of both LIFT modes."""
+    """Losses of the first steps in plain torch code, by method.
+
+    The methods are full fine-tuning and both LIFT modes.
+    """
     plain = {FULL: training_methods.reference_losses(model, tokens, CHECKED)}
     known: list[tuple[list[Tensor], list[float]]] = []
     for trainer in trainers:
@@ -190,8 +197,8 @@ def references(trainers: Sequence[Trainer], model: nn.Module, tokens: Tensor) ->
 def machine(device: str, dtype: torch.dtype, quick: bool) -> tuple[float, float]:
     """Measured bytes of a copy and FLOPs of a product, per second."""
     if quick:
-        return bench_util.copy_bandwidth(device, mib=8, runs=3), bench_util.product_rate(device, dtype, 256, runs=3)
-    return bench_util.copy_bandwidth(device), bench_util.product_rate(device, dtype, 2048 if device == "cpu" else 8192)
+        return timing.copy_bandwidth(device, mib=8, runs=3), timing.product_rate(device, dtype, 256, runs=3)
+    return timing.copy_bandwidth(device), timing.product_rate(device, dtype, 2048 if device == "cpu" else 8192)
 
 
 def compare(
@@ -202,7 +209,7 @@ def compare(
     only: Sequence[str] | None = None,
     memory: bool = True,
 ) -> list[dict]:
-    """A row for each method, those without a time included."""
+    """One row per method, those without a time included."""
     parameter = next(model.parameters())
     device, dtype = parameter.device.type, parameter.dtype
     tolerance = 0.01 if dtype == torch.float32 else 0.05
@@ -215,7 +222,7 @@ def compare(
     for name in chosen:
         try:
             trainers.append(Trainer(name, copy.deepcopy(model), tokens))
-        except Exception as error:  # whatever a foreign package raises is its row's status
+        except Exception as error:  # whatever another package raises is its row's status
             status[name] = training_methods.failed(name, error)
     plain = references(trainers, model, tokens)
     steps, broken = train(trainers, runs)
@@ -243,9 +250,9 @@ def row(
     bandwidth, products = rates
     taken = np.array([step.total for step in steps])
     work = training_methods.flops(trainer.name, model, trainer.tokens)
-    floor = work / products + training_methods.optimizer_bytes(trainer, model) / bandwidth
+    roofline = work / products + training_methods.optimizer_bytes(trainer, model) / bandwidth
     forward_backward, optimizer, refresh = np.array([astuple(step) for step in steps]).T
-    found = bench_util.row(trainer.name, taken, taken if baseline is None else baseline, floor * bandwidth, bandwidth)
+    found = results.row(trainer.name, taken, taken if baseline is None else baseline, roofline * bandwidth, bandwidth)
     said = {
         "tokens_s": trainer.tokens.numel() / np.median(taken),
         "forward_backward_ms": 1e3 * np.median(forward_backward),
@@ -295,12 +302,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for kind in given.sets:
         label, model = build(kind, given.model, torch.float32 if device == "cpu" else torch.bfloat16, device)
         new = compare(label, model, (given.batch, given.length), given.runs, given.only, not given.no_memory)
-        bench_util.show(new, COLUMNS)
-        table += [row | bench_util.environment(device) for row in new]
+        results.show(new, COLUMNS)
+        table += [row | results.environment(device) for row in new]
         del model
-    folder = given.out or bench_util.results_folder(device)
+    folder = given.out or results.results_folder(device)
     folder.mkdir(parents=True, exist_ok=True)
-    bench_util.write_csv(folder / "training.csv", table)
+    results.write_csv(folder / "training.csv", table)
     plots.draw("training", folder)
     return int(any(str(row.get(key)).startswith("refused") for row in table for key in ("status", "memory_status")))
 

@@ -1,28 +1,31 @@
-"""Two commands for a machine with a GPU: ``--part check`` builds and tests, ``--part time`` times
-everything.
+"""Two commands for a machine with a GPU: one builds and tests, one times everything.
 
-    python bench/gpu_suite.py --part check --out FOLDER     at most 4 minutes on 16 cores:
-    extension, gpu tests, compute-sanitizer python bench/gpu_suite.py --part time --out FOLDER
-    at most 6 minutes: timings python bench/gpu_suite.py --dry-run                     both on the
-    CPU, with tiny shapes and without build; no limit of time
+    python bench/gpu_suite.py --part check --out FOLDER
+        at most 4 minutes on 16 cores: extension, gpu tests, compute-sanitizer
+    python bench/gpu_suite.py --part time --out FOLDER
+        at most 6 minutes: timings
+    python bench/gpu_suite.py --dry-run
+        both on the CPU, with tiny shapes and without build; no limit of time
 
 Each writes ``FOLDER/gpu_check.csv`` or ``gpu_time.csv`` with a log beside it, and prints a table of
-all rows last. Without ``--part`` one follows the other. ``--only STAGE ...`` takes some stages;
+all rows last. Without ``--part`` one follows the other. ``--only STAGE ...`` takes some stages.
 ``--commit HASH`` names that of a checkout without git.
 
-Every stage of `STAGES` runs in a process of its own, with a budget after which the process and its
-children are killed; a stage that fails, hangs or crashes the card leaves a row that says so, and
-the others go on. What a stage has measured by then stays. Every variant is checked before it is
-timed; a wrong one is refused, and its row says why. How each stage counts its floor and checks its
-results stands in its module (bench/gpu_parts/), how time is taken in gpu_parts/report.py. Needs
-torch, triton, numpy, pytest and ninja, a plain checkout, no network; nvcc and compute-sanitizer are
-used when present, and named when missing.
+Every stage of `STAGES` runs in a process of its own. Its budget is a limit after which the process
+and its children are killed. A stage that fails, hangs or crashes the card leaves a row that says
+so, and the others go on. What a stage has measured by then stays. Every variant is checked before
+it is timed. A wrong one is refused, and its row says why.
 
-Columns: ``median_ms``, quartiles, extremes and ``repeats`` of the time on the card; ``host_ms``
-what a call costs the host; ``ratio``: seconds of ``baseline`` over its own; ``floor_ms``: the time
-of its bytes or FLOPs (``floor_of``) at the rates that the stage ``machine`` measured;
-``share_of_floor``; ``tests``: what the gpu tests said, of this run or of the check in FOLDER; where
-it ran, versions, commit.
+The module of a stage in bench/gpu_parts says how it counts its roofline and checks its results.
+bench/gpu_parts/runner.py says how time is taken. Needed are torch, triton, numpy, pytest and ninja,
+and a plain checkout. No network is needed. nvcc and compute-sanitizer are used when present, and
+named when missing.
+
+Columns: ``median_ms``, quartiles, extremes and ``repeats`` of the time on the card. ``host_ms``:
+what a call costs the host. ``ratio``: seconds of ``baseline`` over its own. ``floor_ms``: the
+roofline, the time of its bytes or FLOPs (``floor_of``) at the rates that the stage ``machine``
+measured. ``share_of_floor``. ``tests``: the status of the gpu tests, of this run or of the check in
+FOLDER. The rest says where it ran: device, versions, commit.
 """
 
 from __future__ import annotations
@@ -45,16 +48,25 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import bench_util
+if not __package__:  # started as a script: start again as a module of this checkout
+    path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]))
+    module = [sys.executable, "-P", "-m", "bench.gpu_suite", *sys.argv[1:]]
+    os.execve(sys.executable, module, os.environ | {"PYTHONPATH": path})
+
 import torch
-from gpu_parts.report import Run, environment, one_line
+
+from bench import ROOT
+from bench.common import results
+from bench.gpu_parts.runner import Run, environment, one_line
 
 WHOLE = "(whole stage)"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """``target``: module:function, called with a `Run`; ``budget``: seconds for the whole process,
+    """A stage and its limit.
+
+    ``target``: module:function, called with a `Run`. ``budget``: seconds for the whole process,
     imports included.
     """
 
@@ -65,21 +77,21 @@ class Stage:
 
 STAGES = {
     "check": [
-        Stage("build", "gpu_parts.checks:build", 45),
-        Stage("tests", "gpu_parts.checks:tests", 140),
-        Stage("sanitizer", "gpu_parts.checks:sanitizer", 55),
+        Stage("build", "bench.gpu_parts.preflight:build", 45),
+        Stage("tests", "bench.gpu_parts.preflight:tests", 140),
+        Stage("sanitizer", "bench.gpu_parts.preflight:sanitizer", 55),
     ],
     "time": [
-        Stage("machine", "gpu_parts.report:machine", 15),
-        Stage("step LLaMA-2-7B", "gpu_parts.step:llama2", 40),
-        Stage("step Llama-3-8B", "gpu_parts.step:llama3", 40),
-        Stage("packed ops", "gpu_parts.packed:work", 40),
-        Stage("gradients", "gpu_parts.grads:work", 30),
-        Stage("selection", "gpu_parts.masks:selection", 30),
-        Stage("bitmaps", "gpu_parts.bitmaps:work", 25),
-        Stage("refresh", "gpu_parts.masks:refresh", 60),
-        Stage("factorizations", "gpu_parts.factors:work", 30),
-        Stage("training", "gpu_parts.train:work", 35),
+        Stage("machine", "bench.gpu_parts.machine:work", 15),
+        Stage("step LLaMA-2-7B", "bench.gpu_parts.step:llama2", 40),
+        Stage("step Llama-3-8B", "bench.gpu_parts.step:llama3", 40),
+        Stage("packed ops", "bench.gpu_parts.packed_ops:work", 40),
+        Stage("gradients", "bench.gpu_parts.weight_grads:work", 30),
+        Stage("selection", "bench.gpu_parts.masks:selection", 30),
+        Stage("bitmaps", "bench.gpu_parts.bitmaps:work", 25),
+        Stage("refresh", "bench.gpu_parts.masks:refresh", 60),
+        Stage("factorizations", "bench.gpu_parts.factorizations:work", 30),
+        Stage("training", "bench.gpu_parts.training:work", 35),
     ],
 }
 LIMITS_S = {"check": 240, "time": 360}
@@ -99,8 +111,9 @@ SUMMARY = [
 
 
 def run_stage(stage: Stage, device: str, rows: Path, deadline: float, rates: dict[str, float]) -> int:
-    """In the stage's own process; the exit status. ``deadline``: of `time.monotonic`, which all
-    processes share.
+    """Run a stage in its own process. Returns the exit status.
+
+    ``deadline``: of `time.monotonic`, which all processes share.
     """
     run = Run(stage.name, device, rows, deadline, repeats=3 if device == "cpu" else 20, rates=rates)
     torch.manual_seed(0)
@@ -109,7 +122,7 @@ def run_stage(stage: Stage, device: str, rows: Path, deadline: float, rates: dic
     try:
         module, function = stage.target.split(":")
         getattr(importlib.import_module(module), function)(run)
-    except Exception as error:  # told in a row and in the stage's exit status
+    except Exception as error:  # reported in a row and in the stage's exit status
         import traceback
 
         traceback.print_exc()
@@ -119,7 +132,7 @@ def run_stage(stage: Stage, device: str, rows: Path, deadline: float, rates: dic
 
 
 def ended(process: subprocess.Popen, deadline: float) -> bool:
-    """Wait for a stage; whether it ended before the deadline."""
+    """Wait for a stage. Returns whether it ended before the deadline."""
     try:
         process.wait(None if deadline == math.inf else max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
@@ -128,8 +141,9 @@ def ended(process: subprocess.Popen, deadline: float) -> bool:
 
 
 class Suite:
-    """The parent of the stages of one part: starts them, collects rows, writes the CSV again after
-    each. It uses no card itself.
+    """The parent of the stages of one part. It uses no card itself.
+
+    It starts them, collects their rows, and writes the CSV again after each.
     """
 
     def __init__(self, part: str, out: Path, dry: bool, commit: str | None = None):
@@ -148,8 +162,9 @@ class Suite:
             file.write(text + "\n")
 
     def run(self, stages: list[Stage]) -> bool:
-        """One after the other, in the dry run two at a time behind the first. Whether all were
-        green.
+        """Run one after the other. Returns whether all were green.
+
+        In the dry run two run at a time, after the first.
         """
         together = "no limit" if self.dry else f"{sum(stage.budget for stage in stages):g} of {LIMITS_S[self.part]}"
         self.say(
@@ -161,15 +176,13 @@ class Suite:
         with ThreadPoolExecutor(2 if self.dry else 1) as pool:
             list(pool.map(self.run_one, stages[1:]))
         with contextlib.redirect_stdout(io.StringIO()) as table:
-            bench_util.show([{k: str(v)[:60] for k, v in row.items()} for row in self.rows], SUMMARY)
+            results.show([{k: str(v)[:60] for k, v in row.items()} for row in self.rows], SUMMARY)
         self.say(f"\n{table.getvalue()}\n{self.csv}, {self.log}")
         return all(row["status"] == "ok" for row in self.rows if row["variant"] == WHOLE)
 
     def run_one(self, stage: Stage) -> None:
-        """One stage in a process group of its own; its rows, then one for the whole of it."""
-        budget = (
-            math.inf if self.dry else stage.budget
-        )  # how long a dry run takes says nothing, least on a busy machine
+        """Run one stage in a process group of its own. A row for all of it comes last."""
+        budget = math.inf if self.dry else stage.budget  # the time of a dry run says nothing
         self.say(f"--- {stage.name}, at most {budget:g} s")
         start = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
@@ -185,7 +198,8 @@ class Suite:
                 }
             )
             process = subprocess.Popen(
-                [sys.executable, Path(__file__).resolve(), "--child", given],
+                [sys.executable, "-m", "bench.gpu_suite", "--child", given],
+                cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -224,9 +238,7 @@ class Suite:
         return {row["rate_name"]: row["rate"] for row in self.rows if "rate_name" in row}
 
     def tests(self) -> str:
-        """What the gpu tests said: in this run, or in the check of this commit in the same
-        folder.
-        """
+        """Status of the gpu tests in this run, or in the check of this commit in the folder."""
         rows = self.rows
         if self.part != "check" and self.checked.exists():
             with self.checked.open(newline="") as file:
@@ -234,11 +246,11 @@ class Suite:
         return next((row["status"] for row in rows if row["variant"] == "gpu tests"), "not run")
 
     def write(self) -> None:
-        """All rows so far, with where they come from and what the tests said."""
+        """Write all rows so far, with where they come from and the status of the tests."""
         rates = {f"{name}_rate": float(f"{rate:.4g}") for name, rate in self.rates().items()}
         last = {"tests": self.tests()} | self.environment | self.commit | rates
         with self.lock, contextlib.redirect_stdout(io.StringIO()):
-            bench_util.write_csv(self.csv, [row | last for row in self.rows])
+            results.write_csv(self.csv, [row | last for row in self.rows])
 
 
 def end_group(process: subprocess.Popen) -> None:
@@ -250,7 +262,7 @@ def end_group(process: subprocess.Popen) -> None:
     try:
         process.wait(10)
     except subprocess.TimeoutExpired:
-        pass  # stuck in the driver: the next stage is not to wait for it
+        pass  # stuck in the driver: the next stage does not wait for it
 
 
 def main(arguments: list[str] | None = None) -> int:

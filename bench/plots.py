@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.plot_labels import OPS, REFRESH, Row, amount, label, origin, percent, times
-from bench.plot_panels import BLUE, DARK, GREEN, GREY, INK, PALE, PINK, SKY, YELLOW, Bar, Panel, figure
+from bench.common.plot_labels import OPS, REFRESH, Row, amount, label, origin, percent, times
+from bench.common.plot_panels import BLUE, DARK, GREEN, GREY, INK, PALE, PINK, SKY, YELLOW, Bar, Panel, figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,7 +49,7 @@ def by_set(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def span(bars: Iterable[Bar]) -> str:
-    """The least and the greatest length of the bars, in words."""
+    """The least and the greatest length of the bars, as text."""
     lengths = sorted(bar.length for bar in bars)
     return f"{lengths[0]:.1f} to {lengths[-1]:.1f} times" if lengths else "not known to be"
 
@@ -80,8 +80,8 @@ def sparse_adamw(rows: Sequence[Row]) -> Figure:
     for dtype in dict.fromkeys(name.rpartition(", ")[2] for name in sets):
         chosen = {name: [speed_bar(row) for row in sets[name]] for name in sets if name.endswith(dtype)}
         grid.append([Panel(label(name), SPEED, ("speed", "time"), bars, True) for name, bars in align(chosen).items()])
-    ours = [bar for line in grid for panel in line for bar in panel.bars if bar.parts and bar.label.startswith("LIFT")]
-    without, refreshed = ([bar for bar in ours if bar.label.endswith(REFRESH) == ends] for ends in (False, True))
+    lift = [bar for line in grid for panel in line for bar in panel.bars if bar.parts and bar.label.startswith("LIFT")]
+    without, refreshed = ([bar for bar in lift if bar.label.endswith(REFRESH) == ends] for ends in (False, True))
     title = f"LIFT's optimizer step is {span(without)} as fast as AdamW fused"
     title += f", {span(refreshed)} with refreshes" if refreshed else ""
     remark = "LIFT trains 5 % of the entries. + refresh: with 1/100 of a refresh of all masks (real weights only)."
@@ -95,7 +95,7 @@ def align(sets: dict[str, list[Bar]]) -> dict[str, list[Bar]]:
     return {name: [found[name].get(text, Bar(text, [], ("–", "–"))) for text in labels] for name in sets}
 
 
-def peers(rows: Sequence[Row]) -> Figure:
+def baselines(rows: Sequence[Row]) -> Figure:
     """The step beside other optimizers, with the bytes of their state."""
     close = ("AdamW for-loop", "bitsandbytes AdamW")  # to AdamW foreach; the CSV has them
     heads, grid = ("speed", "time", "state per parameter", "of roofline"), []
@@ -103,8 +103,8 @@ def peers(rows: Sequence[Row]) -> Figure:
         bars = [speed_bar(row, amount(row["state_bytes"], "bytes"), percent(row["share_of_floor"])) for row in chosen]
         bars.sort(key=lambda bar: -bar.length)
         grid.append([Panel(label(name), SPEED, heads, bars, speeds=True)])
-    ours = [bar for line in grid for bar in line[0].bars if bar.label.startswith("LIFT")]
-    title = f"LIFT's optimizer step is {span(ours)} as fast as AdamW fused"
+    lift = [bar for line in grid for bar in line[0].bars if bar.label.startswith("LIFT")]
+    title = f"LIFT's optimizer step is {span(lift)} as fast as AdamW fused"
     remark = "One matrix. LIFT and SHiRA train 5 % of its entries. Not drawn: AdamW for-loop, bitsandbytes AdamW."
     return figure(title, grid, origin(rows, remark, STATE), METHODS)
 
@@ -248,7 +248,7 @@ def masks(rows: Sequence[Row]) -> Figure:
 FIGURES: dict[str, tuple[Callable[..., Figure], tuple[str, ...]]] = {
     "headline": (headline, ("memory", "peers")),
     "sparse_adamw": (sparse_adamw, ("sparse_adamw",)),
-    "peers": (peers, ("peers",)),
+    "peers": (baselines, ("peers",)),
     "packed_ops": (packed_ops, ("packed_ops",)),
     "delta": (delta, ("delta",)),
     "memory": (memory, ("memory",)),

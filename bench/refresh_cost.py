@@ -1,24 +1,24 @@
-"""Bytes, FLOPs and launches of one warm refresh of LLaMA-2-7B, with the torch twins of the helpers
-and with the CUDA helpers.
+"""Bytes, FLOPs and launches of a warm refresh of LLaMA-2-7B, by reference and CUDA ops.
 
-Computed, not timed: the factorization of one matrix of each shape runs on the CPU under a dispatch
-mode that counts, with a basis from which one degree suffices, and is counted for the batches that
-`masks.MEMORY_BUDGET` makes on a GPU. Counted are
+The ops are the subspace-iteration ops. All is computed, not timed. The factorization of one matrix
+of each shape runs on the CPU under a dispatch mode that counts, with a basis from which one degree
+suffices. It is counted for the batches that `principal.MEMORY_BUDGET` makes on a GPU. Counted are
 
 - launches: torch calls that compute something (a view is none), at one launch each, although a
   library call may make more;
-- bytes: every tensor that a call reads or writes, once; of a helper what its kernels move to and
-  from memory, tiles that they read again from the L2 cache not counted again;
+- bytes: every tensor that a call reads or writes, once. For a CUDA op they are what its kernels
+  move to and from memory. Tiles that they read again from the L2 cache are not counted again;
 - FLOPs: of products and triangular solves as executed, tiles below the diagonal included, in TF32
   where a GPU takes it, else fp32. Of eigenproblems there is one call a batch and degree, and no
   count.
 
-The selection is left out: it reads the factors and writes lists in both.
+The selection is left out: it reads the factors and writes lists in both. In the column ``way`` of
+the CSV, ``twins`` are the references and ``helpers`` the CUDA ops.
 
-    python -m bench.refresh_cost [--rank 128] [--scale 8] [--csv
-    bench/results/computed/refresh_cost.csv]
+    python -m bench.refresh_cost [--rank 128] [--scale 8]
+        [--csv bench/results/computed/refresh_cost.csv]
 
-``--scale`` divides all sides and the rank for a quick run; bytes and FLOPs are then of the smaller
+``--scale`` divides all sides and the rank for a quick run. Bytes and FLOPs are then of the smaller
 model.
 """
 
@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from bench import bench_util
+from bench.common import results
 from lift_kernels import ops
 from lift_kernels.masks import chebyshev, lowrank, principal
 from lift_kernels.ops import cuda
@@ -55,8 +55,9 @@ class Cost(Counter):
 
 
 class Counting(TorchDispatchMode):
-    """Adds every torch call to a `Cost`: a product with a whole matrix, an eigenproblem, or the
-    rest.
+    """Adds every torch call to a `Cost`.
+
+    A call is a product with a whole matrix, an eigenproblem, or one of the rest.
     """
 
     def __init__(self, cost: Cost, numel: int) -> None:
@@ -95,8 +96,10 @@ class Counting(TorchDispatchMode):
             self.tf32 = False
 
 
-def helper_cost(cost: Cost, rows: int, width: int, blocks_read: int, multiplied: int) -> None:
-    """One round: the Gram matrix of X (``blocks_read`` 1) or of a combination of blocks, and
+def op_cost(cost: Cost, rows: int, width: int, blocks_read: int, multiplied: int) -> None:
+    """Add one round of a CUDA op.
+
+    A round is the Gram matrix of X (``blocks_read`` 1) or of a combination of blocks, and
     ``multiplied`` blocks times R^-1.
     """
     tile = cuda.tile(width)
@@ -112,18 +115,18 @@ def helper_cost(cost: Cost, rows: int, width: int, blocks_read: int, multiplied:
 
 
 @contextmanager
-def helpers(cost: Cost):
-    """The helpers' own cost in place of their twins', whose numbers go on."""
+def cuda_ops(cost: Cost):
+    """Count the cost of the CUDA ops in place of the references', which still compute."""
     qr, step, sketch = ops.cholesky_qr_, ops.chebyshev_step_, ops.gaussian_sketch
 
     def counted_qr(block, other=None, *, rounds=1):
         for _ in range(rounds):
-            helper_cost(cost, *block.shape[1:], blocks_read=1, multiplied=1 if other is None else 2)
+            op_cost(cost, *block.shape[1:], blocks_read=1, multiplied=1 if other is None else 2)
         with torch.utils._python_dispatch._disable_current_modes():
             return qr(block, other, rounds=rounds)
 
     def counted_step(product, block, previous, edge):
-        helper_cost(cost, *block.shape[1:], blocks_read=2 if previous is None else 3, multiplied=2)
+        op_cost(cost, *block.shape[1:], blocks_read=2 if previous is None else 3, multiplied=2)
         with torch.utils._python_dispatch._disable_current_modes():
             return step(product, block, previous, edge)
 
@@ -131,7 +134,7 @@ def helpers(cost: Cost):
         yield
 
 
-def refresh(shape: tuple[int, int], rank: int, matrices: int, with_helpers: bool) -> Cost:
+def refresh(shape: tuple[int, int], rank: int, matrices: int, with_cuda: bool) -> Cost:
     """Cost of the warm factorization of a batch of matrices."""
     generator = torch.Generator().manual_seed(0)
     width = lowrank.block_width(shape, rank)
@@ -144,7 +147,7 @@ def refresh(shape: tuple[int, int], rank: int, matrices: int, with_helpers: bool
     with (
         counting,
         mock.patch.object(chebyshev, "product", counting.product),
-        helpers(cost) if with_helpers else nullcontext(),
+        cuda_ops(cost) if with_cuda else nullcontext(),
     ):
         factors = lowrank.batched_factors(
             [weight] * matrices, rank, method="chebyshev", warm_starts=[basis] * matrices, tolerance=1e-2
@@ -153,14 +156,15 @@ def refresh(shape: tuple[int, int], rank: int, matrices: int, with_helpers: bool
     return cost
 
 
-def model_cost(rank: int, scale: int, with_helpers: bool) -> Cost:
-    """Cost of all 224 matrices. Launches come from small batches of one and two matrices: they
-    depend on no size.
+def model_cost(rank: int, scale: int, with_cuda: bool) -> Cost:
+    """Cost of all 224 matrices.
+
+    Launches come from small batches of one and two matrices, because they depend on no size.
     """
     whole = Cost()
     for (m, n), count in SHAPES.items():
-        one = refresh((m // scale, n // scale), rank // scale, 1, with_helpers)
-        first, second = (refresh((m // 16, n // 16), 8, matrices, with_helpers) for matrices in (1, 2))
+        one = refresh((m // scale, n // scale), rank // scale, 1, with_cuda)
+        first, second = (refresh((m // 16, n // 16), 8, matrices, with_cuda) for matrices in (1, 2))
         batches = -(-count // max(1, principal.MEMORY_BUDGET // (4 * m * n)))
         for part, quantity in one:
             if quantity == "launches":
@@ -178,16 +182,16 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, help="where to write the rows")
     options = parser.parse_args()
     rows = []
-    for way in ("twins", "helpers"):
-        cost = model_cost(options.rank, options.scale, way == "helpers")
+    for ops_used in ("twins", "helpers"):  # the references, and the CUDA ops
+        cost = model_cost(options.rank, options.scale, ops_used == "helpers")
         for part in PARTS:
             quantities = {quantity: f"{cost[part, quantity]:.4g}" for quantity in QUANTITIES}
             rows.append(
-                {"model": "LLaMA-2-7B, 224 matrices", "rank": options.rank, "way": way, "part": part} | quantities
+                {"model": "LLaMA-2-7B, 224 matrices", "rank": options.rank, "way": ops_used, "part": part} | quantities
             )
             print(*rows[-1].values(), sep="\t")
     if options.csv:
-        bench_util.write_csv(options.csv, [row | {"commit": bench_util.environment()["commit"]} for row in rows])
+        results.write_csv(options.csv, [row | {"commit": results.environment()["commit"]} for row in rows])
 
 
 if __name__ == "__main__":

@@ -48,10 +48,10 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="session")
 def kernels():
-    """Records of `bench.kernel_compile`: all Triton and CUDA kernels, compiled once per target."""
-    from bench import kernel_compile
+    """Records of `bench.kernels.compile`: all Triton and CUDA kernels, compiled once per target."""
+    from bench.kernels.compile import survey
 
-    return kernel_compile.survey()
+    return survey()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,3 +1,1 @@
-"""The parts of bench/gpu_suite.py. Each runs in a process of its own: ``work(run)`` with a
-`report.Run`.
-"""
+"""The stages of the GPU suite: functions of a `runner.Run`, each in a process of its own."""

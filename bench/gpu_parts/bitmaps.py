@@ -1,7 +1,8 @@
-"""bitmap_to_indices alone: two matrices whose bracket, 2 % about the k-th magnitude, holds it.
+"""bitmap_to_indices alone, on two matrices.
 
-Bytes of the floor, a matrix: bitmap copied and read (3 m n / 8), candidates read (8 each), list
-written (4 k). Checked: all results equal the reference's.
+Their bracket, 2 % about the k-th magnitude, holds it. Bytes of the roofline, per matrix: bitmap
+copied and read (3 m n / 8), candidates read (8 each), list written (4 k). Checked: all results
+equal the reference's.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from bench.gpu_parts.models import DENSITY, LLAMA_2_7B
+from bench.gpu_parts.runner import Run
 from lift_kernels import ops
-
-from .models import DENSITY, LLAMA_2_7B
-from .report import Run
 
 
 def arguments(magnitude: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, int, int]:
-    """What a pass over non-negative ``magnitude`` (m, n) hands over for the k largest, twice: bits,
-    candidates, counts, n, k.
+    """What a pass over non-negative ``magnitude`` (m, n) hands over for the k largest, twice.
+
+    These are bits, candidates, counts, n, k.
     """
     m, n = magnitude.shape
     threshold = magnitude.view(-1).topk(k).values[-1]

@@ -1,18 +1,18 @@
-"""Masks: the selection against torch.topk, and refreshes of all matrices, cold and warm, with what
-eigenproblems take of them.
+"""Masks: the selection against torch.topk, and refreshes of all matrices, cold and warm.
 
-Selection (`lowrank_topk`). Floor: FLOPs of the product of the factors at the TF32 rate; bytes:
-factors read, bitmap written and read, list written. torch's ways: topk of a |W_r| that lies in
-memory, and of one that is formed first. Checked: k distinct sorted positions, none smaller in fp64
-than any that was left out (1e-4), and the threshold is the smallest of them. Factors take turns.
+Selection (`lowrank_topk`). Roofline: FLOPs of the product of the factors at the TF32 rate. Bytes:
+factors read, bitmap written and read, list written. torch's methods: topk of a |W_r| that lies in
+memory, and of one that is formed first. Checked: there are k distinct sorted positions, none is
+smaller in fp64 than any that was left out (1e-4), and the threshold is the smallest of them.
+Factors take turns.
 
 Refresh (`principal_masks`, Chebyshev iteration, r = 128, weights with a slowly decaying spectrum).
-Floor: 2 m n l FLOPs a pass and 2 m n r for the selection at the TF32 rate, or one read of the
+Roofline: 2 m n l FLOPs a pass and 2 m n r for the selection at the TF32 rate, or one read of the
 weights a pass. ``eigh_share`` and ``orth_share``: the time between events around torch.linalg.eigh,
-and around the ops that orthonormalize, over that of the refreshes. Checked: overlap of the first
-matrix's mask with the reference's exact one above 0.9. Refreshes wait for the card, and touch
-gigabytes: they are timed from one synchronization to the next. One layer comes first; its time says
-how many layers fit into the stage's budget.
+and around the ops that orthonormalize, over that of the refreshes. Checked: the overlap of the
+first matrix's mask with the reference's exact one is above 0.9. Refreshes wait for the card, and
+touch gigabytes. So they are timed from one synchronization to the next. One layer comes first: its
+time says how many layers fit into the stage's budget.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from bench.gpu_parts.models import BF16, DENSITY, LLAMA_2_7B, LLAMA_3_8B, Model
+from bench.gpu_parts.runner import Run
 from lift_kernels import ops
 from lift_kernels.masks.lowrank import block_width
 from lift_kernels.masks.principal import Mask, MaskRequest, principal_masks
-
-from .models import BF16, DENSITY, LLAMA_2_7B, LLAMA_3_8B, Model
-from .report import Run
 
 RANK = 128
 
@@ -84,13 +83,13 @@ def selection(run: Run) -> None:
         run.time("torch.topk of |W_r| in memory", alone, moved=4.0 * m * n, **labels)
         del magnitudes, alone
         against = None if baseline is None else ("product, abs, torch.topk", baseline)
-        ways: dict[str, list] = {"drawn bracket": [partial(ops.lowrank_topk, *pair, k) for pair in factors]}
+        brackets: dict[str, list] = {"drawn bracket": [partial(ops.lowrank_topk, *pair, k) for pair in factors]}
         thresholds = [ops.lowrank_topk(*pair, k)[1] for pair in factors]
-        ways["known bracket"] = [
+        brackets["known bracket"] = [
             partial(ops.lowrank_topk, *pair, k, bracket=torch.stack([t * 0.98, t * 1.02]))
             for pair, t in zip(factors, thresholds)
         ]
-        for name, calls in ways.items():
+        for name, calls in brackets.items():
             problem = run.problem(lambda call=calls[0], pair=factors[0], k=k: selection_problem(*pair, k, call()))
             run.time(name, calls, problem=problem, against=against, waits=True, **work, **labels)
         run.free()
@@ -115,7 +114,7 @@ SPANS = [
 
 @contextmanager
 def spans(run: Run) -> Iterator[dict[str, list]]:
-    """While it lasts, calls of the functions in `SPANS` are enclosed by events: pairs by column."""
+    """Enclose calls of the functions in `SPANS` by events. Yields pairs by column."""
     found: dict[str, list] = {column: [] for _, _, column in SPANS}
     originals = [getattr(module, name) for module, name, _ in SPANS]
 
@@ -145,8 +144,9 @@ def spans(run: Run) -> Iterator[dict[str, list]]:
 
 
 def refreshed(run: Run, requests: list[MaskRequest], repeats: int) -> tuple[list[Mask], list[float], dict[str, float]]:
-    """Masks, the seconds of each of ``repeats`` refreshes, and what eigenproblems and
-    orthonormalization took of all.
+    """Masks, and the seconds of each of ``repeats`` refreshes.
+
+    Also the shares that eigenproblems and orthonormalization took of all.
     """
     taken = []
     with spans(run) as found:
@@ -173,8 +173,9 @@ def overlap_problem(mask: Mask, exact: Tensor) -> str:
 
 
 def refresh_rows(run: Run, model: Model, weights: list[Tensor], exact: Tensor, repeats: int) -> float:
-    """Rows of a cold and a warm refresh; the seconds of one of each together. ``exact``: the first
-    mask.
+    """Rows of a cold and a warm refresh. Returns the seconds of one of each together.
+
+    ``exact``: the first mask.
     """
     rank, layers, total = rank_of(model), len(weights) // len(model.layer), 0.0
     requests = [MaskRequest(w, rank, round(DENSITY * w.numel())) for w in weights]
@@ -210,9 +211,8 @@ def refresh(run: Run) -> None:
     weights = [slow_spectrum(m, n, rank, generator) for m, n in model.layer]
     first = MaskRequest(weights[0], rank, round(DENSITY * weights[0].numel()))
     exact = principal_masks([first], method="gram", backend="reference")[0].indices
-    principal_masks(
-        [replace(first, weight=w, k=round(DENSITY * w.numel())) for w in weights], method="chebyshev"
-    )  # compiles
+    compiling = [replace(first, weight=w, k=round(DENSITY * w.numel())) for w in weights]
+    principal_masks(compiling, method="chebyshev")
     one = refresh_rows(run, model, weights, exact, 3)
     layers = model.layers if run.dry else min(model.layers, int((run.left() - 8) / one))
     if layers > 1:

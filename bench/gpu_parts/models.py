@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from bench_arena import Arena, clustered_indices
 from torch import Tensor
+
+from bench.common.arenas import Arena, clustered_indices
 
 DENSITY = 0.05
 BF16, FP32 = torch.bfloat16, torch.float32
-DISTINCT = 4  # layers with masks of their own; the others take them in turns, on other weights
+DISTINCT = 4
+"""Layers with masks of their own. The others take these in turns, on other weights."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Model:
     layers: int = 32
 
     def on(self, device: str) -> Model:
-        """Itself on a card; on the CPU two layers, all sides 64 times smaller."""
+        """Itself on a card. On the CPU two layers, all sides 64 times smaller."""
         return (
             self if device != "cpu" else Model(f"{self.name} / 64", tuple((m // 64, n // 64) for m, n in self.layer), 2)
         )
@@ -32,7 +34,7 @@ class Model:
         return sum(m * n for m, n in self.layer)
 
     def matrices(self, device: str, dtype: torch.dtype, scale: float, layers: int | None = None) -> list[Tensor]:
-        """Normal entries; the same for the same device."""
+        """Normal entries, the same for the same device."""
         generator = torch.Generator(device).manual_seed(0)
         options = {"generator": generator, "device": device, "dtype": dtype}
         return [torch.randn(shape, **options).mul_(scale) for shape in self.layer * (layers or self.layers)]

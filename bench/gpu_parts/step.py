@@ -1,39 +1,41 @@
-"""The step over all matrices of a model in one launch, against torch.optim.AdamW(fused=True) on the
-same tensors.
+"""The step over all matrices of a model, against torch.optim.AdamW(fused=True).
 
-Bytes of the floor: distinct 32-byte sectors of weights (read and written) and dense gradients
-(read) that selected entries lie on, and the packed streams, as in bench_sparse_adamw.py; dense: 7
-times the weights' bytes. A step moves gigabytes, so the L2 cache serves none of it and inputs need
-not take turns. Checked: two steps of the whole launch, of which the last layer's matrices, moments
-and masters are compared with the reference's.
+It is one launch. Both work on the same tensors. Bytes of the roofline: distinct 32-byte sectors of
+weights (read and written) and dense gradients (read) that selected entries lie on, and the packed
+streams, as in `bench_sparse_adamw`. Dense: 7 times the weights' bytes. A step moves gigabytes, so
+the L2 cache serves none of it and inputs need not take turns. Checked are two steps of the whole
+launch: the last layer's matrices, moments and masters are compared with the reference's.
 """
 
 from __future__ import annotations
 
 import torch
-from bench_arena import Arena
-from bench_sparse_adamw import Sparse, dense
-from bench_util import difference
 from torch import Tensor
 
-from .models import BF16, FP32, LLAMA_2_7B, LLAMA_3_8B, Model, dtype_name
-from .report import Run
+from bench.common.arenas import Arena
+from bench.common.steps import SparseStep, dense_step
+from bench.common.timing import difference
+from bench.gpu_parts.models import BF16, FP32, LLAMA_2_7B, LLAMA_3_8B, Model, dtype_name
+from bench.gpu_parts.runner import Run
 
 FORMS = {
     "fp32 moments and master": {"master": True},
     "fp32 moments, no master": {},
     "bf16 moments, no master": {"moment": BF16},
 }
-BYTES_FP32 = (
-    18  # a parameter in the fp32 comparison: weight, gradient, two dense moments, a share for ours and for the check
-)
+BYTES_FP32 = 18
+"""Bytes per parameter of the fp32 comparison.
+
+They are weight, gradient, two dense moments, and a share for the sparse state and for the check.
+"""
 
 
-def last_layer_problem(whole: Sparse, grads: list[Tensor], count: int, options: dict) -> str:
-    """What is wrong with the last ``count`` matrices after two steps of ``whole``, whose moments
-    are zero; ``grads`` are dense.
+def last_layer_problem(whole: SparseStep, grads: list[Tensor], count: int, options: dict) -> str:
+    """What is wrong with the last ``count`` matrices after two steps of ``whole``.
+
+    The moments of ``whole`` are zero. ``grads`` are dense.
     """
-    small = Sparse(
+    small = SparseStep(
         [w.clone() for w in whole.weights[-count:]], grads[-count:], Arena.of(whole.arena.lists()[-count:]), **options
     )
     small.grads = whole.grads[-count:]
@@ -43,7 +45,7 @@ def last_layer_problem(whole: Sparse, grads: list[Tensor], count: int, options: 
     return difference(state_of(small, count), state_of(whole, count))
 
 
-def state_of(sparse: Sparse, count: int) -> list[Tensor]:
+def state_of(sparse: SparseStep, count: int) -> list[Tensor]:
     """Weights of the last ``count`` matrices and their segments of every arena."""
     arenas = [a for a in (sparse.exp_avg, sparse.exp_avg_sq, sparse.master) if a is not None]
     places = list(zip(sparse.arena.offsets, sparse.arena.counts))[-count:]
@@ -51,7 +53,7 @@ def state_of(sparse: Sparse, count: int) -> list[Tensor]:
 
 
 def compare(run: Run, model: Model, dtype: torch.dtype, layers: int) -> None:
-    """Rows of one dtype. The dense step comes first; its state is freed before ours is made."""
+    """Rows of one dtype. The dense step comes first. Its state is freed before the sparse one."""
     weights, grads = (model.matrices(run.device, dtype, scale, layers) for scale in (0.02, 1e-3))
     labels = {
         "op": "sparse_adamw_",
@@ -60,7 +62,7 @@ def compare(run: Run, model: Model, dtype: torch.dtype, layers: int) -> None:
         "shape": f"{len(weights)} matrices, {layers} of {model.layers} layers",
     }
     name = f"AdamW fused, {dtype_name(dtype)}"
-    fused = dense(weights, grads, fused=True)
+    fused = dense_step(weights, grads, fused=True)
     baseline = run.time(name, fused, moved=7.0 * sum(w.nbytes for w in weights), **labels)
     del fused
     run.free()
@@ -69,7 +71,7 @@ def compare(run: Run, model: Model, dtype: torch.dtype, layers: int) -> None:
     for packed in (False, True):
         for form, options in FORMS.items() if dtype == BF16 else {"fp32 moments": {}}.items():
             options = options | {"packed": packed}
-            sparse = Sparse(weights, grads, arena, **options)
+            sparse = SparseStep(weights, grads, arena, **options)
             if packed and options.get("master"):  # as packed layers give them
                 sparse.grads = [grad.float() for grad in sparse.grads]
             kind = f"packed {dtype_name(sparse.grads[0].dtype)}" if packed else f"dense {dtype_name(dtype)}"
@@ -78,7 +80,7 @@ def compare(run: Run, model: Model, dtype: torch.dtype, layers: int) -> None:
                 f"{kind} gradients, {form}",
                 sparse,
                 problem=problem,
-                moved=sparse.floor_bytes(),
+                moved=sparse.roofline_bytes(),
                 against=against,
                 **labels,
             )

@@ -1,11 +1,8 @@
-"""bench/bench_delta.py and bench/bench_memory.py in small: their values, and that what is wrong is
-refused.
-"""
+"""Dry runs of `bench_delta` and `bench_memory`: their values, and refusals."""
 
 from __future__ import annotations
 
 import csv
-import sys
 from pathlib import Path
 
 import peft  # noqa: F401  the file is left out where it is not installed
@@ -14,22 +11,9 @@ import safetensors.torch  # noqa: F401  likewise
 import torch
 import transformers  # noqa: F401  likewise
 
-BENCH = Path(__file__).parents[2] / "bench"
+from bench import bench_delta, bench_memory
+
 MOVES = ("save_delta", "apply", "revert", "apply to a checkpoint")
-
-
-@pytest.fixture
-def benches(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    names = ("bench_delta", "bench_memory", "training_methods", "bench_peers", "bench_sparse_adamw", "bench_util")
-    for name in names:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    import bench_delta
-    import bench_memory
-
-    yield bench_delta, bench_memory
-    for name in names:
-        sys.modules.pop(name, None)
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -37,9 +21,8 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_delta_dry_run(benches, tmp_path):
-    bench, _ = benches
-    assert bench.main(["--dry-run", "--runs", "2", "--out", str(tmp_path)]) == 0
+def test_delta_dry_run(tmp_path):
+    assert bench_delta.main(["--dry-run", "--runs", "2", "--out", str(tmp_path)]) == 0
     rows = {(row["set"][-4:], row["variant"]): row for row in read(tmp_path / "delta.csv")}
     assert len(rows) == 14 and (tmp_path / "delta.png").stat().st_size > 0
     for (dtype, variant), row in rows.items():
@@ -51,17 +34,18 @@ def test_delta_dry_run(benches, tmp_path):
             and row["parameters"] == "24736"
         )
         assert float(row["share_of_floor"]) == pytest.approx(float(row["floor_ms"]) / float(row["median_ms"]), rel=1e-3)
-        assert row["baseline"] == (bench.SAVE if variant in (bench.SAVE, "save_delta") else bench.LOAD)
+        assert row["baseline"] == (
+            bench_delta.SAVE if variant in (bench_delta.SAVE, "save_delta") else bench_delta.LOAD
+        )
         assert row["entries"] == "1020"  # 5 % of the entries of 14 matrices
-        assert row["file_bytes"] == {bench.SAVE: str(24736 * width)}.get(variant, row["file_bytes"])
+        assert row["file_bytes"] == {bench_delta.SAVE: str(24736 * width)}.get(variant, row["file_bytes"])
         if variant == "save_delta":
             assert row["computed_bytes"] == str(4 + 2 * width)
             assert float(row["bytes_per_entry"]) == pytest.approx(int(row["file_bytes"]) / 1020, abs=1e-4)
 
 
-def test_a_wrong_delta_is_refused(benches, monkeypatch, tmp_path):
-    bench, _ = benches
-    right = bench.apply_delta
+def test_a_wrong_delta_is_refused(monkeypatch, tmp_path):
+    right = bench_delta.apply_delta
 
     def wrong(model, path, output=None):
         right(model, path, output)
@@ -69,8 +53,8 @@ def test_a_wrong_delta_is_refused(benches, monkeypatch, tmp_path):
             with torch.no_grad():
                 model.model.layers[1].mlp.up_proj.weight[3, 5] += 1
 
-    monkeypatch.setattr(bench, "apply_delta", wrong)
-    assert bench.main(["--dry-run", "--dtypes", "fp32", "--runs", "1", "--out", str(tmp_path)]) == 1
+    monkeypatch.setattr(bench_delta, "apply_delta", wrong)
+    assert bench_delta.main(["--dry-run", "--dtypes", "fp32", "--runs", "1", "--out", str(tmp_path)]) == 1
     rows = {row["variant"]: row for row in read(tmp_path / "delta.csv")}
     problem = "refused, it is wrong: model.layers.1.mlp.up_proj.weight differs"
     assert rows["apply"]["status"] == rows["save_delta"]["status"] == problem
@@ -80,13 +64,15 @@ def test_a_wrong_delta_is_refused(benches, monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def small(benches, monkeypatch):
-    """The memory bench with few peers, and the shape of its dry run."""
-    _, bench = benches
-    peers = {name: bench.PEERS[name] for name in (bench.ADAMW, "LoRA (peft), AdamW fused", "SHiRA (peft), AdamW fused")}
-    peers["ghost"] = bench.on_matrices("ghost-optim", "ghost_that_is_not_there", "AdamW")
-    monkeypatch.setattr(bench, "PEERS", peers)
-    return bench
+def small(monkeypatch):
+    """The memory bench with few baselines, and the shape of its dry run."""
+    baselines = {
+        name: bench_memory.BASELINES[name]
+        for name in (bench_memory.ADAMW, "LoRA (peft), AdamW fused", "SHiRA (peft), AdamW fused")
+    }
+    baselines["ghost"] = bench_memory.on_matrices("ghost-optim", "ghost_that_is_not_there", "AdamW")
+    monkeypatch.setattr(bench_memory, "BASELINES", baselines)
+    return bench_memory
 
 
 @pytest.mark.native
@@ -140,7 +126,7 @@ def test_memory_that_is_not_accounted_for_is_refused(small, monkeypatch):
         return optimizer
 
     monkeypatch.setitem(methods.METHODS, methods.MATRIX, wrong)
-    monkeypatch.setattr(small, "PEERS", {small.ADAMW: small.PEERS[small.ADAMW]})
+    monkeypatch.setattr(small, "BASELINES", {small.ADAMW: small.BASELINES[small.ADAMW]})
     rows = {(row["set"], row["variant"]): row for row in small.compare((128, 320, 1, 64))}
     row = rows["fp32", methods.MATRIX]
     assert (

@@ -1,17 +1,12 @@
-"""bench/bench_main_job.py: rows from reports, and the refusal of runs that failed or began
-elsewhere.
-"""
+"""`bench_finetune`: rows from reports, and the refusal of runs."""
 
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-import bench_main_job  # noqa: E402
+from bench import bench_finetune
 
 REPORT = {
     "exact_match.before": 0.2,
@@ -37,7 +32,7 @@ def fake_run(reports):
 
 def test_rows_are_the_reports(tmp_path):
     reports = {"random": REPORT, "lora": REPORT | {"exact_match.after": 0.5}}
-    first, second = bench_main_job.rows(["random", "lora"], tmp_path, [], fake_run(reports))
+    first, second = bench_finetune.rows(["random", "lora"], tmp_path, [], fake_run(reports))
     assert (first["variant"], first["exact_after"], first["loss_after"], first["total_s"]) == (
         "random",
         0.6,
@@ -49,7 +44,7 @@ def test_rows_are_the_reports(tmp_path):
 
 def test_a_run_that_failed_or_began_elsewhere_is_refused(tmp_path):
     reports = {"random": REPORT, "lora": REPORT | {"exact_match.before": 0.3}, "full": None}
-    table = bench_main_job.rows(list(reports), tmp_path, [], fake_run(reports))
+    table = bench_finetune.rows(list(reports), tmp_path, [], fake_run(reports))
     assert [row["status"] for row in table] == [
         "ok",
         "refused: exact match before training is 0.3, of the first run 0.2",
@@ -59,9 +54,9 @@ def test_a_run_that_failed_or_began_elsewhere_is_refused(tmp_path):
 
 
 def test_a_delta_that_gives_other_weights_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_main_job, "command", lambda *arguments: 1.0)
+    monkeypatch.setattr(bench_finetune, "command", lambda *arguments: 1.0)
     monkeypatch.setattr(
         "safetensors.torch.load_file", lambda path: {"w": torch.full((2,), float("tuned" in str(path)))}
     )
-    table = bench_main_job.rows(["lift"], tmp_path, [], fake_run({"lift": REPORT}))
+    table = bench_finetune.rows(["lift"], tmp_path, [], fake_run({"lift": REPORT}))
     assert table[0]["status"] == "refused: the delta does not give the trained weights"

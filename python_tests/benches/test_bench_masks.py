@@ -1,5 +1,6 @@
-"""bench/bench_masks.py: its dry run, that wrong masks are refused, scikit-learn's way and how its
-absence is told.
+"""`bench_masks`: its dry run, the refusal of wrong masks, and scikit-learn's method.
+
+Also the status when scikit-learn is missing.
 """
 
 from __future__ import annotations
@@ -7,30 +8,18 @@ from __future__ import annotations
 import csv
 import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from bench import bench_masks
+from bench.common import mask_methods
 from lift_kernels import ops
 from lift_kernels.masks.principal import Mask
 
 
-@pytest.fixture
-def masks(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
-    names = ("bench_masks", "bench_util", "mask_ways")
-    for name in names:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    import bench_masks
-
-    yield bench_masks
-    for name in names:
-        sys.modules.pop(name, None)
-
-
-def test_a_randomized_svd_of_full_width_gives_the_exact_mask(masks, monkeypatch):
+def test_a_randomized_svd_of_full_width_gives_the_exact_mask(monkeypatch):
     def randomized_svd(a, rank, *, n_oversamples, n_iter, random_state):
         assert (rank, n_oversamples, n_iter) == (16, 16, 2)
         u, s, vh = np.linalg.svd(a, full_matrices=False)
@@ -42,34 +31,34 @@ def test_a_randomized_svd_of_full_width_gives_the_exact_mask(masks, monkeypatch)
     monkeypatch.setitem(sys.modules, "sklearn.utils", types.ModuleType("sklearn.utils"))
     monkeypatch.setitem(sys.modules, "sklearn.utils.extmath", extmath)
     weight = torch.randn(80, 48, generator=torch.Generator().manual_seed(0))
-    truth = masks.Truth.of(weight, 16)
-    of_more = masks.Truth.of(weight, 16, masks.exact_factors([weight], 32)[0])
+    truth = mask_methods.Truth.of(weight, 16)
+    of_more = mask_methods.Truth.of(weight, 16, mask_methods.exact_factors([weight], 32)[0])
     assert torch.equal(of_more.indices, truth.indices) and of_more.best == pytest.approx(truth.best)
-    overlap, captured = truth.judge(masks.sklearn_svd(weight, 16).indices)
+    overlap, captured = truth.judge(mask_methods.sklearn_svd(weight, 16).indices)
     assert overlap >= 0.99 and captured == pytest.approx(1.0, abs=1e-4)
-    assert masks.sklearn_problem() == ""
+    assert mask_methods.sklearn_problem() == ""
 
 
-def test_its_absence_is_told(masks, monkeypatch):
+def test_its_absence_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.delitem(sys.modules, "sklearn.utils", raising=False)
     monkeypatch.delitem(sys.modules, "sklearn.utils.extmath", raising=False)
-    assert masks.sklearn_problem().endswith("pip install scikit-learn")
+    assert mask_methods.sklearn_problem().endswith("pip install scikit-learn")
 
 
-def dry_run(masks, folder) -> tuple[int, dict[tuple[str, str], dict[str, str]]]:
+def dry_run(folder) -> tuple[int, dict[tuple[str, str], dict[str, str]]]:
     """Exit status, and rows by set and variant."""
-    status = masks.main(["--dry-run", "--no-svd", "--out", str(folder)])
+    status = bench_masks.main(["--dry-run", "--no-svd", "--out", str(folder)])
     with (folder / "masks.csv").open(newline="") as file:
         return status, {(row["set"], row["variant"]): row for row in csv.DictReader(file)}
 
 
 @pytest.mark.native
-def test_dry_run(masks, tmp_path, monkeypatch):
-    monkeypatch.setattr(masks, "sklearn_problem", lambda: "not installed")
-    status, rows = dry_run(masks, tmp_path)
+def test_dry_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_masks, "sklearn_problem", lambda: "not installed")
+    status, rows = dry_run(tmp_path)
     assert status == 0 and (tmp_path / "masks.png").stat().st_size > 0
-    assert rows.pop(("96x128", masks.SKLEARN))["status"] == "not installed"
+    assert rows.pop(("96x128", bench_masks.SKLEARN))["status"] == "not installed"
     assert len(rows) == 11 and all(row["status"] == "ok" and float(row["seconds"]) > 0 for row in rows.values())
     exact = rows["96x128", "Gram + eigh + topk"]
     assert float(exact["overlap_mean"]) == float(exact["captured_mean"]) == 1.0
@@ -78,19 +67,19 @@ def test_dry_run(masks, tmp_path, monkeypatch):
 
 
 @pytest.mark.native
-def test_wrong_masks_and_a_wrong_selection_are_refused(masks, tmp_path, monkeypatch):
+def test_wrong_masks_and_a_wrong_selection_are_refused(tmp_path, monkeypatch):
     right = ops.lowrank_topk
 
     def wrong(left, right_, k, **options):
         indices, threshold = right(left, right_, k, **options)
         return torch.arange(k, dtype=torch.int32).expand_as(indices), threshold
 
-    monkeypatch.setattr(masks, "sklearn_problem", lambda: "not installed")
+    monkeypatch.setattr(bench_masks, "sklearn_problem", lambda: "not installed")
     monkeypatch.setattr(ops, "lowrank_topk", wrong)
-    status, rows = dry_run(masks, tmp_path)
+    status, rows = dry_run(tmp_path)
     assert status == 1
-    ours = [("96x128", "default, cold"), ("96x128", "chebyshev, cold"), ("96x128, changed by 3 %", "warm")]
-    for key in ours:
+    lift = [("96x128", "default, cold"), ("96x128", "chebyshev, cold"), ("96x128, changed by 3 %", "warm")]
+    for key in lift:
         assert (
             rows[key]["status"].startswith("refused, it is wrong: a mean overlap of 0.") and rows[key]["seconds"] == ""
         )
@@ -102,8 +91,12 @@ def test_wrong_masks_and_a_wrong_selection_are_refused(masks, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("spoil", [lambda i: i[:-1], lambda i: i.flip(0), lambda i: torch.cat([i[:1], i[:-1]])])
-def test_a_list_that_is_no_mask_is_refused(masks, spoil):
+def test_a_list_that_is_no_mask_is_refused(spoil):
     weight = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
-    way = {"another way": lambda weights, rank: [Mask(spoil(masks.ours(weights, rank, "gram")[0].indices))]}
-    row = masks.compare("it", 4, [weight], way, masks.Machine(1e9, 1e9), 1, masks.exact_factors([weight], 4))[0]
+    method = {
+        "another method": lambda weights, rank: [Mask(spoil(mask_methods.lift_masks(weights, rank, "gram")[0].indices))]
+    }
+    row = bench_masks.compare(
+        "it", 4, [weight], method, bench_masks.Machine(1e9, 1e9), 1, mask_methods.exact_factors([weight], 4)
+    )[0]
     assert row["status"].startswith("refused, it is wrong: ") and "seconds" not in row

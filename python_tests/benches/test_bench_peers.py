@@ -1,56 +1,44 @@
-"""bench/bench_peers.py in small: its rows, its bytes, that a missing peer is named and that a wrong
-op is refused.
-"""
+"""`bench_peers` in small: rows, bytes, missing baselines, and the refusal of a wrong op."""
 
 from __future__ import annotations
 
 import csv
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCH = Path(__file__).parents[2] / "bench"
+from bench import bench_peers
+from bench.common.arenas import Arena, clustered_indices
+from bench.common.baselines import tensors_within
+from bench.common.steps import SparseStep
+from lift_kernels._storage import storage_bytes
+
 TRITON = "one indexed Triton launch a parameter"
 
 
-@pytest.fixture
-def bench(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    names = ("bench_peers", "bench_sparse_adamw", "bench_util")
-    for name in names:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    import bench_peers
-
-    yield bench_peers
-    for name in names:
-        sys.modules.pop(name, None)
-
-
-def small(bench) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def small() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     weights = [torch.randn(96, 64, generator=torch.Generator().manual_seed(i)) for i in range(2)]
-    return weights, [bench.clustered_indices(96, 64, 0.05, seed=i) for i in range(2)]
+    return weights, [clustered_indices(96, 64, 0.05, seed=i) for i in range(2)]
 
 
 @pytest.mark.native
-def test_rows_and_bytes(bench):
-    weights, lists = small(bench)
+def test_rows_and_bytes():
+    weights, lists = small()
     rows = {
         r["variant"]: r
-        for r in bench.compare("small", weights, lists, torch.bfloat16, 1, only=["AdamW foreach", TRITON])
+        for r in bench_peers.compare("small", weights, lists, torch.bfloat16, 1, only=["AdamW foreach", TRITON])
     }
-    assert set(bench.PEERS) < set(rows)
+    assert set(bench_peers.BASELINES) < set(rows)
     assert rows["AdamW fused"]["ratio"] == 1.0 and rows["AdamW foreach"]["median_ms"] > 0
     # moments of the weight's dtype and a step counter of 4 bytes a parameter
     assert (
         rows["AdamW fused"]["state_bytes"] == round(4 + 4 / (96 * 64), 4) and rows["AdamW fused"]["computed_bytes"] == 4
     )
-    ours = rows["sparse_adamw_, packed grads, fp32 moments and master"]
+    packed_row = rows["sparse_adamw_, packed grads, fp32 moments and master"]
     entries, padded = 2 * 307, 2 * 320
-    assert ours["computed_bytes"] == round(16 * entries / (2 * 96 * 64), 4)
-    assert ours["state_bytes"] == round((16 * padded + 2 * 4) / (2 * 96 * 64), 4)
-    assert ours["status"] == "ok" and 0 < ours["share_of_floor"]
+    assert packed_row["computed_bytes"] == round(16 * entries / (2 * 96 * 64), 4)
+    assert packed_row["state_bytes"] == round((16 * padded + 2 * 4) / (2 * 96 * 64), 4)
+    assert packed_row["status"] == "ok" and 0 < packed_row["share_of_floor"]
     assert rows[TRITON]["status"].startswith("needs a GPU")
     assert (
         rows["bitsandbytes AdamW"]["status"] == "switched off by --only"
@@ -58,35 +46,37 @@ def test_rows_and_bytes(bench):
     )
 
 
-def test_a_missing_peer_is_named(bench, monkeypatch):
-    monkeypatch.setitem(bench.PEERS, "ghost", bench.optimizer("ghost-optim", "ghost_optim_that_is_not_there", "AdamW"))
-    weights, lists = small(bench)
-    entrant, said = bench.peer("ghost", weights, weights, bench.Arena.of(lists))
-    assert entrant is None
+def test_a_missing_peer_is_named(monkeypatch):
+    monkeypatch.setitem(
+        bench_peers.BASELINES, "ghost", bench_peers.optimizer("ghost-optim", "ghost_optim_that_is_not_there", "AdamW")
+    )
+    weights, lists = small()
+    candidate, said = bench_peers.baseline("ghost", weights, weights, Arena.of(lists))
+    assert candidate is None
     assert said == {"status": "not installed (ghost_optim_that_is_not_there is missing): pip install ghost-optim"}
 
 
-def test_a_peer_that_fails_is_named(bench, monkeypatch):
+def test_a_peer_that_fails_is_named(monkeypatch):
     def build(weights, grads, arena):
         raise RuntimeError("no kernel for this device")
 
-    monkeypatch.setitem(bench.PEERS, "broken", build)
-    weights, lists = small(bench)
-    entrant, said = bench.peer("broken", weights, weights, bench.Arena.of(lists))
-    assert entrant is None and said == {"status": "RuntimeError: no kernel for this device"}
+    monkeypatch.setitem(bench_peers.BASELINES, "broken", build)
+    weights, lists = small()
+    candidate, said = bench_peers.baseline("broken", weights, weights, Arena.of(lists))
+    assert candidate is None and said == {"status": "RuntimeError: no kernel for this device"}
 
 
 @pytest.mark.native
-def test_a_wrong_op_is_refused(bench, monkeypatch, tmp_path):
-    right = bench.Sparse.__call__
+def test_a_wrong_op_is_refused(monkeypatch, tmp_path):
+    right = SparseStep.__call__
 
     def wrong(self, backend=None):
         right(self, backend)
         if backend is None:
             self.weights[0].view(-1)[int(self.arena.indices[0])] += 1.0
 
-    monkeypatch.setattr(bench.Sparse, "__call__", wrong)
-    status = bench.main(["--sets", "96x64", "--dtypes", "fp32", "--runs", "1", "--only", "--out", str(tmp_path)])
+    monkeypatch.setattr(SparseStep, "__call__", wrong)
+    status = bench_peers.main(["--sets", "96x64", "--dtypes", "fp32", "--runs", "1", "--only", "--out", str(tmp_path)])
     assert status == 1 and (tmp_path / "peers.png").stat().st_size > 0
     with (tmp_path / "peers.csv").open() as file:
         rows = {row["variant"]: row for row in csv.DictReader(file)}
@@ -96,7 +86,7 @@ def test_a_wrong_op_is_refused(bench, monkeypatch, tmp_path):
     assert rows["AdamW fused"]["status"] == "ok" and rows["AdamW fused"]["torch"] == torch.__version__
 
 
-def test_bytes_count_a_shared_storage_once(bench):
+def test_bytes_count_a_shared_storage_once():
     base = torch.zeros(100)
 
     class Holder:
@@ -104,6 +94,8 @@ def test_bytes_count_a_shared_storage_once(bench):
             self.matrix = torch.zeros(10, dtype=torch.uint8)
 
     assert (
-        bench.state_bytes({"a": base, "b": [base[:50], Holder()], "p": torch.nn.Parameter(torch.zeros(9)), "n": 3})
+        storage_bytes(
+            tensors_within({"a": base, "b": [base[:50], Holder()], "p": torch.nn.Parameter(torch.zeros(9)), "n": 3})
+        )
         == 410
     )

@@ -1,32 +1,21 @@
-"""Dry runs of bench_sparse_adamw, bench_packed_ops and bench_packed_grad, and that each refuses to
-report a wrong op.
+"""Dry runs of the benches of the step, packed ops and packed weight gradients.
+
+Each refuses to report a wrong op.
 """
 
 from __future__ import annotations
 
 import csv
-import importlib
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench import bench_packed_ops, bench_packed_weight_grad, bench_sparse_adamw
+from bench.common import results
 from lift_kernels import ops
 
-BENCH = Path(__file__).parents[2] / "bench"
 pytestmark = pytest.mark.native
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    """Imports a bench by name; its modules are forgotten afterwards."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if str(BENCH) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
 
 
 def dry_run(module, folder: Path) -> tuple[int, list[dict[str, str]]]:
@@ -49,8 +38,8 @@ def assert_timed(rows: list[dict[str, str]]) -> None:
         assert row["status"] == "ok" and float(row["median_ms"]) > 0, row
 
 
-def test_sparse_adamw_dry_run(bench, tmp_path):
-    status, rows = dry_run(bench("bench_sparse_adamw"), tmp_path)
+def test_sparse_adamw_dry_run(tmp_path):
+    status, rows = dry_run(bench_sparse_adamw, tmp_path)
     assert status == 0 and (tmp_path / "sparse_adamw.png").stat().st_size > 0
     assert_timed(rows)
     variants = {(row["set"], row["variant"]) for row in rows}
@@ -64,7 +53,7 @@ def test_sparse_adamw_dry_run(bench, tmp_path):
     assert all(float(row["ratio"]) == 1.0 for row in rows if row["variant"] == "AdamW fused")
 
 
-def test_a_wrong_step_is_refused(bench, tmp_path, monkeypatch):
+def test_a_wrong_step_is_refused(tmp_path, monkeypatch):
     """From packed gradients alone, in bf16 alone: all else is timed."""
     right = ops.sparse_adamw_
 
@@ -74,7 +63,7 @@ def test_a_wrong_step_is_refused(bench, tmp_path, monkeypatch):
             weights[-1].view(-1)[7] += 0.1
 
     monkeypatch.setattr(ops, "sparse_adamw_", wrong)
-    status, rows = dry_run(bench("bench_sparse_adamw"), tmp_path)
+    status, rows = dry_run(bench_sparse_adamw, tmp_path)
     spoilt = [row for row in rows if row["set"] == "dry, bf16" and row["variant"].startswith("packed")]
     assert status == 1 and len(spoilt) == 4
     assert_refused(spoilt)
@@ -82,8 +71,8 @@ def test_a_wrong_step_is_refused(bench, tmp_path, monkeypatch):
     assert any(row["variant"].startswith("dense grads, bf16 moments + ") for row in rows)
 
 
-def test_packed_ops_dry_run(bench, tmp_path):
-    status, rows = dry_run(bench("bench_packed_ops"), tmp_path)
+def test_packed_ops_dry_run(tmp_path):
+    status, rows = dry_run(bench_packed_ops, tmp_path)
     assert status == 0 and (tmp_path / "packed_ops.png").stat().st_size > 0
     assert_timed(rows)
     for op in ("packed_gather", "packed_scatter_", "packed_l2_norm", "packed_migrate"):
@@ -100,7 +89,7 @@ def test_packed_ops_dry_run(bench, tmp_path):
         ("packed_migrate", lambda out: out.roll(1)),
     ],
 )
-def test_a_wrong_packed_op_is_refused(bench, tmp_path, monkeypatch, op, spoil):
+def test_a_wrong_packed_op_is_refused(tmp_path, monkeypatch, op, spoil):
     right = getattr(ops, op)
 
     def wrong(*arguments, backend="not said", **options):
@@ -110,30 +99,29 @@ def test_a_wrong_packed_op_is_refused(bench, tmp_path, monkeypatch, op, spoil):
         return out if backend == "reference" else spoil(out)
 
     monkeypatch.setattr(ops, op, wrong)
-    status, rows = dry_run(bench("bench_packed_ops"), tmp_path)
+    status, rows = dry_run(bench_packed_ops, tmp_path)
     spoilt = [row for row in rows if row["op"] == op]
     assert status == 1 and len(spoilt) == 2
     assert_refused(spoilt)
     assert_timed([row for row in rows if row["op"] != op])
 
 
-def test_packed_grad_dry_run(bench, tmp_path):
-    status, rows = dry_run(bench("bench_packed_grad"), tmp_path)
+def test_packed_grad_dry_run(tmp_path):
+    status, rows = dry_run(bench_packed_weight_grad, tmp_path)
     assert status == 0 and [row["part"] for row in rows] == ["memory"] * 3 + ["backward"] * 2 + ["step"] * 3
     dense, packed = rows[0], rows[1]
     assert float(dense["share_of_dense"]) == 1.0 and 0.05 <= float(packed["share_of_dense"]) < 0.06
     assert_timed(rows[3:])
 
 
-def test_wrong_packed_gradients_are_refused(bench, tmp_path, monkeypatch):
+def test_wrong_packed_gradients_are_refused(tmp_path, monkeypatch):
     right = ops.packed_weight_grad
     monkeypatch.setattr(ops, "packed_weight_grad", lambda *a, **o: right(*a, **o) * 1.01)
-    status, rows = dry_run(bench("bench_packed_grad"), tmp_path)
+    status, rows = dry_run(bench_packed_weight_grad, tmp_path)
     assert status == 1 and [row["variant"] for row in rows] == ["packed gradients"]
     assert_refused(rows)
 
 
-def test_a_dry_run_without_a_folder_writes_nothing(bench, monkeypatch):
-    module = bench("bench_packed_ops")
-    monkeypatch.setattr(module.bench_util, "write_csv", lambda *a: pytest.fail("a file was written"))
-    assert module.main(["--dry-run"]) == 0
+def test_a_dry_run_without_a_folder_writes_nothing(monkeypatch):
+    monkeypatch.setattr(results, "write_csv", lambda *a: pytest.fail("a file was written"))
+    assert bench_packed_ops.main(["--dry-run"]) == 0

@@ -1,8 +1,7 @@
-"""The branches of the GPU suite that a card takes, run on the CPU: torch.cuda's clock, memory and
-properties are stood in for.
+"""The branches of the GPU suite that a card takes, run on the CPU.
 
-Nothing can be said about a card's results here; but a name that does not exist, a wrong argument or
-a forgotten column is found.
+Stand-ins replace torch.cuda's clock, memory and properties. Nothing can be said about a card's
+results here. But a name that does not exist, a wrong argument or a forgotten column is found.
 """
 
 from __future__ import annotations
@@ -15,7 +14,11 @@ import types
 
 import pytest
 import torch
-from helpers.restricted_imports import BENCH
+
+from bench.gpu_parts import factorizations, preflight, shard_plugin, training
+from bench.gpu_parts.models import LLAMA_2_7B, LLAMA_3_8B
+from bench.gpu_parts.runner import Run
+from bench.gpu_parts.step import BYTES_FP32, fitting_layers
 
 
 class Event:
@@ -37,9 +40,6 @@ class Event:
 @pytest.fixture
 def card(monkeypatch, tmp_path):
     """Makes a `Run` that takes the branches of a card, on CPU tensors of the tiny shapes."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    before = set(sys.modules)
-    from gpu_parts.report import Run
 
     class OnCard(Run):
         dry = False
@@ -64,10 +64,7 @@ def card(monkeypatch, tmp_path):
     (tmp_path / "rows").touch()
     run = OnCard("it", "cpu", tmp_path / "rows", time.monotonic() + 1e6, 4, {"copy": 1e9, "bf16": 1e9, "tf32": 1e9})
     run.asleep = asleep
-    yield run
-    for name in set(sys.modules) - before:
-        if str(BENCH) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
+    return run
 
 
 def statuses(run) -> dict[str, int]:
@@ -104,15 +101,15 @@ def test_a_call_that_raises_is_a_row(card):
     ("target", "expected"),
     [
         ("step.llama2", {"ok": 10}),
-        ("packed.work", {"not usable": 2, "ok": 9}),  # Triton and native CUDA
-        ("grads.work", {"ok": 12, "refused, it is wrong": 3}),  # the fused product is a Triton kernel
+        ("packed_ops.work", {"not usable": 2, "ok": 9}),  # Triton and native CUDA
+        ("weight_grads.work", {"ok": 12, "refused, it is wrong": 3}),  # the fused product is a Triton kernel
         ("masks.selection", {"ok": 8}),
         ("masks.refresh", {"ok": 4}),
     ],
 )
 def test_the_branches_of_a_card(card, target, expected):
     module, function = target.split(".")
-    getattr(importlib.import_module(f"gpu_parts.{module}"), function)(card)
+    getattr(importlib.import_module(f"bench.gpu_parts.{module}"), function)(card)
     assert statuses(card) == expected
     rows = [row for row in card.found() if "median_ms" in row]
     assert all(row["host_ms"] > 0 for row in rows)
@@ -125,21 +122,17 @@ def test_the_branches_of_a_card(card, target, expected):
 
 @pytest.mark.native
 def test_training_reports_memory(card, monkeypatch):
-    from gpu_parts import train
-
-    monkeypatch.setattr(train, "SIZE", train.TINY)
-    train.work(card)
+    monkeypatch.setattr(training, "SIZE", training.TINY)
+    training.work(card)
     rows = card.found()
     assert statuses(card) == {"ok": 3}
     assert all(row["peak_gb"] == 0.002 and row["tokens_per_s"] > 0 for row in rows)
 
 
 def test_eigenproblems_and_rates(card, monkeypatch):
-    from gpu_parts import factors, report
-
     small = torch.linalg.eigh
     monkeypatch.setattr(torch.linalg, "eigh", lambda gram: small(gram[:, :8, :8]))
-    factors.eigenproblems(card)
+    factorizations.eigenproblems(card)
     assert [row["shape"] for row in card.found()] == [
         "1 of 4096 x 4096",
         "1 of 256 x 256",
@@ -147,13 +140,10 @@ def test_eigenproblems_and_rates(card, monkeypatch):
         "32 of 128 x 128",
     ]
     assert all(row["eigh_cost"] > 0 for row in card.found())
-    assert report.Run.dry.fget(card) and not card.dry
+    assert Run.dry.fget(card) and not card.dry
 
 
 def test_fp32_takes_the_layers_that_fit(card, monkeypatch):
-    from gpu_parts.models import LLAMA_2_7B, LLAMA_3_8B
-    from gpu_parts.step import BYTES_FP32, fitting_layers
-
     free = 78 * 2**30
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, free))
     for model in (LLAMA_2_7B, LLAMA_3_8B):
@@ -171,20 +161,18 @@ echo "========= ERROR SUMMARY: 0 errors"
 
 
 def test_sanitizer_found_and_read(card, monkeypatch, tmp_path):
-    from gpu_parts import checks
-
     home = tmp_path / "cuda"
     (home / "bin").mkdir(parents=True)
     tool = home / "bin" / "compute-sanitizer"
     tool.write_text(SANITIZER)
     tool.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(home))
-    monkeypatch.setenv("OPS", str(checks.cases()))
-    assert checks.sanitizer_path() == str(tool)
-    checks.sanitizer(card)
+    monkeypatch.setenv("OPS", str(preflight.cases()))
+    assert preflight.sanitizer_path() == str(tool)
+    preflight.sanitizer(card)
     memory, race = card.found()
     assert memory["status"] == "ok" and memory["shape"].endswith(
-        f"of {checks.cases()} ops right; ERROR SUMMARY: 0 errors"
+        f"of {preflight.cases()} ops right; ERROR SUMMARY: 0 errors"
     )
     assert (
         race["status"] == "failed: RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"
@@ -193,16 +181,12 @@ def test_sanitizer_found_and_read(card, monkeypatch, tmp_path):
 
 
 def test_a_missing_sanitizer_is_named(card, monkeypatch):
-    from gpu_parts import checks
-
-    monkeypatch.setattr(checks.shutil, "which", lambda name: None)
-    checks.sanitizer(card)
+    monkeypatch.setattr(preflight.shutil, "which", lambda name: None)
+    preflight.sanitizer(card)
     assert card.found()[0]["status"].startswith("missing: neither in CUDA_HOME/bin nor on PATH")
 
 
 def test_the_build_names_what_is_missing(card, monkeypatch):
-    from gpu_parts import checks
-
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     given = {}
 
@@ -210,10 +194,10 @@ def test_the_build_names_what_is_missing(card, monkeypatch):
         given.update(environment, arguments=arguments[1:])
         return real([sys.executable, "-c", "print('built')"])
 
-    real = checks.child
-    monkeypatch.setattr(checks, "child", child)
-    monkeypatch.setattr(checks.shutil, "which", lambda name: None)
-    checks.build(card)
+    real = preflight.child
+    monkeypatch.setattr(preflight, "child", child)
+    monkeypatch.setattr(preflight.shutil, "which", lambda name: None)
+    preflight.build(card)
     assert given == {
         "LIFT_CUDA_ARCHS": "90",
         "LIFT_REQUIRE_NATIVE": "1",
@@ -224,12 +208,15 @@ def test_the_build_names_what_is_missing(card, monkeypatch):
 
 
 def test_shards_are_disjoint_and_complete(card, monkeypatch):
-    from gpu_parts import shard
-
     found = []
     for i in range(3):
         monkeypatch.setenv("LIFT_SHARD", f"{i}/3")
         items = list("abcdefgh")
-        shard.pytest_collection_modifyitems(items)
+        shard_plugin.pytest_collection_modifyitems(items)
         found.append("".join(items))
     assert found == ["adg", "beh", "cf"]
+
+
+def test_a_failing_file_in_a_folder_is_named():
+    output = "FAILED python_tests/ops/test_packed_ops.py::test_a[x] - E\nERROR python_tests/nn/test_linear.py\n1 failed"
+    assert preflight.failed_files(output) == ["ops/test_packed_ops.py", "nn/test_linear.py"]

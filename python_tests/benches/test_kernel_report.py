@@ -1,5 +1,6 @@
-"""bench/kernel_report.py: green on the kernels as they are, red on a kernel that spills or lost its
-wide loads; its arithmetic.
+"""`bench.kernels.report`: no faults in the kernels, faults in wrong ones, arithmetic.
+
+A wrong kernel spills or lost its wide loads.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import sys
 
 import pytest
 
-from bench import kernel_compile, kernel_report
-from bench.kernel_cases import CASES, CUDA_LAUNCHES, TARGETS, Launch
-from bench.kernel_compile import ROOT, Compiled
+from bench import ROOT
+from bench.kernels import compile as kernel_compile
+from bench.kernels import report as kernel_report
+from bench.kernels.cases import CASES, CUDA_LAUNCHES, TARGETS, Launch
+from bench.kernels.compile import Compiled
 
 pytestmark = pytest.mark.slow
 
@@ -56,7 +59,7 @@ def record(**changes) -> Compiled:
 def compile_in_process(case, target) -> Compiled:
     """One case, in a process that has Triton's compiler and not its interpreter."""
     program = (
-        "import dataclasses, json, pickle, sys; from bench.kernel_compile import compile_case; "
+        "import dataclasses, json, pickle, sys; from bench.kernels.compile import compile_case; "
         "print(json.dumps(dataclasses.asdict(compile_case(*pickle.load(sys.stdin.buffer)))))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -67,7 +70,7 @@ def compile_in_process(case, target) -> Compiled:
 
 
 def report(monkeypatch, records, *arguments) -> int:
-    monkeypatch.setattr(kernel_compile, "survey", lambda only: list(records))
+    monkeypatch.setattr(kernel_report, "survey", lambda only: list(records))
     return kernel_report.main(arguments)
 
 
@@ -206,7 +209,7 @@ def test_bytes_in_flight():
 
 def test_the_command(tmp_path):
     """As a process, on one kernel, even where the interpreter is asked for."""
-    command = [sys.executable, "-m", "bench.kernel_report", "--only", "set_bits", "--csv", str(tmp_path / "k.csv")]
+    command = [sys.executable, "-m", "bench.kernels.report", "--only", "set_bits", "--csv", str(tmp_path / "k.csv")]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.findall(r"^set_bits +sm_(\d+) .* ok *$", done.stdout, re.MULTILINE) == ["80", "90", "100"]

@@ -1,4 +1,4 @@
-"""bench/plots.py: every plot is drawn from the CSVs, fits a page, and its texts can be read."""
+"""`bench.plots`: every plot is drawn from the CSVs, fits a page, and can be read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import shutil
 
 import pytest
 
-from bench import plot_labels, plots
+from bench import plots
+from bench.common import plot_labels
 
 FOLDER = plots.DEFAULT
 NAMES = [name for name in plots.FIGURES if name != "masks"]  # the committed masks.png came before its CSV

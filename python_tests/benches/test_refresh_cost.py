@@ -31,7 +31,7 @@ def test_the_cost_of_a_helper_is_that_of_its_kernels():
     blocks times R^-1.
     """
     cost = Cost()
-    refresh_cost.helper_cost(cost, 1024, 256, blocks_read=3, multiplied=2)
+    refresh_cost.op_cost(cost, 1024, 256, blocks_read=3, multiplied=2)
     block, tile, square = 4 * 1024 * 256, 4 * 128 * 128, 4 * 256 * 256
     moved = 4 * block + 6 * tile + 6 * tile + square / 2 + 3 * square + 2 * (2 * block + square)
     assert cost["tall blocks", "bytes"] == moved and cost["tall blocks", "launches"] == 5
@@ -40,7 +40,7 @@ def test_the_cost_of_a_helper_is_that_of_its_kernels():
 
 
 def test_helpers_move_less_in_fewer_launches():
-    before, after = (refresh_cost.model_cost(128, 16, with_helpers) for with_helpers in (False, True))
+    before, after = (refresh_cost.model_cost(128, 16, with_cuda) for with_cuda in (False, True))
     for quantity in ("launches", "bytes"):
         assert after["tall blocks", quantity] < 0.8 * before["tall blocks", quantity]
         assert after["whole matrices", quantity] == before["whole matrices", quantity]

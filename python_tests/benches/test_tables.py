@@ -1,6 +1,4 @@
-"""bench/tables.py: the READMEs say what the CSVs say, and a table is made of the rows that its
-description selects.
-"""
+"""`bench.tables`: the READMEs say what the CSVs say; a table shows the selected rows."""
 
 from __future__ import annotations
 
@@ -8,9 +6,11 @@ import re
 
 import pytest
 
-from bench import tables
-from bench.table_specs import TABLES
-from bench.tables import Table, TableError
+from bench import ROOT
+from bench.tables.__main__ import READMES, main
+from bench.tables.render import BLOCK, rewrite
+from bench.tables.specs import TABLES
+from bench.tables.types import Table, TableError
 
 CSV = """op,variant,ms,seconds,share,status,device,commit
 step,ours | packed,2.5,0.5,0.25,ok,A card,abc
@@ -29,41 +29,39 @@ def root(tmp_path):
 
 def body(table: Table, root) -> list[str]:
     """The lines of a table between its markers."""
-    text = tables.rewrite(f"before\n{MARKER}\nstale\n<!-- end -->\nafter\n", {"small": table}, root)
+    text = rewrite(f"before\n{MARKER}\nstale\n<!-- end -->\nafter\n", {"small": table}, root)
     assert text.startswith(f"before\n{MARKER}\n\n") and text.endswith("\n\n<!-- end -->\nafter\n")
     return text.split("\n")[3:-4]
 
 
 def test_the_readmes_say_what_the_csvs_say(capsys):
-    assert tables.main(["--check"]) == 0, capsys.readouterr().out
+    assert main(["--check"]) == 0, capsys.readouterr().out
 
 
 def test_every_table_is_in_a_readme_and_every_csv_in_a_table():
-    shown = [match for readme in tables.READMES for match in tables.BLOCK.findall(readme.read_text())]
+    shown = [match for readme in READMES for match in BLOCK.findall(readme.read_text())]
     assert sorted(name for _, name, _, _ in shown) == sorted(TABLES)
     used = {path for _, _, sources, _ in shown for path in sources.split(", ")}
-    assert used == {str(path.relative_to(tables.ROOT)) for path in (tables.ROOT / "bench/results").glob("*/*.csv")}
+    assert used == {str(path.relative_to(ROOT)) for path in (ROOT / "bench/results").glob("*/*.csv")}
 
 
 def test_a_readme_that_differs_is_shown_and_rendered_again(tmp_path, capsys):
-    text = (tables.ROOT / "bench" / "README.md").read_text()
+    text = (ROOT / "bench" / "README.md").read_text()
     cell = re.search(r"\*\*(\d\.\d\d) x\*\*", text)
     assert cell is not None
     stale = text.replace(cell[0], "**99 x**")
     (tmp_path / "README.md").write_text(stale)
-    assert tables.main(["--check", str(tmp_path / "README.md")]) == 1
+    assert main(["--check", str(tmp_path / "README.md")]) == 1
     out = capsys.readouterr().out
     assert any(line.startswith("-") and "**99 x**" in line for line in out.splitlines())
     assert any(line.startswith("+") and cell[0] in line for line in out.splitlines())
     assert (tmp_path / "README.md").read_text() == stale
-    assert tables.main([str(tmp_path / "README.md")]) == 0
+    assert main([str(tmp_path / "README.md")]) == 0
     assert (tmp_path / "README.md").read_text() == text
 
 
 def test_cells(root):
-    """Numbers and their quotients, units, ranges over rows, texts, alternatives; where the rows
-    come from.
-    """
+    """Numbers, quotients, units, ranges over rows, texts, alternatives, and the origin."""
     columns = {
         "which": "{label}",
         "ms": "{ours.ms:.2f}, {theirs.ms/ours.ms:.3g} x",
@@ -98,10 +96,10 @@ def test_a_table_of_two_csvs(root):
     picks = {"small": {"file": "small.csv", "variant": "theirs"}, "other": {"file": "other.csv", "op": "step"}}
     table = Table("small.csv, other.csv", columns, [("", picks)])
     marker = MARKER.replace("small.csv", "small.csv, results/other.csv")
-    text = tables.rewrite(f"{marker}\n<!-- end -->\n", {"small": table}, root)
+    text = rewrite(f"{marker}\n<!-- end -->\n", {"small": table}, root)
     assert "| 10.0 | 7 | no card |\n" in text
     with pytest.raises(TableError, match="none of that name from small.csv"):
-        tables.rewrite(f"{MARKER}\n<!-- end -->\n", {"small": table}, root)
+        rewrite(f"{MARKER}\n<!-- end -->\n", {"small": table}, root)
 
 
 @pytest.mark.parametrize(
@@ -121,20 +119,20 @@ def test_a_table_of_two_csvs(root):
 )
 def test_a_table_that_cannot_be_made(root, table, marker, words):
     with pytest.raises(TableError, match=re.escape(words) if ".*" not in words else words):
-        tables.rewrite(f"{marker}\n<!-- end -->\n", {"small": table}, root)
+        rewrite(f"{marker}\n<!-- end -->\n", {"small": table}, root)
 
 
 def test_markers_come_in_pairs(root):
     with pytest.raises(TableError, match="not followed by"):
-        tables.rewrite(f"{MARKER}\n", {}, root)
+        rewrite(f"{MARKER}\n", {}, root)
 
 
 def test_the_command_says_what_is_missing(tmp_path, capsys):
     marker = "<!-- table: step (from bench/results/nowhere/sparse_adamw.csv; python -m bench.tables) -->"
     (tmp_path / "README.md").write_text(f"{marker}\n<!-- end -->\n")
-    assert tables.main([str(tmp_path / "README.md")]) == 2
+    assert main([str(tmp_path / "README.md")]) == 2
     assert "bench/results/nowhere/sparse_adamw.csv is missing" in capsys.readouterr().err
 
 
 def test_a_description_without_a_marker_needs_no_csv(root):
-    assert tables.rewrite("text\n", TABLES, root) == "text\n"
+    assert rewrite("text\n", TABLES, root) == "text\n"

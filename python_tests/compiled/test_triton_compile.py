@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.kernel_cases import CASES, TARGETS
+from bench.kernels.cases import CASES, TARGETS
 
 pytestmark = pytest.mark.slow
 PASSES = [case for case in CASES if case.name.startswith("lowrank_topk")]

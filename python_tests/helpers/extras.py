@@ -12,8 +12,8 @@ from pathlib import Path
 # the package is not installed, and pytest prints a line about it.
 ENOUGH = {"torch", "triton", "numpy", "pytest", "ninja"}
 ROOT = Path(__file__).parents[2]
-# Folders of modules: helpers, packages, scripts of the benchmarks.
-PLACES = (ROOT / "python_tests", ROOT, ROOT / "bench")
+# Folders of modules: helpers and packages.
+PLACES = (ROOT / "python_tests", ROOT)
 
 
 @functools.cache

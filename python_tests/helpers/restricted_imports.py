@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-BENCH = ROOT / "bench"
 FIVE = ("torch", "triton", "numpy", "pytest", "ninja")
 
 TARGET = (*FIVE, "transformers", "accelerate", "peft", "safetensors", "hypothesis")

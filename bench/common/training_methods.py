@@ -1,9 +1,8 @@
-"""Ways of fine-tuning a causal language model, for `bench_training` and `bench_memory`: ours and
-its peers.
+"""Methods of fine-tuning a causal language model, for `bench_training` and `bench_memory`.
 
 The adapters get about as many trained entries as LIFT: their rank is density * sum of m n / sum of
 (m + n) over the matrices. LIFT, LoRA and SHiRA train the matrices of the linear layers but the
-head; full fine-tuning and GaLore every parameter, GaLore's projections being those of the matrices.
+head. Full fine-tuning and GaLore train every parameter, and GaLore projects the matrices.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_arena import Arena
-from bench_peers import attribute
 from torch import Tensor, nn
 
+from bench.common.arenas import Arena
+from bench.common.baselines import attribute
 from lift_kernels import LiftAdamW, lift_param_groups, pack_gradients
 
 DENSITY, RANK = 0.05, 64
@@ -32,7 +31,7 @@ FULL, MATRIX, PACKED = "full fine-tuning, AdamW fused", "LIFT, matrix mode", "LI
 
 
 def matrices(model: nn.Module) -> list[Tensor]:
-    """The weights of the linear layers; requires_grad of nothing is changed."""
+    """The weights of the linear layers. No requires_grad is changed."""
     return [weight for _, weight in lift_param_groups(model)[0]["params"]]
 
 
@@ -69,13 +68,11 @@ def adapter(config: str, **options: Any) -> Callable[[nn.Module], torch.optim.Op
 
 
 def lift(packed: bool) -> Callable[..., torch.optim.Optimizer]:
-    """LIFT with its first masks; a few new ones at each step, at least one."""
+    """LIFT with its first masks. Each step makes a few new ones, at least one."""
 
     def build(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
         if packed:
-            groups = pack_gradients(
-                model, density=DENSITY, freeze_rest=True
-            )  # the default rank, 64 or the smaller side
+            groups = pack_gradients(model, density=DENSITY, freeze_rest=True)  # rank: 64 or the smaller side
         else:
             groups = lift_param_groups(model, freeze_rest=True)
         interval = min(INTERVAL, len(groups[0]["params"]))
@@ -98,7 +95,7 @@ METHODS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def failed(name: str, error: BaseException) -> str:
-    """The status of a method that cannot run here: a peer is missing, ours is refused."""
+    """The status of a method that cannot run here: a baseline is missing, LIFT is refused."""
     text = " ".join(str(error).split())[:160]
     text = text if isinstance(error, ImportError) else f"{type(error).__name__}: {text}"
     return f"{'refused' if name in (MATRIX, PACKED) else 'missing'}: {text}"
@@ -106,8 +103,9 @@ def failed(name: str, error: BaseException) -> str:
 
 @dataclass
 class Step:
-    """Seconds of the parts of one training step. ``refresh``: of new masks, not counted in
-    ``optimizer``.
+    """Seconds of the parts of one training step.
+
+    ``refresh``: of new masks, which ``optimizer`` does not count.
     """
 
     forward_backward: float
@@ -121,8 +119,9 @@ class Step:
 
 @dataclass
 class Trainer:
-    """``model``, trained by one method on one batch. ``losses``: of each step before its update;
-    ``setup``: seconds to here.
+    """``model``, trained by one method on one batch.
+
+    ``losses``: of each step before its update. ``setup``: seconds until training can start.
     """
 
     name: str
@@ -170,10 +169,10 @@ class Trainer:
 def reference_losses(
     model: nn.Module, tokens: Tensor, steps: int, lists: Sequence[Tensor] | None = None
 ) -> list[float]:
-    """Losses of plain torch code on a copy of ``model``: AdamW's for-loop over all weights, or over
-    the entries in ``lists``.
+    """Losses of plain torch code on a copy of ``model``.
 
-    Those entries of the matrices are gathered as fp32 vectors, which are then the parameters.
+    AdamW's for-loop goes over all weights, or over the entries in ``lists``. Those entries of the
+    matrices are gathered as fp32 vectors, which are then the parameters.
     """
     model, losses = copy.deepcopy(model), []
     weights = matrices(model)
@@ -196,9 +195,7 @@ def reference_losses(
 
 
 def flops(name: str, model: nn.Module, tokens: Tensor) -> float:
-    """FLOPs of a step of ``name`` on the plain ``model``, as the docstring of `bench_training`
-    counts them.
-    """
+    """FLOPs of a step of ``name`` on the plain ``model``, as `bench_training` counts them."""
     config, count, length = model.config, tokens.numel(), tokens.shape[1]
     inside = sum(w.numel() for w in matrices(model))
     head = config.vocab_size * config.hidden_size
@@ -216,7 +213,7 @@ def flops(name: str, model: nn.Module, tokens: Tensor) -> float:
 
 
 def optimizer_bytes(trainer: Trainer, model: nn.Module) -> float:
-    """Bytes that the optimizer's step must move, likewise."""
+    """Bytes that the optimizer's step must move, as `bench_training` counts them."""
     weights, trained = matrices(model), sum(p.numel() for p in trainer.trained())
     width = weights[0].element_size()
     if trainer.lists is not None:
@@ -284,10 +281,9 @@ def random_tokens(vocabulary: int, shape: tuple[int, int], device: str) -> Tenso
 def peak_memory(
     name: str, config: Any, dtype: torch.dtype, shape: tuple[int, int], device: str, threads: int
 ) -> list[int]:
-    """Bytes of a random model, and what preparing it for ``name`` and two steps each take beyond
-    them at their peak.
+    """Bytes of a random model, and the peaks of preparing it for ``name`` and of two steps.
 
-    For a process of its own.
+    The peaks are counted beyond the model. This runs in a process of its own.
     """
     torch.set_num_threads(threads)
     trainer = Trainer(name, random_model(llama_config(*TINY), dtype, device), random_tokens(TINY[-1], shape, device))
@@ -307,12 +303,12 @@ def peak_memory(
 def peaks(
     names: Sequence[str], config: Any, dtype: torch.dtype, shape: tuple[int, int], device: str
 ) -> dict[str, dict]:
-    """`peak_memory` of each method in a process of its own, one at a time; columns of its row, or a
-    status that says why not.
+    """`peak_memory` of each method in a process of its own, one at a time.
+
+    Returns the columns of its row, or a status that says why there are none.
     """
-    context = multiprocessing.get_context(
-        "forkserver"
-    )  # imports once; its children have no thread and no CUDA to inherit
+    # A fork server imports once. Its children have no thread and no CUDA to inherit.
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", "peft", "lift_kernels"])
     found: dict[str, dict] = {}
     for name in names:
@@ -327,6 +323,6 @@ def peaks(
                     "peak_over_model_mib": max(preparing, steps),
                     "steps_peak_mib": steps,
                 }
-            except Exception as error:  # whatever a foreign package raises, or a process that was killed
+            except Exception as error:  # whatever another package raises, or a process that was killed
                 found[name] = {"memory_status": failed(name, error)}
     return found

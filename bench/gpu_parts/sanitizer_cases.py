@@ -1,11 +1,11 @@
 """Every native CUDA op once at small, awkward sizes, for compute-sanitizer.
 
-    compute-sanitizer --tool memcheck python -m gpu_parts.cuda_ops cuda     (in bench/; without a
-    card: cpu)
+    compute-sanitizer --tool memcheck python -m bench.gpu_parts.sanitizer_cases cuda
+        (without a card: cpu)
 
 Tensors are made on the CPU and compared there, so that on the card little else runs than the ops
-and copies. Joining an op is one line of `CASES`: its name and a function of the device that returns
-what is wrong, or an empty string.
+and copies. To add an op, add one line to `CASES`: its name and a function of the device that
+returns what is wrong, or an empty string.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-import bench_util  # noqa: F401  (puts the checkout first on the path)
 import torch
 from torch import Tensor
 
+from bench.gpu_parts import bitmaps
 from lift_kernels import ops
-
-from . import bitmaps
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COUNTS = (1, 31, 257, 1000)  # entries, around the sizes of warps and blocks
@@ -29,8 +27,8 @@ def backend(device: str) -> str:
     return "native-cuda" if device == "cuda" else "native-cpu"
 
 
-def helper(device: str) -> str:
-    """Of the helpers of a refresh, which have no C++ version for the CPU."""
+def subspace_backend(device: str) -> str:
+    """Of the subspace-iteration ops, which have no C++ version for the CPU."""
     return "native-cuda" if device == "cuda" else "reference"
 
 
@@ -99,7 +97,7 @@ def gaussian_sketch(device: str) -> str:
     for dtype in (torch.float32, torch.bfloat16):
         for shape in ((1, 1, 1), (2, 33, 7), (3, 64, 20)):
             options = {"seed": 5, "first": 2, "dtype": dtype}
-            got = ops.gaussian_sketch(*shape, **options, device=device, backend=helper(device))
+            got = ops.gaussian_sketch(*shape, **options, device=device, backend=subspace_backend(device))
             right = ops.gaussian_sketch(*shape, **options, backend="reference")
             if problem := far(got, right, 1e-5 if dtype == torch.float32 else 2.0**-6, f"sketch {shape} of {dtype}"):
                 return problem
@@ -114,8 +112,8 @@ def cholesky_qr(device: str) -> str:
     for shape in BLOCKS:
         for rounds in (1, 2):
             results = []
-            for where, name in ((device, helper(device)), ("cpu", "reference")):
-                block, other = normal(*shape).to(where), normal(shape[0], 5, shape[2]).to(where)
+            for place, name in ((device, subspace_backend(device)), ("cpu", "reference")):
+                block, other = normal(*shape).to(place), normal(shape[0], 5, shape[2]).to(place)
                 status = ops.cholesky_qr_(block, other, rounds=rounds, backend=name)
                 results.append((block, other, status))
             for got, right in zip(*results):
@@ -128,9 +126,9 @@ def chebyshev_step(device: str) -> str:
     for shape in BLOCKS:
         for again in (False, True):
             results = []
-            for where, name in ((device, helper(device)), ("cpu", "reference")):
-                product, block, previous = (normal(*shape, seed=seed).to(where) for seed in (1, 2, 3))
-                edge = torch.full((shape[0],), 2.0, device=where)
+            for place, name in ((device, subspace_backend(device)), ("cpu", "reference")):
+                product, block, previous = (normal(*shape, seed=seed).to(place) for seed in (1, 2, 3))
+                edge = torch.full((shape[0],), 2.0, device=place)
                 raised, status = ops.chebyshev_step_(product, block, previous if again else None, edge, backend=name)
                 results.append((raised, block, status))
             for got, right in zip(*results):
@@ -144,7 +142,7 @@ def bitmap_to_indices(device: str) -> str:
         for k in (1, m * n // 20 + 1, m * n // 2):
             given = bitmaps.arguments(normal(m, n).abs_(), k)
             got = ops.bitmap_to_indices(
-                *(x.to(device) if isinstance(x, Tensor) else x for x in given), backend=helper(device)
+                *(x.to(device) if isinstance(x, Tensor) else x for x in given), backend=subspace_backend(device)
             )
             right = ops.bitmap_to_indices(*given, backend="reference")
             for found, expected in zip(got, right):
@@ -165,7 +163,7 @@ CASES: list[tuple[str, Callable[[str], str]]] = [
 
 
 def main(device: str) -> int:
-    """Runs all; the number of wrong ops."""
+    """Run all cases. Returns the number of wrong ops."""
     wrong = 0
     for name, case in CASES:
         problem = case(device)

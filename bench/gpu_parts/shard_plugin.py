@@ -1,5 +1,6 @@
-"""pytest plugin: every n-th of the collected tests from the i-th on, ``LIFT_SHARD=i/n``. Processes
-share the compiled kernels.
+"""pytest plugin: runs every n-th of the collected tests.
+
+``LIFT_SHARD=i/n`` starts at the i-th one. The processes share the compiled kernels.
 """
 
 from __future__ import annotations

@@ -1,74 +1,36 @@
-"""Renders the tables of results in the READMEs from the CSVs, so that none is typed by hand.
-
-    python -m bench.tables [--check] [README ...]
-
-Between ``<!-- table: NAME (from bench/results/DEVICE/FILE.csv; python -m bench.tables) -->`` and
-``<!-- end -->`` stands the table NAME of `bench.table_specs`, made of that file, and below it where
-the rows come from. A table may have several files, with commas between them. Without ``--check``
-the READMEs are rewritten. With it nothing is written, and the exit status is 1 with a diff where a
-README differs from the CSVs. The exit status is 2 when a marked table cannot be made: a file, a row
-or a column is missing, or no such table is described.
-"""
+"""Renders tables from the rows of CSVs, and puts them between the markers of a text."""
 
 from __future__ import annotations
 
-import argparse
 import csv
-import difflib
 import re
 import string
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from bench import ROOT
+from bench.tables.types import Selection, Table, TableError
+
 BLOCK = re.compile(
     r"^(<!-- table: (\S+) \(from (\S+\.csv(?:, \S+\.csv)*); python -m bench\.tables\) -->\n)(.*?)^<!-- end -->$",
     re.M | re.S,
 )
-READMES = [ROOT / "README.md", ROOT / "bench" / "README.md", ROOT / "csrc" / "README.md"]
 UNITS = {"ms": 1e-3, "KiB": 2.0**10, "MiB": 2.0**20, "M": 1e6, "GB": 1e9, "T": 1e12}
 ORIGIN = {"device": "{}", "torch": "torch {}", "compiler": "{}", "runs": "repeats: {}", "commit": "commit {}"}
-
-Selection = Mapping[str, str]
-"""CSV column to the text that a row has there; ``*`` stands for anything. The column ``file`` is
-the name of the CSV.
-"""
-
-
-class TableError(ValueError):
-    """A marked table cannot be made."""
 
 
 class Missing(Exception):
     """A field is empty in the CSV."""
 
 
-@dataclass(frozen=True)
-class Table:
-    """A Markdown table made of the rows of a CSV, or of several (``csv`` with commas in between).
-
-    ``columns``: headers and the format of their cells, as `Cell` reads it. ``rows``: one line each,
-    its ``label`` (a field of that name) and which rows of the CSV its other fields mean, by alias.
-    ``each``: a line for every selected row of the CSV, under the alias ``row``. A first cell like
-    the one above it is left blank.
-    """
-
-    csv: str
-    columns: Mapping[str, str]
-    rows: Sequence[tuple[str, Mapping[str, Selection]]] = ()
-    each: Sequence[Selection] = field(default=())
-
-
 class Cell(string.Formatter):
     """Formats cells: ``{alias.column:format}``, numbers where the CSV has numbers.
 
-    A quotient is ``{a.x/b.y}``; the divisor may be a unit of `UNITS`. Where an alias means several
-    rows, the least and the largest number are given, or the different texts. The format ``reason``
-    drops from a text all before its last colon. ``||`` separates alternatives; the first one
-    without an empty field is taken, else the cell is empty.
+    A quotient is ``{a.x/b.y}``, whose divisor may be a unit of `UNITS`. Where an alias means
+    several rows, the least and the largest number are given, or the different texts. The format
+    ``reason`` drops from a text all before its last colon. ``||`` separates alternatives: the first
+    one without an empty field is taken, else the cell is empty.
     """
 
     def cell(self, text: str, picks: Mapping[str, Sequence[Mapping[str, str]]], label: str) -> str:
@@ -113,10 +75,10 @@ class Cell(string.Formatter):
 
 
 def select(rows: Sequence[dict], selection: Selection) -> list[dict]:
-    """The rows that have these texts; TableError when none has."""
+    """The rows that have these texts. TableError when none has."""
     found = [row for row in rows if all(fnmatchcase(row.get(column, ""), text) for column, text in selection.items())]
     if not found:
-        raise TableError(f"no row has {dict(selection)}; make the CSV again or change bench/table_specs.py")
+        raise TableError(f"no row has {dict(selection)}; make the CSV again or change bench/tables/specs.py")
     return found
 
 
@@ -145,14 +107,17 @@ def distinct(rows: Sequence[dict], column: str) -> list[str]:
 
 
 def rewrite(text: str, tables: Mapping[str, Table], root: Path = ROOT) -> str:
-    """The text with every marked table rendered. TableError names the table that cannot be made."""
+    """The text with every marked table rendered.
+
+    TableError names the table that cannot be made.
+    """
 
     def replace(match: re.Match) -> str:
         marker, name, sources, _ = match.groups()
         paths = [Path(path) for path in sources.split(", ")]
         files = ", ".join(path.name for path in paths)
         if name not in tables or tables[name].csv != files:
-            raise TableError(f"table {name}: bench/table_specs.py describes none of that name from {files}")
+            raise TableError(f"table {name}: bench/tables/specs.py describes none of that name from {files}")
         rows: list[dict] = []
         for path in paths:
             if not (root / path).is_file():
@@ -167,36 +132,3 @@ def rewrite(text: str, tables: Mapping[str, Table], root: Path = ROOT) -> str:
     if len(BLOCK.findall(text)) != text.count("<!-- table:") or text.count("<!-- table:") != text.count("<!-- end -->"):
         raise TableError("a marker of a table is malformed, or not followed by <!-- end -->")
     return BLOCK.sub(replace, text)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    from bench.table_specs import TABLES
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("readmes", nargs="*", type=Path, default=READMES)
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit status 1 when a README differs from the CSVs"
-    )
-    arguments = parser.parse_args(argv)
-    differs = False
-    for readme in arguments.readmes:
-        old = readme.read_text()
-        try:
-            new = rewrite(old, TABLES)
-        except TableError as error:
-            print(error, file=sys.stderr)
-            return 2
-        differs |= old != new
-        if arguments.check:
-            sys.stdout.writelines(
-                difflib.unified_diff(old.splitlines(True), new.splitlines(True), str(readme), "from the CSVs")
-            )
-            continue
-        if old != new:
-            readme.write_text(new)
-        print(f"{len(BLOCK.findall(new))} tables in {readme}, {'rewritten' if old != new else 'nothing to change'}")
-    return int(differs and arguments.check)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

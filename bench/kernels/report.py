@@ -1,24 +1,25 @@
-"""Every Triton and CUDA kernel compiled for sm_80, sm_90 and sm_100, and what the machine code
-holds. Needs no GPU.
+"""Every Triton and CUDA kernel compiled for sm_80, sm_90 and sm_100, and its machine code.
 
-    python -m bench.kernel_report [--only TEXT] [--markdown] [--csv PATH]
+It needs no GPU.
+
+    python -m bench.kernels.report [--only TEXT] [--markdown] [--csv PATH]
 
 The exit status is 1 when a kernel spills, uses local memory, fits on no multiprocessor, lost wide
-accesses that `bench.kernel_cases` declares, or multiplies by other units than declared. Without
+accesses that `bench.kernels.cases` declares, or multiplies by other units than declared. Without
 nvcc a row says so and Triton is reported alone.
 
 - ``regs``: registers a thread. ``shared``: bytes a block, static + dynamic.
 - ``spills``: loads and stores of local memory in the code. ``local``: bytes of stack and local
   memory a thread.
-- ``blocks``: those that fit on a multiprocessor, by registers / shared memory / threads; the
-  smallest counts. ``occupancy``: their warps, of all that the multiprocessor holds. A bound, not a
-  measurement: `occupancy` says how it is counted.
+- ``blocks``: those that fit on a multiprocessor, by registers / shared memory / threads. The
+  smallest counts. ``occupancy``: their warps, of all that the multiprocessor holds. It is a bound,
+  not a measurement. `occupancy` says how it is counted.
 - ``loads``, ``stores``: 128-bit accesses to global memory in the code of one thread, found and,
   after the slash, declared. ``copies``: those past the registers into shared memory, 128-bit and,
   after the plus, narrower.
 - ``in flight``: KiB that the resident threads of a multiprocessor ask for when each has issued
   every 128-bit load and copy of its code once: 16 bytes x (loads + copies) x resident threads.
-  Narrow and gathered accesses are not in it, so it is 0 for a kernel that has no others; a copy
+  Narrow and gathered accesses are not in it, so it is 0 for a kernel that has no others. A copy
   pipeline counts with all of its stages.
 """
 
@@ -32,8 +33,8 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from bench import bench_util, kernel_compile
-from bench.kernel_compile import SYSTEM_SHARED, Compiled
+from bench.common import results
+from bench.kernels.compile import SYSTEM_SHARED, Compiled, no_nvcc, nvcc, survey
 
 COLUMNS = (
     "kernel",
@@ -55,8 +56,9 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """What the blocks of one multiprocessor share. Source: CUDA C++ Programming Guide, compute
-    capabilities; cuda_occupancy.h.
+    """What the blocks of one multiprocessor share.
+
+    Source: CUDA C++ Programming Guide, compute capabilities; cuda_occupancy.h.
     """
 
     shared: int  # bytes, with those that the system takes of each block
@@ -97,12 +99,12 @@ class Occupancy:
 
 
 def occupancy(target: int, threads: int, registers: int, shared: int) -> Occupancy:
-    """How many blocks of ``threads`` threads with ``registers`` a thread and ``shared`` bytes a
-    block fit on a multiprocessor.
+    """How many blocks fit on a multiprocessor.
 
-    A warp takes registers in units of 256 from one of four partitions; a block takes shared memory
-    in units of 128 bytes and 1 KiB more for the system; no more than 32 blocks and 64 warps are
-    resident. KeyError for a target without limits.
+    A block has ``threads`` threads with ``registers`` each, and ``shared`` bytes. A warp takes
+    registers in units of 256 from one of four partitions. A block takes shared memory in units of
+    128 bytes and 1 KiB more for the system. No more than 32 blocks and 64 warps are resident.
+    KeyError for a target without limits.
     """
     unit = MULTIPROCESSORS[target]
     warps = -(-threads // 32)
@@ -174,7 +176,7 @@ def csv_row(record: Compiled, compiler: str, commit: str) -> dict:
 
 
 def nvcc_version() -> str:
-    compiler = kernel_compile.nvcc()
+    compiler = nvcc()
     if compiler is None:
         return ""
     text = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
@@ -182,19 +184,22 @@ def nvcc_version() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report; 1 when a kernel has a fault, 2 when one does not compile."""
+    """Print the report.
+
+    The status is 1 when a kernel has a fault, 2 when one does not compile.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose name contains TEXT")
     parser.add_argument("--markdown", action="store_true", help="a Markdown table")
     parser.add_argument("--csv", type=Path, metavar="PATH", help="write all counts to this file, too")
     arguments = parser.parse_args(argv)
     try:
-        records = kernel_compile.survey(arguments.only)
+        records = survey(arguments.only)
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 2
     table = [line(record) for record in records]
-    missing = kernel_compile.no_nvcc()
+    missing = no_nvcc()
     if missing:
         table.append({"kernel": missing, "verdict": "not compiled"})
     if arguments.markdown:
@@ -202,11 +207,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in table:
             print("| " + " | ".join(row.get(column, "") for column in COLUMNS) + " |")
     else:
-        bench_util.show(table, COLUMNS)
+        results.show(table, COLUMNS)
     if arguments.csv:
         compilers = {"triton": f"triton {metadata.version('triton')}", "cuda": nvcc_version()}
-        commit = bench_util.commit()
-        bench_util.write_csv(arguments.csv, [csv_row(record, compilers[record.language], commit) for record in records])
+        commit = results.commit()
+        results.write_csv(arguments.csv, [csv_row(record, compilers[record.language], commit) for record in records])
     wrong = [
         f"{record.kernel}, sm_{record.target}: {', '.join(faults(record))}" for record in records if faults(record)
     ]

@@ -1,11 +1,12 @@
-"""Weight gradients of a layer's matrices: as ops, and in a backward pass, dense beside packed in
-both ways.
+"""Dense and packed weight gradients of a layer, as ops and in a backward pass.
 
 As ops (`packed_weight_grad`): torch's dense products alone, the product into one shared buffer and
-a gather (the default), and the fused product. Bytes of the floor: factors read, results written;
-FLOPs: 2 tokens m n a matrix. In a backward pass, input gradients included: plain linear layers,
-LiftLinear (``values.grad``) and a hook (``p.lift_grad``); FLOPs twice as many; ``kept_mb``: what
-the pass leaves behind beside the input gradients, ``peak_mb``: the most that it allocates at once.
+a gather (the default), and the fused product. Bytes of the roofline: factors read, results written.
+FLOPs: 2 tokens m n a matrix.
+
+In a backward pass, input gradients included: plain linear layers, LiftLinear (``values.grad``) and
+a hook (``p.lift_grad``). FLOPs are twice as many. ``kept_mb``: what the pass leaves behind beside
+the input gradients. ``peak_mb``: the most that it allocates at once.
 
 Checked against fp32 products: no entry may be off by more than twice the largest error of torch's
 own dense product. One call reads and writes several hundred megabytes, so inputs need not take
@@ -18,17 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.gpu_parts.models import BF16, LLAMA_2_7B, LLAMA_3_8B, Model
+from bench.gpu_parts.runner import Call, Run
 from lift_kernels import ops
 from lift_kernels.nn.grad_hooks import pack_on_accumulate
 from lift_kernels.nn.linear import LiftLinear
 
-from .models import BF16, LLAMA_2_7B, LLAMA_3_8B, Model
-from .report import Call, Run
-
 
 class Problem:
-    """Factors of one layer's weight gradients, its masks, the true entries and the largest error of
-    torch's own products.
+    """Factors of one layer's weight gradients, its masks, and the true entries.
+
+    Also the largest error of torch's own products.
     """
 
     def __init__(self, run: Run, model: Model, tokens: int):
@@ -66,12 +67,12 @@ def as_ops(run: Run, given: Problem) -> None:
     moved = given.read + 2.0 * given.model.layer_entries
     dense = run.time("dense products alone", products, moved=moved, flops=given.flops, **labels)
     against = None if dense is None else ("dense products alone", dense)
-    for name, way in {"product and gather": {}, "fused product": {"fused": True}}.items():
-        if way and run.dry:
+    for name, options in {"product and gather": {}, "fused product": {"fused": True}}.items():
+        if options and run.dry:
             continue  # a Triton kernel
 
-        def packed(way=way) -> list[Tensor]:
-            return [ops.packed_weight_grad(*pair, index, **way) for pair, index in zip(given.factors, given.lists)]
+        def packed(options=options) -> list[Tensor]:
+            return [ops.packed_weight_grad(*pair, index, **options) for pair, index in zip(given.factors, given.lists)]
 
         run.time(
             name,
@@ -85,8 +86,9 @@ def as_ops(run: Run, given: Problem) -> None:
 
 
 class Held(nn.Module):
-    """A linear layer in all but its class, as stacked experts are: packed layers cannot stand in
-    for it, a hook can.
+    """A linear layer in all but its class, as stacked experts are.
+
+    Packed layers cannot replace it, but a hook can pack its gradient.
     """
 
     def __init__(self, weight: Tensor):
@@ -122,7 +124,7 @@ class Backward:
         self.grad_outputs = [g for g, _ in given.factors]
 
     def ready(self) -> Call:
-        """A fresh forward pass; what comes back is its backward pass."""
+        """A new forward pass. What comes back is its backward pass."""
         for layer, x in zip(self.layers, self.inputs):
             x.grad = None
             for parameter in layer.parameters():
@@ -138,9 +140,7 @@ class Backward:
         return [layer.weight.lift_grad if isinstance(layer, Held) else layer.values.grad for layer in self.layers]
 
     def memory(self, run: Run) -> dict:
-        """Megabytes that a pass leaves behind, input gradients left out, and the most it allocates
-        at once.
-        """
+        """Megabytes that a pass leaves behind, without input gradients, and its peak."""
         if run.dry:
             return {}
         call = self.ready()
@@ -156,9 +156,13 @@ class Backward:
 
 def in_backward(run: Run, given: Problem) -> None:
     weights = given.model.matrices(run.device, BF16, 0.02, 1)
-    ways = {"plain nn.Linear, dense gradients": plain, "LiftLinear, values.grad": lifted, "hook, p.lift_grad": hooked}
+    methods = {
+        "plain nn.Linear, dense gradients": plain,
+        "LiftLinear, values.grad": lifted,
+        "hook, p.lift_grad": hooked,
+    }
     labels, against = given.labels("backward"), None
-    for name, make in ways.items():
+    for name, make in methods.items():
         layers = [make(w) if make is plain else make(w, index) for w, index in zip(weights, given.lists)]
         backward, problem, memory = Backward(given, layers), None, {}
         if make is plain:

@@ -1,15 +1,16 @@
-"""What the stages of the GPU suite share: timing by CUDA events, the machine's rates, rows.
+"""Runs a stage of the GPU suite: timing by CUDA events, checks, rooflines and rows.
 
-Timing on a card. Each repetition is preceded by a kernel that only waits (5 ms), so that the host
-has queued the whole call before the card reaches it; two events around the call then measure the
-card alone, and ``host_ms`` says what the call cost the host. Calls that wait for the card
-themselves (``waits``) go without it and are measured as they are. A call whose tensors would fit
-the L2 cache is given several times with different tensors (`Run.sets`), which take turns; the last
-results stay alive, so that results rotate too. All tensors are touched and all kernels are compiled
-before the first repetition that counts. Events are used and not graphs, because graphs would hide
-what the host costs and cannot hold the calls that wait.
+Timing on a card. Each repetition is preceded by a kernel that only waits (5 ms). So the host has
+queued the whole call before the card reaches it. Two events around the call then measure the card
+alone, and ``host_ms`` says what the call cost the host. Calls that wait for the card themselves
+(``waits``) go without that kernel and are measured as they are.
 
-On the CPU (``--dry-run``) the clock is `time.perf_counter`; those figures try the suite out and say
+A call whose tensors would fit the L2 cache is given several times with different tensors
+(`Run.sets`), which take turns. The last results stay alive, so that results rotate too. All tensors
+are touched and all kernels are compiled before the first repetition that counts. Events are used
+and not graphs, because graphs would hide what the host costs and cannot hold the calls that wait.
+
+On the CPU (``--dry-run``) the clock is `time.perf_counter`. Those figures try the suite out and say
 nothing else.
 """
 
@@ -26,10 +27,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-import bench_util
 import numpy as np
 import torch
 
+from bench.common import results
 from lift_kernels.ops import dispatch
 
 Call = Callable[[], object]
@@ -50,9 +51,8 @@ class Run:
     rows: Path
     deadline: float  # on `time.monotonic`, which all processes share; infinite in the dry run
     repeats: int = 20
-    rates: dict[str, float] = field(
-        default_factory=dict
-    )  # "copy": bytes a second; "bf16", "tf32", "fp32": FLOP a second
+    rates: dict[str, float] = field(default_factory=dict)
+    """Per second: bytes of "copy", FLOPs of "bf16", "tf32" and "fp32"."""
 
     @property
     def dry(self) -> bool:
@@ -63,7 +63,7 @@ class Run:
         return self.deadline - time.monotonic()
 
     def add(self, variant: str, **columns: object) -> dict:
-        """Write a row at once: what a stage has found stays when it is killed."""
+        """Write a row at once, so that what a stage has found stays when it is killed."""
         row = {"stage": self.stage, "variant": variant, "status": "ok"} | columns
         with self.rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -76,22 +76,23 @@ class Run:
             file.write(json.dumps({"environment": environment(self.device)}) + "\n")
 
     def problem(self, check: Callable[[], str]) -> str:
-        """What ``check`` finds wrong, an exception included; an empty string when all is well."""
+        """What ``check`` finds wrong, an exception included. An empty string when all is well."""
         try:
             return check()
-        except Exception as error:  # told in the row, as any other mistake of the op
+        except Exception as error:  # reported in the row, as any other mistake of the op
             traceback.print_exc()
             return one_line(error)
 
     def free(self) -> None:
-        """Give memory back that nobody holds; an optimizer holds itself in a cycle."""
+        """Give memory back that nobody holds. An optimizer holds itself in a cycle."""
         gc.collect()
         if not self.dry:
             torch.cuda.empty_cache()
 
     def sets(self, nbytes: float) -> int:
-        """How many copies of a call's tensors (``nbytes`` in all) take turns so that the L2 cache
-        serves none of them.
+        """How many copies of a call's tensors take turns so that the L2 cache serves none of them.
+
+        A call's tensors have ``nbytes`` in all.
         """
         if self.dry:
             return 2
@@ -99,8 +100,9 @@ class Run:
         return max(1, min(64, -int(-3 * l2 // nbytes)))
 
     def measure(self, ready: Sequence[Callable[[], Call]], waits: bool, repeats: int) -> tuple[np.ndarray, np.ndarray]:
-        """Seconds of ``repeats`` calls on the device, and of the host in each. ``ready`` are
-        called, untimed, for what is timed.
+        """Seconds of ``repeats`` calls on the device, and of the host in each.
+
+        ``ready`` are called, untimed, for what is timed.
         """
         kept: deque[object] = deque(maxlen=len(ready))
         if self.dry:
@@ -146,20 +148,22 @@ class Run:
         measured: Sequence[float] | None = None,
         **labels: object,
     ) -> float | None:
-        """Time a variant and write its row; returns its median in seconds, None where there is
-        none.
+        """Time a variant and write its row.
 
         Args:
-            calls: what is timed, several calls in turns; or ``ready``, which makes the next call,
-                untimed.
-            problem: what the check found; not empty: the variant is refused. None: not ours,
-                nothing to check.
-            moved, flops: bytes that it must move and arithmetic that it must do. The floor is the
-                longer of the two at the rates of this run: the copy bandwidth, and ``rate``.
+            calls: what is timed. Several calls take turns.
+            ready: makes the next call, untimed, in place of ``calls``.
+            problem: what the check found. When it is not empty, the variant is refused. None: a
+                baseline, with nothing to check.
+            moved, flops: bytes that it must move and arithmetic that it must do. The roofline is
+                the longer of the two at the rates of this run: the copy bandwidth, and ``rate``.
             against: name and median of the variant that ``ratio`` compares with.
             derived: further columns, made of the median.
             measured: seconds that the caller took itself, in place of ``calls``.
             labels: further columns.
+
+        Returns:
+            Its median in seconds, None where there is none.
         """
         correct = {None: "", "": "yes"}.get(problem, "no")
         if problem:
@@ -167,66 +171,53 @@ class Run:
             return None
         if problem is not None:
             labels.setdefault("backend", dispatch.choose(None, torch.device(self.device), "sparse_adamw_"))
-        several = list(calls) if isinstance(calls, Sequence) else [calls]
-        factories = [ready] if ready is not None else [lambda call=call: call for call in several]
         try:
             if measured is not None:
                 taken = host = np.array(measured)
             else:
-                taken, host = self.measure(factories, waits, repeats or self.repeats)
-        except Exception as error:  # told in the row; what is timed next goes on
+                taken, host = self.measure(in_turns(calls, ready), waits, repeats or self.repeats)
+        except Exception as error:  # reported in the row; what is timed next goes on
             traceback.print_exc()
             self.add(variant, **labels, correct=correct, status=f"failed: {one_line(error)}")
             return None
         median = float(np.median(taken))
-        row = {
-            f"{name}_ms": 1e3 * float(np.quantile(taken, q))
-            for name, q in (("median", 0.5), ("min", 0.0), ("q25", 0.25), ("q75", 0.75), ("max", 1.0))
-        }
-        row["host_ms"] = 1e3 * float(np.median(host))
-        row |= {name: make(median) for name, make in derived.items()}
+        numbers = milliseconds(taken, host) | {name: make(median) for name, make in derived.items()}
         if against is not None:
-            row["ratio"], labels["baseline"] = against[1] / median, against[0]
-        floors = {"bytes": (moved, "copy"), "flops": (flops, rate)}
-        known = {
-            name: work / self.rates[of] for name, (work, of) in floors.items() if work is not None and of in self.rates
-        }
-        if known:
-            labels["floor_of"] = max(known, key=lambda name: known[name])
-            row["floor_ms"] = 1e3 * known[labels["floor_of"]]
-            row["share_of_floor"] = row["floor_ms"] / row["median_ms"]
-        digits = {name: float(f"{value:.4g}") for name, value in row.items()}
+            labels["baseline"], numbers["ratio"] = against[0], against[1] / median
+        if limit := self.roofline(moved, flops, rate):
+            labels["floor_of"], seconds = limit
+            numbers |= {"floor_ms": 1e3 * seconds, "share_of_floor": seconds / median}
+        digits = {name: float(f"{value:.4g}") for name, value in numbers.items()}
         self.add(variant, **labels, correct=correct, repeats=len(taken), **digits)
         return median
 
+    def roofline(self, moved: float | None, flops: float | None, rate: str) -> tuple[str, float] | None:
+        """``bytes`` or ``flops``, whichever limits a variant, and its seconds; or None."""
+        works = {"bytes": (moved, "copy"), "flops": (flops, rate)}
+        known = {
+            name: work / self.rates[of] for name, (work, of) in works.items() if work is not None and of in self.rates
+        }
+        return max(known.items(), key=lambda item: item[1]) if known else None
+
+
+def in_turns(calls: Call | Sequence[Call], ready: Callable[[], Call] | None) -> list[Callable[[], Call]]:
+    """What makes the calls that take turns."""
+    if ready is not None:
+        return [ready]
+    return [lambda call=call: call for call in (calls if isinstance(calls, Sequence) else [calls])]
+
+
+def milliseconds(taken: np.ndarray, host: np.ndarray) -> dict[str, float]:
+    """Median, extremes and quartiles on the device, and the median of the host."""
+    quantiles = {"median": 0.5, "min": 0.0, "q25": 0.25, "q75": 0.75, "max": 1.0}
+    found = {f"{name}_ms": 1e3 * float(np.quantile(taken, q)) for name, q in quantiles.items()}
+    return found | {"host_ms": 1e3 * float(np.median(host))}
+
 
 def environment(device: str) -> dict[str, object]:
-    """`bench_util.environment`, and the versions that matter on a card."""
+    """`bench.common.results.environment`, and the versions that matter on a card."""
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         triton = "not installed"
-    return bench_util.environment(device) | {"triton": triton, "cuda": torch.version.cuda or "none"}
-
-
-def machine(run: Run) -> None:
-    """The stage ``machine``: the rates that floors are made of, the best of several runs each."""
-    run.note_environment()
-    mib, side = (8, 256) if run.dry else (1024, 8192)
-    bandwidth = bench_util.copy_bandwidth(run.device, mib)
-    run.add("copy bandwidth", rate_name="copy", rate=bandwidth, shape=f"{mib} MiB, read and written", correct="")
-    dtypes = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
-    for name, dtype in dtypes.items():
-        torch.backends.cuda.matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
-        a, b, out = (torch.ones(side, side, device=run.device, dtype=dtype) for _ in range(3))
-        a.normal_()
-        b.normal_()  # zeros and ones would draw less power, and clock higher, than a real product
-        seconds = float(bench_util.timed(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), run.device, 10).min())
-        run.add(
-            f"product, {name}",
-            rate_name=name,
-            rate=2.0 * side**3 / seconds,
-            shape=f"{side} x {side} x {side}",
-            correct="",
-        )
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    return results.environment(device) | {"triton": triton, "cuda": torch.version.cuda or "none"}

@@ -1,9 +1,8 @@
-"""Ahead-of-time compilation of the Triton and CUDA kernels, and what their machine code holds.
-Needs no GPU.
+"""Ahead-of-time compilation of the kernels, and what their machine code holds.
 
-`survey` compiles in processes of their own, because TRITON_INTERPRET=1 replaces the compiler when
-triton is imported. Everything is read from the machine code by the disassembler in triton's wheel,
-so both kinds of kernels are counted alike.
+It needs no GPU. `survey` compiles in processes of their own, because TRITON_INTERPRET=1 replaces
+the compiler when triton is imported. Everything is read from the machine code by the disassembler
+in triton's wheel, so both kinds of kernels are counted alike.
 """
 
 from __future__ import annotations
@@ -25,20 +24,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 
-from bench.kernel_cases import CASES, CUDA_LAUNCHES, TARGETS, THREADS, Case, Launch
+from bench import ROOT
+from bench.kernels.cases import CASES, CUDA_LAUNCHES, TARGETS, THREADS, Case, Launch
 
-ROOT = Path(__file__).resolve().parent.parent
 WORKERS = 2
 SYSTEM_SHARED = 1024  # bytes that the system takes of each block
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of a kernel on a target.
+    """What a kernel compiled to on a target.
 
-    Wide accesses are 128-bit units in the machine code of one thread, a 256-bit access counts
-    twice; ``needed`` ones are those that its declaration asks for. Copies go to shared memory past
-    the registers. ``spills`` counts loads and stores of local memory.
+    Wide accesses are 128-bit units in the machine code of one thread. A 256-bit access counts
+    twice. The declaration of the kernel asks for the ``needed`` ones. Copies go to shared memory
+    past the registers. ``spills`` counts loads and stores of local memory.
     """
 
     kernel: str
@@ -64,8 +63,9 @@ class Compiled:
 
 
 def compile_case(case: Case, target: int) -> Compiled:
-    """Compile for one CUDA target (80, 90, 100) as the launcher would for tensors at multiples of
-    16 bytes.
+    """Compile for one CUDA target (80, 90, 100).
+
+    It is done as the launcher would for tensors at multiples of 16 bytes.
     """
     import triton
     import triton.language as tl
@@ -105,8 +105,9 @@ def compile_case(case: Case, target: int) -> Compiled:
 
 
 def compile_cuda(source: Path | str, target: int, launches: dict[str, Launch] = CUDA_LAUNCHES) -> list[Compiled]:
-    """Every kernel of a CUDA source, with the flags of setup.py, for one target; RuntimeError with
-    nvcc's words when it fails.
+    """Every kernel of a CUDA source, with the flags of setup.py, for one target.
+
+    RuntimeError with nvcc's message when it fails.
     """
     compiler = nvcc()
     if compiler is None:
@@ -139,16 +140,16 @@ def compile_cuda(source: Path | str, target: int, launches: dict[str, Launch] = 
 
 
 def survey(only: str = "") -> list[Compiled]:
-    """Every kernel whose name contains ``only`` on every target. CUDA kernels are left out where
-    `nvcc` finds no compiler.
+    """Every kernel whose name contains ``only``, on every target.
 
-    RuntimeError with the compiler's words when one does not compile.
+    CUDA kernels are left out where `nvcc` finds no compiler. RuntimeError with the compiler's
+    message when one does not compile.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
 
     def worker(i: int) -> list[Compiled]:
-        command = [sys.executable, "-m", "bench.kernel_compile", only, str(i)]
+        command = [sys.executable, "-m", "bench.kernels.compile", only, str(i)]
         done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
         if done.returncode != 0:
             raise RuntimeError(f"compiling the kernels failed:\n{done.stderr}")
@@ -167,7 +168,7 @@ def nvcc() -> str | None:
 
 
 def no_nvcc() -> str:
-    """Why no CUDA kernel was compiled; empty where nvcc is present."""
+    """Why no CUDA kernel was compiled. Empty where nvcc is present."""
     if nvcc() is not None:
         return ""
     place = (
@@ -189,7 +190,7 @@ def build() -> ModuleType:
 
 
 def _machine_code(cubin: Path, target: int) -> dict[str, dict]:
-    """By mangled name, the fields of `Compiled` that the machine code tells."""
+    """By mangled name, the fields of `Compiled` that the machine code holds."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -202,9 +203,8 @@ def _machine_code(cubin: Path, target: int) -> dict[str, dict]:
     for name, line in re.findall(r"^ Function (\S+):\n(.*)$", usage, re.MULTILINE):
         resources = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", line)}
         text = code[name]
-        reserved = (
-            SYSTEM_SHARED if target >= 90 and resources["SHARED"] else 0
-        )  # counted among a block's own from sm_90 on
+        # From sm_90 on it is counted among a block's own.
+        reserved = SYSTEM_SHARED if target >= 90 and resources["SHARED"] else 0
         copies = re.findall(r"\bLDGSTS[\w.]*", text)
         wide = sum(copy.endswith(".128") for copy in copies)
         found[name] = {
@@ -234,8 +234,9 @@ def _count(pattern: str, text: str) -> str:
 
 
 def _demangled(names: list[str]) -> list[str]:
-    """C++ names with their template arguments, without parameters and namespaces; as they are where
-    no demangler is found.
+    """C++ names with their template arguments, without parameters and namespaces.
+
+    They stay as they are where no demangler is found.
     """
     tool = shutil.which("c++filt") or shutil.which("cu++filt")
     if tool is None:

@@ -1,15 +1,14 @@
-"""The main job with each method: quality before and after, bytes, seconds, and the delta file of
-the LIFT run.
+"""The default fine-tuning job with each method: quality before and after, bytes, seconds.
 
-Every method is one run of ``python -m lift_kernels finetune`` in a process of its own, one after
-the other, with the defaults of the command; what is before training (model, problems, prompt) is
-the same for all. A run that fails has a row whose ``status`` says so, and the exit status is 1. The
-first row's exact match before training must be that of all others: the runs are not comparable
-otherwise, and are refused. There is no floor: forward and backward passes, the most of it, are
-torch's.
+Also the delta file of the LIFT run. Every method is one run of ``python -m lift_kernels finetune``
+in a process of its own, one after the other, with the defaults of the command. What is before
+training (model, problems, prompt) is the same for all. A run that fails has a row whose ``status``
+says so, and the exit status is 1. The first row's exact match before training must be that of all
+others. Otherwise the runs are not comparable, and they are refused. There is no roofline: forward
+and backward passes, the most of it, are torch's.
 
-    python bench/bench_main_job.py [--methods lift random lora full] [--eval-problems 300] [--steps
-    60] [--out DIR]    (25 minutes)
+    python -m bench.bench_finetune [--methods lift random lora full] [--eval-problems 300]
+        [--steps 60] [--out DIR]    (25 minutes)
 """
 
 from __future__ import annotations
@@ -23,9 +22,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import bench_util
 import torch
 
+from bench import ROOT
+from bench.common import results
 from lift_kernels import delta_info
 
 COLUMNS = {  # of the CSV: keys of report.json
@@ -59,13 +59,12 @@ Run = Callable[..., Path]
 
 
 def command(*arguments: str) -> float:
-    """Seconds of ``python -m lift_kernels ...``; raises RuntimeError with its last words when it
-    fails.
+    """Seconds of ``python -m lift_kernels ...``.
+
+    RuntimeError with its last line of output when it fails.
     """
     start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", "lift_kernels", *arguments], cwd=bench_util.ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "lift_kernels", *arguments], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError((done.stderr or done.stdout).strip().splitlines()[-1][:160])
     return time.perf_counter() - start
@@ -78,8 +77,9 @@ def finetune(method: str, folder: Path, options: Sequence[str]) -> Path:
 
 
 def delta_row(run: Path) -> dict[str, object]:
-    """The delta file between the base model and the run's: made, applied and reverted by the
-    command line.
+    """Columns of the delta file between the base model and the run's.
+
+    The command line makes, applies and reverts it.
     """
     from safetensors.torch import load_file
 
@@ -101,6 +101,7 @@ def delta_row(run: Path) -> dict[str, object]:
 
 
 def rows(methods: Sequence[str], folder: Path, options: Sequence[str], run: Run = finetune) -> list[dict]:
+    """One row per method, those that were refused included."""
     table: list[dict] = []
     for method in methods:
         row: dict[str, object] = {"op": "main job", "variant": method}
@@ -131,11 +132,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     options = ["--eval-problems", str(arguments.eval_problems), "--steps", str(arguments.steps)]
     with tempfile.TemporaryDirectory() as folder:
-        table = [row | bench_util.environment() for row in rows(arguments.methods, Path(folder), options)]
-    bench_util.show(
-        table, ["variant", "loss_after", "exact_after", "neutral_after", "state_bytes", "total_s", "status"]
-    )
-    bench_util.write_csv((arguments.out or bench_util.results_folder()) / "main_job.csv", table)
+        table = [row | results.environment() for row in rows(arguments.methods, Path(folder), options)]
+    results.show(table, ["variant", "loss_after", "exact_after", "neutral_after", "state_bytes", "total_s", "status"])
+    results.write_csv((arguments.out or results.results_folder()) / "main_job.csv", table)
     return int(any(row["status"] != "ok" for row in table))
 
 

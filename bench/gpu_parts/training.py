@@ -1,12 +1,13 @@
-"""A training step of a random Llama in plain torch: full fine-tuning by AdamW(fused=True) beside
-LIFT, dense and packed gradients.
+"""A training step of a random Llama in plain torch, by full fine-tuning and by LIFT.
 
-Forward pass, loss, backward pass, optimizer; bf16, masks of 5 % clustered by rows, no refresh. LIFT
-freezes embeddings, head and norms as the paper does. Floor: FLOPs of the linear layers, 6 a weight
-and token where its gradient is formed, 4 where it is not; attention is not counted. Checked before
-the timing, after three steps: the loss fell and, in the first block, nothing outside the masks
-changed and something inside did. ``peak_gb``: allocated at most in a step; ``state_gb``: of the
-optimizer.
+Full fine-tuning is by AdamW(fused=True), LIFT from dense and from packed gradients. A step is
+forward pass, loss, backward pass and optimizer, in bf16, with masks of 5 % clustered by rows and no
+refresh. LIFT freezes embeddings, head and norms as the paper does.
+
+Roofline: FLOPs of the linear layers, 6 a weight and token where its gradient is formed, 4 where it
+is not. Attention is not counted. Checked before the timing, after three steps: the loss fell and,
+in the first block, nothing outside the masks changed and something inside did. ``peak_gb``:
+allocated at most in a step. ``state_gb``: of the optimizer.
 """
 
 from __future__ import annotations
@@ -15,14 +16,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from bench_arena import clustered_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.common.arenas import clustered_indices
+from bench.gpu_parts.models import BF16, DENSITY
+from bench.gpu_parts.runner import Run
 from lift_kernels import LiftAdamW, lift_param_groups, pack_gradients
-
-from .models import BF16, DENSITY
-from .report import Run
 
 
 class Size(NamedTuple):
@@ -134,8 +134,8 @@ def work(run: Run) -> None:
     generator = torch.Generator(run.device).manual_seed(0)
     tokens = torch.randint(size.vocabulary, (size.batch, size.length), generator=generator, device=run.device)
     against = None
-    ways = {"full, AdamW fused": full, "LIFT, dense gradients": lift_dense, "LIFT, packed gradients": lift_packed}
-    for name, make in ways.items():
+    methods = {"full, AdamW fused": full, "LIFT, dense gradients": lift_dense, "LIFT, packed gradients": lift_packed}
+    for name, make in methods.items():
         torch.manual_seed(0)
         with torch.device(run.device):
             model = Llama(size).to(BF16)

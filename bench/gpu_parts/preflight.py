@@ -1,5 +1,7 @@
-"""What comes before the timings: the extension built for this card, the tests marked ``gpu``,
-compute-sanitizer on the CUDA ops.
+"""What comes before the timings: build, tests and compute-sanitizer.
+
+The extension is built for this card, the tests marked ``gpu`` run, and compute-sanitizer watches
+the CUDA ops.
 """
 
 from __future__ import annotations
@@ -17,30 +19,31 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from bench_util import ROOT
 
-from .report import Run
+from bench import ROOT
+from bench.gpu_parts.runner import Run
 
-BENCH = ROOT / "bench"
 MARGIN_S = 10.0
 """What a stage keeps of its budget, so that its rows are written before it is killed."""
 
 
-def child(arguments: Sequence[str], folder: Path = ROOT, **environment: str) -> tuple[subprocess.Popen, Path]:
-    """A process and the file that takes its output. It belongs to the stage's group, which is
-    killed as a whole.
+def child(arguments: Sequence[str], **environment: str) -> tuple[subprocess.Popen, Path]:
+    """A process, started in the checkout's root, and the file that takes its output.
+
+    It belongs to the stage's group, which is killed as a whole.
     """
     handle, name = tempfile.mkstemp(suffix=".log")
     process = subprocess.Popen(
-        arguments, cwd=folder, env=os.environ | environment, stdout=handle, stderr=subprocess.STDOUT
+        arguments, cwd=ROOT, env=os.environ | environment, stdout=handle, stderr=subprocess.STDOUT
     )
     os.close(handle)
     return process, Path(name)
 
 
 def finish(process: subprocess.Popen, log: Path, seconds: float) -> tuple[str, bool]:
-    """Output of a process after at most ``seconds``, which may be infinite, and whether it had to
-    be killed.
+    """Output of a process, and whether it had to be killed after ``seconds``.
+
+    These may be infinite.
     """
     try:
         process.wait(None if seconds == math.inf else max(0.1, seconds))
@@ -59,8 +62,9 @@ def last_line(output: str) -> str:
 
 
 def build(run: Run) -> None:
-    """The extension, in place, for this card's architecture alone. A machine without nvcc gets the
-    CPU ops, and a row says so.
+    """The extension, in place, for this card's architecture alone.
+
+    A machine without nvcc gets the CPU ops, and a row says so.
     """
     run.note_environment()
     if shutil.which("nvidia-smi"):
@@ -87,29 +91,17 @@ def build(run: Run) -> None:
 
 
 def tests(run: Run) -> None:
-    """The ``gpu`` tests in several processes, each every n-th test; one row a file with a failure,
-    one for all.
+    """The ``gpu`` tests in several processes, each of which runs every n-th test.
+
+    There is one row per file with a failure, and one for all.
     """
     shards = 1 if run.dry else max(1, min(14, (os.cpu_count() or 2) - 2))
     mode = ["--collect-only", "python_tests/ops/test_packed_ops.py"] if run.dry else ["python_tests"]
-    # A package is imported only when its plugin is; what is installed here beside pytest is not
-    # ours to load.
-    path = os.pathsep.join(filter(None, [str(BENCH), os.environ.get("PYTHONPATH")]))
-    environment = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": path}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "--tb=short",
-        "-p",
-        "gpu_parts.shard",
-        "-p",
-        "no:cacheprovider",
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--tb=short", "-p", "no:cacheprovider"]
+    command += ["-p", "bench.gpu_parts.shard_plugin"]
     command.append("--continue-on-collection-errors")  # one file must not take all others along
+    # Plugins that happen to be installed here are not needed, and loading one imports its package.
+    environment = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     children = [child([*command, *mode], LIFT_SHARD=f"{i}/{shards}", **environment) for i in range(shards)]
     done, red, late = Counter(), Counter(), 0
     for process, log in children:
@@ -118,7 +110,7 @@ def tests(run: Run) -> None:
         late += killed
         if process.returncode not in (0, 1) and not killed:
             red[f"(pytest ended with {process.returncode}) {last_line(output)}"] += 1
-        red.update(re.findall(r"^(?:FAILED|ERROR) python_tests/(\w+\.py)", output, re.MULTILINE))
+        red.update(failed_files(output))
         done.update(
             {
                 word: int(n)
@@ -139,6 +131,11 @@ def tests(run: Run) -> None:
     )
 
 
+def failed_files(output: str) -> list[str]:
+    """The test file, within python_tests, of each failure or error that pytest lists."""
+    return re.findall(r"^(?:FAILED|ERROR) python_tests/([\w/]+\.py)", output, re.MULTILINE)
+
+
 def sanitizer_path() -> str | None:
     """compute-sanitizer of CUDA_HOME, on PATH, or at the toolkit's usual place."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)] + ["/usr/local/cuda"]
@@ -148,12 +145,13 @@ def sanitizer_path() -> str | None:
 
 
 def sanitizer(run: Run) -> None:
-    """memcheck and racecheck, side by side, on every case of `cuda_ops`, which also compares
-    results with the reference.
+    """memcheck and racecheck, side by side, on every one of the `sanitizer_cases`.
+
+    The cases also compare results with the reference.
     """
-    driver = [sys.executable, "-m", "gpu_parts.cuda_ops", run.device]
+    driver = [sys.executable, "-m", "bench.gpu_parts.sanitizer_cases", run.device]
     if run.dry:
-        output, _ = finish(*child(driver, BENCH), run.left())
+        output, _ = finish(*child(driver), run.left())
         print(output, flush=True)
         status = "ok" if output.count(": right") == cases() else f"failed: {last_line(output)}"
         run.add("the ops' small cases on the CPU", status=status)
@@ -167,12 +165,10 @@ def sanitizer(run: Run) -> None:
     # Each tensor gets memory of its own, or an access beyond it would land in the allocator's block
     # and go unseen.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    tools = {
-        "memcheck": ["--report-api-errors", "no"],
-        "racecheck": [],
-    }  # torch asks for symbols that a driver may lack
+    # torch asks for symbols that a driver may lack, which memcheck would report.
+    tools = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
     children = {
-        name: child([tool, "--tool", name, *options, "--error-exitcode", "9", *driver], BENCH, **environment)
+        name: child([tool, "--tool", name, *options, "--error-exitcode", "9", *driver], **environment)
         for name, options in tools.items()
     }
     for name, (process, log) in children.items():
@@ -193,6 +189,6 @@ def sanitizer(run: Run) -> None:
 
 
 def cases() -> int:
-    from .cuda_ops import CASES
+    from bench.gpu_parts.sanitizer_cases import CASES
 
     return len(CASES)

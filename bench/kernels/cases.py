@@ -1,5 +1,6 @@
-"""What `bench.kernel_report` compiles, and what each kernel is held to: variants of Triton kernels,
-launches of CUDA kernels.
+"""Variants of Triton kernels and launches of CUDA kernels to compile.
+
+`bench.kernels.report` compiles them. Each declares what its machine code is held to.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int32": 4}
 class Case:
     """One variant of a Triton kernel.
 
-    ``types`` holds Triton's types of the runtime arguments; every argument that is not there is a
+    ``types`` holds Triton's types of the runtime arguments. Every argument that is not there is a
     constant, and None unless ``constants`` says otherwise. ``loads`` and ``stores`` are the dtypes
     of the contiguous streams. ``multiples`` are integers that 16 divides.
     """
@@ -26,16 +27,12 @@ class Case:
     kernel: str  # module.function in lift_kernels.ops.triton
     types: dict[str, str]
     constants: dict[str, object] = field(default_factory=dict)
-    loads: (
-        tuple[str, ...] | None
-    ) = ()  # None: not counted, for the compiler may copy to shared memory past the registers
+    loads: tuple[str, ...] | None = ()  # None: not counted, since the compiler may bypass the registers
     stores: tuple[str, ...] | None = ()
     multiples: tuple[str, ...] = ()  # of 16
-    options: dict[str, object] = field(
-        default_factory=dict
-    )  # of the compiler, in place of those of the streaming kernels
+    options: dict[str, object] = field(default_factory=dict)  # compiler options instead of the streaming kernels'
     tensor_cores: bool = False
-    wide_copies: bool = False  # all copies to shared memory past the registers are to move 128 bits
+    wide_copies: bool = False  # all copies to shared memory past the registers must move 128 bits
 
     def needed(self, streams: tuple[str, ...] | None) -> int:
         """128-bit accesses a thread makes when all of these streams move that wide."""
@@ -44,9 +41,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Launch:
-    """How a CUDA kernel is launched, and how many 128-bit accesses its machine code must have at
-    least.
-    """
+    """How a CUDA kernel is launched, and the least 128-bit accesses of its machine code."""
 
     threads: int = 256  # a block
     dynamic_shared: int = 0  # bytes a block; what is declared in the kernel is read from the machine code
@@ -73,8 +68,9 @@ CUDA_LAUNCHES = {
 def adamw_case(
     weight, grad, moments, *, master=False, births=False, packed=False, stochastic=False, scaled=False, aligned=True
 ):
-    """A variant of the AdamW kernel; dtypes as keys of `FORMATS`, ``scaled``: with inv_scale and
-    found_inf.
+    """A variant of the AdamW kernel.
+
+    Dtypes are keys of `FORMATS`. ``scaled``: with inv_scale and found_inf.
     """
     types = dict.fromkeys(("weights", "grads", "blocks"), "*i64")
     types |= {"indices": "*i32", "table": "*fp32", "last_age": "i32"}
@@ -127,8 +123,10 @@ def packed_cases():
 
 
 def weight_grad_case(dtype, out, precision="tf32", one=None):
-    """The fused product of a weight gradient with the launcher's tile; an fp32 one by TF32 or
-    exact. ``one``: the side "m" or "n" that is 1, which the compiler takes for a constant.
+    """The fused product of a weight gradient with the launcher's tile.
+
+    An fp32 one is by TF32 or exact. ``one``: the side "m" or "n" that is 1, which the compiler
+    takes for a constant.
     """
     from lift_kernels.ops.triton import packed_weight_grad
 
@@ -155,9 +153,7 @@ def weight_grad_case(dtype, out, precision="tf32", one=None):
 
 
 def select_cases():
-    """The passes over the tiles of a low-rank product, and the kernels that fill and list a
-    bitmap.
-    """
+    """The passes over the tiles of a low-rank product, and the kernels of bitmaps."""
     from lift_kernels.ops.triton import bitmap_to_indices, lowrank_topk
 
     factors = {"left": "*fp32", "right": "*fp32", "m": "i32", "n": "i32", "r": "i32", "bracket": "*i32"}

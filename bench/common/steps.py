@@ -1,0 +1,119 @@
+"""Optimizer steps to compare: `sparse_adamw_`, the authors' code, torch's dense AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from bench.common.arenas import Arena
+from bench.common.baselines import parameters
+from bench.common.timing import difference
+from lift_kernels import ops
+
+HYPER = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
+FP32, BF16 = torch.float32, torch.bfloat16
+DENSITY, RANK = 0.05, 64
+
+
+class SparseStep:
+    """`sparse_adamw_` on all matrices, ten steps into their training."""
+
+    def __init__(self, weights, grads, arena: Arena, moment=FP32, master=False, packed=False, stochastic=False):
+        self.weights, self.arena, self.packed, self.stochastic = weights, arena, packed, stochastic
+        flat = [index.long() for index in arena.lists()]
+        self.grads = [g.view(-1)[i] for g, i in zip(grads, flat)] if packed else grads
+        self.exp_avg, self.exp_avg_sq = arena.zeros(moment), arena.zeros(moment)
+        self.master = arena.zeros(FP32) if master else None
+        if master:
+            for weight, offset, index in zip(weights, arena.offsets, flat):
+                self.master[offset : offset + len(index)] = weight.view(-1)[index].float()
+        self.steps = torch.full((len(weights),), 10.0, device=arena.indices.device)
+
+    @torch.no_grad()  # as in the step of any optimizer
+    def __call__(self, backend: str | None = None) -> None:
+        arena = self.arena
+        ops.sparse_adamw_(
+            self.weights,
+            self.grads,
+            arena.indices,
+            arena.offsets,
+            arena.counts,
+            self.exp_avg,
+            self.exp_avg_sq,
+            self.steps,
+            master=self.master,
+            packed_grads=self.packed,
+            stochastic=self.stochastic,
+            seed=1,
+            backend=backend,
+            **HYPER,
+        )
+
+    def roofline_bytes(self) -> float:
+        """Bytes that a step moves at least.
+
+        Lines of weights are read and written, those of dense gradients are read. Each entry adds
+        its index (4 bytes), two moments read and written, a master read and written (8) and a
+        packed gradient. A weight that has a master is only written. But its lines must be read too,
+        since they are written in part.
+        """
+        lines = self.arena.line_bytes(self.weights[0].element_size()) * 2
+        stream = 4 + 4 * self.exp_avg.element_size() + (8 if self.master is not None else 0)
+        if self.packed:
+            stream += self.grads[0].element_size()
+        else:
+            lines += self.arena.line_bytes(self.grads[0].element_size())
+        return lines + self.arena.entries * stream
+
+    def check(self) -> str:
+        """What is wrong with two steps, or an empty string.
+
+        Whole weights are compared with the reference's. All tensors are put back.
+        """
+        state = [*self.weights, self.exp_avg, self.exp_avg_sq, *([] if self.master is None else [self.master])]
+        saved = [tensor.clone() for tensor in state]
+        results = []
+        for backend in ("reference", None):
+            for _ in range(2):
+                self(backend)
+            results.append([tensor.clone() for tensor in state])
+            for tensor, old in zip(state, saved):
+                tensor.copy_(old)
+        return difference(*results)
+
+
+class AuthorsStep:
+    """The step of the authors' code, rewritten.
+
+    It has a dense bool mask per parameter, boolean indexing, a dense update and a Python loop.
+    """
+
+    def __init__(self, weights: list[Tensor], grads: list[Tensor], arena: Arena):
+        self.weights, self.grads, self.step = weights, grads, 10
+        self.masks, self.exp_avg, self.exp_avg_sq = [], [], []
+        for weight, index in zip(weights, arena.lists()):
+            mask = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
+            mask[index.long()] = True
+            self.masks.append(mask.view_as(weight))
+            self.exp_avg.append(torch.zeros(len(index), dtype=weight.dtype, device=weight.device))
+            self.exp_avg_sq.append(torch.zeros(len(index), dtype=weight.dtype, device=weight.device))
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        beta1, beta2 = HYPER["betas"]
+        self.step += 1
+        size = HYPER["lr"] * (1 - beta2**self.step) ** 0.5 / (1 - beta1**self.step)
+        for weight, grad, mask, m, v in zip(self.weights, self.grads, self.masks, self.exp_avg, self.exp_avg_sq):
+            g = grad[mask]
+            m.mul_(beta1).add_(g, alpha=1 - beta1)
+            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            update = torch.zeros_like(weight)
+            update[mask] = m / v.sqrt().add_(HYPER["eps"])
+            weight.add_(update, alpha=-size)
+
+
+def dense_step(weights: Sequence[Tensor], grads: Sequence[Tensor], **flags: bool) -> Callable[[], None]:
+    """The step of torch's AdamW over parameters that share the weights."""
+    return torch.optim.AdamW(parameters(weights, grads), **HYPER, **flags).step

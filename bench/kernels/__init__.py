@@ -1,0 +1,1 @@
+"""What the Triton and CUDA kernels compile to. Needs no GPU."""

@@ -1,0 +1,39 @@
+"""The description of a table: columns, lines, and the rows of a CSV that they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+Selection = Mapping[str, str]
+"""CSV column to the text that a row has there. ``*`` stands for anything.
+
+The column ``file`` is the name of the CSV.
+"""
+
+Rows = list[tuple[str, Mapping[str, Selection]]]
+"""The label of each line, and which rows of the CSV the fields of its cells mean, by alias."""
+
+
+class TableError(ValueError):
+    """A marked table cannot be made."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A Markdown table made of the rows of a CSV, or of several.
+
+    Attributes:
+        csv: the name of the CSV, or several names with commas in between.
+        columns: headers and the format of their cells, as `bench.tables.render.Cell` reads it.
+        rows: one line each, its ``label`` (a field of that name) and which rows of the CSV its
+            other fields mean, by alias.
+        each: a line for every selected row of the CSV, under the alias ``row``.
+
+    A first cell like the one above it is left blank.
+    """
+
+    csv: str
+    columns: Mapping[str, str]
+    rows: Sequence[tuple[str, Mapping[str, Selection]]] = ()
+    each: Sequence[Selection] = field(default=())
