@@ -1,11 +1,15 @@
 """Fused kernels for LIFT fine-tuning, which trains only the principal weights of a model."""
 
-from .delta import apply_delta, delta_info, revert_delta, save_delta, switch_delta
+from typing import TYPE_CHECKING, Any
+
 from .masks import principal_indices
 from .nn import LiftLinear, lift_linear, lift_param_groups, pack_gradients, unpack
 from .ops import packed_gather, packed_l2_norm, packed_migrate, packed_scatter_, packed_weight_grad, sparse_adamw_
 from .ops.dispatch import Backend, backends
 from .optim import LiftAdamW, PackedState
+
+if TYPE_CHECKING:
+    from .delta import apply_delta, delta_info, revert_delta, save_delta, switch_delta
 
 __version__ = "0.1.0"
 
@@ -32,3 +36,19 @@ __all__ = [
     "switch_delta",
     "unpack",
 ]
+
+_DELTA = {"apply_delta", "delta_info", "revert_delta", "save_delta", "switch_delta"}
+
+
+def __getattr__(name: str) -> Any:
+    """Load `lift_kernels.delta` at its first use. Imports are faster without it."""
+    if name == "delta" or name in _DELTA:
+        from importlib import import_module
+
+        delta = import_module(".delta", __name__)
+        return delta if name == "delta" else getattr(delta, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
