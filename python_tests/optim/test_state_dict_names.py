@@ -1,7 +1,4 @@
-"""A loaded state belongs to the parameters of its names and lies on their devices.
-
-The order of the parameters does not matter.
-"""
+"""A loaded state belongs to the parameters of its names, in any order, and lies on their devices."""
 
 from __future__ import annotations
 
@@ -49,10 +46,7 @@ def same_state(one, other, optimizer, loaded):
 
 @pytest.mark.parametrize("order", [(3, 2, 1, 0), (1, 2, 0, 3)])
 def test_parameters_in_another_order(order):
-    """Masks and moments follow the names.
-
-    The next step has the bits of the saved run.
-    """
+    """Masks and moments follow the names, and the next step has the bits of the saved run."""
     weights, optimizer = saved_run()
     other = copies(weights)
     loaded = LiftAdamW([(NAMES[i], other[NAMES[i]]) for i in order], **OPTIONS, refresh_interval=None)
