@@ -1,6 +1,6 @@
 """Chebyshev-filtered subspace iteration: the top singular subspace of a batch of tall matrices.
 
-The recurrence of one degree is the op `lift_kernels.ops.chebyshev_step_`.
+The recurrence runs here. Its arithmetic is the op `chebyshev_step_` (`ops/subspace_ops.py`).
 """
 
 from __future__ import annotations

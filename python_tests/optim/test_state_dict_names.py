@@ -1,4 +1,4 @@
-"""A loaded state belongs to the parameters of its names, in any order, and lies on their devices."""
+"""A loaded state belongs to the parameters of its names, in any order, and on their devices."""
 
 from __future__ import annotations
 
