@@ -110,6 +110,25 @@ def test_every_module_can_be_imported():
     assert hidden == HIDDEN
 
 
+def test_no_test_imports_a_test():
+    for file in (ROOT / "python_tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in names if name.split(".")[-1].startswith("test_")], file
+
+
+def test_benches_are_imported_in_one_way():
+    """As ``bench.x``, without edits of the search path."""
+    files = list((ROOT / "bench").rglob("*.py"))
+    stems = {file.stem for file in files} - {"__init__", "__main__"} - sys.stdlib_module_names
+    for file in files:
+        text = file.read_text()
+        assert "sys.path" not in text, file
+        imported = {node.module for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
+        assert not imported & stems, file
+
+
 def test_no_folder_is_named_utils():
     roots = (PACKAGE, ROOT / "csrc", ROOT / "python_tests", ROOT / "bench")
     assert not [str(path) for root in roots for path in root.rglob("utils*")]
