@@ -125,7 +125,7 @@ def measure(build: Callable[[nn.Module], torch.optim.Optimizer], model: nn.Modul
     found = dict.fromkeys(PARTS, 0) | {"gradients": storage_bytes(tensors_within([p.grad for p in trained]))}
     optimizer.step()
     if isinstance(optimizer, LiftAdamW):
-        for arena in optimizer._arenas.values():
+        for arena in optimizer._table.arenas.values():
             for name, held in arena.buffers().items():
                 found["moments" if name.startswith("exp_avg") else name] += storage_bytes([held])
             found["moments"] += storage_bytes([arena.steps])

@@ -117,3 +117,8 @@ def check_finite(tensor: Tensor, name: str) -> None:
         raise ValueError(
             f"{name}: {bad} non-finite weights, the first at flat index {first}; repair or reload the weight"
         )
+
+
+def check_index_lists(lists, numels, names, device=None):
+    for i, n, name in zip(lists, numels, names):
+        check_index_list(i, n, name, device)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ..nn import trainable
+from ..nn.trainable import trainable_of
 from ..ops.packed_ops import packed_gather
 from ..optim.lift_adamw import LiftAdamW
 from ..validation import require
@@ -73,13 +73,13 @@ class LiftCallback(TrainerCallback):
             for p, entry in lift.state.items():
                 if "indices" in entry:
                     indices = entry["indices"].clone()  # a refresh at the end of this step overwrites the list
-                    matrix = trainable.matrix_of(p).detach()
+                    matrix = trainable_of(p).matrix.detach()
                     self._before.append((matrix, indices, packed_gather(matrix, indices)))
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         lift = _unwrap(optimizer)
         masks = {p: entry["indices"].numel() for p, entry in lift.state.items() if "indices" in entry}
-        self.figures["lift_density"] = sum(masks.values()) / max(1, sum(trainable.matrix_of(p).numel() for p in masks))
+        self.figures["lift_density"] = sum(masks.values()) / max(1, sum(trainable_of(p).matrix.numel() for p in masks))
         report = lift.last_refresh
         if report is not None and report.overlap is not None:
             self.figures["lift_mask_overlap"], self.figures["lift_refresh_seconds"] = report.overlap, report.seconds

@@ -18,12 +18,14 @@ def pack_on_accumulate(p: Tensor, indices: Tensor) -> None:
     """Pack the gradient of ``p`` from now on: its entries at ``indices`` go to ``p.lift_grad``."""
     p.lift_indices, p.lift_grad = indices, None  # type: ignore[attr-defined]
     _hooks[p] = p.register_post_accumulate_grad_hook(pack_gradient)
+    trainable.note_change()
 
 
 def remove_hook(p: Tensor) -> None:
     """Make the gradient of ``p`` an ordinary one again."""
     _hooks.pop(p).remove()
     p.lift_indices = p.lift_grad = None  # type: ignore[attr-defined]
+    trainable.note_change()
 
 
 def hooked_parameters(model: nn.Module) -> list[Tensor]:
@@ -39,4 +41,4 @@ def pack_gradient(p: Any) -> None:
     """
     packed = ops.packed_gather(p.grad, p.lift_indices, dtype=torch.float32)
     p.grad = None
-    p.lift_grad = packed if trainable.hooked_gradient(p) is None else p.lift_grad.add_(packed)
+    p.lift_grad = packed if p.lift_grad is None else p.lift_grad.add_(packed)

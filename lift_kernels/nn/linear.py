@@ -12,7 +12,6 @@ a state dict and every reference to it stay.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,9 +23,7 @@ from .. import ops
 from ..validation import check_index_list, check_matrix, require
 from . import trainable
 from .functional import lift_linear
-from .weight_version import WeightVersion, update_stale
-
-logger = logging.getLogger("lift_kernels")
+from .weight_version import follow_weight, regather, weight_version
 
 
 class PackedLinear(nn.Module):
@@ -51,7 +48,7 @@ class PackedLinear(nn.Module):
     _transposed = False
     _plain: type[nn.Module]
     _required_grad: bool  # of the weight, before
-    _seen: WeightVersion  # of the weight when values last agreed with it
+    _seen: tuple[int, int]  # version of the weight when values last agreed with it
 
     @staticmethod
     def check(module: nn.Module, name: str = "") -> None:
@@ -130,22 +127,21 @@ class PackedLinear(nn.Module):
 
         Entries that round to the weight's present value keep all their bits.
         """
-        changed = update_stale(self.values, ops.packed_gather(self.weight, self.indices))
+        changed = regather(self.values, self.weight, self.indices)
         self._mark()
         return changed
 
+    @torch.no_grad()
     def follow_weight(self) -> None:
         """`regather` if the weight was written since ``values`` last agreed with it.
 
         A warning names the layer when values changed.
         """
-        if self._seen != WeightVersion.of(self.weight) and self.regather():
-            logger.warning(
-                "%s was changed outside the optimizer; its values follow the new weight", self.lift_name or "a layer"
-            )
+        name = self.lift_name or "a layer"
+        self._seen = follow_weight(self._seen, self.values, self.weight, self.indices, name, "values follow the new weight")
 
     def _mark(self) -> None:
-        self._seen = WeightVersion.of(self.weight)
+        self._seen = weight_version(self.weight)
 
     @contextmanager
     def _without_values(self) -> Iterator[None]:
@@ -197,6 +193,8 @@ class PackedLinear(nn.Module):
                 "match the rows of the weight; unpack(model) and use LiftAdamW on the matrices (matrix mode)"
             )
         super().__setattr__(name, value)
+        if name == "weight":  # as load_state_dict(assign=True) does
+            trainable.note_change()
 
 
 def _moved(tensor: Tensor, fn) -> Tensor:

@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import logging
 
 import torch
 from torch import Tensor
 
+from .. import ops
 
-class WeightVersion(NamedTuple):
+logger = logging.getLogger("lift_kernels")
+
+
+def weight_version(weight: Tensor) -> tuple[int, int]:
     """Address and version counter of a weight. Another pair means that the weight was written."""
-
-    address: int
-    version: int
-
-    @classmethod
-    def of(cls, weight: Tensor) -> WeightVersion:
-        """The present pair of a weight."""
-        return cls(weight.data_ptr(), weight._version)
+    return weight.data_ptr(), weight._version
 
 
-def update_stale(values: Tensor, present: Tensor) -> bool:
-    """Let fp32 ``values`` follow the entries ``present`` of a weight.
+def regather(values: Tensor, weight: Tensor, indices: Tensor) -> bool:
+    """Let fp32 ``values`` follow the entries of a weight at ``indices``.
 
     Returns whether any value changed.
 
     A value that rounds to the weight's entry keeps all its bits. So loading a checkpoint of the
     model after that of the optimizer loses nothing.
     """
+    present = ops.packed_gather(weight.detach(), indices)
     stale = values.to(present.dtype) != present
     changed = bool(stale.any())
     if changed:
         values.copy_(torch.where(stale, present.float(), values))
     return changed
+
+
+def follow_weight(
+    seen: tuple[int, int] | None, values: Tensor, weight: Tensor, indices: Tensor, name: str, what: str
+) -> tuple[int, int]:
+    """`regather` if the weight was written since it was ``seen``.
+
+    If values change, a warning names the weight and says ``what`` follows. Returns what is seen now.
+    """
+    now = weight_version(weight)
+    if now != seen and regather(values, weight, indices):
+        logger.warning("%s was changed outside the optimizer; its %s", name, what)
+    return now

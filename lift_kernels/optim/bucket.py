@@ -3,51 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .. import ops
-from ..nn import trainable
-from ..validation import require
+from ..validation import check_gradient, require
+from .matrix_table import MatrixRef, MatrixTable
 from .packed_state import PackedState
 
 
-class Bucket(NamedTuple):
-    """The matrices of one launch. They share arena, group, and form and dtype of their
-    gradients.
+class Bucket:
+    """The matrices of one launch. They share arena, group, and form and dtype of gradients.
+
+    Attributes:
+        refs: the matrices.
+        grads: their present gradients.
+        packed: whether these hold the trained entries alone.
+        arena, rows: where the state is.
+        group: the options.
+        hooked: the matrices whose gradient a hook has packed.
     """
 
-    arena: PackedState
-    group: dict[str, Any]
-    packed: bool
-    rows: list[int]
-    parameters: list[Tensor]
-    grads: list[Tensor]
+    def __init__(self, refs: list[MatrixRef], packed: bool) -> None:
+        arena = refs[0].arena
+        assert arena is not None
+        self.arena: PackedState = arena
+        self.refs, self.packed, self.group = refs, packed, refs[0].group
+        self.rows = [ref.row for ref in refs]
+        self.grads: list[Tensor] = []
+        self.hooked = [ref for ref in refs if packed and ref.trainable.hooked]
+        self._values = [ref.parameter for ref in refs if ref.trainable.packed]
+        self._weights = [arena.weights[row] for row in self.rows]
+        self._segments = [arena.offsets[row] for row in self.rows], [arena.counts[row] for row in self.rows]
+        self._steps: Tensor | None = None
 
-    def segments(self) -> tuple[list[int], list[int]]:
-        """Offsets and counts of the matrices in the arena."""
-        return [self.arena.offsets[row] for row in self.rows], [self.arena.counts[row] for row in self.rows]
+    def begin(self, found_inf: Tensor | None) -> None:
+        """Prepare the step (`PackedState.begin_step`). ``found_inf`` may be on another device."""
+        self._steps = self.arena.begin_step(self.rows, self._here(found_inf))
 
     def norm(self, backend: str | None) -> Tensor:
         """Euclidean norm of the gradients at the trained entries, 0-dim fp32."""
-        offsets, counts = self.segments()
         return ops.packed_l2_norm(
-            self.grads, self.arena.indices, offsets, counts, packed_grads=self.packed, backend=backend
+            self.grads, self.arena.indices, *self._segments, packed_grads=self.packed, backend=backend
         )
 
-    def step(
-        self, steps: Tensor, inv_scale: Tensor | None, found_inf: Tensor | None, seed: int, backend: str | None
-    ) -> None:
-        """The fused update of these matrices. ``steps`` (n,) fp32 counts this one, too."""
-        arena, group, (offsets, counts) = self.arena, self.group, self.segments()
+    def step(self, inv_scale: Tensor | None, found_inf: Tensor | None, seed: int, backend: str | None) -> None:
+        """The fused update of these matrices, after `begin`."""
+        arena, group, steps = self.arena, self.group, self._steps
+        assert steps is not None
         ops.sparse_adamw_(
-            [arena.weights[row] for row in self.rows],
+            self._weights,
             self.grads,
             arena.indices,
-            offsets,
-            counts,
+            *self._segments,
             arena.exp_avg,
             arena.exp_avg_sq,
             steps,
@@ -57,14 +68,99 @@ class Bucket(NamedTuple):
             weight_decay=group["weight_decay"],
             master=arena.master,
             births=arena.births,
-            inv_scale=inv_scale,
-            found_inf=found_inf,
+            inv_scale=self._here(inv_scale),
+            found_inf=self._here(found_inf),
             packed_grads=self.packed,
             maximize=group["maximize"],
             stochastic=group["rounding"] == "stochastic",
             seed=seed,
             backend=backend,
         )
+        arena.end_step(self.rows, steps)
+        increment_version(self._values)  # They are views of the master with counters of their own.
+        for ref in self.hooked:
+            ref.trainable.clear()  # model.zero_grad() would not clear it.
+        self.grads, self._steps = [], None
+
+    def _here(self, number: Tensor | None) -> Tensor | None:
+        """A 0-dim number on the device of the arena."""
+        if number is None:
+            return None
+        return number.to(self.arena.indices.device, non_blocking=True).reshape(())
+
+
+class Sweep:
+    """The gradients of a step, in one pass over the parameters, and the buckets they belong to.
+
+    Buckets are kept until the table of matrices or the form of the gradients changes.
+    """
+
+    def __init__(self) -> None:
+        self._version = -1  # of the table that the buckets were made from
+        self._form: list[Any] = []  # of the last gradients
+        self._grads: list[Tensor | None] = []
+        self._packed: list[bool] = []
+        self._buckets: list[tuple[Bucket, list[int]]] = []  # with the places of their gradients in the pass
+        self._dense: list[tuple[dict[str, Any], list[Tensor]]] = []
+
+    def collect(self, table: MatrixTable) -> None:
+        """Take the present gradients.
+
+        Raises, naming the parameter, for a gradient that cannot be used.
+        """
+        grads, packed, form = [], [], []
+        for ref in table.refs:
+            trainable = ref.trainable
+            if trainable.hooked:
+                grad, is_packed = trainable.gradient(ref.name)
+            else:  # The same without a call for every matrix of every step.
+                grad, is_packed = ref.parameter.grad, trainable.packed
+            grads.append(grad)
+            packed.append(is_packed)
+            form.append(None if grad is None else (grad.dtype, grad.shape, grad.layout, grad.device, is_packed))
+        for p, _, _ in table.dense:
+            grad = p.grad
+            form.append(None if grad is None else (grad.dtype, grad.shape, grad.layout, grad.device))
+        if form != self._form or table.version != self._version:
+            self._version = -1
+            self._check(table, grads)
+        self._grads, self._packed, self._form = grads, packed, form
+
+    def buckets(self, table: MatrixTable) -> list[Bucket]:
+        """The launches of the matrices that have a gradient, all of which have a mask."""
+        if table.version != self._version:
+            self._sort(table)
+            self._version = table.version
+        for bucket, places in self._buckets:
+            bucket.grads = [self._grads[i] for i in places]  # type: ignore[misc]
+        self._grads = []  # A bucket drops its gradients when it has used them.
+        return [bucket for bucket, _ in self._buckets]
+
+    def dense(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
+        """The other parameters that have a gradient, by group."""
+        return self._dense
+
+    @staticmethod
+    def _check(table: MatrixTable, grads: list[Tensor | None]) -> None:
+        for ref, grad in zip(table.refs, grads):
+            if grad is not None and grad is ref.parameter.grad:
+                check_gradient(grad, ref.parameter, ref.name)
+        for p, _, name in table.dense:
+            if p.grad is not None:
+                check_gradient(p.grad, p, name, sparse=False)
+
+    def _sort(self, table: MatrixTable) -> None:
+        places: dict[tuple, list[int]] = {}
+        for i, (ref, grad) in enumerate(zip(table.refs, self._grads)):
+            if grad is not None:
+                key = id(ref.arena), id(ref.group), grad.dtype, self._packed[i]
+                places.setdefault(key, []).append(i)
+        self._buckets = [(Bucket([table.refs[i] for i in of_one], key[-1]), of_one) for key, of_one in places.items()]
+        dense: dict[int, tuple[dict[str, Any], list[Tensor]]] = {}
+        for p, group, _ in table.dense:
+            if p.grad is not None:
+                dense.setdefault(id(group), (group, []))[1].append(p)
+        self._dense = list(dense.values())
 
 
 def any_infinite(
@@ -74,7 +170,7 @@ def any_infinite(
 
     None without a scaler.
     """
-    hooked = [bucket for bucket in buckets if any(trainable.hooked_gradient(p) is not None for p in bucket.parameters)]
+    hooked = [bucket for bucket in buckets if bucket.hooked]
     if flag is None or not hooked:
         return flag
     require(
@@ -87,24 +183,31 @@ def any_infinite(
     return flag
 
 
-def clipping(
+def gradient_factor(
     buckets: Sequence[Bucket],
-    dense: Sequence[Tensor],
-    inv_scale: Tensor | None,
-    max_grad_norm: float,
+    dense: Sequence[tuple[dict[str, Any], list[Tensor]]],
+    scale: Tensor | None,
+    max_grad_norm: float | None,
     backend: str | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The factor of all gradients that clips them, and their norm before.
+    """The factor of all gradients, and their norm before it is clipped to ``max_grad_norm``.
 
-    The norm is over trained entries and the ``dense`` parameters together. Without any gradient
-    ``inv_scale`` comes back, and no norm. Nothing waits for the host.
+    The factor is the inverse of GradScaler's ``scale`` times the one that clips; None stands for 1.
+    The norm is over trained entries and ``dense`` parameters together. It is None where nothing is
+    clipped. Nothing waits for the host.
     """
-    norms = [bucket.norm(backend) for bucket in buckets]
-    norms += [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in dense if p.grad is not None]
-    if not norms:
+    inv_scale = None if scale is None else scale.reshape(()).reciprocal().float()
+    if max_grad_norm is None or not (buckets or dense):
         return inv_scale, None
+    norms = [bucket.norm(backend) for bucket in buckets]
+    norms += [
+        torch.linalg.vector_norm(p.grad, dtype=torch.float32)
+        for _, parameters in dense
+        for p in parameters
+        if p.grad is not None
+    ]
     norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device, non_blocking=True) for n in norms]))
-    scale = None if inv_scale is None else inv_scale.to(norm.device, non_blocking=True)
-    norm = norm if scale is None else norm * scale
+    inv_scale = None if inv_scale is None else inv_scale.to(norm.device, non_blocking=True)
+    norm = norm if inv_scale is None else norm * inv_scale
     factor = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
-    return factor if scale is None else factor * scale, norm
+    return factor if inv_scale is None else factor * inv_scale, norm

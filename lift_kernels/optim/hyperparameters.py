@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from typing import Any
@@ -10,10 +11,14 @@ import torch
 from torch import Tensor
 
 from ..masks.budget import check_rank, default_rank, trained_entries
-from ..nn import trainable
+from ..masks.lowrank import METHODS
+from ..masks.selection import check_selection
+from ..nn.trainable import Trainable, trainable_of
+from ..ops import dispatch
 from ..ops.bias_correction import last_age
 from ..validation import MOMENT_DTYPES, check_matrix, require
 
+logger = logging.getLogger("lift_kernels")
 OPTIONS = frozenset(
     {
         "lr",
@@ -75,37 +80,65 @@ def check_group(group: dict[str, Any]) -> None:
     require(group["lift"] in (True, False, None), f"lift must be True, False or None, got {group['lift']!r}")
 
 
-def check_lift_parameter(parameter: Tensor, group: dict[str, Any], name: str) -> None:
-    """Raise, naming the parameter, unless LIFT can train it with the group's rank and density."""
-    check_matrix(parameter, name)
-    check_rank(rank_of(parameter, group), parameter.shape[-2:], name)
-    entries_of(parameter, group, name)
+def check_settings(
+    selection: Any, max_grad_norm: float | None, backend: str | None, mask_method: str, warm_start: str | None
+) -> None:
+    """Raise ValueError, naming option and value, for a setting of a whole optimizer."""
+    check_selection(selection)
+    require(max_grad_norm is None or max_grad_norm > 0, f"max_grad_norm must be positive or None, got {max_grad_norm}")
     require(
-        group["rounding"] == "nearest" or parameter.dtype != torch.float32,
-        f"{name}: rounding='stochastic' is for bfloat16 and float16 weights, got {parameter.dtype}",
+        backend is None or backend in dispatch.NAMES,
+        f"unknown backend {backend!r}; choose one of {', '.join(dispatch.NAMES)}",
     )
+    require(mask_method in METHODS, f"unknown mask_method {mask_method!r}; choose one of {', '.join(METHODS)}")
+    require(warm_start in ("device", "cpu", None), f"warm_start must be 'device', 'cpu' or None, got {warm_start!r}")
 
 
-def is_sparse(parameter: Tensor, group: dict[str, Any]) -> bool:
+def check_parameter(parameter: Tensor, group: dict[str, Any], name: str, backend: str | None) -> None:
+    """Raise, naming the parameter, unless its group's options can train it."""
+    trainable = trainable_of(parameter)
+    if not is_sparse(trainable, group):
+        require(
+            not trainable.packed and not trainable.hooked,
+            f"{name} has packed gradients, which lift=False cannot train; unpack(model) first",
+        )
+        return
+    if backend is not None:
+        dispatch.choose(backend, parameter.device, "sparse_adamw_")
+    matrix = trainable.matrix
+    check_matrix(matrix, name)
+    rank, _ = mask_size(matrix, group, name)
+    check_rank(rank, matrix.shape[-2:], name)
+    require(
+        group["rounding"] == "nearest" or matrix.dtype != torch.float32,
+        f"{name}: rounding='stochastic' is for bfloat16 and float16 weights, got {matrix.dtype}",
+    )
+    require(
+        not trainable.packed or group["master"] is not None,
+        f"{name}: values of a packed layer are kept in fp32, so master=None cannot work; use matrix mode",
+    )
+    if group["lift"] is None and _EMBEDDING.search(name) is not None:
+        logger.warning(
+            "%s looks like an embedding or a head, which LIFT leaves out; use lift_param_groups(model), or say "
+            "lift=True or lift=False in its group",
+            name,
+        )
+
+
+def is_sparse(trainable: Trainable, group: dict[str, Any]) -> bool:
     """Whether LIFT trains this parameter.
 
     The group's ``lift`` decides. Where it is None, LIFT trains matrices and packed gradients.
     """
     if group["lift"] is not None:
         return group["lift"]
-    return parameter.dim() == 2 or trainable.is_values(parameter) or trainable.is_hooked(parameter)
+    return trainable.parameter.dim() == 2 or trainable.packed or trainable.hooked
 
 
-def looks_like_embedding(name: str) -> bool:
-    """Whether a parameter's name is that of an embedding table or an output head."""
-    return _EMBEDDING.search(name) is not None
+def mask_size(matrix: Tensor, group: dict[str, Any], name: str) -> tuple[int, int]:
+    """The rank with which a group selects entries of a matrix, and how many: r and k.
 
-
-def rank_of(matrix: Tensor, group: dict[str, Any]) -> int:
-    """The LRA rank with which a group selects entries of a matrix."""
-    return default_rank(matrix.shape, group["rank"])
-
-
-def entries_of(matrix: Tensor, group: dict[str, Any], name: str) -> int:
-    """k of a matrix, or of each matrix of a 3-D batch."""
-    return trained_entries(matrix.shape, group["density"], group["budget_rank"], name)
+    Both are those of each matrix of a 3-D batch. Raises, naming the matrix, for a k out of range.
+    """
+    k = trained_entries(matrix.shape, group["density"], group["budget_rank"], name)
+    return default_rank(matrix.shape, group["rank"]), k

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..masks.principal import Mask
+from .matrix_table import MatrixRef
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,6 @@ class RefreshReport:
         return self.not_converged
 
 
-class MatrixRef(NamedTuple):
-    """A matrix that an optimizer trains. ``number`` is its place among all sparse parameters."""
-
-    number: int
-    parameter: Tensor
-    group: dict[str, Any]
-    name: str
-
-
 def report_on(due: Sequence[MatrixRef], masks: Sequence[Mask], stayed: Sequence[Tensor] | None) -> RefreshReport:
     """The report of the new ``masks`` of the matrices ``due``.
 
@@ -110,13 +102,33 @@ class RefreshSchedule:
     def __init__(self) -> None:
         self._skipped: dict[int, Tensor | int] = {}  # by id of the group: skipped steps, not yet subtracted
 
-    def count_step(self, groups: Sequence[dict[str, Any]], found_inf: Tensor | None) -> None:
-        """Count a step of these groups. A step that ``found_inf`` skipped is subtracted later."""
+    def count_step(self, groups: Iterable[dict[str, Any]], found_inf: Tensor | None) -> bool:
+        """Count a step of these groups, and return whether some mask may be due.
+
+        A step that ``found_inf`` skipped is subtracted later.
+        """
+        may_be_due = False
         for group in groups:
             group["steps_since_refresh"] += 1
-            if found_inf is not None and group["refresh_schedule"] == "all":
+            spread = group["refresh_schedule"] == "spread"
+            if found_inf is not None and not spread:
                 # GradScaler adds up the flags of all devices.
                 self._skipped[id(group)] = self._skipped.get(id(group), 0) + (found_inf != 0).int()
+            may_be_due |= spread or self._is_due(group)
+        return may_be_due
+
+    def due(self, groups: Sequence[dict[str, Any]], refs: Sequence[MatrixRef]) -> list[MatrixRef]:
+        """The matrices of these groups that are due for a new mask.
+
+        Waits for the device only when an interval is over and some steps may have been skipped.
+        """
+        if any(self._is_due(group) for group in groups):
+            self.subtract_skipped(groups)
+        due = []
+        for group in groups:
+            own = [ref for ref in refs if ref.group is group and ref.arena is not None]
+            due += own if self._is_due(group) else self.turn(group, own)
+        return due
 
     def turn(self, group: dict[str, Any], matrices: Sequence[MatrixRef]) -> list[MatrixRef]:
         """The matrices of a spread group whose turn it is; none in a group with another schedule.
@@ -130,11 +142,11 @@ class RefreshSchedule:
         n, step = len(matrices), min(step, interval)
         return list(matrices[n * (step - 1) // interval : n * step // interval])
 
-    def due_groups(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The groups whose interval is over. Waits for the device only when there may be one."""
-        if any(self._is_due(group) for group in groups):
-            self.subtract_skipped(groups)
-        return [group for group in groups if self._is_due(group)]
+    def restart(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Count from zero again in the groups whose interval is over."""
+        for group in groups:
+            if self._is_due(group):
+                group["steps_since_refresh"] = 0
 
     def subtract_skipped(self, groups: Sequence[dict[str, Any]]) -> None:
         """Subtract skipped steps from the counts, when a refresh or a save is due.

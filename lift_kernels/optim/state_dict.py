@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ..masks.lowrank import check_basis
+from ..nn.trainable import trainable_of
 from ..validation import MOMENT_DTYPES, check_index_list, require
-from .hyperparameters import OPTIONS, check_group
+from .hyperparameters import OPTIONS, check_group, is_sparse
+from .matrix_table import MatrixTable
 
 logger = logging.getLogger("lift_kernels")
 VERSION = 1
@@ -216,3 +219,50 @@ def check_state_dict(
                     f"{name}: {key} must be one of {', '.join(map(str, dtypes))}, got {value.dtype}",
                     TypeError,
                 )
+
+
+def check_fits(state_dict: dict[str, Any], parameters: Sequence[Tensor], table: MatrixTable) -> None:
+    """Raise, naming the parameter, unless a state in own order fits an optimizer's parameters."""
+    refs = {ref.parameter: ref for ref in table.refs}
+    names = {ref.parameter: ref.name for ref in (*table.refs, *table.dense)}
+    matrices = [refs[p].trainable.matrix if p in refs else p for p in parameters]
+    check_state_dict(state_dict, matrices, [p in refs for p in parameters], [names[p] for p in parameters])
+    saved_groups = (group for group in state_dict["param_groups"] for _ in group["params"])
+    for p, group in zip(parameters, saved_groups):
+        require(
+            is_sparse(trainable_of(p), group) == (p in refs),
+            f"{names[p]}: lift={group['lift']} in the state dict, but this optimizer trains it "
+            f"{'sparsely' if p in refs else 'densely'}; build the optimizer with the groups that were saved",
+        )
+
+
+def before_load(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """What the hooks before `load_state_dict` make of a state dict, a copy."""
+    state_dict = state_dict.copy()
+    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        changed = hook(optimizer, state_dict)
+        state_dict = state_dict if changed is None else changed
+    return state_dict
+
+
+def load_dense(optimizer: Optimizer, load: Callable[[dict[str, Any]], None], state_dict: dict[str, Any]) -> None:
+    """Let torch load the options, and the state of parameters that LIFT does not train.
+
+    torch would cast other floating state to the parameter's dtype. The load hooks of the optimizer
+    do not run: they see the whole state, before or after.
+
+    Args:
+        load: ``torch.optim.Optimizer.load_state_dict`` of the optimizer.
+        state_dict: in own order.
+    """
+    dense = {i: entry for i, entry in state_dict["state"].items() if "indices" not in entry}
+    hooks = optimizer._optimizer_load_state_dict_pre_hooks, optimizer._optimizer_load_state_dict_post_hooks
+    optimizer._optimizer_load_state_dict_pre_hooks = OrderedDict()
+    optimizer._optimizer_load_state_dict_post_hooks = OrderedDict()
+    try:
+        load({**state_dict, "state": dense})
+    finally:
+        optimizer._optimizer_load_state_dict_pre_hooks, optimizer._optimizer_load_state_dict_post_hooks = hooks
+    for p, entry in optimizer.state.items():  # The fused step needs its count on the parameter's device.
+        if "step" in entry:
+            entry["step"] = torch.as_tensor(entry["step"], dtype=torch.float32, device=p.device).reshape(())

@@ -121,7 +121,7 @@ def test_memory_that_is_not_accounted_for_is_refused(small, monkeypatch):
 
     def wrong(model, **options):
         optimizer = right(model, **options)
-        for entry in optimizer._kept.values():  # a slice that keeps its whole storage
+        for entry in optimizer.state.values():  # a slice that keeps its whole storage
             entry["threshold"] = torch.zeros(4096)[0]
         return optimizer
 

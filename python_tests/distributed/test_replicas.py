@@ -47,6 +47,7 @@ def one_rank(monkeypatch):
 
     exchange = Noted(store := dist.HashStore(), 0, 2)
     monkeypatch.setattr(DigestExchange, "of_default_group", classmethod(lambda cls: exchange))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
     yield compared
     del store
 

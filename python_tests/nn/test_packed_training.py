@@ -15,6 +15,7 @@ from torch import nn
 
 from lift_kernels import LiftAdamW, pack_gradients
 from lift_kernels.nn.linear import PackedLinear
+from lift_kernels.optim.matrix_table import names_of
 
 CASES = {
     "plain": ({}, 1),
@@ -134,7 +135,7 @@ def test_options_that_cannot_work_name_the_layer():
     with pytest.raises(ValueError, match=r"a\.values has packed gradients, which lift=False cannot train"):
         LiftAdamW([groups[0] | {"lift": False}])
     optimizer = LiftAdamW([model.a.values, model.b.values])  # a list of parameters is enough
-    assert [name for _, _, name in optimizer._sparse_parameters()] == ["a", "b"]
+    assert names_of(optimizer.param_groups[0], 0) == ["a", "b"]
 
 
 def test_no_dense_gradient_is_kept():

@@ -139,20 +139,20 @@ def test_views_alias_the_arenas():
 
 
 def test_steps_count_only_their_rows():
-    """`next_steps` returns what a step will count, and `written` keeps it.
+    """`begin_step` returns what a step will count, and `end_step` keeps it.
 
     A skipped step counts nothing.
     """
     state, _, _ = make_state()
-    assert state.next_steps([0, 2]).tolist() == [8.0, 8.0] and state.steps.tolist() == [7] * 5
-    state.end_step([0, 2], state.next_steps([0, 2]))
+    assert state.begin_step([0, 2]).tolist() == [8.0, 8.0] and state.steps.tolist() == [7] * 5
+    state.end_step([0, 2], state.begin_step([0, 2]))
     assert state.steps.tolist() == [8, 7, 8, 7, 7]
-    state.end_step([4, 2], state.next_steps([4, 2], torch.tensor(1.0)))
+    state.end_step([4, 2], state.begin_step([4, 2], torch.tensor(1.0)))
     assert state.steps.tolist() == [8, 7, 8, 7, 7]
-    state.end_step([4, 2], state.next_steps([4, 2], torch.tensor(0.0)))
+    state.end_step([4, 2], state.begin_step([4, 2], torch.tensor(0.0)))
     assert state.steps.tolist() == [8, 7, 9, 7, 8]
     address = state.steps.data_ptr()
-    state.end_step(range(5), state.next_steps(range(5)))
+    state.end_step(range(5), state.begin_step(range(5)))
     assert state.steps.tolist() == [9, 8, 10, 8, 9] and state.steps.data_ptr() == address
 
 
@@ -211,7 +211,7 @@ def test_migrate_leaves_weights_alone_and_keeps_the_step_tensor_usable():
     before = [bits(w).clone() for w in weights]
     state.migrate([0, 1], new_lists(state, (50, 72, 129, 0, 1))[:2])
     assert all(torch.equal(bits(w), old) for w, old in zip(weights, before))
-    state.end_step([1, 0], state.next_steps([1, 0]))
+    state.end_step([1, 0], state.begin_step([1, 0]))
     assert state.steps.tolist() == [8, 8, 7, 7, 7]
 
 

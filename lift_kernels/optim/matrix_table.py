@@ -1,0 +1,216 @@
+"""MatrixTable: which matrices an optimizer trains, and where the state of each is."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..masks.principal import Mask
+from ..masks.selection import SelectionRequest, warm_part
+from ..nn import trainable
+from .hyperparameters import is_sparse, mask_size
+from .packed_state import PackedState
+
+
+@dataclass(slots=True, eq=False)
+class MatrixRef:
+    """A matrix that an optimizer trains.
+
+    Attributes:
+        number: its place among all parameters that LIFT trains.
+        parameter, group, name: the parameter, its group, and its name for messages.
+        trainable: where its gradient is, and its matrix.
+        arena, row: where its state is; None and -1 before the first mask.
+        warm: ``basis`` and ``threshold`` of its last mask, for a warm start.
+    """
+
+    number: int
+    parameter: Tensor
+    group: dict[str, Any]
+    name: str
+    trainable: trainable.Trainable
+    arena: PackedState | None = None
+    row: int = -1
+    warm: dict[str, Tensor] = field(default_factory=dict)
+
+    def request(self) -> SelectionRequest:
+        """What the next mask is made from."""
+        matrix = self.trainable.matrix.detach()
+        grad = self.parameter.grad if self.parameter.shape == matrix.shape else None
+        rank, k = mask_size(matrix, self.group, self.name)
+        return SelectionRequest(matrix, grad, rank, k, self.name, self.number, self.warm)
+
+    def check_renewable(self, drop_gradients: bool) -> None:
+        """Raise if another optimizer, or a packed gradient, forbids a new mask."""
+        other = next((layer.stepped_by for layer in self.trainable.layers if layer.stepped_by), None)
+        if other is not None:
+            raise RuntimeError(
+                f"{self.name} is trained by {other} too, whose state would belong to other entries after a refresh; "
+                "train it by LiftAdamW alone"
+            )
+        if not drop_gradients and self.trainable.pending:
+            raise RuntimeError(
+                f"{self.name} has a packed gradient, whose entries a refresh would exchange; call step() or "
+                "zero_grad() first, or refresh(drop_gradients=True)"
+            )
+
+    def views(self) -> dict[str, Tensor]:
+        """Views of its state (`PackedState.views`)."""
+        assert self.arena is not None, f"{self.name} has no mask yet"
+        return self.arena.views(self.row)
+
+
+class DenseRef(NamedTuple):
+    """A parameter that torch's AdamW trains."""
+
+    parameter: Tensor
+    group: dict[str, Any]
+    name: str
+
+
+def names_of(group: dict[str, Any], number: int) -> list[str]:
+    """Names of the parameters of a group for messages; ``number`` is that of the group."""
+    return group.get("param_names") or [
+        trainable.trainable_of(p).name or f"parameter {i} of group {number}" for i, p in enumerate(group["params"])
+    ]
+
+
+class MatrixTable:
+    """The parameters of an optimizer, those that LIFT trains with their state.
+
+    Attributes:
+        refs: the matrices, in the order of the groups.
+        dense: the other parameters.
+        missing: matrices that have no mask yet.
+        unseen: matrices with an index list that other ranks have not seen, as keys.
+        arenas: by device, dtypes and form of state.
+        version: a number that rises when any of these change, or the layout of an arena.
+    """
+
+    def __init__(self) -> None:
+        self.refs: list[MatrixRef] = []
+        self.dense: list[DenseRef] = []
+        self.missing: list[MatrixRef] = []
+        self.unseen: dict[MatrixRef, None] = {}
+        self.arenas: dict[tuple, PackedState] = {}
+        self.version = 0
+        self._known: dict[Tensor, MatrixRef] = {}
+        self._key: list[Any] = []  # what `refs` and `dense` were made from
+        self._shown = 0  # the version that `publish` has shown
+
+    def follow(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Build the lists again if groups, their parameters or the kinds of these changed."""
+        key: list[Any] = [trainable.version]
+        for group in groups:
+            key += id(group), group["lift"], *map(id, group["params"])
+        if key == self._key:
+            return
+        self.refs, self.dense = [], []
+        for number, group in enumerate(groups):
+            for p, name in zip(group["params"], names_of(group, number)):
+                kind = trainable.trainable_of(p)
+                if is_sparse(kind, group):
+                    self._take(p, group, name, kind)
+                else:
+                    self.dense.append(DenseRef(p, group, name))
+        self.missing = [ref for ref in self.refs if ref.arena is None]
+        self._key, self.version = key, self.version + 1
+
+    def _take(self, p: Tensor, group: dict[str, Any], name: str, kind: trainable.Trainable) -> None:
+        ref = self._known.setdefault(p, MatrixRef(0, p, group, name, kind))
+        ref.number, ref.group, ref.name, ref.trainable = len(self.refs), group, name, kind
+        if ref.arena is not None and kind.layers:
+            ref.arena.weights[ref.row] = kind.matrix  # load_state_dict(assign=True) brings a new one.
+        self.refs.append(ref)
+
+    def adopt(self, refs: Sequence[MatrixRef], entries: Sequence[dict[str, Any]], warm_start: str | None) -> None:
+        """Put matrices into the arenas of their kind, with their index lists and moments if given.
+
+        Args:
+            entries: of `PackedState.append`, with lists that need no check.
+            warm_start: where bases are kept, an option of LiftAdamW.
+        """
+        kinds = defaultdict(list)
+        for ref, entry in zip(refs, entries):
+            kinds[_kind(ref)].append((ref, entry))
+        for kind, members in kinds.items():
+            device, _, state_dtype, master, births = kind
+            arena = self.arenas.get(kind) or PackedState(device, state_dtype, master=master, births=births)
+            matrices, lists = [ref.trainable.matrix for ref, _ in members], [entry for _, entry in members]
+            first = len(arena.weights)
+            arena.append(matrices, lists, [ref.name for ref, _ in members], validate=False)
+            self.arenas[kind] = arena
+            for row, (ref, entry) in enumerate(members, start=first):
+                ref.arena, ref.row = arena, row
+                ref.warm = warm_part(entry, ref.parameter, warm_start)
+        self.missing = [ref for ref in self.refs if ref.arena is None]
+        self.unseen.update(dict.fromkeys(refs))
+        self.version += 1
+
+    def migrate(
+        self, refs: Sequence[MatrixRef], masks: Sequence[Mask], warm_start: str | None, backend: str | None
+    ) -> list[Tensor]:
+        """Give matrices new masks, which need no check.
+
+        Returns for each how many entries of the new mask were in the old one, 0-dim on its device.
+        """
+        layouts = [arena.layout for arena in self.arenas.values()]
+        kept: dict[int, Tensor] = {}
+        for arena in self.arenas.values():
+            members = [i for i, ref in enumerate(refs) if ref.arena is arena]
+            if members:
+                rows, lists = [refs[i].row for i in members], [masks[i].indices for i in members]
+                kept.update(zip(members, arena.migrate(rows, lists, validate=False, backend=backend).unbind()))
+        for ref, mask in zip(refs, masks):
+            ref.warm = warm_part(mask._asdict(), ref.parameter, warm_start)
+        self.unseen.update(dict.fromkeys(refs))
+        if layouts != [arena.layout for arena in self.arenas.values()]:
+            self.version += 1
+        return [kept[i] for i in range(len(refs))]
+
+    def publish(self, refs: Iterable[MatrixRef], state: dict[Tensor, Any]) -> None:
+        """Show the state of matrices with a new mask as ``optimizer.state[p]``.
+
+        Views of the arenas stay right while their layout does. Else those of all matrices are new.
+        """
+        if self._shown == self.version:
+            for ref in refs:
+                entry = state[ref.parameter]
+                for key in ("basis", "threshold"):
+                    entry.pop(key, None)
+                entry.update(ref.warm)
+            return
+        for ref in self._known.values():
+            if ref.arena is not None:
+                state[ref.parameter] = ref.views() | ref.warm
+                ref.trainable.bind(state[ref.parameter])
+        self._shown = self.version
+
+    def unseen_lists(self) -> dict[str, list[Tensor]]:
+        """The index lists that other ranks have not seen, by name."""
+        lists = defaultdict(list)
+        for ref in self.unseen:
+            lists[ref.name].append(ref.views()["indices"])
+        return lists
+
+    def matrix_of(self, parameter: Tensor) -> Tensor | None:
+        """The matrix that a parameter trains, or None where it has no mask."""
+        ref = self._known.get(parameter)
+        return None if ref is None or ref.arena is None else ref.trainable.matrix
+
+    def tensors(self) -> list[Tensor]:
+        """All buffers of the arenas."""
+        return [t for arena in self.arenas.values() for t in (*arena.buffers().values(), arena.steps)]
+
+
+def _kind(ref: MatrixRef) -> tuple[torch.device, torch.dtype, torch.dtype, bool, bool]:
+    """Device, weight dtype and form of state: those of one kind share an arena."""
+    matrix, group = ref.trainable.matrix, ref.group
+    # The values of a packed layer are the master, in fp32 as well.
+    master = ref.trainable.packed or (group["master"] is not None and matrix.dtype != torch.float32)
+    return matrix.device, matrix.dtype, group["state_dtype"], master, group["bias_correction"] == "per_entry"
