@@ -60,6 +60,26 @@ bool is_vector(const Tensor& tensor, ScalarType dtype, int64_t size) {
   return tensor.scalar_type() == dtype && tensor.dim() == 1 && tensor.size(0) == size && tensor.is_contiguous();
 }
 
+// Whether segments lie within an arena of `size` entries.
+bool segments_fit(const std::vector<int64_t>& offsets, const std::vector<int64_t>& counts, int64_t size) {
+  for (size_t i = 0; i < offsets.size(); ++i)
+    if (offsets[i] < 0 || counts[i] < 0 || offsets[i] > size || counts[i] > size - offsets[i]) return false;
+  return true;
+}
+
+// Whether index lists and optimizer state are arenas of one length and of supported dtypes.
+bool are_arenas(const Tensor& indices, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+                const std::optional<Tensor>& master, const std::optional<Tensor>& births) {
+  if (indices.dim() != 1) return false;
+  const int64_t size = indices.size(0);
+  const ScalarType moment = exp_avg.scalar_type();
+  return (moment == ScalarType::Float || moment == ScalarType::BFloat16) &&
+         is_vector(indices, ScalarType::Int, size) && is_vector(exp_avg, moment, size) &&
+         is_vector(exp_avg_sq, moment, size) &&
+         (!master.has_value() || is_vector(*master, ScalarType::Float, size)) &&
+         (!births.has_value() || is_vector(*births, ScalarType::Int, size));
+}
+
 bool is_optional_scalar(const std::optional<Tensor>& tensor) {
   return !tensor.has_value() || (tensor->scalar_type() == ScalarType::Float && tensor->numel() == 1);
 }
@@ -78,27 +98,22 @@ bool is_float(ScalarType dtype) {
 // Whether every tensor of a step has the dtype, shape and layout that the kernel assumes. On false
 // the Python layer validates again and raises the detailed error.
 bool fast_check(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, const Tensor& indices,
-                      const std::vector<int64_t>& offsets, const std::vector<int64_t>& counts, const Tensor& exp_avg,
-                      const Tensor& exp_avg_sq, const Tensor& steps, const std::optional<Tensor>& master,
-                      const std::optional<Tensor>& births, const std::optional<Tensor>& inv_scale,
-                      const std::optional<Tensor>& found_inf, bool packed_grads, bool stochastic) {
+                const std::vector<int64_t>& offsets, const std::vector<int64_t>& counts, const Tensor& exp_avg,
+                const Tensor& exp_avg_sq, const Tensor& steps, const std::optional<Tensor>& master,
+                const std::optional<Tensor>& births, const std::optional<Tensor>& inv_scale,
+                const std::optional<Tensor>& found_inf, bool packed_grads, bool stochastic) {
   const size_t n = weights.size();
   if (n == 0 || grads.size() != n || offsets.size() != n || counts.size() != n || indices.dim() != 1) return false;
   const int64_t size = indices.size(0);
-  const ScalarType weight = weights[0].scalar_type(), grad = grads[0].scalar_type(), moment = exp_avg.scalar_type();
-  if (!is_float(weight) || !is_float(grad) || (moment != ScalarType::Float && moment != ScalarType::BFloat16))
-    return false;
+  const ScalarType weight = weights[0].scalar_type(), grad = grads[0].scalar_type();
+  if (!is_float(weight) || !is_float(grad)) return false;
   if (stochastic && (master.has_value() || weight == ScalarType::Float)) return false;
-  if (!is_vector(indices, ScalarType::Int, size) || !is_vector(exp_avg, moment, size) ||
-      !is_vector(exp_avg_sq, moment, size) || !is_vector(steps, ScalarType::Float, int64_t(n)) ||
-      (master.has_value() && !is_vector(*master, ScalarType::Float, size)) ||
-      (births.has_value() && !is_vector(*births, ScalarType::Int, size)) || !is_optional_scalar(inv_scale) ||
-      !is_optional_scalar(found_inf))
+  if (!are_arenas(indices, exp_avg, exp_avg_sq, master, births) || !is_vector(steps, ScalarType::Float, int64_t(n)) ||
+      !is_optional_scalar(inv_scale) || !is_optional_scalar(found_inf) || !segments_fit(offsets, counts, size))
     return false;
   for (size_t i = 0; i < n; ++i) {
     const Tensor &w = weights[i], &g = grads[i];
     if (w.scalar_type() != weight || g.scalar_type() != grad || !w.is_contiguous() || !g.is_contiguous()) return false;
-    if (offsets[i] < 0 || counts[i] < 0 || offsets[i] > size || counts[i] > size - offsets[i]) return false;
     if (packed_grads ? g.numel() != counts[i] : !same_shape(w, g)) return false;
   }
   return true;
@@ -163,16 +178,59 @@ void packed_migrate(Tensor values, Tensor old_indices, Tensor new_indices, Tenso
                            parallel_for);
 }
 
-Tensor packed_square_sums(std::vector<Tensor> grads, Tensor indices, std::vector<int64_t> offsets,
-                          std::vector<int64_t> counts, bool packed_grads) {
+// Nothing if there is no gradient, or one that the kernel cannot take. As after `fast_check`, the
+// Python layer then raises the detailed error, or copies gradients to row-major order.
+std::optional<Tensor> packed_square_sums(std::vector<Tensor> grads, Tensor indices, std::vector<int64_t> offsets,
+                                         std::vector<int64_t> counts, bool packed_grads) {
+  if (grads.empty() || grads.size() != offsets.size() || grads.size() != counts.size() || indices.dim() != 1 ||
+      !is_vector(indices, ScalarType::Int, indices.size(0)) || !segments_fit(offsets, counts, indices.size(0)) ||
+      !is_float(grads[0].scalar_type()))
+    return std::nullopt;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    if (grads[i].scalar_type() != grads[0].scalar_type() || !grads[i].is_contiguous()) return std::nullopt;
+    if (packed_grads && grads[i].numel() != counts[i]) return std::nullopt;
+  }
   const std::vector<lift::Segment> segments = segments_of(grads, offsets, counts);
-  STD_TORCH_CHECK(!segments.empty(), "lift_kernels_native: packed_square_sums needs a gradient");
   const int64_t n = int64_t(segments.size());
   const std::vector<int64_t> shape{lift::square_sum_blocks(segments.data(), n)};
   Tensor partials = torch::stable::empty({shape.data(), shape.size()}, ScalarType::Double);
   lift::packed_square_sums_cpu(segments.data(), n, static_cast<const int32_t*>(indices.data_ptr()), dtype_of(grads[0]),
                                packed_grads, static_cast<double*>(partials.data_ptr()), parallel_for);
   return partials;
+}
+
+// Returns how many entries of each matrix stay. Returns nothing, and has changed nothing, if an
+// argument is not as the kernel assumes.
+std::optional<Tensor> arena_migrate_(std::vector<Tensor> weights, std::vector<Tensor> new_indices, Tensor indices,
+                                     std::vector<int64_t> offsets, std::vector<int64_t> counts, Tensor exp_avg,
+                                     Tensor exp_avg_sq, Tensor steps, std::optional<Tensor> master,
+                                     std::optional<Tensor> births) {
+  const size_t n = weights.size();
+  if (n == 0 || new_indices.size() != n || offsets.size() != n || counts.size() != n ||
+      !are_arenas(indices, exp_avg, exp_avg_sq, master, births) || !is_vector(steps, ScalarType::Float, int64_t(n)) ||
+      !segments_fit(offsets, counts, indices.size(0)))
+    return std::nullopt;
+  const ScalarType weight = weights[0].scalar_type();
+  if (!is_float(weight)) return std::nullopt;
+  const float* step = static_cast<const float*>(steps.data_ptr());
+  std::vector<lift::Migration> matrices(n);
+  for (size_t i = 0; i < n; ++i) {
+    const int64_t count = new_indices[i].numel();
+    if (weights[i].scalar_type() != weight || !weights[i].is_contiguous() ||
+        !is_vector(new_indices[i], ScalarType::Int, count) || count > weights[i].numel() ||
+        count > indices.size(0) - offsets[i])
+      return std::nullopt;
+    matrices[i] = {weights[i].data_ptr(), static_cast<const int32_t*>(new_indices[i].data_ptr()), offsets[i], counts[i],
+                   count, int32_t(step[i])};
+  }
+  const lift::MigrationArenas arenas{static_cast<int32_t*>(indices.data_ptr()), exp_avg.data_ptr(),
+                                     exp_avg_sq.data_ptr(), pointer_or_null<float>(master),
+                                     pointer_or_null<int32_t>(births)};
+  const std::vector<int64_t> shape{int64_t(n)};
+  Tensor kept = torch::stable::empty({shape.data(), shape.size()}, ScalarType::Long);
+  lift::arena_migrate_cpu(matrices.data(), int64_t(n), arenas, dtype_of(weights[0]), int(exp_avg.element_size()),
+                          static_cast<int64_t*>(kept.data_ptr()), parallel_for);
+  return kept;
 }
 
 double lowrank_topk(Tensor left, Tensor right, double low, double high, Tensor indices) {
@@ -321,7 +379,10 @@ STABLE_TORCH_LIBRARY(lift_kernels_native, m) {
   m.def("packed_gather(Tensor source, Tensor indices, Tensor(a!) out) -> ()");
   m.def("packed_scatter_(Tensor(a!) dest, Tensor indices, Tensor values) -> ()");
   m.def("packed_migrate(Tensor values, Tensor old_indices, Tensor new_indices, Tensor(a!) out) -> ()");
-  m.def("packed_square_sums(Tensor[] grads, Tensor indices, int[] offsets, int[] counts, bool packed_grads) -> Tensor");
+  m.def(
+      "arena_migrate_(Tensor[] weights, Tensor[] new_indices, Tensor(a!) indices, int[] offsets, int[] counts, "
+      "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor steps, Tensor(d!)? master, Tensor(e!)? births) -> Tensor?");
+  m.def("packed_square_sums(Tensor[] grads, Tensor indices, int[] offsets, int[] counts, bool packed_grads) -> Tensor?");
   m.def("lowrank_topk(Tensor left, Tensor right, float low, float high, Tensor(a!) indices) -> float");
   m.def("packed_weight_grad(Tensor grad_output, Tensor input, Tensor indices, Tensor(a!) out) -> ()");
   m.def("gaussian_sketch_(Tensor(a!) block, int seed, int first) -> ()");
@@ -345,6 +406,7 @@ STABLE_TORCH_LIBRARY_IMPL(lift_kernels_native, CPU, m) {
   m.impl("packed_gather", TORCH_BOX(&packed_gather));
   m.impl("packed_scatter_", TORCH_BOX(&packed_scatter_));
   m.impl("packed_migrate", TORCH_BOX(&packed_migrate));
+  m.impl("arena_migrate_", TORCH_BOX(&arena_migrate_));
   m.impl("packed_square_sums", TORCH_BOX(&packed_square_sums));
   m.impl("lowrank_topk", TORCH_BOX(&lowrank_topk));
   m.impl("packed_weight_grad", TORCH_BOX(&packed_weight_grad));

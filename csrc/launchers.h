@@ -58,6 +58,33 @@ void packed_scatter_cpu(void* dest, DType to, const int32_t* indices, int64_t k,
 // The caller fills `out` with the values of new entries. `width` is bytes per value, 2 or 4.
 void packed_migrate_cpu(const void* values, int width, const int32_t* old_indices, int64_t k_old,
                         const int32_t* new_indices, int64_t k_new, void* out, ParallelFor parallel_for);
+
+// One matrix that gets a new index list: its weight, the list, and its segment of the arenas. The
+// arenas have room for either count from `offset` on.
+struct Migration {
+  const void* weight;
+  const int32_t* new_indices;
+  int64_t offset;
+  int64_t old_count;
+  int64_t new_count;
+  int32_t step;  // number of updates of this matrix
+};
+
+// What moves along. Missing optional arenas are null.
+struct MigrationArenas {
+  int32_t* indices;
+  void* exp_avg;
+  void* exp_avg_sq;
+  float* master;
+  int32_t* births;
+};
+
+// Entries in both lists keep their values. Entering ones get zero moments, the weight's value and
+// the step. `kept` gets the number of entries that stay, by matrix. Scratch is 8 bytes an entry of
+// 2^20 or of the largest list.
+void arena_migrate_cpu(const Migration* matrices, int64_t n, const MigrationArenas& arenas, DType weight,
+                       int moment_width, int64_t* kept, ParallelFor parallel_for);
+
 // Writes one sum of squares per block of kSquareSumBlock entries, in the order of the segments.
 // Only grad, offset and count of a segment are read.
 constexpr int64_t kSquareSumBlock = 8192;

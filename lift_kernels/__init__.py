@@ -4,7 +4,15 @@ from typing import TYPE_CHECKING, Any
 
 from .masks import principal_indices
 from .nn import LiftLinear, lift_linear, lift_param_groups, pack_gradients, unpack
-from .ops import packed_gather, packed_l2_norm, packed_migrate, packed_scatter_, packed_weight_grad, sparse_adamw_
+from .ops import (
+    arena_migrate_,
+    packed_gather,
+    packed_l2_norm,
+    packed_migrate,
+    packed_scatter_,
+    packed_weight_grad,
+    sparse_adamw_,
+)
 from .ops.dispatch import Backend, backends
 from .optim import LiftAdamW, PackedState
 
@@ -19,6 +27,7 @@ __all__ = [
     "LiftLinear",
     "PackedState",
     "apply_delta",
+    "arena_migrate_",
     "backends",
     "delta_info",
     "lift_linear",

@@ -16,6 +16,7 @@ A fake checks its arguments like the op itself. A single meta tensor among the a
 call to the fake, which would otherwise silently do nothing.
 """
 
+from .arena_migrate import arena_migrate_
 from .lowrank_topk import bitmap_to_indices, lowrank_topk
 from .packed_ops import packed_gather, packed_l2_norm, packed_migrate, packed_scatter_
 from .packed_weight_grad import packed_weight_grad
@@ -23,6 +24,7 @@ from .sparse_adamw import sparse_adamw_
 from .subspace_ops import chebyshev_step_, cholesky_qr_, gaussian_sketch
 
 __all__ = [
+    "arena_migrate_",
     "bitmap_to_indices",
     "chebyshev_step_",
     "cholesky_qr_",

@@ -1,17 +1,16 @@
 """Argument checks of the ops.
 
 Each check raises before anything is changed. Its message names the argument, its value and what is
-needed. Only `check_segments` reads the contents of a tensor, so only it waits for the device.
+needed. No check here reads the contents of a tensor. `arena_checks` has the checks of the ops that
+work on the arenas of many matrices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from ..validation import MAX_ENTRIES, MOMENT_DTYPES, WEIGHT_DTYPES, check_index_list, require
+from ..validation import MAX_ENTRIES, MOMENT_DTYPES, WEIGHT_DTYPES, require
 
 
 def describe(tensor: Tensor) -> str:
@@ -117,16 +116,6 @@ def check_weight_grad(
     require(dtype in dtypes, f"dtype must be one of {', '.join(map(str, dtypes))}, got {dtype}", TypeError)
 
 
-def check_norm(
-    grads: Sequence[Tensor], indices: Tensor, offsets: Sequence[int], counts: Sequence[int], packed_grads: bool
-) -> None:
-    """Check the arguments of `packed_l2_norm`."""
-    check_arena(grads, indices, offsets, counts, "grads")
-    check_grads(grads, grads, counts, packed_grads)
-    for grad in grads[:1]:
-        require(grad.device == indices.device, f"gradient 0 is on {grad.device}, indices on {indices.device}")
-
-
 def check_topk(left: Tensor, right: Tensor, k: int, bracket: Tensor | None) -> None:
     """Check the arguments of `lowrank_topk`."""
     for label, factor in (("left", left), ("right", right)):
@@ -214,136 +203,3 @@ def check_edge(product: Tensor, block: Tensor, previous: Tensor | None, edge: Te
     if previous is not None:
         check_float32(previous, "previous", block.shape, block.device)
     check_float32(edge, "edge", block.shape[:1], block.device)
-
-
-def check_arena(
-    tensors: Sequence[Tensor], indices: Tensor, offsets: Sequence[int], counts: Sequence[int], label: str
-) -> None:
-    """Check that there is one segment per tensor and that each lies within an int32 arena."""
-    require(
-        len(tensors) == len(offsets) == len(counts),
-        f"{label}, offsets and counts must be equally long, got {len(tensors)}, {len(offsets)}, {len(counts)}",
-    )
-    check_index_vector(indices)
-    size = indices.numel()
-    for i, (offset, count) in enumerate(zip(offsets, counts)):
-        if offset < 0 or count < 0 or offset + count > size:
-            raise IndexError(f"segment {i} ({offset} + {count}) does not fit in an arena of {size} entries")
-
-
-def check_segments(matrices: Sequence[Tensor], indices: Tensor, offsets: Sequence[int], counts: Sequence[int]) -> None:
-    """Check that segments do not overlap and hold index lists. Waits for the device."""
-    end = 0
-    for offset, count, i in sorted(zip(offsets, counts, range(len(counts)))):
-        require(
-            count == 0 or offset >= end, f"segment {i} ({offset} + {count}) overlaps the segment that ends at {end}"
-        )
-        end = max(end, offset + count)
-    for i, (matrix, offset, count) in enumerate(zip(matrices, offsets, counts)):
-        check_index_list(indices[offset : offset + count], matrix.numel(), f"matrix {i}")
-
-
-def check_grads(grads: Sequence[Tensor], weights: Sequence[Tensor], counts: Sequence[int], packed_grads: bool) -> None:
-    """Check for gradients of one dtype on one device.
-
-    Dense gradients have the shapes of their weights. Packed ones are as long as the index lists.
-    """
-    for i, (grad, weight, count) in enumerate(zip(grads, weights, counts)):
-        if grad.layout != torch.strided:
-            raise ValueError(f"gradient {i} must be dense (strided), got layout {grad.layout}")
-        if grad.dtype not in WEIGHT_DTYPES or grad.dtype != grads[0].dtype:
-            raise TypeError(f"gradient {i} must be float32, bfloat16 or float16 like the others, got {grad.dtype}")
-        if grad.device != grads[0].device:
-            raise ValueError(f"gradient {i} is on {grad.device}, gradient 0 on {grads[0].device}")
-        if packed_grads and grad.numel() != count:
-            raise ValueError(f"packed gradient {i} has {grad.numel()} entries, its index list {count}")
-        if not packed_grads and grad.shape != weight.shape:
-            raise ValueError(f"gradient {i} has shape {tuple(grad.shape)}, its weight {tuple(weight.shape)}")
-
-
-def check_weights(weights: Sequence[Tensor], grads: Sequence[Tensor], device: torch.device) -> None:
-    """Check for contiguous weights of one dtype, on the device of the arenas and gradients."""
-    for i, (weight, grad) in enumerate(zip(weights, grads)):
-        if weight.dtype not in WEIGHT_DTYPES or weight.dtype != weights[0].dtype:
-            raise TypeError(f"weight {i} must be float32, bfloat16 or float16 like the others, got {weight.dtype}")
-        if not weight.is_contiguous():
-            raise ValueError(f"weight {i} must be contiguous, got strides {weight.stride()}")
-        if weight.device != device or grad.device != device:
-            raise ValueError(f"weight {i} is on {weight.device}, its gradient on {grad.device}, indices on {device}")
-
-
-def fast_check(
-    weights: Sequence[Tensor], grads: Sequence[Tensor], counts: Sequence[int], packed_grads: bool, device: torch.device
-) -> bool:
-    """Return whether `check_grads` and `check_weights` would pass (in doubt, False).
-
-    It takes a fifth of their time. Every step checks hundreds of matrices, and Python is slow when
-    the caches are full of gradients.
-    """
-    if not weights or weights[0].dtype not in WEIGHT_DTYPES or grads[0].dtype not in WEIGHT_DTYPES:
-        return False
-    w_dtype, g_dtype = weights[0].dtype, grads[0].dtype
-    return all(
-        w.dtype is w_dtype
-        and g.dtype is g_dtype
-        and g.layout is torch.strided
-        and w.device == device
-        and g.device == device
-        and w.is_contiguous()
-        and (g.numel() == count if packed_grads else g.shape == w.shape)
-        for w, g, count in zip(weights, grads, counts)
-    )
-
-
-def check_adamw(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    indices: Tensor,
-    offsets: Sequence[int],
-    counts: Sequence[int],
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    steps: Tensor,
-    lr: Tensor,
-    master: Tensor | None,
-    births: Tensor | None,
-    inv_scale: Tensor | None,
-    found_inf: Tensor | None,
-    packed_grads: bool,
-    stochastic: bool,
-) -> None:
-    """Check the arguments of `sparse_adamw_`."""
-    device = indices.device
-    if len(grads) != len(weights):
-        raise ValueError(f"every weight needs a gradient, got {len(weights)} weights and {len(grads)} gradients")
-    check_arena(weights, indices, offsets, counts, "weights")
-    if not fast_check(weights, grads, counts, packed_grads, device):
-        check_grads(grads, weights, counts, packed_grads)
-        check_weights(weights, grads, device)
-    if exp_avg.dtype != exp_avg_sq.dtype or exp_avg.dtype not in MOMENT_DTYPES:
-        raise TypeError(
-            f"the moments exp_avg and exp_avg_sq must both be float32 or both be bfloat16, got {exp_avg.dtype} "
-            f"and {exp_avg_sq.dtype}"
-        )
-    arenas = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "master": master, "births": births}
-    for label, x in arenas.items():
-        if x is not None and not (x.shape == indices.shape and x.is_contiguous() and x.device == device):
-            raise ValueError(
-                f"{label} must be a contiguous arena of shape {tuple(indices.shape)} on {device}, got {describe(x)}"
-            )
-    numbers = {"inv_scale": inv_scale, "found_inf": found_inf}
-    for label, x in {"master": master, "births": births, **numbers}.items():
-        dtype = torch.int32 if label == "births" else torch.float32
-        if x is not None and x.dtype != dtype:
-            raise TypeError(f"{label} must be {dtype}, got {x.dtype}")
-    for label, x in numbers.items():
-        if x is not None and (x.numel() != 1 or x.device != device):
-            raise ValueError(f"{label} must be one number on {device}, got {tuple(x.shape)} on {x.device}")
-    require(
-        lr.numel() == 1 and lr.device.type in (device.type, "cpu"),
-        f"lr must be one number on {device} or the CPU, got {tuple(lr.shape)} on {lr.device}",
-    )
-    if steps.shape != (len(weights),) or steps.dtype != torch.float32 or steps.device != device:
-        raise ValueError(f"steps must be float32 ({len(weights)},) on {device}, got {describe(steps)}")
-    if stochastic and weights and (master is not None or weights[0].dtype == torch.float32):
-        raise ValueError("stochastic rounding needs bfloat16 or float16 weights and no master")

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "packed_gather": ("native-cpu", "triton", "native-cuda", "reference"),
     "packed_scatter_": ("native-cpu", "triton", "native-cuda", "reference"),
     "packed_migrate": ("native-cpu", "triton", "native-cuda", "reference"),
+    "arena_migrate_": ("native-cpu", "triton", "reference"),
     "packed_l2_norm": ("native-cpu", "triton", "reference"),
     "packed_weight_grad": ("native-cpu", "triton", "reference"),
     "lowrank_topk": ("native-cpu", "triton", "reference"),
@@ -93,6 +95,22 @@ def choose(requested: str | None, device: torch.device, op: str) -> str:
     if problem:
         raise RuntimeError(f"backend {requested!r} cannot run {op} on {device.type} tensors here: {problem}")
     return requested
+
+
+@functools.cache
+def native_op(op: str, name: str | None = None) -> Callable | None:
+    """Return the private native op where CPU tensors go to it by default, otherwise None.
+
+    A hit of the cache runs no Python code. So an op that asks here first needs nothing of this
+    module afterwards, which matters where a step finds the caches full of gradients.
+
+    Args:
+        op: a key of `OPS`.
+        name: of the private op, if it is not that of ``op``.
+    """
+    if choose(None, torch.device("cpu"), op) != "native-cpu":
+        return None
+    return getattr(torch.ops.lift_kernels_native, name or op).default
 
 
 @functools.cache

@@ -11,11 +11,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.compiler import is_compiling
 
-from ..validation import check_index_list
+from ..validation import check_index_list, require
 from . import dispatch, reference
-from .checks import check_gather, check_migrate, check_norm, check_scatter, check_segments
-from .eager import row_major
+from .arena_checks import check_norm, check_segments
+from .checks import check_gather, check_migrate, check_scatter
+from .dispatch import native_op
+from .eager import active_modes, row_major, skips_dispatcher
 
 
 def packed_gather(
@@ -47,6 +51,8 @@ def packed_gather(
         IndexError: ``validate`` found a position out of range.
         RuntimeError: the backend cannot run here.
     """
+    if skips_dispatcher(source, indices):
+        return _gather(source, indices, dtype, validate, backend)
     return torch.ops.lift_kernels.packed_gather(source, indices, dtype=dtype, validate=validate, backend=backend)
 
 
@@ -57,6 +63,16 @@ def packed_gather(
     "-> Tensor",
 )
 def _packed_gather_op(source, indices, *, dtype=None, validate=False, backend=None):
+    return _gather(source, indices, dtype, validate, backend)
+
+
+@_packed_gather_op.register_fake
+def _(source, indices, *, dtype=None, validate=False, backend=None):
+    check_gather(source, indices, dtype or source.dtype)
+    return torch.empty(indices.shape, dtype=dtype or source.dtype, device=indices.device)
+
+
+def _gather(source, indices, dtype, validate, backend):
     dtype = dtype or source.dtype
     check_gather(source, indices, dtype)
     if validate:
@@ -67,12 +83,6 @@ def _packed_gather_op(source, indices, *, dtype=None, validate=False, backend=No
     out = torch.empty(indices.shape, dtype=dtype, device=indices.device)
     _kernel(name, "packed_gather")(source.contiguous(), indices, out)
     return out
-
-
-@_packed_gather_op.register_fake
-def _(source, indices, *, dtype=None, validate=False, backend=None):
-    check_gather(source, indices, dtype or source.dtype)
-    return torch.empty(indices.shape, dtype=dtype or source.dtype, device=indices.device)
 
 
 def packed_scatter_(
@@ -100,7 +110,11 @@ def packed_scatter_(
         IndexError: ``validate`` found a position out of range.
         RuntimeError: the backend cannot run here.
     """
-    torch.ops.lift_kernels.packed_scatter_(dest, indices, values, validate=validate, backend=backend)
+    if skips_dispatcher(dest, indices, values):
+        _scatter(dest, indices, values, validate, backend)
+        increment_version(dest)  # otherwise the dispatcher does
+    else:
+        torch.ops.lift_kernels.packed_scatter_(dest, indices, values, validate=validate, backend=backend)
     return dest
 
 
@@ -110,18 +124,23 @@ def packed_scatter_(
     schema="(Tensor(a!) dest, Tensor indices, Tensor values, *, bool validate=False, str? backend=None) -> ()",
 )
 def _packed_scatter_op(dest, indices, values, *, validate=False, backend=None):
-    check_scatter(dest, indices, values)
-    if validate:
-        check_index_list(indices, dest.numel(), "indices")
-    name = dispatch.choose(backend, indices.device, "packed_scatter_")
-    if name == "reference":
-        return reference.packed_scatter_ref(dest, indices, values)
-    _kernel(name, "packed_scatter_")(dest, indices, values.contiguous())
+    _scatter(dest, indices, values, validate, backend)
 
 
 @_packed_scatter_op.register_fake
 def _(dest, indices, values, *, validate=False, backend=None):
     check_scatter(dest, indices, values)
+
+
+def _scatter(dest, indices, values, validate, backend):
+    check_scatter(dest, indices, values)
+    if validate:
+        check_index_list(indices, dest.numel(), "indices")
+    name = dispatch.choose(backend, indices.device, "packed_scatter_")
+    if name == "reference":
+        reference.packed_scatter_ref(dest, indices, values)
+        return
+    _kernel(name, "packed_scatter_")(dest, indices, values.contiguous())
 
 
 def packed_migrate(
@@ -224,6 +243,18 @@ def packed_l2_norm(
             range.
         RuntimeError: the backend cannot run here.
     """
+    ordinary = backend is None and not validate and type(indices) is Tensor and indices.is_cpu
+    if ordinary and not torch.is_grad_enabled() and not is_compiling() and active_modes() == 0:
+        if native := native_op("packed_l2_norm", "packed_square_sums"):
+            # The usual norm on a CPU runs no Python code of another module.
+            try:
+                partials = native(grads, indices, offsets, counts, packed_grads)
+            except (RuntimeError, ValueError, TypeError):
+                partials = None  # Fall through: the Python path below raises the detailed error.
+            if partials is not None:
+                return partials.sum(dtype=torch.float64).sqrt().float()
+    if skips_dispatcher(indices, *grads):
+        return _norm(grads, indices, offsets, counts, packed_grads, validate, backend)
     return torch.ops.lift_kernels.packed_l2_norm(
         grads, indices, offsets, counts, packed_grads=packed_grads, validate=validate, backend=backend
     )
@@ -236,22 +267,28 @@ def packed_l2_norm(
     "validate=False, str? backend=None) -> Tensor",
 )
 def _packed_l2_norm_op(grads, indices, offsets, counts, *, packed_grads=False, validate=False, backend=None):
-    check_norm(grads, indices, offsets, counts, packed_grads)
-    if validate and not packed_grads:
-        check_segments(grads, indices, offsets, counts)
-    name = dispatch.choose(backend, indices.device, "packed_l2_norm")
-    if name == "reference" or not grads:
-        return reference.packed_l2_norm_ref(grads, indices, offsets, counts, packed_grads)
-    partials = _kernel(name, "packed_square_sums")(
-        [row_major(g) for g in grads], indices, offsets, counts, packed_grads
-    )
-    return partials.sum(dtype=torch.float64).sqrt().float()
+    return _norm(grads, indices, offsets, counts, packed_grads, validate, backend)
 
 
 @_packed_l2_norm_op.register_fake
 def _(grads, indices, offsets, counts, *, packed_grads=False, validate=False, backend=None):
     check_norm(grads, indices, offsets, counts, packed_grads)
     return torch.empty((), dtype=torch.float32, device=indices.device)
+
+
+def _norm(grads, indices, offsets, counts, packed_grads, validate, backend):
+    check_norm(grads, indices, offsets, counts, packed_grads)
+    if validate and not packed_grads:
+        check_segments(grads, indices, offsets, counts)
+    name = dispatch.choose(backend, indices.device, "packed_l2_norm")
+    if name == "reference" or not grads:
+        return reference.packed_l2_norm_ref(grads, indices, offsets, counts, packed_grads)
+    ordered = [row_major(g) for g in grads]
+    partials = _kernel(name, "packed_square_sums")(ordered, indices, offsets, counts, packed_grads)
+    require(
+        partials is not None, "internal error: the native norm rejected arguments that passed the checks", RuntimeError
+    )
+    return partials.sum(dtype=torch.float64).sqrt().float()
 
 
 def _kernel(backend: str, stem: str):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..validation import check_index_list
 from . import dispatch, reference
 from .checks import check_weight_grad
-from .eager import skips_dispatcher
+from .dispatch import native_op
+from .eager import active_modes, skips_dispatcher
 
 
 def packed_weight_grad(
@@ -52,6 +52,15 @@ def packed_weight_grad(
         IndexError: ``validate`` found a position out of range.
         RuntimeError: the backend cannot run here.
     """
+    ordinary = backend is None and not fused and not validate and type(grad_output) is Tensor is type(indices)
+    if ordinary and indices.is_cpu and not torch.is_grad_enabled() and not is_compiling() and active_modes() == 0:
+        if native := native_op("packed_weight_grad"):
+            # The usual backward pass on a CPU runs no Python code of another module but the checks.
+            dtype = dtype or torch.promote_types(grad_output.dtype, torch.float32)
+            check_weight_grad(grad_output, input, indices, dtype, None)
+            out = torch.empty(indices.shape, dtype=dtype, device=indices.device)
+            native(grad_output, input, indices, out)
+            return out
     if skips_dispatcher(grad_output, indices):
         return _weight_grad(grad_output, input, indices, dtype, fused, validate, backend)
     return torch.ops.lift_kernels.packed_weight_grad(
@@ -96,14 +105,5 @@ def _weight_grad(grad_output, input, indices, dtype, fused, validate, backend):
         method = packed_weight_grad.packed_weight_grad_triton if fused else packed_weight_grad.product_and_gather
         method(grad_output, input, indices, out)
     else:
-        _native_weight_grad()(grad_output, input, indices, out)
+        torch.ops.lift_kernels_native.packed_weight_grad.default(grad_output, input, indices, out)
     return out
-
-
-@functools.cache
-def _native_weight_grad():
-    """Return the private native op.
-
-    Looking it up by name takes as long as everything else that happens here.
-    """
-    return torch.ops.lift_kernels_native.packed_weight_grad.default

@@ -47,15 +47,6 @@ def sparse_adamw_ref(
 
     AdamW is Algorithm 2 of Loshchilov & Hutter 2019. `lift_kernels.ops.sparse_adamw_` describes all
     arguments.
-
-    - ``steps[i]`` counts the updates of matrix i, this one included. Bias correction uses this
-      count.
-    - ``births`` (int32 arena) holds the step count at which an entry was selected. Given, bias
-      correction counts the steps since then.
-    - ``master`` (fp32 arena) holds the exact values of low-precision weights. The weights become
-      its values rounded to nearest even.
-    - ``inv_scale`` multiplies the gradients first.
-    - ``found_inf``, if it is not zero, leaves everything as it was.
     """
     if found_inf is not None and float(found_inf) != 0.0:
         return
@@ -102,18 +93,12 @@ def sparse_adamw_ref(
 
 
 def packed_gather_ref(source: Tensor, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return the entries of ``source`` at ``indices`` (k) as a vector of ``dtype``.
-
-    ``source`` may have any shape. ``dtype`` defaults to that of ``source``.
-    """
+    """Return the entries of ``source`` at ``indices`` (k), in its dtype or in ``dtype``."""
     return source.reshape(-1)[indices.long()].to(dtype or source.dtype)
 
 
 def packed_scatter_ref(dest: Tensor, indices: Tensor, values: Tensor) -> None:
-    """Write ``values`` (k) into contiguous ``dest`` at ``indices`` (k).
-
-    Values are rounded to nearest even. All other entries stay.
-    """
+    """Write ``values`` (k), rounded to nearest even, into ``dest`` at ``indices`` (k)."""
     dest.view(-1)[indices.long()] = values.to(dest.dtype)
 
 
@@ -134,6 +119,35 @@ def packed_migrate_ref(
         stays = old_indices[place] == new_indices
         out[stays] = values[place[stays]]
     return out
+
+
+def arena_migrate_ref(
+    weights: list[Tensor],
+    new_indices: list[Tensor],
+    indices: Tensor,
+    offsets: list[int],
+    counts: list[int],
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    steps: Tensor,
+    master: Tensor | None = None,
+    births: Tensor | None = None,
+) -> Tensor:
+    """Move the segments of many matrices to new sorted lists, in place.
+
+    `lift_kernels.ops.arena_migrate_` describes arguments and result.
+    """
+    kept = torch.zeros(len(weights), dtype=torch.int64, device=indices.device)
+    for i, (weight, new) in enumerate(zip(weights, new_indices)):
+        before, after = (slice(offsets[i], offsets[i] + count) for count in (counts[i], new.numel()))
+        old = indices[before].clone()
+        kept[i] = (packed_migrate_ref(old, old, new, -1) >= 0).sum()
+        for arena, fill in ((exp_avg, 0), (exp_avg_sq, 0), (births, int(steps[i])), (master, 0)):
+            if arena is not None:
+                entries = packed_gather_ref(weight, new, torch.float32) if arena is master else None
+                arena[after] = packed_migrate_ref(arena[before], old, new, fill, entries)
+        indices[after] = new
+    return kept
 
 
 def packed_l2_norm_ref(
@@ -168,14 +182,8 @@ def bitmap_to_indices_ref(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Turn bitmaps and their largest candidates into sorted index lists of k positions.
 
-    Bits of ``bitmaps`` (b, m, ceil(columns / 32)) are definite positions. ``candidates`` (b,
-    capacity) are ``key << 32 | (2^31 - 1 - position)``, of which the k - definite largest are
-    chosen. ``counts`` (b, 2) holds the number of definite positions and the number of candidates to
-    read.
-
-    Returns:
-        Indices (b, k) int32, the k-th magnitudes (b,) fp32, and status (b,) int32. Status is 1
-        where that is not k positions. There all indices are -1 and the magnitude is NaN.
+    Bits of the bitmaps are definite positions, and the k - definite largest candidates are chosen.
+    `lift_kernels.ops.bitmap_to_indices` describes arguments and results.
     """
     batch, rows = bitmaps.shape[:2]
     indices = bitmaps.new_full((batch, k), -1)
@@ -243,13 +251,9 @@ def cholesky_qr_ref_(block: Tensor, other: Tensor | None = None, rounds: int = 1
     """Orthonormalize the columns of each block (b, n, l) in place: X <- X D R^-1.
 
     Here D = diag(X^T X)^-1/2 and R^T R = D X^T X D. ``other`` is multiplied by the same factor from
-    the right.
-
-    Returns:
-        Status (b,) int32 of the last round. 0: orthonormal to working precision. 1: deficient, with
-        a zero column or a pivot of at most l eps. Such a pivot is handled by a shift of 8 l eps or
-        more, which leaves the block better conditioned but not orthonormal. 2: not finite, left as
-        it is.
+    the right. Returns status (b,) int32 of the last round. 0: orthonormal to working precision. 1:
+    deficient, with a zero column or a pivot of at most l eps. A shift of 8 l eps or more then
+    leaves the block better conditioned but not orthonormal. 2: not finite, left as it is.
     """
     status = torch.zeros(len(block), dtype=torch.int32, device=block.device)
     width = block.shape[-1]

@@ -58,6 +58,26 @@ def pointer_table(tensors: Sequence[Tensor], device: torch.device) -> Table:
     return _pointers.get(addresses, device, build)
 
 
+def migration_table(
+    weights: Sequence[Tensor], lists: Sequence[Tensor], counts: Sequence[int], device: torch.device
+) -> Table:
+    """Return what each matrix of a migration is, (n, 4) int64.
+
+    The columns are the addresses of the weight and of the new list, the length of the old list, and
+    the largest power of two up to it (0 for none). The table is marked aligned when each new list
+    starts at a multiple of 16 bytes. One upload holds all, because every refresh has new lists.
+    """
+    rows = tuple(
+        (weight.data_ptr(), new.data_ptr(), count, 1 << (count.bit_length() - 1) if count > 0 else 0)
+        for weight, new, count in zip(weights, lists, counts)
+    )
+
+    def build() -> Table:
+        return Table(torch.tensor(rows, dtype=torch.int64, device="cpu"), all(row[1] % 16 == 0 for row in rows))
+
+    return _migrations.get(rows, device, build)
+
+
 def _padded(offset: Tensor, count: Tensor, arena_length: int) -> bool:
     """Return whether segments are aligned and can be padded to `ALIGNMENT` entries.
 
@@ -75,4 +95,5 @@ _pointers = DeviceTables(
     "run the step once before the capture with the same tensors, and keep gradients in place with "
     "zero_grad(set_to_none=False)",
 )
+_migrations = DeviceTables("lists of a migration", 8, "refresh between the replays")
 _blocks = DeviceTables("segments", 64, "run the step once before the capture with the same matrices")
