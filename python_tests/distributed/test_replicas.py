@@ -139,7 +139,7 @@ def test_names_of_a_loaded_state_are_announced(one_rank, monkeypatch):
     for optimizer, weight in ((unnamed, p), (copied, q)):
         weight.grad = torch.ones_like(weight)
         optimizer.step()
-    assert [names for names, _ in one_rank] == [["parameter 0 of group 0"], ["deep.weight"]]
+    assert [names for names, _ in one_rank] == [["deep.weight"], ["deep.weight"]]
     assert {name for names, _ in one_rank for name in names} <= set(announced)
 
 
