@@ -138,7 +138,9 @@ class PackedLinear(nn.Module):
         A warning names the layer when values changed.
         """
         name = self.lift_name or "a layer"
-        self._seen = follow_weight(self._seen, self.values, self.weight, self.indices, name, "values follow the new weight")
+        self._seen = follow_weight(
+            self._seen, self.values, self.weight, self.indices, name, "values follow the new weight"
+        )
 
     def _mark(self) -> None:
         self._seen = weight_version(self.weight)

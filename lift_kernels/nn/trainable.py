@@ -109,9 +109,9 @@ class Trainable:
     def clear(self) -> None:
         """Drop a packed gradient. Its entries may differ from those of a new mask."""
 
-    def initial_state(self) -> dict[str, Tensor] | None:
-        """The state that an optimizer starts from, or None where there is no index list yet."""
-        return None
+    def initial_state(self) -> dict[str, Tensor]:
+        """The state that an optimizer starts from; empty where there is no index list yet."""
+        return {}
 
     def bind(self, views: dict[str, Tensor]) -> None:
         """Point whatever reads the index list at an optimizer's present slices."""

@@ -38,7 +38,8 @@ def follow_weight(
 ) -> tuple[int, int]:
     """`regather` if the weight was written since it was ``seen``.
 
-    If values change, a warning names the weight and says ``what`` follows. Returns what is seen now.
+    If values change, a warning names the weight and says ``what`` follows it. Returns what is seen
+    now.
     """
     now = weight_version(weight)
     if now != seen and regather(values, weight, indices):

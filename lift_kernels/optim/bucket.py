@@ -108,7 +108,9 @@ class Sweep:
 
         Raises, naming the parameter, for a gradient that cannot be used.
         """
-        grads, packed, form = [], [], []
+        grads: list[Tensor | None] = []
+        packed: list[bool] = []
+        form: list[Any] = []
         for ref in table.refs:
             trainable = ref.trainable
             if trainable.hooked:

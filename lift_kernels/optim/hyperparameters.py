@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -94,8 +95,17 @@ def check_settings(
     require(warm_start in ("device", "cpu", None), f"warm_start must be 'device', 'cpu' or None, got {warm_start!r}")
 
 
-def check_parameter(parameter: Tensor, group: dict[str, Any], name: str, backend: str | None) -> None:
-    """Raise, naming the parameter, unless its group's options can train it."""
+def check_parameters(group: dict[str, Any], names: Sequence[str], backend: str | None) -> list[str]:
+    """Raise, naming the parameter, unless a group's options can train all of its parameters.
+
+    Returns the names of those that LIFT trains.
+    """
+    for p, name in zip(group["params"], names):
+        _check_parameter(p, group, name, backend)
+    return [name for p, name in zip(group["params"], names) if is_sparse(trainable_of(p), group)]
+
+
+def _check_parameter(parameter: Tensor, group: dict[str, Any], name: str, backend: str | None) -> None:
     trainable = trainable_of(parameter)
     if not is_sparse(trainable, group):
         require(

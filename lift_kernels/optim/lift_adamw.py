@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,16 +12,14 @@ from torch.optim import Optimizer
 
 from .._storage import storage_bytes
 from ..distributed.replicas import Replicas
-from ..masks.principal import Mask
-from ..masks.selection import make_masks
 from ..nn import trainable
 from ..ops import dispatch
 from .bucket import Sweep, any_infinite, gradient_factor
 from .dense_adamw import dense_adamw_
-from .hyperparameters import check_group, check_parameter, check_settings, is_sparse
-from .matrix_table import MatrixRef, MatrixTable, names_of
+from .hyperparameters import check_group, check_parameters, check_settings
+from .matrix_table import MaskOptions, MatrixRef, MatrixTable, names_of
 from .refresh import RefreshReport, RefreshSchedule, report_on
-from .state_dict import before_load, check_fits, compact, in_own_order, load_dense
+from .state_dict import before_load, check_fits, compact, in_own_order, load_dense, saved_form
 
 _SETTINGS = (  # optimizer-wide, not of a group
     "max_grad_norm",
@@ -123,10 +121,11 @@ class LiftAdamW(Optimizer):
         self.grad_norm: Tensor | None = None
         self._replicas = Replicas(process_group)
         self._start_afresh()
-        options = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, density=density)
-        options |= dict(budget_rank=budget_rank, refresh_interval=refresh_interval, refresh_schedule=refresh_schedule)
-        options |= dict(bias_correction=bias_correction, master=master, rounding=rounding, state_dtype=state_dtype)
-        options |= dict(capturable=capturable, maximize=maximize, lift=None, steps_since_refresh=0)
+        options: dict[str, Any] = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank)
+        options |= dict(density=density, budget_rank=budget_rank, refresh_interval=refresh_interval)
+        options |= dict(refresh_schedule=refresh_schedule, bias_correction=bias_correction, master=master)
+        options |= dict(rounding=rounding, state_dtype=state_dtype, capturable=capturable, maximize=maximize)
+        options |= dict(lift=None, steps_since_refresh=0)
         super().__init__(params, options)
 
     def _start_afresh(self) -> None:
@@ -140,16 +139,13 @@ class LiftAdamW(Optimizer):
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        names = names_of(group, len(self.param_groups) - 1)
         try:
             check_group(group)
-            for p, name in zip(group["params"], names):
-                check_parameter(p, group, name, self.backend)
+            sparse = check_parameters(group, names_of(group, len(self.param_groups) - 1), self.backend)
         except (ValueError, TypeError, RuntimeError):
             self.param_groups.pop()
             raise
-        kinds = [trainable.trainable_of(p) for p in group["params"]]
-        self._replicas.announce(name for kind, name in zip(kinds, names) if is_sparse(kind, group))
+        self._replicas.announce(sparse)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -167,7 +163,7 @@ class LiftAdamW(Optimizer):
         if table.missing:
             self._make_first_masks()
         if table.unseen and torch.distributed.is_available() and torch.distributed.is_initialized():
-            self._compare_ranks()
+            table.compare_ranks(self._replicas)
         buckets, dense = sweep.buckets(table), sweep.dense()
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)  # of a GradScaler
         if found_inf is not None:
@@ -186,15 +182,11 @@ class LiftAdamW(Optimizer):
             due = self._schedule.due(groups, table.refs)
             if due:
                 self._renew(due)
-            for ref in due:
-                ref.trainable.clear()  # It was used, and it belongs to the old entries.
             self._schedule.restart(groups)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear all gradients, packed gradients ``p.lift_grad`` too. A step has cleared these
-        already.
-        """
+        """Clear all gradients, packed gradients ``p.lift_grad`` too, which a step has cleared."""
         super().zero_grad(set_to_none)
         self._table.follow(self.param_groups)
         for ref in self._table.refs:
@@ -215,11 +207,7 @@ class LiftAdamW(Optimizer):
         is changed then.
         """
         self._table.follow(self.param_groups)
-        for ref in self._table.refs:
-            ref.check_renewable(drop_gradients)
-        if drop_gradients:
-            for ref in self._table.refs:
-                ref.trainable.clear()
+        self._table.check_renewable(drop_gradients)
         self._schedule.subtract_skipped(self.param_groups)
         old = [ref for ref in self._table.refs if ref.arena is not None]
         if self._table.missing:
@@ -229,39 +217,17 @@ class LiftAdamW(Optimizer):
             for group in self.param_groups:
                 group["steps_since_refresh"] = 0
         if any(group["capturable"] for group in self.param_groups):
-            self._compare_ranks()  # A captured step is replayed without this code.
+            self._table.compare_ranks(self._replicas)  # A replayed step does not call this.
 
     def _make_first_masks(self) -> None:
-        """Masks for matrices that have none. Packed gradients have brought theirs along."""
-        table, missing = self._table, self._table.missing
-        new = [ref for ref in missing if not (ref.trainable.packed or ref.trainable.hooked)]
-        masks = self._masks(new)
-        made = {id(ref): mask._asdict() for ref, mask in zip(new, masks)}
-        table.adopt(missing, [made.get(id(ref)) or ref.trainable.initial_state() for ref in missing], self.warm_start)
-        table.publish(missing, self.state)
-        self.last_refresh = report_on(new, masks, None)
+        self.last_refresh = report_on(*self._table.make_first_masks(self._mask_options(), self.state), None)
 
-    def _renew(self, due: Sequence[MatrixRef]) -> None:
+    def _renew(self, due: list[MatrixRef]) -> None:
         """New masks for matrices that have one."""
-        masks = self._masks(due)
-        kept = self._table.migrate(due, masks, self.warm_start, self.backend)
-        self.last_refresh = report_on(due, masks, kept)
-        self._table.publish(due, self.state)
+        self.last_refresh = report_on(due, *self._table.renew(due, self._mask_options(), self.state))
 
-    def _masks(self, refs: Sequence[MatrixRef]) -> list[Mask]:
-        requests = [ref.request() for ref in refs]
-        options = {"selection": self.selection, "seed": self.seed, "method": self.mask_method}
-        return make_masks(requests, **options, backend=self.backend)
-
-    def _compare_ranks(self) -> None:
-        """Raise on every replica if their new index lists differ.
-
-        Lists that differed are compared again at the next step.
-        """
-        if self._table.unseen and self._replicas.active() and not dispatch.capturing():
-            seconds = 0.0 if self.last_refresh is None else self.last_refresh.seconds
-            self._replicas.compare(self._table.unseen_lists(), seconds)
-            self._table.unseen.clear()
+    def _mask_options(self) -> MaskOptions:
+        return MaskOptions(self.selection, self.seed, self.mask_method, self.backend, self.warm_start)
 
     def state_bytes(self) -> int:
         """Bytes of all tensors that the optimizer holds: moments, index lists, masters, padding."""
@@ -274,15 +240,7 @@ class LiftAdamW(Optimizer):
         The copies share no storage with the optimizer and keep their dtypes.
         """
         self._schedule.subtract_skipped(self.param_groups)
-        packed = super().state_dict()
-        matrices = {i: self._table.matrix_of(p) for i, p in enumerate(self._parameters())}
-        shapes = {i: matrix.shape for i, matrix in matrices.items() if matrix is not None}
-        packed["state"] = {i: compact(entry, shapes.get(i)) for i, entry in packed["state"].items()}
-        for group in packed["param_groups"]:
-            if "param_names" in group:
-                group["param_names"] = list(group["param_names"])  # torch shares the list with the optimizer.
-            group["seed"] = self.seed  # Tools that move optimizer state keep what is in the groups.
-        return packed
+        return saved_form(super().state_dict(), self._table.shapes(self._parameters()), self.seed)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict`. Its masks replace all masks made before.
@@ -300,6 +258,8 @@ class LiftAdamW(Optimizer):
         load_dense(self, super().load_state_dict, state_dict)
         for group in self.param_groups:
             self.seed = group.pop("seed", self.seed)
+        for ref in self._table.refs:
+            ref.trainable.clear()  # A packed gradient belongs to other entries.
         self._start_afresh()
         self._adopt({parameters[i]: entry for i, entry in state_dict["state"].items() if "indices" in entry})
         for hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -308,8 +268,6 @@ class LiftAdamW(Optimizer):
     def _adopt(self, entries: dict[Tensor, dict[str, Any]]) -> None:
         """Take matrices with their state, by parameter."""
         self._table.follow(self.param_groups)
-        for ref in self._table.refs:
-            ref.trainable.clear()  # A packed gradient belongs to other entries.
         refs = [ref for ref in self._table.refs if entries.get(ref.parameter)]
         self._table.adopt(refs, [entries[ref.parameter] for ref in refs], self.warm_start)
         self._table.publish(refs, self.state)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..distributed.replicas import Replicas
 from ..masks.principal import Mask
-from ..masks.selection import SelectionRequest, warm_part
+from ..masks.selection import SelectionRequest, make_masks, warm_part
 from ..nn import trainable
+from ..ops import dispatch
 from .hyperparameters import is_sparse, mask_size
 from .packed_state import PackedState
 
@@ -46,7 +48,7 @@ class MatrixRef:
         return SelectionRequest(matrix, grad, rank, k, self.name, self.number, self.warm)
 
     def check_renewable(self, drop_gradients: bool) -> None:
-        """Raise if another optimizer, or a packed gradient, forbids a new mask."""
+        """Raise if another optimizer, or a packed gradient that is kept, forbids a new mask."""
         other = next((layer.stepped_by for layer in self.trainable.layers if layer.stepped_by), None)
         if other is not None:
             raise RuntimeError(
@@ -63,6 +65,21 @@ class MatrixRef:
         """Views of its state (`PackedState.views`)."""
         assert self.arena is not None, f"{self.name} has no mask yet"
         return self.arena.views(self.row)
+
+
+class MaskOptions(NamedTuple):
+    """How masks are made, and where their bases are kept; see LiftAdamW."""
+
+    selection: str | Callable[[Tensor, int], Tensor]
+    seed: int
+    method: str
+    backend: str | None
+    warm_start: str | None
+
+    def make(self, refs: Sequence[MatrixRef]) -> list[Mask]:
+        """A mask from the present weight of each matrix."""
+        requests = [ref.request() for ref in refs]
+        return make_masks(requests, selection=self.selection, seed=self.seed, method=self.method, backend=self.backend)
 
 
 class DenseRef(NamedTuple):
@@ -102,6 +119,7 @@ class MatrixTable:
         self._known: dict[Tensor, MatrixRef] = {}
         self._key: list[Any] = []  # what `refs` and `dense` were made from
         self._shown = 0  # the version that `publish` has shown
+        self._masks_took = 0.0  # seconds, the last time
 
     def follow(self, groups: Sequence[dict[str, Any]]) -> None:
         """Build the lists again if groups, their parameters or the kinds of these changed."""
@@ -127,6 +145,44 @@ class MatrixTable:
         if ref.arena is not None and kind.layers:
             ref.arena.weights[ref.row] = kind.matrix  # load_state_dict(assign=True) brings a new one.
         self.refs.append(ref)
+
+    def make_first_masks(self, options: MaskOptions, state: dict[Tensor, Any]) -> tuple[list[MatrixRef], list[Mask]]:
+        """Give every matrix without a mask its first one, and show it in ``state``.
+
+        Packed gradients have brought theirs along. Returns the other matrices, and their masks.
+        """
+        missing = self.missing
+        new = [ref for ref in missing if not (ref.trainable.packed or ref.trainable.hooked)]
+        masks = options.make(new)
+        made = {ref: mask._asdict() for ref, mask in zip(new, masks)}
+        entries = [made[ref] if ref in made else ref.trainable.initial_state() for ref in missing]
+        self.adopt(missing, entries, options.warm_start)
+        self.publish(missing, state)
+        self._masks_took = sum(mask.seconds for mask in masks)
+        return new, masks
+
+    def check_renewable(self, drop_gradients: bool) -> None:
+        """Raise, naming the matrix, if one must not get a new mask; or drop packed gradients."""
+        for ref in self.refs:
+            ref.check_renewable(drop_gradients)
+        if drop_gradients:
+            for ref in self.refs:
+                ref.trainable.clear()
+
+    def renew(
+        self, refs: Sequence[MatrixRef], options: MaskOptions, state: dict[Tensor, Any]
+    ) -> tuple[list[Mask], list[Tensor]]:
+        """New masks for matrices that have one, and how many of their entries were in the old.
+
+        Packed gradients are dropped: they have been used, and they belong to the old entries.
+        """
+        masks = options.make(refs)
+        kept = self.migrate(refs, masks, options.warm_start, options.backend)
+        for ref in refs:
+            ref.trainable.clear()
+        self.publish(refs, state)
+        self._masks_took = sum(mask.seconds for mask in masks)
+        return masks, kept
 
     def adopt(self, refs: Sequence[MatrixRef], entries: Sequence[dict[str, Any]], warm_start: str | None) -> None:
         """Put matrices into the arenas of their kind, with their index lists and moments if given.
@@ -191,17 +247,23 @@ class MatrixTable:
                 ref.trainable.bind(state[ref.parameter])
         self._shown = self.version
 
-    def unseen_lists(self) -> dict[str, list[Tensor]]:
-        """The index lists that other ranks have not seen, by name."""
+    def compare_ranks(self, replicas: Replicas) -> None:
+        """Raise on every replica if their new index lists differ.
+
+        Lists that differed are compared again at the next step.
+        """
+        if not self.unseen or not replicas.active() or dispatch.capturing():
+            return
         lists = defaultdict(list)
         for ref in self.unseen:
             lists[ref.name].append(ref.views()["indices"])
-        return lists
+        replicas.compare(lists, self._masks_took)
+        self.unseen.clear()
 
-    def matrix_of(self, parameter: Tensor) -> Tensor | None:
-        """The matrix that a parameter trains, or None where it has no mask."""
-        ref = self._known.get(parameter)
-        return None if ref is None or ref.arena is None else ref.trainable.matrix
+    def shapes(self, parameters: Sequence[Tensor]) -> dict[int, torch.Size]:
+        """Shapes of the matrices with a mask, by the places of their parameters."""
+        refs = [self._known.get(p) for p in parameters]
+        return {i: ref.trainable.matrix.shape for i, ref in enumerate(refs) if ref is not None and ref.arena}
 
     def tensors(self) -> list[Tensor]:
         """All buffers of the arenas."""

@@ -33,6 +33,20 @@ def compact(entry: dict[str, Any], shape: torch.Size | None = None) -> dict[str,
     return out if shape is None else {**out, "shape": list(shape), "version": VERSION}
 
 
+def saved_form(state_dict: dict[str, Any], shapes: dict[int, torch.Size], seed: int) -> dict[str, Any]:
+    """torch's state dict with copies of the state, and with the ``seed`` in its groups.
+
+    Args:
+        shapes: of the matrices that LIFT trains, by position.
+    """
+    state_dict["state"] = {i: compact(entry, shapes.get(i)) for i, entry in state_dict["state"].items()}
+    for group in state_dict["param_groups"]:
+        if "param_names" in group:
+            group["param_names"] = list(group["param_names"])  # torch shares the list with the optimizer.
+        group["seed"] = seed  # Tools that move optimizer state keep what is in the groups.
+    return state_dict
+
+
 def in_own_order(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The state dict with groups and parameters in the order of the loading optimizer's ``groups``.
 
@@ -224,7 +238,7 @@ def check_state_dict(
 def check_fits(state_dict: dict[str, Any], parameters: Sequence[Tensor], table: MatrixTable) -> None:
     """Raise, naming the parameter, unless a state in own order fits an optimizer's parameters."""
     refs = {ref.parameter: ref for ref in table.refs}
-    names = {ref.parameter: ref.name for ref in (*table.refs, *table.dense)}
+    names = {ref.parameter: ref.name for ref in table.refs} | {ref.parameter: ref.name for ref in table.dense}
     matrices = [refs[p].trainable.matrix if p in refs else p for p in parameters]
     check_state_dict(state_dict, matrices, [p in refs for p in parameters], [names[p] for p in parameters])
     saved_groups = (group for group in state_dict["param_groups"] for _ in group["params"])
