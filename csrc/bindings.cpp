@@ -1,6 +1,7 @@
 // Registers the private ops lift_kernels_native::* under torch's stable ABI. This file checks
 // shapes and dispatches on dtypes; it computes nothing. The public ops, with their schemas, fake
 // implementations and argument checks, are in lift_kernels/ops.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -9,7 +10,6 @@
 
 #ifdef LIFT_WITH_CUDA
 #include <dlfcn.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #endif
 
 #include <algorithm>
@@ -85,10 +85,16 @@ bool is_optional_scalar(const std::optional<Tensor>& tensor) {
 }
 
 bool same_shape(const Tensor& a, const Tensor& b) {
-  if (a.dim() != b.dim()) return false;
-  for (int64_t d = 0; d < a.dim(); ++d)
-    if (a.size(d) != b.size(d)) return false;
-  return true;
+  const auto left = a.sizes(), right = b.sizes();
+  return left.size() == right.size() && std::equal(left.begin(), left.end(), right.begin());
+}
+
+// torch's number of a dtype. `scalar_type()` looks it up in a table, which takes ten times as long:
+// too long for hundreds of tensors in every step.
+int32_t dtype_number(const Tensor& tensor) {
+  int32_t number = -1;
+  STD_TORCH_CHECK(aoti_torch_get_dtype(tensor.get(), &number) == 0, "lift_kernels_native: a tensor has no dtype");
+  return number;
 }
 
 bool is_float(ScalarType dtype) {
@@ -111,9 +117,11 @@ bool fast_check(const std::vector<Tensor>& weights, const std::vector<Tensor>& g
   if (!are_arenas(indices, exp_avg, exp_avg_sq, master, births) || !is_vector(steps, ScalarType::Float, int64_t(n)) ||
       !is_optional_scalar(inv_scale) || !is_optional_scalar(found_inf) || !segments_fit(offsets, counts, size))
     return false;
+  const int32_t weight_number = dtype_number(weights[0]), grad_number = dtype_number(grads[0]);
   for (size_t i = 0; i < n; ++i) {
     const Tensor &w = weights[i], &g = grads[i];
-    if (w.scalar_type() != weight || g.scalar_type() != grad || !w.is_contiguous() || !g.is_contiguous()) return false;
+    if (dtype_number(w) != weight_number || dtype_number(g) != grad_number) return false;
+    if (!w.is_contiguous() || !g.is_contiguous()) return false;
     if (packed_grads ? g.numel() != counts[i] : !same_shape(w, g)) return false;
   }
   return true;
@@ -186,8 +194,9 @@ std::optional<Tensor> packed_square_sums(std::vector<Tensor> grads, Tensor indic
       !is_vector(indices, ScalarType::Int, indices.size(0)) || !segments_fit(offsets, counts, indices.size(0)) ||
       !is_float(grads[0].scalar_type()))
     return std::nullopt;
+  const int32_t number = dtype_number(grads[0]);
   for (size_t i = 0; i < grads.size(); ++i) {
-    if (grads[i].scalar_type() != grads[0].scalar_type() || !grads[i].is_contiguous()) return std::nullopt;
+    if (dtype_number(grads[i]) != number || !grads[i].is_contiguous()) return std::nullopt;
     if (packed_grads && grads[i].numel() != counts[i]) return std::nullopt;
   }
   const std::vector<lift::Segment> segments = segments_of(grads, offsets, counts);

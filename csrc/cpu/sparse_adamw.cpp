@@ -253,9 +253,12 @@ template <class W, class G, class M>
 void step_all(const Segment* segments, int64_t n, const AdamW& adamw, ParallelFor parallel_for) {
   int64_t blocks = 0;
   std::vector<Scalars> scalars;
+  scalars.reserve(n);
   for (int64_t i = 0; i < n; ++i) {
     blocks += block_count(segments[i]);
-    scalars.emplace_back(adamw, segments[i].step);
+    // Most matrices have the same step count, and powers in fp64 take longer than a small matrix.
+    if (i > 0 && segments[i].step == segments[i - 1].step) scalars.push_back(scalars.back());
+    else scalars.emplace_back(adamw, segments[i].step);
   }
   const Step<W, G, M> step(adamw, segments, scalars.data());
   std::atomic<int64_t> taken{0};

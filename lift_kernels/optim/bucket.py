@@ -108,21 +108,12 @@ class Sweep:
 
         Raises, naming the parameter, for a gradient that cannot be used.
         """
-        grads: list[Tensor | None] = []
-        packed: list[bool] = []
-        form: list[Any] = []
-        for ref in table.refs:
-            trainable = ref.trainable
-            if trainable.hooked:
-                grad, is_packed = trainable.gradient(ref.name)
-            else:  # The same without a call for every matrix of every step.
-                grad, is_packed = ref.parameter.grad, trainable.packed
-            grads.append(grad)
-            packed.append(is_packed)
-            form.append(None if grad is None else (grad.dtype, grad.shape, grad.layout, grad.device, is_packed))
-        for p, _, _ in table.dense:
-            grad = p.grad
-            form.append(None if grad is None else (grad.dtype, grad.shape, grad.layout, grad.device))
+        grads, packed = [p.grad for p in table.parameters], table.packed.copy()
+        for ref in table.hooked:
+            grads[ref.number], packed[ref.number] = ref.trainable.gradient(ref.name)
+        every = [*grads, *[p.grad for p, _, _ in table.dense]]
+        # torch fixes the rest of a gradient's form when it is assigned, and ops check it again.
+        form = [packed, [grad is not None and grad.dtype for grad in every]]
         if form != self._form or table.version != self._version:
             self._version = -1
             self._check(table, grads)

@@ -189,9 +189,8 @@ class LiftAdamW(Optimizer):
         """Clear all gradients, packed gradients ``p.lift_grad`` too, which a step has cleared."""
         super().zero_grad(set_to_none)
         self._table.follow(self.param_groups)
-        for ref in self._table.refs:
-            if ref.trainable.hooked:
-                ref.trainable.clear()
+        for ref in self._table.hooked:
+            ref.trainable.clear()
 
     @torch.no_grad()
     def refresh(self, *, drop_gradients: bool = False) -> None:

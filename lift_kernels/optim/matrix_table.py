@@ -102,6 +102,8 @@ class MatrixTable:
 
     Attributes:
         refs: the matrices, in the order of the groups.
+        parameters, packed: those of ``refs``, and whether their ``grad`` is packed.
+        hooked: those of ``refs`` whose gradient a hook packs.
         dense: the other parameters.
         missing: matrices that have no mask yet.
         unseen: matrices with an index list that other ranks have not seen, as keys.
@@ -111,6 +113,9 @@ class MatrixTable:
 
     def __init__(self) -> None:
         self.refs: list[MatrixRef] = []
+        self.parameters: list[Tensor] = []
+        self.packed: list[bool] = []
+        self.hooked: list[MatrixRef] = []
         self.dense: list[DenseRef] = []
         self.missing: list[MatrixRef] = []
         self.unseen: dict[MatrixRef, None] = {}
@@ -136,6 +141,8 @@ class MatrixTable:
                     self._take(p, group, name, kind)
                 else:
                     self.dense.append(DenseRef(p, group, name))
+        self.parameters, self.packed = [ref.parameter for ref in self.refs], [ref.trainable.packed for ref in self.refs]
+        self.hooked = [ref for ref in self.refs if ref.trainable.hooked]
         self.missing = [ref for ref in self.refs if ref.arena is None]
         self._key, self.version = key, self.version + 1
 

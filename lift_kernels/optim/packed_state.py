@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..nn.weight_version import follow_weight
+from ..nn.weight_version import follow_weight, weight_version
 from ..validation import ALIGNMENT, check_index_lists, check_matrix, require
 
 
@@ -38,8 +39,11 @@ class PackedState:
         self.master = torch.zeros(0, dtype=torch.float32, device=device) if master else None
         self.births = torch.zeros(0, dtype=torch.int32, device=device) if births else None
         self._dtypes: list[torch.dtype] = []  # of the weights when they came in
+        self._every_row: list[int] = []
         self._row_tensors: dict[tuple[int, ...], Tensor] = {}
-        self._seen: list[tuple[int, int] | None] = []  # version of each weight when its master was last right
+        # The version of each weight when its master was last right (`weight_version`).
+        self._addresses: list[int] = []
+        self._counters: list[int] = []
 
     def buffers(self) -> dict[str, Tensor]:
         """The buffers that exist, by name. All have the arena's length."""
@@ -74,8 +78,10 @@ class PackedState:
         first = len(self.weights)
         self.weights += weights
         self.names += names
+        self._every_row = list(range(len(self.weights)))
         self._dtypes += [weight.dtype for weight in weights]
-        self._seen += [None] * len(weights)
+        self._addresses += [0] * len(weights)
+        self._counters += [-1] * len(weights)
         steps = [
             torch.as_tensor(entry.get("step", 0.0), dtype=torch.float32, device=self.steps.device) for entry in entries
         ]
@@ -105,11 +111,6 @@ class PackedState:
         Returns (len(rows),) fp32. Raises, naming the parameter, if a weight changed its dtype,
         device or strides.
         """
-        device = self.indices.device
-        for row in rows:
-            weight = self.weights[row]
-            if weight.dtype is not self._dtypes[row] or weight.device != device or not weight.is_contiguous():
-                self._refuse(row)
         self.regather_masters(rows)
         count = 1.0 if found_inf is None else (found_inf == 0).to(torch.float32)
         return (self.steps if self._is_all(rows) else self.steps[self._row_tensor(tuple(rows))]) + count
@@ -120,7 +121,9 @@ class PackedState:
             self.steps.copy_(steps)
         else:
             self.steps[self._row_tensor(tuple(rows))] = steps
-        self._mark(rows)
+        if self.master is not None:
+            for row, counter in zip(rows, [w._version for w in self._of(rows, self.weights)]):
+                self._counters[row] = counter
 
     def migrate(
         self, rows: Sequence[int], lists: Sequence[Tensor], *, validate: bool = True, backend: str | None = None
@@ -166,26 +169,28 @@ class PackedState:
         return kept
 
     def regather_masters(self, rows: Sequence[int]) -> None:
-        """Let masters follow weights that were changed outside the optimizer (`weight_version`)."""
-        if self.master is None:
-            return
-        for row in rows:
-            weight = self.weights[row]
-            # This is `weight_version`, without a call for every matrix of every step.
-            if self._seen[row] == (weight.data_ptr(), weight._version):
-                continue
-            segment = self.segment(row)
-            self._seen[row] = follow_weight(
-                self._seen[row],
-                self.master[segment],
-                weight,
-                self.indices[segment],
-                self.names[row],
-                "fp32 master follows the new values",
-            )
+        """Let masters follow weights that were changed outside the optimizer (`weight_version`).
+
+        Raises as `begin_step` does for weights that moved or changed their dtype.
+        """
+        weights = self._of(rows, self.weights)
+        # These two lists are `weight_version`, without a call for every matrix of every step.
+        if [w.data_ptr() for w in weights] == self._of(rows, self._addresses):
+            if self.master is None or [w._version for w in weights] == self._of(rows, self._counters):
+                return
+        self._check_weights(rows)
+        for row, weight in zip(rows, weights):
+            seen, segment = (self._addresses[row], self._counters[row]), self.segment(row)
+            if self.master is not None:
+                follows = self.master[segment], weight, self.indices[segment], self.names[row]
+                follow_weight(seen, *follows, "fp32 master follows the new values")
+            self._addresses[row], self._counters[row] = weight_version(weight)
+
+    def _of(self, rows: Sequence[int], values: list[Any]) -> list[Any]:
+        return values if self._is_all(rows) else [values[row] for row in rows]
 
     def _is_all(self, rows: Sequence[int]) -> bool:
-        return len(rows) == len(self.weights) and list(rows) == list(range(len(rows)))
+        return list(rows) == self._every_row
 
     def _row_tensor(self, rows: tuple[int, ...]) -> Tensor:
         """``rows`` on the device. It is cached: a step uploads nothing and can be captured."""
@@ -195,10 +200,8 @@ class PackedState:
 
     def _mark(self, rows: Sequence[int]) -> None:
         """Record that the masters of these matrices agree with their weights."""
-        if self.master is not None:
-            for row in rows:
-                weight = self.weights[row]
-                self._seen[row] = weight.data_ptr(), weight._version
+        for row, weight in zip(rows, self._of(rows, self.weights)):
+            self._addresses[row], self._counters[row] = weight_version(weight)
 
     def _resize(self, rows: Sequence[int], counts: Sequence[int]) -> None:
         changed = dict(zip(rows, counts))
@@ -231,14 +234,16 @@ class PackedState:
         if "master" not in entry:  # A given master may be older than the weight. The next step compares them.
             self._mark([i])
 
-    def _refuse(self, row: int) -> None:
-        """Raise for a weight that is not what it was when it came in."""
-        weight, name = self.weights[row], self.names[row]
-        check_matrix(weight, name)
-        raise TypeError(
-            f"{name}: the weight became {weight.dtype} on {weight.device} after the optimizer had taken it as "
-            f"{self._dtypes[row]} on {self.indices.device}; make the optimizer after converting the model"
-        )
+    def _check_weights(self, rows: Sequence[int]) -> None:
+        """Raise, naming the parameter, for a weight that is not what it was when it came in."""
+        for row in rows:
+            weight, name, was = self.weights[row], self.names[row], (self._dtypes[row], self.indices.device)
+            if (weight.dtype, weight.device) != was or not weight.is_contiguous():
+                check_matrix(weight, name)
+                raise TypeError(
+                    f"{name}: the weight became {weight.dtype} on {weight.device} after the optimizer had taken it as "
+                    f"{was[0]} on {was[1]}; make the optimizer after converting the model"
+                )
 
     def _check_lengths(self, entry: dict[str, Tensor], name: str) -> None:
         """Raise unless all of an entry is as long as its index list."""
