@@ -1,12 +1,14 @@
 """The packed ops on the CPU against plain PyTorch, which is the reference.
 
-The ops are packed_gather, packed_scatter_, packed_migrate and packed_l2_norm. There is one 4096 x
-11008 matrix with a random 5 % mask clustered by rows. The migration goes to a list that shares
-about 95 % with the old one. Each op is first checked against the reference. A wrong one has a row
-without a time, and the exit status is 1.
+The ops are packed_gather, packed_scatter_, packed_migrate, packed_l2_norm and arena_migrate_. There
+is one 4096 x 11008 matrix with a random 5 % mask clustered by rows. Migrations go to a list that
+shares about 95 % with the old one. arena_migrate_ moves list, moments, masters and births, there
+and back. It is also compared with one packed_migrate for each of them. Each op is first checked
+against the reference. A wrong one has a row without a time, and the exit status is 1.
 
 Bytes of the roofline: distinct 64-byte lines of the matrix (gather and norm read them, scatter
-reads and writes them), 4 an entry of each index list, and packed values read or written.
+reads and writes them), 4 an entry of each index list, and packed values read or written. For
+arena_migrate_ that is each arena once, and the lines of entering weights do not count.
 
     python -m bench.bench_packed_ops [--runs 20] [--out DIR]
         (--dry-run: a tiny matrix, no files without --out)
@@ -52,6 +54,63 @@ def cases(m: int, n: int, dtype: torch.dtype) -> list[tuple[str, Op, float]]:
     return result
 
 
+class Refresh:
+    """One matrix whose arenas go to a new list and back, call by call."""
+
+    def __init__(self, matrix: Tensor, old: Tensor, new: Tensor):
+        self.matrix, self.lists, self.at = matrix, (old, new), 0
+        room = max(len(old), len(new))
+        self.indices = torch.zeros(room, dtype=torch.int32)
+        self.indices[: len(old)] = old
+        self.state = [torch.arange(float(room)) + i for i in range(3)]
+        self.births = torch.arange(room, dtype=torch.int32)
+
+    def _turn(self) -> tuple[int, Tensor]:
+        count, self.at = len(self.lists[self.at]), 1 - self.at
+        return count, self.lists[self.at]
+
+    def together(self, backend: str | None) -> None:
+        count, new = self._turn()
+        arenas = self.indices, [0], [count], *self.state[:2], torch.ones(1)
+        ops.arena_migrate_([self.matrix], [new], *arenas, master=self.state[2], births=self.births, backend=backend)
+
+    def one_by_one(self, backend: str | None) -> None:
+        count, new = self._turn()
+        old, entries = self.indices[:count], ops.packed_gather(self.matrix, new, dtype=torch.float32)
+        born = torch.ones(len(new), dtype=torch.int32)
+        for arena, fill in zip([*self.state, self.births], (None, None, entries, born)):
+            moved = ops.packed_migrate(arena[:count], old, new, fill_values=fill, backend=backend)
+            arena[: len(new)] = moved
+        self.indices[: len(new)] = new
+
+    def moved(self) -> float:
+        """Bytes of both lists and of one way of all arenas."""
+        old, new = map(len, self.lists)
+        return 4.0 * (old + 2 * new + 4 * (old + new))
+
+
+def refresh_rows(m: int, n: int, dtype: torch.dtype, runs: int, mib: int) -> list[dict]:
+    """Rows of arena_migrate_: plain PyTorch, one packed_migrate for each arena, and the op."""
+    matrix = torch.randn(m, n, generator=torch.Generator().manual_seed(0)).to(dtype)
+    index = clustered_indices(m, n, 0.05, seed=0)
+    lists = index, neighbour(index, m * n)
+    labels = {"op": "arena_migrate_", "set": f"{m}x{n}, {str(dtype).removeprefix('torch.')}"}
+    cases = [Refresh(matrix, *lists) for _ in range(3)]
+    for case, backend in zip(cases, ("reference", None)):
+        case.together(backend)
+    found = [[case.indices, *case.state, case.births] for case in cases[:2]]
+    if problem := timing.difference(*found):
+        return [labels | {"variant": "arena_migrate_", "status": f"refused, it is wrong: {problem}"}]
+    candidates = [
+        Candidate("arena_migrate_, plain PyTorch", lambda: cases[0].together("reference")),
+        Candidate("arena_migrate_, packed_migrate for each arena", lambda: cases[2].one_by_one(None)),
+        Candidate("arena_migrate_", lambda: cases[1].together(None), cases[1].moved()),
+    ]
+    times, bandwidth = timing.time_interleaved_with_copy(candidates, runs, mib=mib)
+    rows = results.rows(candidates, times, candidates[0].name, bandwidth, **labels)
+    return [row | {"status": "ok"} for row in rows]
+
+
 def compare(m: int, n: int, dtype: torch.dtype, runs: int, mib: int = 256) -> list[dict]:
     """Two rows per op, plain PyTorch first. A wrong op has one row that says why."""
     table: list[dict] = []
@@ -68,6 +127,7 @@ def compare(m: int, n: int, dtype: torch.dtype, runs: int, mib: int = 256) -> li
         table += [
             row | {"status": "ok"} for row in results.rows(candidates, times, candidates[0].name, bandwidth, **labels)
         ]
+    table += refresh_rows(m, n, dtype, runs, mib)
     results.show(
         table, ["set", "variant", "median_ms", "q25_ms", "q75_ms", "ratio", "floor_ms", "share_of_floor", "status"]
     )

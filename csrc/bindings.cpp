@@ -237,7 +237,7 @@ std::optional<Tensor> arena_migrate_(std::vector<Tensor> weights, std::vector<Te
                                      pointer_or_null<int32_t>(births)};
   const std::vector<int64_t> shape{int64_t(n)};
   Tensor kept = torch::stable::empty({shape.data(), shape.size()}, ScalarType::Long);
-  lift::arena_migrate_cpu(matrices.data(), int64_t(n), arenas, dtype_of(weights[0]), int(exp_avg.element_size()),
+  lift::arena_migrate_cpu(matrices.data(), int64_t(n), arenas, dtype_of(weights[0]), dtype_of(exp_avg),
                           static_cast<int64_t*>(kept.data_ptr()), parallel_for);
   return kept;
 }

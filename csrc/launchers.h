@@ -80,10 +80,10 @@ struct MigrationArenas {
 };
 
 // Entries in both lists keep their values. Entering ones get zero moments, the weight's value and
-// the step. `kept` gets the number of entries that stay, by matrix. Scratch is 8 bytes an entry of
+// the step. `kept` gets the number of entries that stay, by matrix. Scratch is 16 bytes an entry of
 // 2^20 or of the largest list.
 void arena_migrate_cpu(const Migration* matrices, int64_t n, const MigrationArenas& arenas, DType weight,
-                       int moment_width, int64_t* kept, ParallelFor parallel_for);
+                       DType moment, int64_t* kept, ParallelFor parallel_for);
 
 // Writes one sum of squares per block of kSquareSumBlock entries, in the order of the segments.
 // Only grad, offset and count of a segment are read.

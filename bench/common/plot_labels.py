@@ -57,6 +57,7 @@ LABELS = {
     "packed_gather": "Gather (packed_gather)",
     "packed_scatter_": "Scatter (packed_scatter_)",
     "packed_l2_norm": "L2 norm (packed_l2_norm)",
+    "arena_migrate_": "Move all state to a new mask (arena_migrate_)",
     "packed_migrate": "Move to a new mask (packed_migrate)",
     "safetensors save_file + fsync": "Save the whole model",
     "safetensors load_file": "Load the whole model",

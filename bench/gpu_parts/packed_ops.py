@@ -1,4 +1,4 @@
-"""The packed ops on one matrix by each backend; norms and migration on many matrices.
+"""The packed ops on one matrix by each backend; norms and migrations on many matrices.
 
 Bytes of the roofline: distinct sectors of the matrix (gather and dense norm read them, scatter
 reads and writes them), 4 an entry of each index list, and packed values read or written. Calls on
@@ -155,8 +155,63 @@ def migrations(run: Run) -> None:
     )
 
 
+class Refresh:
+    """All matrices of a model in one arena that goes to new lists and back, call by call."""
+
+    def __init__(self, run: Run):
+        self.model = LLAMA_2_7B.on(run.device)
+        shapes = self.model.layer * self.model.layers
+        old = self.model.masks(run.device)
+        new = [neighbour(index, m * n)[: len(index)] for index, (m, n) in zip(old, shapes)]
+        self.lists, self.at, self.arena = (old, new), 0, Arena.of(old)
+        self.counts = list(map(len, old))
+        self.state = [torch.randn(len(self.arena.indices), device=run.device) for _ in range(3)]
+        self.weights = self.model.matrices(run.device, BF16, 1e-2, self.model.layers)
+        self.steps = torch.ones(len(old), device=run.device)
+
+    def migrate(self, backend: str | None = None) -> list[Tensor]:
+        self.at = 1 - self.at
+        arena, new = self.arena, self.lists[self.at]
+        counts, self.counts = self.counts, list(map(len, new))
+        arguments = self.weights, new, arena.indices, arena.offsets, counts, *self.state[:2], self.steps
+        return [ops.arena_migrate_(*arguments, master=self.state[2], backend=backend)]
+
+    def problem(self) -> str:
+        """Where the op and the reference part on the way there. Then it goes back."""
+        saved, results = [x.clone() for x in (self.arena.indices, *self.state)], []
+        for backend in ("reference", None):
+            kept = self.migrate(backend)
+            results.append([*kept, *(x.clone() for x in (self.arena.indices, *self.state))])
+            self.at, self.counts = 0, list(map(len, self.lists[0]))
+            for x, y in zip((self.arena.indices, *self.state), saved):
+                x.copy_(y)
+        return timing.difference(*results)
+
+    def moved(self) -> float:
+        """Bytes of old and new lists, the written lists, and three arenas read and written."""
+        old, new = (sum(map(len, lists)) for lists in self.lists)
+        return 4.0 * (old + 2 * new + 3 * (old + new))
+
+
+def refreshes(run: Run) -> None:
+    """arena_migrate_ on every matrix of a model at once, with fp32 moments and masters."""
+    case = Refresh(run)
+    run.time(
+        "list, moments and masters of all matrices, 95 % stay",
+        case.migrate,
+        problem=run.problem(case.problem),
+        moved=case.moved(),
+        op="arena_migrate_",
+        model=case.model.name,
+        dtype="fp32",
+        shape=f"{len(case.weights)} matrices",
+    )
+
+
 def work(run: Run) -> None:
     one_matrix(run)
     norms(run)
     run.free()
     migrations(run)
+    run.free()
+    refreshes(run)

@@ -122,6 +122,29 @@ def packed_cases():
         yield Case(name, "packed_ops._packed_square_sums_kernel", types, constants, (dtype if packed else "int32",))
 
 
+def migrate_cases():
+    """The launches of a migration: old positions, and each arena taken to scratch and put back."""
+    tables = {"matrices": "*i64", "blocks": "*i64"}
+    block = {"BLOCK": BLOCK, "WIDE_LISTS": True}
+    types = tables | {"indices": "*i32", "positions": "*i32", "kept": "*i64"}
+    find = "arena_migrate._arena_migrate_find_kernel"
+    yield Case("arena_migrate: find", find, types, block, ("int32",), ("int32",))
+    arenas = {"fp32 moments": ("fp32", None), "bf16 moments": ("bf16", None), "births": ("int32", None)}
+    arenas |= {f"masters of {weight}": ("int32", weight) for weight in ("fp32", "fp16", "bf16")}
+    for name, (dtype, weight) in arenas.items():
+        types = tables | dict.fromkeys(("arena", "values"), f"*{FORMATS[dtype]}") | {"positions": "*i32"}
+        types |= {"steps": "*fp32"} if name == "births" else {}
+        constants = block | {"WEIGHT": FORMATS[weight] if weight else None}
+        take = "arena_migrate._arena_migrate_take_kernel"
+        yield Case(f"arena_migrate: take {name}", take, types, constants, ("int32",), (dtype,))
+    for dtype in ("fp32", "bf16", "int32"):
+        types = tables | dict.fromkeys(("values", "arena"), f"*{FORMATS[dtype]}")
+        put = "arena_migrate._arena_migrate_put_kernel"
+        yield Case(f"arena_migrate: put {dtype}", put, types, block | {"ALIGNED": True}, (dtype,), (dtype,))
+    types = tables | {"arena": "*i32"}
+    yield Case("arena_migrate: put lists", put, types, block | {"ALIGNED": True}, ("int32",), ("int32",))
+
+
 def weight_grad_case(dtype, out, precision="tf32", one=None):
     """The fused product of a weight gradient with the launcher's tile.
 
@@ -206,6 +229,7 @@ CASES = (
     adamw_case("fp16", "fp16", "bf16", packed=True, stochastic=True),
     adamw_case("bf16", "bf16", "fp32", master=True, packed=True, births=True, aligned=False),
     *packed_cases(),
+    *migrate_cases(),
     weight_grad_case("bf16", "fp32"),
     weight_grad_case("fp16", "fp32"),
     weight_grad_case("bf16", "bf16"),

@@ -1,8 +1,9 @@
 // Moves the segments of many matrices to new index lists, in place, on the CPU.
 //
-// Matrices go in groups. One merge of the old and the new lists of a group gives every new entry
-// its old position. Then each arena in turn is taken into scratch and copied back. So the lists are
-// read once for all arenas, and the scratch of 8 bytes an entry stays in the caches.
+// Matrices go in groups, and the lists of a group in chunks. One merge of the old and the new list
+// says where the entries of a chunk come from, and all arenas are taken into scratch. A matrix of one chunk is put back at once, while it is in the caches. The others wait
+// until all of the group is taken. So threads meet twice a group at most, and not at all for tiny
+// matrices, which one thread moves faster than it could wake another.
 #include <algorithm>
 #include <cstring>
 #include <memory>
@@ -17,146 +18,165 @@ namespace {
 
 constexpr int64_t kGroup = 1 << 20;  // new entries of a group, unless one matrix has more
 
-// New entries begin .. end of a matrix. Their scratch starts at `at`.
+// New entries begin .. end of a matrix. Their scratch starts at entry `at`.
 struct Chunk {
   const Migration* matrix;
-  int64_t begin, end, at;
-  int64_t kept;
+  int64_t begin, end, at, kept;
+
+  int64_t count() const { return end - begin; }
+  bool is_whole() const { return count() == matrix->new_count; }
+  const int32_t* list() const { return matrix->new_indices + begin; }
+  int64_t segment() const { return matrix->offset; }
 };
 
-// Writes the old position of every new entry of a chunk, or -1 for an entry that enters. Returns
-// how many were there before.
-int64_t merge(const Chunk& chunk, const int32_t* arena, int32_t* positions) {
-  const int32_t* const fresh = chunk.matrix->new_indices;
-  const int32_t* const first = arena + chunk.matrix->offset;
-  const int32_t* const last = first + chunk.matrix->old_count;
-  const int32_t* at = std::lower_bound(first, last, fresh[chunk.begin]);
-  int64_t kept = 0;
-  for (int64_t j = chunk.begin; j < chunk.end; ++j) {
-    while (at < last && *at < fresh[j]) ++at;
-    const bool stays = at < last && *at == fresh[j];
-    positions[j - chunk.begin] = stays ? int32_t(at - first) : -1;
-    kept += stays;
+// Where the new entries of a chunk come from.
+struct Merged {
+  int32_t position[kChunk];  // in the old list; for an entry that enters, of any other entry
+  int32_t entering[kChunk];  // places in the chunk of the entries that enter
+  int64_t enters = 0;
+};
+
+// The loop advances without branches, because none could be predicted: its branches took longer
+// than all copies when a third of a list enters.
+void merge(const Chunk& chunk, const int32_t* indices, Merged& merged) {
+  const int32_t *const list = chunk.list(), *const old = indices + chunk.segment();
+  const int64_t last = chunk.matrix->old_count, count = chunk.count();
+  int64_t at = std::lower_bound(old, old + last, list[0]) - old, j = 0, enters = 0;
+  while (at < last && j < count) {
+    const int32_t before = old[at], now = list[j];
+    merged.position[j] = int32_t(at);
+    merged.entering[enters] = int32_t(j);
+    enters += now < before;
+    at += before <= now;
+    j += now <= before;
   }
-  return kept;
+  for (; j < count; ++j) {
+    merged.position[j] = 0;
+    merged.entering[enters++] = int32_t(j);
+  }
+  merged.enters = enters;
 }
 
-// out[j] = the value at the old position, or entering(j) for an entry without one.
-template <class T, class Entering>
-void take(const T* old, const int32_t* positions, int64_t count, T* out, const Entering& entering) {
-  for (int64_t j = 0; j < count; ++j) out[j] = positions[j] >= 0 ? old[positions[j]] : entering(j);
+// Copies the old values, and puts value(j) for each entry that enters.
+template <class T, class Value>
+void take(const T* old, const Merged& merged, int64_t count, T* out, const Value& value) {
+  if (merged.enters < count)
+    for (int64_t j = 0; j < count; ++j) out[j] = old[merged.position[j]];
+  for (int64_t e = 0; e < merged.enters; ++e) out[merged.entering[e]] = value(merged.entering[e]);
 }
 
-// The chunks of a group of matrices, and scratch for their entries. Chunks are dealt out in runs of
-// about kChunk entries, so that a group of tiny matrices wakes no thread.
-class Group {
+// The arenas, with scratch for the entries of a group. W is the format of weights, and M stores a
+// moment.
+template <class W, class M>
+class Arenas {
  public:
-  Group(std::vector<Chunk> chunks, int32_t* positions, void* values, ParallelFor parallel_for)
-      : chunks_(std::move(chunks)), positions_(positions), values_(values), parallel_for_(parallel_for) {
-    int64_t end = 0;  // of the scratch of the last run
-    for (size_t c = 0; c < chunks_.size(); ++c) {
-      if (c == 0 || chunks_[c].at + (chunks_[c].end - chunks_[c].begin) > end) {
-        runs_.push_back(c);
-        end = chunks_[c].at + kChunk;
-      }
+  Arenas(const MigrationArenas& arenas, int64_t scratch)
+      : to_(arenas),
+        exp_avg_(new M[scratch]),
+        exp_avg_sq_(new M[scratch]),
+        master_(new float[arenas.master != nullptr ? scratch : 0]),
+        births_(new int32_t[arenas.births != nullptr ? scratch : 0]) {}
+
+  // Returns how many entries stay.
+  int64_t take_chunk(const Chunk& chunk) const {
+    Merged merged;
+    merge(chunk, to_.indices, merged);
+    const int64_t count = chunk.count(), old = chunk.segment();
+    const auto zero = [](int32_t) { return M(0); };
+    take(static_cast<const M*>(to_.exp_avg) + old, merged, count, exp_avg_.get() + chunk.at, zero);
+    take(static_cast<const M*>(to_.exp_avg_sq) + old, merged, count, exp_avg_sq_.get() + chunk.at, zero);
+    if (to_.master != nullptr) {
+      const auto* weight = static_cast<const typename W::Storage*>(chunk.matrix->weight);
+      const auto exact = [=, list = chunk.list()](int32_t j) { return W::widen(weight[list[j]]); };
+      take<float>(to_.master + old, merged, count, master_.get() + chunk.at, exact);
     }
-    runs_.push_back(chunks_.size());
+    if (to_.births != nullptr) {
+      const auto step = [&](int32_t) { return chunk.matrix->step; };
+      take<int32_t>(to_.births + old, merged, count, births_.get() + chunk.at, step);
+    }
+    return count - merged.enters;
   }
 
-  void find(const int32_t* indices, const Migration* matrices, int64_t* kept) {
-    each([&](Chunk& chunk) { chunk.kept = merge(chunk, indices, positions_ + chunk.at); });
-    for (const Chunk& chunk : chunks_) kept[chunk.matrix - matrices] += chunk.kept;
-  }
-
-  // `entering` is a function of the chunk and the place in it.
-  template <class T, class Entering>
-  void move(T* arena, const Entering& entering) {
-    T* const values = static_cast<T*>(values_);
-    each([&](Chunk& chunk) {
-      take(arena + chunk.matrix->offset, positions_ + chunk.at, chunk.end - chunk.begin, values + chunk.at,
-           [&](int64_t j) { return T(entering(chunk, j)); });
-    });
-    each([&](Chunk& chunk) { put(chunk, values + chunk.at, arena); });
-  }
-
-  void write_lists(int32_t* indices) {
-    each([&](Chunk& chunk) { put(chunk, chunk.matrix->new_indices + chunk.begin, indices); });
+  void put_chunk(const Chunk& chunk) const {
+    put(chunk, exp_avg_.get() + chunk.at, static_cast<M*>(to_.exp_avg));
+    put(chunk, exp_avg_sq_.get() + chunk.at, static_cast<M*>(to_.exp_avg_sq));
+    if (to_.master != nullptr) put(chunk, master_.get() + chunk.at, to_.master);
+    if (to_.births != nullptr) put(chunk, births_.get() + chunk.at, to_.births);
+    put(chunk, chunk.list(), to_.indices);
   }
 
  private:
   template <class T>
   static void put(const Chunk& chunk, const T* values, T* arena) {
-    std::memcpy(arena + chunk.matrix->offset + chunk.begin, values, size_t(chunk.end - chunk.begin) * sizeof(T));
+    std::memcpy(arena + chunk.segment() + chunk.begin, values, size_t(chunk.count()) * sizeof(T));
   }
 
-  template <class F>
-  void each(const F& work) {
-    for_ranges(parallel_for_, int64_t(runs_.size()) - 1, [&](int64_t begin, int64_t end) {
-      for (size_t c = runs_[begin]; c < runs_[end]; ++c) work(chunks_[c]);
-    });
-  }
-
-  std::vector<Chunk> chunks_;
-  std::vector<size_t> runs_;  // the first chunk of each run, and the number of chunks
-  int32_t* positions_;
-  void* values_;
-  ParallelFor parallel_for_;
+  const MigrationArenas& to_;
+  // Not initialized, so that only pages that are used are touched.
+  std::unique_ptr<M[]> exp_avg_, exp_avg_sq_;
+  std::unique_ptr<float[]> master_;
+  std::unique_ptr<int32_t[]> births_;
 };
 
-template <class W, class M>
-void move_group(Group& group, const MigrationArenas& arenas) {
-  const auto zero = [](const Chunk&, int64_t) { return 0; };
-  group.move(static_cast<M*>(arenas.exp_avg), zero);
-  group.move(static_cast<M*>(arenas.exp_avg_sq), zero);
-  if (arenas.master != nullptr)
-    group.move(arenas.master, [](const Chunk& chunk, int64_t j) {
-      const auto* weight = static_cast<const typename W::Storage*>(chunk.matrix->weight);
-      return W::widen(weight[chunk.matrix->new_indices[chunk.begin + j]]);
-    });
-  if (arenas.births != nullptr)
-    group.move(arenas.births, [](const Chunk& chunk, int64_t) { return chunk.matrix->step; });
-  group.write_lists(arenas.indices);
+// Adds matrices from `first` on, up to kGroup entries together or one larger matrix. Returns the
+// first one that is left.
+int64_t fill_group(const Migration* matrices, int64_t first, int64_t n, std::vector<Chunk>& chunks) {
+  int64_t at = 0;
+  chunks.clear();
+  for (; first < n && (at == 0 || at + matrices[first].new_count <= kGroup); ++first) {
+    for (int64_t begin = 0; begin < matrices[first].new_count; begin += kChunk) {
+      const int64_t end = std::min(begin + kChunk, matrices[first].new_count);
+      chunks.push_back({matrices + first, begin, end, at, 0});
+      at += end - begin;
+    }
+  }
+  return first;
 }
 
-// The last matrix of the group that starts at `first`, exclusive, and its new entries.
-std::pair<int64_t, int64_t> group_end(const Migration* matrices, int64_t n, int64_t first) {
-  int64_t entries = matrices[first].new_count, last = first + 1;
-  while (last < n && entries + matrices[last].new_count <= kGroup) entries += matrices[last++].new_count;
-  return {last, entries};
+// Calls work(chunk) for all chunks. A thread takes about kChunk entries or more at once.
+template <class F>
+void for_chunks(ParallelFor parallel_for, std::vector<Chunk>& chunks, const F& work) {
+  std::vector<size_t> runs;
+  for (size_t c = 0; c < chunks.size(); ++c)
+    if (runs.empty() || chunks[c].at + chunks[c].count() > chunks[runs.back()].at + kChunk) runs.push_back(c);
+  runs.push_back(chunks.size());
+  for_ranges(parallel_for, int64_t(runs.size()) - 1, [&](int64_t begin, int64_t end) {
+    for (size_t c = runs[begin]; c < runs[end]; ++c) work(chunks[c]);
+  });
+}
+
+template <class W, class M>
+void migrate_all(const Migration* matrices, int64_t n, const MigrationArenas& arenas, int64_t* kept,
+                 ParallelFor parallel_for) {
+  int64_t entries = 0, largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    entries += matrices[i].new_count;
+    largest = std::max(largest, matrices[i].new_count);
+    kept[i] = 0;
+  }
+  const Arenas<W, M> moved(arenas, std::max(largest, std::min(entries, kGroup)));
+  std::vector<Chunk> chunks;
+  for (int64_t first = 0; first < n;) {
+    first = fill_group(matrices, first, n, chunks);
+    for_chunks(parallel_for, chunks, [&](Chunk& chunk) {
+      chunk.kept = moved.take_chunk(chunk);
+      if (chunk.is_whole()) moved.put_chunk(chunk);
+    });
+    for (const Chunk& chunk : chunks) kept[chunk.matrix - matrices] += chunk.kept;
+    std::erase_if(chunks, [](const Chunk& chunk) { return chunk.is_whole(); });
+    if (!chunks.empty()) for_chunks(parallel_for, chunks, [&](const Chunk& chunk) { moved.put_chunk(chunk); });
+  }
 }
 
 }  // namespace
 
-void arena_migrate_cpu(const Migration* matrices, int64_t n, const MigrationArenas& arenas, DType weight,
-                       int moment_width, int64_t* kept, ParallelFor parallel_for) {
-  int64_t largest = 0;
-  for (int64_t first = 0; first < n;) {
-    const auto [last, entries] = group_end(matrices, n, first);
-    largest = std::max(largest, entries);
-    first = last;
-  }
-  // Without a value, so that only the pages that are used are touched.
-  const std::unique_ptr<int32_t[]> positions(new int32_t[largest]), values(new int32_t[largest]);
-  std::fill_n(kept, n, 0);
-  for (int64_t first = 0; first < n;) {
-    const int64_t last = group_end(matrices, n, first).first;
-    std::vector<Chunk> chunks;
-    int64_t at = 0;
-    for (; first < last; ++first) {
-      const Migration& matrix = matrices[first];
-      for (int64_t begin = 0; begin < matrix.new_count; begin += kChunk) {
-        const int64_t end = std::min(begin + kChunk, matrix.new_count);
-        chunks.push_back({&matrix, begin, end, at, 0});
-        at += end - begin;
-      }
-    }
-    Group group(std::move(chunks), positions.get(), values.get(), parallel_for);
-    group.find(arenas.indices, matrices, kept);
-    dispatch_dtype(weight, [&](auto type) {
-      if (moment_width == 4) move_group<decltype(type), uint32_t>(group, arenas);
-      else move_group<decltype(type), uint16_t>(group, arenas);
-    });
-  }
+void arena_migrate_cpu(const Migration* matrices, int64_t n, const MigrationArenas& arenas, DType weight, DType moment,
+                       int64_t* kept, ParallelFor parallel_for) {
+  dispatch_dtype(weight, [&](auto type) {
+    using W = decltype(type);
+    if (moment == DType::f32) migrate_all<W, uint32_t>(matrices, n, arenas, kept, parallel_for);
+    else migrate_all<W, uint16_t>(matrices, n, arenas, kept, parallel_for);
+  });
 }
 
 }  // namespace lift

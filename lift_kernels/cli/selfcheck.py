@@ -77,6 +77,33 @@ def _migrate(name: str, device: str) -> tuple[float, float]:
     return _difference(ops.packed_migrate(values, old, new, backend=name), spread[new.long()]), 0.0
 
 
+def _arena_migrate(name: str, device: str) -> tuple[float, float]:
+    """A longer list and a shorter one; indices, moments, master, births and counts together."""
+    results = []
+    for backend in (name, "reference"):
+        weight, _, _ = _data(device, torch.bfloat16)
+        lists = [_index_list(seed, device) for seed in range(4)]
+        exp_avg, exp_avg_sq, master = (torch.arange(700.0, device=device) + i for i in range(3))
+        births = torch.arange(700, dtype=torch.int32, device=device)
+        indices = torch.cat([lists[0], lists[0][:100], lists[1][:200], lists[2][:100]])
+        steps = torch.tensor([5.0, 9.0], device=device)
+        kept = ops.arena_migrate_(
+            [weight, weight],
+            [lists[2], lists[3][:150]],
+            indices,
+            [0, 400],
+            [100, 200],
+            exp_avg,
+            exp_avg_sq,
+            steps,
+            master=master,
+            births=births,
+            backend=backend,
+        )
+        results.append(torch.cat([x.double() for x in (kept, indices, exp_avg, exp_avg_sq, master, births)]))
+    return _difference(*results), 0.0
+
+
 def _norm(name: str, device: str) -> tuple[float, float]:
     _, grad, indices = _data(device)
     expected = grad.flatten()[indices.long()].double().norm()
@@ -160,6 +187,7 @@ CASES: dict[str, Callable[[str, str], tuple[float, float]]] = {
     "packed_gather": _gather,
     "packed_scatter_": _scatter,
     "packed_migrate": _migrate,
+    "arena_migrate_": _arena_migrate,
     "packed_l2_norm": _norm,
     "packed_weight_grad": _weight_grad,
     "lowrank_topk": _topk,

@@ -78,6 +78,8 @@ def test_packed_ops_dry_run(tmp_path):
     for op in ("packed_gather", "packed_scatter_", "packed_l2_norm", "packed_migrate"):
         names = [row["variant"] for row in rows if row["op"] == op]
         assert names == [f"{op}, plain PyTorch", op] * 2
+    names = [row["variant"] for row in rows if row["op"] == "arena_migrate_"]
+    assert names == [f"arena_migrate_{way}" for way in (", plain PyTorch", ", packed_migrate for each arena", "")] * 2
 
 
 @pytest.mark.parametrize(

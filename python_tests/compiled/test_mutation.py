@@ -24,7 +24,7 @@ CORE = (
     "sparse_adamw_several_blocks or sparse_adamw_first_step or sparse_adamw_scaled_gradients or "
     "found_inf_changes_nothing or noise_is_the_specified_one or decay_touches or packed_migrate or "
     "packed_l2_norm or one_matrix_at_a_time or weight_grad_by_hand or weight_grad_in_several_panels or "
-    "lowrank_topk_of_whole or lowrank_topk_with_any or lowrank_topk_where_all or bitmap_to_indices"
+    "lowrank_topk_of_whole or lowrank_topk_with_any or lowrank_topk_where_all or bitmap_to_indices or arena_migrate"
 )
 
 
@@ -52,6 +52,7 @@ NATIVE, NATIVE_BLOCKS, NATIVE_PACKED = (
 )
 NATIVE_SELECT, TRITON_SELECT = "csrc/cpu/lowrank_topk.cpp", "lift_kernels/ops/triton/lowrank_topk.py"
 TRITON_BITMAP = "lift_kernels/ops/triton/bitmap_to_indices.py"
+NATIVE_ARENA, TRITON_ARENA = "csrc/cpu/arena_migrate.cpp", "lift_kernels/ops/triton/arena_migrate.py"
 NATIVE_GRAD, TRITON_GRAD = "csrc/cpu/packed_weight_grad.cpp", "lift_kernels/ops/triton/packed_weight_grad.py"
 
 MUTANTS = [
@@ -195,6 +196,61 @@ MUTANTS = [
         "bound included", "triton", TRITON_GRAD, "other=0).to(tl.int64) < bound)", "other=0).to(tl.int64) <= bound)"
     ),
     Mutant("any old entry is found", "triton", TRITON_PACKED, "== entry)\n", "!= -1)\n"),
+    Mutant(
+        "arena: the next old value",
+        "reference",
+        REFERENCE,
+        "out[stays] = values[place[stays]]",
+        "out[stays] = values[(place[stays] + 1).clamp_(max=old_indices.numel() - 1)]",
+    ),
+    Mutant(
+        "arena: last old entry lost", "reference", REFERENCE, "(counts[i], new.numel())", "(counts[i] - 1, new.numel())"
+    ),
+    Mutant(
+        "arena: weights ignored", "reference", REFERENCE, "torch.float32) if arena is master", "torch.float32) if 0"
+    ),
+    Mutant("arena: born at zero", "reference", REFERENCE, "(births, int(steps[i]))", "(births, 0)"),
+    Mutant("arena: the list stays", "reference", REFERENCE, "        indices[after] = new\n", ""),
+    Mutant(
+        "arena: the next old value",
+        "native-cpu",
+        NATIVE_ARENA,
+        "merged.position[j] = int32_t(at);",
+        "merged.position[j] = int32_t(std::min(at + 1, last - 1));",
+    ),
+    Mutant("arena: what stays enters", "native-cpu", NATIVE_ARENA, "j += now <= before;", "j += now < before;"),
+    Mutant(
+        "arena: last of the entries behind lost",
+        "native-cpu",
+        NATIVE_ARENA,
+        "for (; j < count; ++j) {",
+        "for (; j + 1 < count; ++j) {",
+    ),
+    Mutant("arena: last chunk skipped", "native-cpu", NATIVE_ARENA, "c < runs[end]; ++c", "c + 1 < runs[end]; ++c"),
+    Mutant("arena: fill ignored", "native-cpu", NATIVE_ARENA, "= value(merged.entering[e]);", "= T(); (void)value;"),
+    Mutant(
+        "arena: put before all is taken",
+        "native-cpu",
+        NATIVE_ARENA,
+        "if (chunk.is_whole()) moved.put_chunk(chunk);",
+        "moved.put_chunk(chunk);",
+    ),
+    Mutant(
+        "arena: the next old value", "triton", TRITON_ARENA, "tl.where(found, low, -1)", "tl.where(found, low + 1, -1)"
+    ),
+    Mutant("arena: every entry is found", "triton", TRITON_ARENA, "== entry)\n", "!= -1)\n"),
+    Mutant(
+        "arena: steps of the merge left out", "triton", TRITON_ARENA, "stride = stride >> 1", "stride = stride >> 2"
+    ),
+    Mutant(
+        "arena: last block skipped",
+        "triton",
+        TRITON_ARENA,
+        "_arena_migrate_take_kernel[grid](",
+        "_arena_migrate_take_kernel[(max(len(blocks) - 1, 1),)](",
+    ),
+    Mutant("arena: fill ignored", "triton", TRITON_ARENA, "tl.where(enters, w, x)", "tl.where(enters, 0, x)"),
+    Mutant("arena: step of the first matrix", "triton", TRITON_ARENA, "tl.load(steps + matrix)", "tl.load(steps)"),
 ]
 
 
@@ -284,8 +340,11 @@ def run_core(copies: dict[Mutant, Path], interpret: str) -> None:
         ]
         if not mutant.file:
             files += ["python_tests/ops/test_lowrank_topk.py", "python_tests/ops/test_bitmap_to_indices.py"]
+            files += ["python_tests/ops/test_arena_migrate.py"]
         if mutant.name.startswith("bitmap"):
             files = ["python_tests/ops/test_bitmap_to_indices.py"]
+        elif mutant.name.startswith("arena"):
+            files = ["python_tests/ops/test_arena_migrate.py"]
         elif mutant.file in (NATIVE_SELECT, TRITON_SELECT):
             files = ["python_tests/ops/test_lowrank_topk.py"]
         elif mutant.file in (NATIVE_GRAD, TRITON_GRAD) or mutant.name == "sides exchanged":

@@ -65,10 +65,10 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
 @pytest.fixture
 def fresh():
     """Dispatch as in a new process, which makes and logs each choice once."""
-    for cached in (dispatch._default, dispatch._warn_once):
+    for cached in (dispatch.native_op, dispatch._default, dispatch._warn_once):
         cached.cache_clear()
     yield
-    for cached in (dispatch._default, dispatch._warn_once):
+    for cached in (dispatch.native_op, dispatch._default, dispatch._warn_once):
         cached.cache_clear()
 
 

@@ -7,24 +7,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.bad_arguments import CHECKED, both_moments_half, meta, nothing, replaced, strided
 from helpers.bits import BF16, assert_same_bits
 from helpers.step_problems import make_problem
 
 from lift_kernels import ops
-
-
-def replaced(field, change, at=None):
-    """A function that spoils one argument of a problem: a field, or one place of a list."""
-
-    def spoil(problem):
-        if at is None:
-            setattr(problem, field, change(getattr(problem, field)))
-        else:
-            values = list(getattr(problem, field))
-            values[at] = change(values[at])
-            setattr(problem, field, values)
-
-    return spoil
 
 
 def index_set(position, value):
@@ -34,23 +21,6 @@ def index_set(position, value):
     return spoil
 
 
-def meta(tensor):
-    return tensor.to("meta")
-
-
-def strided(vector):
-    return vector.repeat_interleave(2)[::2]
-
-
-def both_moments_half(problem):
-    problem.exp_avg, problem.exp_avg_sq = problem.exp_avg.half(), problem.exp_avg_sq.half()
-
-
-def nothing(problem):
-    pass
-
-
-CHECKED = {"validate": True}
 # name: (function that spoils the arguments, options of the call, error, part of the message)
 BAD_STEPS = {
     "weight of a wrong dtype": (replaced("weights", torch.Tensor.double, 1), {}, TypeError, "weight 1 .*float64"),

@@ -7,6 +7,7 @@ import torch
 from helpers.backends import backend_of
 from helpers.bitmap_cases import CASES
 from helpers.bits import BF16, FP16, FP32, bits
+from helpers.migrations import make_migration
 from helpers.step_problems import make_problem
 
 from lift_kernels import ops
@@ -47,6 +48,15 @@ def adamw_arguments(backend, **kinds):
 def norm_arguments(backend, packed):
     problem = make_problem(backend, [((6, 7), 9), ((5, 4), 20)], packed=packed)
     return (problem.grads, problem.indices, problem.offsets, problem.counts), {"packed_grads": packed}
+
+
+def migrate_arguments(backend, **kinds):
+    """One matrix gets a list of another length. Every arena changes."""
+    migration = make_migration(backend, [(42, [1, 5, 30], [5, 6, 7, 30]), (9, [2, 8], [3])], **kinds)
+    weights = [weight.clone() for weight in migration.weights]
+    arguments = weights, migration.new_indices, migration.indices, migration.offsets, migration.counts
+    state = migration.exp_avg, migration.exp_avg_sq, migration.steps, migration.master, migration.births
+    return (*arguments, *state), {}
 
 
 def weight_grad_arguments(backend, dtype):
@@ -97,6 +107,11 @@ SAMPLES = {
             ),
             {},
         ),
+    },
+    "arena_migrate_": {
+        "all arenas": migrate_arguments,
+        "moments": lambda backend: migrate_arguments(backend, moment=BF16, master=False, births=False),
+        "master": lambda backend: migrate_arguments(backend, weight=BF16, births=False),
     },
     "lowrank_topk": {
         "sampled bracket": lambda backend: (
@@ -152,6 +167,7 @@ CALLS = [
 MUTATED = {
     "sparse_adamw_": {"weights", "exp_avg", "exp_avg_sq", "master"},
     "packed_scatter_": {"dest"},
+    "arena_migrate_": {"indices", "exp_avg", "exp_avg_sq", "master", "births"},
     "packed_gather": set(),
     "packed_migrate": set(),
     "packed_l2_norm": set(),

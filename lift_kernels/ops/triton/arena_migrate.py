@@ -23,10 +23,11 @@ MAX_SCRATCH = 2**27
 
 
 @triton.jit
-def _list_of(matrices, matrix, place, WIDE: tl.constexpr):
-    """Return the address of the new list of a matrix, from ``place`` on."""
-    new = tl.load(matrices + matrix * 4 + 1).to(tl.pointer_type(tl.int32), bitcast=True)
-    if WIDE:
+def _list_of(matrices, row, WIDE: tl.constexpr):
+    """Return where the part of a new list begins that a row of `block_table` describes."""
+    place = tl.load(row + 2)
+    new = tl.load(matrices + tl.load(row) * 4 + 1).to(tl.pointer_type(tl.int32), bitcast=True)
+    if WIDE:  # the hints would be lost on parameters
         new = tl.multiple_of(new, 16)
         place = tl.multiple_of(place, 64)
     return new + place
@@ -49,13 +50,12 @@ def _arena_migrate_find_kernel(
     """
     row = blocks + tl.program_id(0).to(tl.int64) * 4
     matrix = tl.load(row)
-    place = tl.load(row + 2)
-    old = indices + (tl.load(row + 1) - place)
+    old = indices + (tl.load(row + 1) - tl.load(row + 2))
     left = tl.minimum(tl.load(row + 3), BLOCK).to(tl.int32)
     count = tl.load(matrices + matrix * 4 + 2).to(tl.int32)
     stride = tl.load(matrices + matrix * 4 + 3).to(tl.int32)
     lanes = tl.arange(0, BLOCK)
-    entry = load_stream(_list_of(matrices, matrix, place, WIDE_LISTS), left, BLOCK)
+    entry = load_stream(_list_of(matrices, row, WIDE_LISTS), left, BLOCK)
     low = tl.zeros([BLOCK], dtype=tl.int32)
     while stride > 0:
         inside = low <= count - stride  # the sum of both could wrap
@@ -83,15 +83,14 @@ def _arena_migrate_take_kernel(
     """Take the values at the old positions, and those of the entries that enter."""
     row = blocks + tl.program_id(0).to(tl.int64) * 4
     matrix = tl.load(row)
-    place = tl.load(row + 2)
-    segment = arena + (tl.load(row + 1) - place)
+    segment = arena + (tl.load(row + 1) - tl.load(row + 2))
     lanes = tl.arange(0, BLOCK)
     start = tl.program_id(0).to(tl.int64) * BLOCK
     position = tl.load(positions + start + lanes)
     x = tl.load(segment + position, mask=position >= 0, other=0)
     if WEIGHT is not None:
         enters = (position < 0) & (lanes < tl.load(row + 3))
-        index = tl.load(_list_of(matrices, matrix, place, WIDE_LISTS) + lanes, mask=enters, other=0).to(tl.int64)
+        index = tl.load(_list_of(matrices, row, WIDE_LISTS) + lanes, mask=enters, other=0).to(tl.int64)
         weight = tl.load(matrices + matrix * 4).to(tl.pointer_type(WEIGHT), bitcast=True)
         w = widen(tl.load(weight + index, mask=enters, other=0)).to(tl.int32, bitcast=True)
         x = tl.where(enters, w, x)
@@ -117,7 +116,7 @@ def _arena_migrate_put_kernel(
     if ALIGNED:
         start = tl.multiple_of(start, 64)
     if values is None:
-        x = load_stream(_list_of(matrices, tl.load(row), tl.load(row + 2), WIDE_LISTS), left, BLOCK)
+        x = load_stream(_list_of(matrices, row, WIDE_LISTS), left, BLOCK)
     else:
         x = tl.load(values + tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))
     store_stream(arena + start, x, left, BLOCK)
