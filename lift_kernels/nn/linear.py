@@ -3,8 +3,8 @@
 The trainable parameter of a packed layer is ``values``, an fp32 vector of the selected entries.
 ``weight`` is a parameter without gradient that holds the values rounded to its dtype. The forward
 pass reads the weight alone. ``values`` is in the autograd graph only to receive its gradient.
-Whoever changes ``values`` writes the weight too: LiftAdamW in its step, `PackedLinear.scatter` for
-everyone else.
+Whoever changes ``values`` writes the weight too: LiftAdamW in its step, `optimizer_hooks` for other
+optimizers, `PackedLinear.scatter` for everyone else.
 
 A layer is converted in place by a change of its ``__class__``. So its name, its hooks, its keys in
 a state dict and every reference to it stay.
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..validation import check_index_list, check_matrix, require
-from . import trainable
+from . import optimizer_hooks, trainable
 from .functional import lift_linear
 from .weight_version import WeightVersion, update_stale
 
@@ -98,7 +98,7 @@ class PackedLinear(nn.Module):
         weight.grad = None
         module.register_parameter("values", values)
         module._mark()
-        trainable.register(values, module)
+        module._register()
         return module
 
     def unpack(self) -> nn.Module:
@@ -144,6 +144,11 @@ class PackedLinear(nn.Module):
                 "%s was changed outside the optimizer; its values follow the new weight", self.lift_name or "a layer"
             )
 
+    def _register(self) -> None:
+        """Make ``values`` known to optimizers."""
+        trainable.register(self.values, self)
+        optimizer_hooks.watch(self.values)
+
     def _mark(self) -> None:
         self._seen = WeightVersion.of(self.weight)
 
@@ -168,7 +173,7 @@ class PackedLinear(nn.Module):
                     values.grad.data = _moved(values.grad, fn)
             else:  # From and to the meta device nn.Module makes new parameters, too.
                 self._parameters["values"] = nn.Parameter(moved, values.requires_grad)
-                trainable.register(self.values, self)
+                self._register()
             self.indices = _moved(self.indices, fn)
         return self
 
@@ -188,7 +193,7 @@ class PackedLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        trainable.register(self.values, self)
+        self._register()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "values" and type(value).__name__ == "DTensor":
