@@ -21,13 +21,20 @@ VERSION = 1
 """Version of the saved form. It is stored with each matrix, where tools that move state keep it."""
 
 
-def compact(entry: dict[str, Any], shape: torch.Size | None = None) -> dict[str, Any]:
-    """Clones that share no storage.
+def compact(entry: dict[str, Any], shape: torch.Size | None = None, *, host: bool = False) -> dict[str, Any]:
+    """A copy of a parameter's state that shares no storage with it.
 
-    With ``shape``, that of the matrix, shape and version are added.
+    Args:
+        shape: of the matrix; given, it is added together with the version of the saved form.
+        host: copy to host memory, so that a card does not hold the state twice. Otherwise tensors
+            are cloned where they are.
     """
-    out = {key: value.clone() if isinstance(value, Tensor) else value for key, value in entry.items()}
+    out = {key: _copied(value, host) if isinstance(value, Tensor) else value for key, value in entry.items()}
     return out if shape is None else {**out, "shape": list(shape), "version": VERSION}
+
+
+def _copied(tensor: Tensor, host: bool) -> Tensor:
+    return tensor.to("cpu") if host and tensor.device.type != "cpu" else tensor.clone()
 
 
 def in_own_order(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
