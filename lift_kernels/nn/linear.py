@@ -84,12 +84,21 @@ class PackedLinear(nn.Module):
         cls.check(module, name)
         label, weight = name or type(module).__name__, module.get_parameter("weight")
         check_index_list(indices, weight.numel(), label, weight.device)
+        if values is not None:
+            require(
+                values.shape == indices.shape and values.dtype == torch.float32,
+                f"{label}: values must be {indices.numel()} float32 numbers, got {tuple(values.shape)} {values.dtype}",
+            )
+        return cls._convert(module, indices, name, values)
+
+    @classmethod
+    def _convert(
+        cls, module: nn.Module, indices: Tensor, name: str = "", values: nn.Parameter | None = None
+    ) -> PackedLinear:
+        """`pack` without its checks, for layers that were checked and lists of our own."""
+        weight = module.get_parameter("weight")
         if values is None:
             values = nn.Parameter(ops.packed_gather(weight.detach(), indices, dtype=torch.float32))
-        require(
-            values.shape == indices.shape and values.dtype == torch.float32,
-            f"{label}: values must be {indices.numel()} float32 numbers, got {tuple(values.shape)} {values.dtype}",
-        )
         plain, required = type(module), weight.requires_grad
         module.__class__ = cls  # type: ignore[assignment]
         assert isinstance(module, PackedLinear)

@@ -164,6 +164,6 @@ def _pack_layers(members: list[tuple[str, nn.Module]], indices: Tensor) -> nn.Pa
         cls = _class_of(module)
         assert cls is not None
         weight.requires_grad_(required)  # what each layer remembers for `unpack`
-        values = cls.pack(module, indices, name, values).values
+        values = cls._convert(module, indices, name, values).values
     assert values is not None
     return values
