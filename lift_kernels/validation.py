@@ -5,6 +5,8 @@ Each check raises before anything is changed, names the value and says what to d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -80,8 +82,29 @@ def check_gradient(grad: Tensor, weight: Tensor, name: str, sparse: bool = True)
 def check_index_list(indices: Tensor, numel: int, name: str, device: torch.device | None = None) -> None:
     """Raise unless ``indices`` is a flat int32 list: sorted, unique, within ``0 .. numel - 1``.
 
-    Reads the list, so it waits for the list's device.
+    Reads the list, so it waits for the list's device: once, unless something is wrong.
     """
+    check_index_form(indices, name, device)
+    if bool(_misplaced(indices, numel)):
+        _report_misplaced(indices, numel, name)
+
+
+def check_index_lists(
+    lists: Sequence[Tensor], numels: Sequence[int], names: Sequence[str], device: torch.device | None = None
+) -> None:
+    """`check_index_list` of many lists, with one wait for each device that holds some of them."""
+    for indices, name in zip(lists, names):
+        check_index_form(indices, name, device)
+    flags: dict[torch.device, list[Tensor]] = {}
+    for indices, numel in zip(lists, numels):
+        flags.setdefault(indices.device, []).append(_misplaced(indices, numel))
+    if any(bool(torch.stack(of_one).any()) for of_one in flags.values()):
+        for indices, numel, name in zip(lists, numels, names):
+            check_index_list(indices, numel, name)
+
+
+def check_index_form(indices: Tensor, name: str, device: torch.device | None = None) -> None:
+    """Raise unless ``indices`` is a flat int32 tensor on ``device``. Waits for nothing."""
     require(
         isinstance(indices, Tensor), f"{name}: the index list must be a tensor, got {type(indices).__name__}", TypeError
     )
@@ -90,10 +113,25 @@ def check_index_list(indices: Tensor, numel: int, name: str, device: torch.devic
     require(
         device is None or indices.device == device, f"{name}: the index list is on {indices.device}, expected {device}"
     )
+
+
+def _disorder(indices: Tensor) -> Tensor:
+    """Where an entry is not below the next. A difference of two int32 values could wrap."""
+    return indices[1:] <= indices[:-1]
+
+
+def _misplaced(indices: Tensor, numel: int) -> Tensor:
+    """0-dim bool on the device: whether the list has disorder or an index out of range."""
     if indices.numel() == 0:
-        return
-    # Neighbours are compared directly. A difference of two int32 values could wrap.
-    disorder = (indices[1:] <= indices[:-1]).nonzero()
+        return torch.zeros((), dtype=torch.bool, device=indices.device)
+    # In a sorted list the ends are the extremes. No int32 is above MAX_ENTRIES.
+    wrong = _disorder(indices).any() | (indices[0] < 0)
+    return wrong if numel > MAX_ENTRIES else wrong | (indices[-1] >= numel)
+
+
+def _report_misplaced(indices: Tensor, numel: int, name: str) -> None:
+    """Raise with what `_misplaced` has found."""
+    disorder = _disorder(indices).nonzero()
     if disorder.numel():
         at = int(disorder[0])
         raise ValueError(
@@ -101,11 +139,7 @@ def check_index_list(indices: Tensor, numel: int, name: str, device: torch.devic
             f"before {int(indices[at + 1])} at position {at}"
         )
     low, high = int(indices[0]), int(indices[-1])
-    require(
-        low >= 0 and high < numel,
-        f"{name}: index {low if low < 0 else high} is out of range for {numel} entries",
-        IndexError,
-    )
+    raise IndexError(f"{name}: index {low if low < 0 else high} is out of range for {numel} entries")
 
 
 def check_finite(tensor: Tensor, name: str) -> None:
@@ -117,8 +151,3 @@ def check_finite(tensor: Tensor, name: str) -> None:
         raise ValueError(
             f"{name}: {bad} non-finite weights, the first at flat index {first}; repair or reload the weight"
         )
-
-
-def check_index_lists(lists, numels, names, device=None):
-    for i, n, name in zip(lists, numels, names):
-        check_index_list(i, n, name, device)

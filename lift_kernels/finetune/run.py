@@ -219,8 +219,7 @@ def _train(job: Run, method: Method) -> list[float]:
         # and would clip harder.
         max_grad_norm=0.0 if isinstance(optimizer, LiftAdamW) else CLIP_NORM,
         logging_steps=10,
-        save_strategy="steps" if settings.save_steps else "no",
-        save_steps=settings.save_steps or 500,
+        save_strategy="no",  # AnswerTrainer saves
         report_to="none",
         remove_unused_columns=False,
         dataloader_pin_memory=job.model.device.type == "cuda",
@@ -236,8 +235,9 @@ def _train(job: Run, method: Method) -> list[float]:
         data_collator=lambda batch: prompts.collate(batch, job.tokenizer.pad_token_id),
         optimizers=(optimizer, None),
         clock=job.clock,
+        save_steps=settings.save_steps,
+        identity=method.identity,
     )
-    trainer.identity = method.identity
     try:
         trainer.train_from(method.checkpoint)
     except UserError:

@@ -133,11 +133,7 @@ def batched_factors(
         members = [i for i, start in enumerate(warm_starts) if i not in results and (start is not None or not warm)]
         if not members:
             continue
-        tall = (
-            torch.stack([_tall(weights[i], units[i]) for i in members])
-            if len(members) > 1
-            else _tall(weights[members[0]], units[members[0]])[None]
-        )
+        tall = _tall_batch([weights[i] for i in members], [units[i] for i in members])
         if warm:
             block = torch.stack([warm_starts[i].to(tall.device).float() for i in members])  # type: ignore[union-attr]
         else:
@@ -157,6 +153,7 @@ def batched_factors(
                     passes,
                     bool(ended.converged[at]),
                 )
+        del tall  # The next round makes its own, which may be as large.
     return [results[i] for i in range(len(weights))]
 
 
@@ -218,8 +215,23 @@ def _units(weights: Sequence[Tensor], names: Sequence[str]) -> list[float]:
 def _tall(weight: Tensor, unit: float) -> Tensor:
     """fp32 (long, short) view or copy of a matrix, in units of 1/unit."""
     matrix = weight.detach().float()
-    matrix = matrix if unit == 1.0 else matrix * unit
+    if unit != 1.0:  # Only a copy is changed in place.
+        matrix = matrix * unit if weight.dtype == torch.float32 else matrix.mul_(unit)
     return matrix if weight.shape[0] >= weight.shape[1] else matrix.T
+
+
+def _tall_batch(weights: Sequence[Tensor], units: Sequence[float]) -> Tensor:
+    """(b, long, short) fp32: `_tall` of matrices of one shape, without a second copy of any."""
+    if len(weights) == 1:
+        return _tall(weights[0], units[0])[None]
+    rows, columns = weights[0].shape
+    size = (len(weights), max(rows, columns), min(rows, columns))
+    out = torch.empty(size, dtype=torch.float32, device=weights[0].device)
+    for place, weight, unit in zip(out, weights, units):
+        place.copy_(weight if rows >= columns else weight.T)
+        if unit != 1.0:
+            place.mul_(unit)
+    return out
 
 
 def _oriented(long, short, basis, shape, unit, method, passes, converged) -> LowRankFactors:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._progress import progress_bar
-from ..validation import check_finite, check_index_list, require
+from ..validation import check_finite, check_index_form, check_index_lists, require
 from .principal import Mask, MaskRequest, principal_masks
 
 SELECTIONS = ("principal", "magnitude", "gradient", "random")
@@ -86,6 +86,8 @@ def make_masks(
             found = principal_masks(principal, method=method, backend=backend, on_batch_done=bar.update)
     else:
         found = [_baseline_mask(part, selection, seed) for part in flat]
+        if callable(selection):  # Together, because each check would wait for the device.
+            check_index_lists([m.indices for m in found], [p.matrix.numel() for p in flat], [p.name for p in flat])
     rest = iter(found)
     return [_joined([next(rest) for _ in of_one], of_one[0].matrix.numel()) for of_one in parts]
 
@@ -160,7 +162,7 @@ def _selected(
         return largest_indices(grad.abs(), k)
     assert callable(selection)
     indices = selection(matrix, k)
-    check_index_list(indices, matrix.numel(), name, matrix.device)
+    check_index_form(indices, name, matrix.device)
     return indices
 
 

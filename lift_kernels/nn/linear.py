@@ -3,8 +3,8 @@
 The trainable parameter of a packed layer is ``values``, an fp32 vector of the selected entries.
 ``weight`` is a parameter without gradient that holds the values rounded to its dtype. The forward
 pass reads the weight alone. ``values`` is in the autograd graph only to receive its gradient.
-Whoever changes ``values`` writes the weight too: LiftAdamW in its step, `PackedLinear.scatter` for
-everyone else.
+Whoever changes ``values`` writes the weight too: LiftAdamW in its step, `optimizer_hooks` for other
+optimizers, `PackedLinear.scatter` for everyone else.
 
 A layer is converted in place by a change of its ``__class__``. So its name, its hooks, its keys in
 a state dict and every reference to it stay.
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..validation import check_index_list, check_matrix, require
-from . import trainable
+from . import optimizer_hooks, trainable
 from .functional import lift_linear
 from .weight_version import follow_weight, regather, weight_version
 
@@ -81,12 +81,21 @@ class PackedLinear(nn.Module):
         cls.check(module, name)
         label, weight = name or type(module).__name__, module.get_parameter("weight")
         check_index_list(indices, weight.numel(), label, weight.device)
+        if values is not None:
+            require(
+                values.shape == indices.shape and values.dtype == torch.float32,
+                f"{label}: values must be {indices.numel()} float32 numbers, got {tuple(values.shape)} {values.dtype}",
+            )
+        return cls._convert(module, indices, name, values)
+
+    @classmethod
+    def _convert(
+        cls, module: nn.Module, indices: Tensor, name: str = "", values: nn.Parameter | None = None
+    ) -> PackedLinear:
+        """`pack` without its checks, for layers that were checked and lists of our own."""
+        weight = module.get_parameter("weight")
         if values is None:
             values = nn.Parameter(ops.packed_gather(weight.detach(), indices, dtype=torch.float32))
-        require(
-            values.shape == indices.shape and values.dtype == torch.float32,
-            f"{label}: values must be {indices.numel()} float32 numbers, got {tuple(values.shape)} {values.dtype}",
-        )
         plain, required = type(module), weight.requires_grad
         module.__class__ = cls  # type: ignore[assignment]
         assert isinstance(module, PackedLinear)
@@ -95,7 +104,7 @@ class PackedLinear(nn.Module):
         weight.grad = None
         module.register_parameter("values", values)
         module._mark()
-        trainable.register(values, module)
+        module._register()
         return module
 
     def unpack(self) -> nn.Module:
@@ -142,6 +151,11 @@ class PackedLinear(nn.Module):
             self._seen, self.values, self.weight, self.indices, name, "values follow the new weight"
         )
 
+    def _register(self) -> None:
+        """Make ``values`` known to optimizers."""
+        trainable.register(self.values, self)
+        optimizer_hooks.watch(self.values)
+
     def _mark(self) -> None:
         self._seen = weight_version(self.weight)
 
@@ -166,7 +180,7 @@ class PackedLinear(nn.Module):
                     values.grad.data = _moved(values.grad, fn)
             else:  # From and to the meta device nn.Module makes new parameters, too.
                 self._parameters["values"] = nn.Parameter(moved, values.requires_grad)
-                trainable.register(self.values, self)
+                self._register()
             self.indices = _moved(self.indices, fn)
         return self
 
@@ -186,7 +200,7 @@ class PackedLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        trainable.register(self.values, self)
+        self._register()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "values" and type(value).__name__ == "DTensor":

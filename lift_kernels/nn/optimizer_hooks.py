@@ -1,8 +1,20 @@
 """Other optimizers on the ``values`` of packed layers, such as torch.optim.SGD.
 
-They know nothing of the layer's weight. So two hooks run around the step of every optimizer, from
-the time when the first layer is packed. Before the step, values follow a weight that was changed.
-After it, the weight follows the values. LiftAdamW writes both by itself.
+They know nothing of the layer's weight. So two hooks run around every optimizer's step. Before the
+step, values follow a weight that was changed. After it, the weight follows the values. LiftAdamW
+writes both by itself.
+
+torch offers such hooks for a whole process only. So they are installed as late as possible: when a
+gradient reaches values that no LiftAdamW holds. They go when a LiftAdamW has taken all such values.
+A process that trains with LiftAdamW alone never runs them.
+
+Not followed are
+
+- a second optimizer on values that a LiftAdamW holds, or has held;
+- values whose ``grad`` is set by hand, from `torch.autograd.grad` for instance, when no backward
+  pass has reached them before.
+
+Call `PackedLinear.scatter` after such a step.
 
 A refresh raises when another optimizer trains the values: its moments would belong to other
 entries.
@@ -13,21 +25,59 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import trainable
 
-_installed = False
+_watches: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # values -> handle of `_on_gradient`, None once removed
+_followed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # its keys: values with a gradient and no LiftAdamW
+_installed: list[RemovableHandle] = []  # of the hooks of the process
 
 
-def install() -> None:
-    """Add the hooks, once per process."""
-    global _installed
+def watch(values: Tensor) -> None:
+    """Install the hooks of the process once a gradient reaches these ``values``.
+
+    A second call for the same values does nothing, so those that are claimed stay so.
+    """
+    if values in _watches:
+        return
+    required = values.requires_grad
+    values.requires_grad_(True)  # torch hooks no frozen tensor, but keeps the hook of one that is frozen later.
+    _watches[values] = values.register_post_accumulate_grad_hook(_on_gradient)
+    values.requires_grad_(required)
+
+
+def claim(parameter: Tensor) -> None:
+    """Watch a parameter no longer, because a LiftAdamW holds it.
+
+    Does nothing for parameters that are not the ``values`` of a packed layer.
+    """
+    if not trainable.layers_of(parameter):
+        return
+    _stop_watching(parameter)
+    _followed.pop(parameter, None)
+    if not _followed:
+        while _installed:
+            _installed.pop().remove()
+
+
+def _on_gradient(values: Tensor) -> None:
+    _stop_watching(values)
+    _followed[values] = None
     if not _installed:
-        _installed = True
-        register_optimizer_step_pre_hook(_before)
-        register_optimizer_step_post_hook(_after)
+        _installed.append(register_optimizer_step_pre_hook(_before))
+        _installed.append(register_optimizer_step_post_hook(_after))
+
+
+def _stop_watching(values: Tensor) -> None:
+    handle = _watches.get(values)
+    if handle is not None:
+        handle.remove()
+    _watches[values] = None
 
 
 def _layers(optimizer: Optimizer) -> Iterator[Any]:

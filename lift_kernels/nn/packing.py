@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..masks.budget import check_rank, default_rank, trained_entries
 from ..masks.selection import SelectionRequest, check_selection, make_masks, warm_part
 from ..validation import check_matrix, require
-from . import optimizer_hooks, trainable
+from . import trainable
 from .grad_hooks import hooked_parameters, pack_on_accumulate, remove_hook
 from .linear import LiftConv1D, LiftLinear, PackedLinear
 from .param_groups import lift_param_groups
@@ -75,7 +75,6 @@ def pack_gradients(
         for p, grad in required.items():
             p.requires_grad_(grad)
         raise
-    optimizer_hooks.install()
     trained = []
     for name, p in chosen.items():
         if layers[name]:
@@ -165,6 +164,6 @@ def _pack_layers(members: list[tuple[str, nn.Module]], indices: Tensor) -> nn.Pa
         cls = _class_of(module)
         assert cls is not None
         weight.requires_grad_(required)  # what each layer remembers for `unpack`
-        values = cls.pack(module, indices, name, values).values
+        values = cls._convert(module, indices, name, values).values
     assert values is not None
     return values

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from .._storage import storage_bytes
 from ..distributed.replicas import Replicas
-from ..nn import trainable
+from ..nn import optimizer_hooks, trainable
 from ..ops import dispatch
 from .bucket import Sweep, any_infinite, gradient_factor
 from .dense_adamw import dense_adamw_
@@ -145,6 +145,8 @@ class LiftAdamW(Optimizer):
         except (ValueError, TypeError, RuntimeError):
             self.param_groups.pop()
             raise
+        for p in group["params"]:
+            optimizer_hooks.claim(p)
         self._replicas.announce(sparse)
 
     @torch.no_grad()
@@ -289,4 +291,6 @@ class LiftAdamW(Optimizer):
             for p, layers in self.__dict__.pop("_packed_layers", {}).items():
                 for layer in layers:
                     trainable.register(p, layer)  # A copied parameter does not know.
+            for p in self._parameters():
+                optimizer_hooks.claim(p)
             self._adopt(self.state)

@@ -15,22 +15,36 @@ from torch.optim import Optimizer
 
 from ..masks.lowrank import check_basis
 from ..nn.trainable import trainable_of
-from ..validation import MOMENT_DTYPES, check_index_list, require
+from ..validation import MOMENT_DTYPES, check_index_form, check_index_lists, require
 from .hyperparameters import OPTIONS, check_group, is_sparse
 from .matrix_table import MatrixTable
 
 logger = logging.getLogger("lift_kernels")
 VERSION = 1
 """Version of the saved form. It is stored with each matrix, where tools that move state keep it."""
+_DTYPES = {
+    "exp_avg": MOMENT_DTYPES,
+    "exp_avg_sq": MOMENT_DTYPES,
+    "master": (torch.float32,),
+    "births": (torch.int32,),
+}
+"""Dtypes that the buffers of a matrix may have, by name."""
 
 
-def compact(entry: dict[str, Any], shape: torch.Size | None = None) -> dict[str, Any]:
-    """Clones that share no storage.
+def compact(entry: dict[str, Any], shape: torch.Size | None = None, *, host: bool = False) -> dict[str, Any]:
+    """A copy of a parameter's state that shares no storage with it.
 
-    With ``shape``, that of the matrix, shape and version are added.
+    Args:
+        shape: of the matrix; given, it is added together with the version of the saved form.
+        host: copy to host memory, so that a card does not hold the state twice. Otherwise tensors
+            are cloned where they are.
     """
-    out = {key: value.clone() if isinstance(value, Tensor) else value for key, value in entry.items()}
+    out = {key: _copied(value, host) if isinstance(value, Tensor) else value for key, value in entry.items()}
     return out if shape is None else {**out, "shape": list(shape), "version": VERSION}
+
+
+def _copied(tensor: Tensor, host: bool) -> Tensor:
+    return tensor.to("cpu") if host and tensor.device.type != "cpu" else tensor.clone()
 
 
 def saved_form(state_dict: dict[str, Any], shapes: dict[int, torch.Size], seed: int) -> dict[str, Any]:
@@ -39,7 +53,7 @@ def saved_form(state_dict: dict[str, Any], shapes: dict[int, torch.Size], seed: 
     Args:
         shapes: of the matrices that LIFT trains, by position.
     """
-    state_dict["state"] = {i: compact(entry, shapes.get(i)) for i, entry in state_dict["state"].items()}
+    state_dict["state"] = {i: compact(entry, shapes.get(i), host=True) for i, entry in state_dict["state"].items()}
     for group in state_dict["param_groups"]:
         if "param_names" in group:
             group["param_names"] = list(group["param_names"])  # torch shares the list with the optimizer.
@@ -155,7 +169,7 @@ def check_state_dict(
     """Raise ValueError, TypeError or IndexError unless the state fits the parameters.
 
     The state is in the order that `in_own_order` gives. ``sparse`` says which parameters LIFT
-    trains.
+    trains. The content of the index lists is checked last, with one wait for all of them.
     """
     for group in state_dict["param_groups"]:
         missing = sorted(OPTIONS - group.keys())
@@ -163,76 +177,96 @@ def check_state_dict(
             not missing, f"a group of the state dict lacks {', '.join(missing)}; was it saved by another optimizer?"
         )
         check_group(group)
-    for i, entry in state_dict["state"].items():
-        p, name = parameters[i], names[i]
-        for key, value in entry.items():
-            number = key in ("step", "version") and isinstance(value, (int, float))
-            require(
-                isinstance(value, Tensor) or number or key == "shape",
-                f"{name}: {key} of the state dict must be a tensor, got {type(value).__name__}",
-                TypeError,
-            )
-        if "step" in entry:
-            step = torch.as_tensor(entry["step"])
-            require(step.numel() == 1, f"{name}: step must be one number, got shape {tuple(step.shape)}")
-        if not sparse[i]:
-            require(
-                "indices" not in entry,
-                f"{name}: the state dict holds a LIFT mask, but this parameter is trained densely",
-            )
-            for key in ("step", "exp_avg", "exp_avg_sq") if entry else ():
-                require(key in entry, f"{name}: the state dict holds no {key}")
-                held = tuple(p.shape) if key == "step" else tuple(entry[key].shape)
-                require(
-                    held == tuple(p.shape),
-                    f"{name}: {key} of the state dict has shape {held}, this parameter {tuple(p.shape)}",
-                )
-            continue
-        require("indices" in entry, f"{name}: the state dict holds no index list; was it saved by another optimizer?")
-        version = entry.get("version", VERSION)
+    state = state_dict["state"]
+    for i, entry in state.items():
+        _check_types(entry, names[i])
+        (_check_sparse if sparse[i] else _check_dense)(entry, parameters[i], names[i])
+    matrices = [i for i in state if sparse[i]]
+    check_index_lists(
+        [state[i]["indices"] for i in matrices],
+        [parameters[i].numel() for i in matrices],
+        [names[i] for i in matrices],
+    )
+
+
+def _check_types(entry: dict[str, Any], name: str) -> None:
+    """Raise unless an entry holds tensors, and one number as its step."""
+    for key, value in entry.items():
+        number = key in ("step", "version") and isinstance(value, (int, float))
         require(
-            version == VERSION,
-            f"{name}: the state dict has version {version}, this package reads {VERSION}; update lift_kernels",
-        )
-        shape = entry.get("shape", p.shape)
-        require(
-            isinstance(shape, (list, tuple)),
-            f"{name}: shape of the state dict must be a list, got {shape!r}",
+            isinstance(value, Tensor) or number or key == "shape",
+            f"{name}: {key} of the state dict must be a tensor, got {type(value).__name__}",
             TypeError,
         )
-        shape = tuple(shape)
+    if "step" in entry:
+        step = torch.as_tensor(entry["step"])
+        require(step.numel() == 1, f"{name}: step must be one number, got shape {tuple(step.shape)}")
+
+
+def _check_dense(entry: dict[str, Any], p: Tensor, name: str) -> None:
+    """Raise unless the entry is empty or fits a parameter that is trained densely."""
+    require(
+        "indices" not in entry,
+        f"{name}: the state dict holds a LIFT mask, but this parameter is trained densely",
+    )
+    for key in ("step", "exp_avg", "exp_avg_sq") if entry else ():
+        require(key in entry, f"{name}: the state dict holds no {key}")
+        held = tuple(p.shape) if key == "step" else tuple(entry[key].shape)
         require(
-            shape == tuple(p.shape),
-            f"{name}: the state dict is of a matrix of shape {shape}, this one is {tuple(p.shape)}",
+            held == tuple(p.shape),
+            f"{name}: {key} of the state dict has shape {held}, this parameter {tuple(p.shape)}",
         )
-        check_index_list(entry["indices"], p.numel(), name)
-        basis, threshold = entry.get("basis"), entry.get("threshold")
-        for part in [] if basis is None else [basis] if p.dim() == 2 else basis:
-            check_basis(part, p.shape[-2:], 1, name)
-        numbers = 1 if p.dim() == 2 else len(p)
-        require(
-            threshold is None or threshold.numel() == numbers,
-            f"{name}: threshold must hold {numbers} numbers, got {getattr(threshold, 'shape', threshold)}",
-        )
-        require("step" in entry, f"{name}: the state dict holds no step")
-        for key, dtypes in {
-            "exp_avg": MOMENT_DTYPES,
-            "exp_avg_sq": MOMENT_DTYPES,
-            "master": (torch.float32,),
-            "births": (torch.int32,),
-        }.items():
-            value = entry.get(key)
-            require(value is not None or key in ("master", "births"), f"{name}: the state dict holds no {key}")
-            if value is not None:
-                require(
-                    value.shape == entry["indices"].shape,
-                    f"{name}: {key} has {value.numel()} entries, its index list {entry['indices'].numel()}",
-                )
-                require(
-                    value.dtype in dtypes,
-                    f"{name}: {key} must be one of {', '.join(map(str, dtypes))}, got {value.dtype}",
-                    TypeError,
-                )
+
+
+def _check_sparse(entry: dict[str, Any], matrix: Tensor, name: str) -> None:
+    """Raise unless the entry fits a matrix, but for the content of its index list."""
+    require("indices" in entry, f"{name}: the state dict holds no index list; was it saved by another optimizer?")
+    version = entry.get("version", VERSION)
+    require(
+        version == VERSION,
+        f"{name}: the state dict has version {version}, this package reads {VERSION}; update lift_kernels",
+    )
+    shape = entry.get("shape", matrix.shape)
+    require(
+        isinstance(shape, (list, tuple)), f"{name}: shape of the state dict must be a list, got {shape!r}", TypeError
+    )
+    require(
+        tuple(shape) == tuple(matrix.shape),
+        f"{name}: the state dict is of a matrix of shape {tuple(shape)}, this one is {tuple(matrix.shape)}",
+    )
+    check_index_form(entry["indices"], name)
+    _check_warm_start(entry, matrix, name)
+    require("step" in entry, f"{name}: the state dict holds no step")
+    _check_buffers(entry, name)
+
+
+def _check_warm_start(entry: dict[str, Any], matrix: Tensor, name: str) -> None:
+    """Raise unless basis and threshold, where there are some, fit the matrix or its batch."""
+    basis, threshold = entry.get("basis"), entry.get("threshold")
+    for part in [] if basis is None else [basis] if matrix.dim() == 2 else basis:
+        check_basis(part, matrix.shape[-2:], 1, name)
+    numbers = 1 if matrix.dim() == 2 else len(matrix)
+    require(
+        threshold is None or threshold.numel() == numbers,
+        f"{name}: threshold must hold {numbers} numbers, got {getattr(threshold, 'shape', threshold)}",
+    )
+
+
+def _check_buffers(entry: dict[str, Any], name: str) -> None:
+    """Raise unless moments, masters and ages have the index list's length and a right dtype."""
+    for key, dtypes in _DTYPES.items():
+        value = entry.get(key)
+        require(value is not None or key in ("master", "births"), f"{name}: the state dict holds no {key}")
+        if value is not None:
+            require(
+                value.shape == entry["indices"].shape,
+                f"{name}: {key} has {value.numel()} entries, its index list {entry['indices'].numel()}",
+            )
+            require(
+                value.dtype in dtypes,
+                f"{name}: {key} must be one of {', '.join(map(str, dtypes))}, got {value.dtype}",
+                TypeError,
+            )
 
 
 def check_fits(state_dict: dict[str, Any], parameters: Sequence[Tensor], table: MatrixTable) -> None:

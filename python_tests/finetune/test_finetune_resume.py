@@ -37,7 +37,7 @@ def cheap_runs(monkeypatch):
     make_runs_cheap(monkeypatch.setattr)
 
 
-def interrupted(monkeypatch, settings: Settings, after: int) -> None:
+def interrupted(monkeypatch, settings: Settings, after: int, resumed: bool = False) -> None:
     """Run and stop in the forward pass that follows step ``after``."""
     original = AnswerTrainer.compute_loss
 
@@ -49,7 +49,7 @@ def interrupted(monkeypatch, settings: Settings, after: int) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(AnswerTrainer, "compute_loss", compute_loss)
         with pytest.raises(KeyboardInterrupt):
-            run(settings)
+            run(settings, resumed)
 
 
 FORMS = {
@@ -96,14 +96,20 @@ def undisturbed(tiny, tmp_path_factory):
     return make
 
 
+def write_problems(folder: Path) -> str:
+    """A file of problems for four steps an epoch."""
+    data = folder / "data.jsonl"
+    problems = word_problems.generate(14, "train")
+    data.write_text("".join(json.dumps({"question": p.question, "answer": p.answer}) + "\n" for p in problems))
+    return str(data)
+
+
 def test_resuming_in_a_later_epoch(tiny, tmp_path, monkeypatch, undisturbed):
     """The global random generator draws the order of each epoch.
 
     A checkpoint holds its state at the start of the epoch.
     """
-    data = tmp_path / "data.jsonl"
-    problems = word_problems.generate(14, "train")
-    data.write_text("".join(json.dumps({"question": p.question, "answer": p.answer}) + "\n" for p in problems))
+    data = Path(write_problems(tmp_path))
     expected = undisturbed("epochs", data=str(data))  # four steps an epoch
     interrupted(monkeypatch, make_settings(tiny, tmp_path, data=str(data)), 6)
     run(settings_of(tmp_path / "run"), resumed=True)
@@ -112,6 +118,33 @@ def test_resuming_in_a_later_epoch(tiny, tmp_path, monkeypatch, undisturbed):
     (tmp_path / "run" / "report.json").unlink()
     with pytest.raises(UserError, match="training data are not those"):
         run(settings_of(tmp_path / "run"), resumed=True)
+
+
+def test_resuming_twice_in_an_epoch(tiny, tmp_path, monkeypatch, undisturbed):
+    """The second run starts at the start of an epoch, the third in its middle.
+
+    So the second must have saved the state from which it drew the order of the epoch.
+    """
+    settings = make_settings(tiny, tmp_path, data=write_problems(tmp_path))  # four steps an epoch
+    expected = undisturbed("twice", data=write_problems(tmp_path))
+    interrupted(monkeypatch, settings, 4)
+    interrupted(monkeypatch, settings_of(tmp_path / "run"), 6, resumed=True)
+    run(settings_of(tmp_path / "run"), resumed=True)
+    assert_same_end(tmp_path / "run", expected)
+
+
+@pytest.mark.parametrize(("every", "expected"), [(3, [3, 6, 8]), (4, [4, 8]), (20, [8])])
+def test_checkpoints_come_at_their_interval_and_at_the_end(tiny, tmp_path, monkeypatch, every, expected):
+    original, steps = trainer.save_checkpoint, []
+
+    def save(path, state):
+        steps.append(state["step"])
+        original(path, state)
+
+    monkeypatch.setattr(trainer, "save_checkpoint", save)
+    run(make_settings(tiny, tmp_path, save_steps=every))
+    assert steps == expected
+    assert load_checkpoint(tmp_path / "run" / run_dir.CHECKPOINT)["step"] == 8
 
 
 @pytest.mark.slow

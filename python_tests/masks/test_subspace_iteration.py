@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.tensor_accounts import PeakBytes
 
 from lift_kernels import principal_indices
 from lift_kernels.masks import chebyshev, lowrank
@@ -209,3 +210,63 @@ def test_orthonormalized_blocks_and_the_fallback():
     q, other = orthonormalized(deficient.clone(), deficient.clone())
     assert other is None and (q.mT @ q - torch.eye(8)).abs().max() <= 1e-5
     assert torch.allclose(q @ (q.mT @ deficient), deficient, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(400, 300), (300, 400)])
+@pytest.mark.parametrize("scale", [1.0, 2.0**-40])
+@pytest.mark.parametrize("count", [1, 3])
+def test_fp32_copies_of_a_batch_exist_once(shape, scale, count):
+    """The memory budget holds, also where a cold start follows a warm one."""
+    weights = [(slow_spectrum(*shape, seed=seed) * scale).bfloat16() for seed in range(count)]
+    stale = torch.eye(300, 16)
+    with PeakBytes(300 * 400) as account:
+        factors = batched_factors(weights, 8, method="chebyshev", warm_starts=[stale] * count)
+    assert account.peak == count * 4 * 300 * 400
+    assert {f.method for f in factors} == {"cold after warm"}
+
+
+def test_a_single_fp32_matrix_is_not_copied():
+    weights = [slow_spectrum(300, 400), slow_spectrum(400, 300)]
+    with PeakBytes(300 * 400) as account:
+        for weight in weights:
+            low_rank_factors(weight, 8, method="chebyshev")
+    assert account.peak == 0
+
+
+@pytest.mark.parametrize("shape", [(60, 90), (90, 60)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_holds_the_bits_of_its_matrices(shape, dtype):
+    weights = [(slow_spectrum(*shape, seed=seed) * 2.0**-40).to(dtype) for seed in range(3)]
+    units = [1.0, 2.0**40, 2.0**39]
+    before = [weight.clone() for weight in weights]
+    batch = lowrank._tall_batch(weights, units)
+    assert torch.equal(batch, torch.stack([lowrank._tall(w, unit) for w, unit in zip(weights, units)]))
+    assert batch.is_contiguous() and all(map(torch.equal, weights, before))
+
+
+@pytest.mark.parametrize("shape", [(400, 300), (300, 400)])
+def test_the_basis_of_an_exact_mask_spans_the_top_subspace(shape):
+    """It is on the shorter side, as wide as an iterated block, and rounded to bf16."""
+    weight = slow_spectrum(*shape)
+    basis = low_rank_factors(weight, 8, method="gram").basis
+    u, _, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    top = vh[:16].T if shape[0] > shape[1] else u[:, :16]
+    assert basis.dtype == torch.bfloat16 and basis.shape == (300, 16)
+    cosines = torch.linalg.svdvals(top.T @ basis.double())
+    assert 0.99 <= cosines.min() and cosines.max() <= 1.01
+    beyond = basis.double() - top @ (top.T @ basis.double())
+    assert beyond.norm(dim=0).max() <= 2.0**-8  # 2^-9 from rounding to bf16, the rest for fp32 eigenvectors
+
+
+def test_a_refresh_after_an_exact_mask_stays_warm():
+    """`auto` takes the exact method first, then iterates from its basis in the fewest passes."""
+    weight = slow_spectrum(300, 300)
+    [first] = principal_masks([MaskRequest(weight, 40, 4500)])
+    moved = weight.clone()
+    moved.view(-1)[first.indices.long()] += (
+        1e-3 * weight.std() * torch.randn(4500, generator=torch.Generator().manual_seed(1))
+    )
+    [second] = principal_masks([MaskRequest(moved, 40, 4500, basis=first.basis, threshold=first.threshold)])
+    assert (first.method, second.method, second.passes, second.converged) == ("gram", "warm", 3, True)
+    overlap, captured = quality(second.indices, moved, 40)
+    assert overlap >= 0.99 and captured >= 0.9999

@@ -9,8 +9,10 @@ import pytest
 import torch
 from helpers.bits import BF16, FP16, FP32, bits
 from helpers.optimizers import INTERRUPTIONS, OPTIONS, assert_same, make_weights, set_gradients, snapshot, train
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lift_kernels import LiftAdamW
+from lift_kernels.optim.state_dict import compact
 
 FORMS = {
     "fp32": (FP32, {}),
@@ -142,6 +144,29 @@ def test_state_dict_is_plain_and_compact():
     file = io.BytesIO()
     torch.save(saved, file)
     assert 12 * 9000 < file.tell() < 12 * 9000 + 8000
+
+
+def test_a_saved_state_is_in_host_memory_where_that_is_wanted():
+    """Fake tensors stand in for those of a card."""
+    with FakeTensorMode():
+        entry = {"step": torch.zeros(()), "exp_avg": torch.ones(2, device="cuda"), "count": 3}
+        on_host, cloned = compact(entry, torch.Size([2, 5]), host=True), compact(entry)
+    assert on_host["exp_avg"].device.type == on_host["step"].device.type == "cpu"
+    assert cloned["exp_avg"].device.type == "cuda" and cloned["step"].device.type == "cpu"
+    for out in (on_host, cloned):
+        assert out["exp_avg"].shape == (2,) and out["exp_avg"].untyped_storage().nbytes() == 8
+        assert out["exp_avg"] is not entry["exp_avg"] and out["step"] is not entry["step"] and out["count"] == 3
+    assert (on_host["shape"], on_host["version"]) == ([2, 5], 1) and "shape" not in compact(entry, host=True)
+
+
+@pytest.mark.parametrize("host", [False, True])
+def test_a_saved_state_on_the_cpu_is_a_clone(host):
+    entry = {"exp_avg": torch.arange(6.0)[2:4], "step": torch.tensor(1.0)}
+    out = compact(entry, host=host)
+    entry["exp_avg"].zero_()
+    entry["step"].zero_()
+    assert out["exp_avg"].tolist() == [2.0, 3.0] and out["step"] == 1.0
+    assert out["exp_avg"].untyped_storage().nbytes() == 8
 
 
 def test_state_bytes_counts_every_storage_once():
