@@ -112,8 +112,8 @@ class Sweep:
         for ref in table.hooked:
             grads[ref.number], packed[ref.number] = ref.trainable.gradient(ref.name)
         every = [*grads, *[p.grad for p, _, _ in table.dense]]
-        # torch fixes the rest of a gradient's form when it is assigned, and ops check it again.
-        form = [packed, [grad is not None and grad.dtype for grad in every]]
+        # torch checks the rest of a gradient's form when it is assigned, and ops check it again.
+        form = [packed, [g is not None and g.dtype for g in every], [g is not None and g.layout for g in every]]
         if form != self._form or table.version != self._version:
             self._version = -1
             self._check(table, grads)
