@@ -182,6 +182,7 @@ class PackedLinear(nn.Module):
                 self._parameters["values"] = nn.Parameter(moved, values.requires_grad)
                 self._register()
             self.indices = _moved(self.indices, fn)
+        trainable.note_change()  # The weight may be another parameter now.
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):

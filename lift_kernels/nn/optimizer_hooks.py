@@ -22,7 +22,7 @@ entries.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -51,15 +51,15 @@ def watch(values: Tensor) -> None:
     values.requires_grad_(required)
 
 
-def claim(parameter: Tensor) -> None:
-    """Watch a parameter no longer, because a LiftAdamW holds it.
+def claim(parameters: Iterable[Tensor]) -> None:
+    """Watch parameters no longer, because a LiftAdamW holds them.
 
-    Does nothing for parameters that are not the ``values`` of a packed layer.
+    Those that are not the ``values`` of a packed layer are left out.
     """
-    if not trainable.layers_of(parameter):
-        return
-    _stop_watching(parameter)
-    _followed.pop(parameter, None)
+    for parameter in parameters:
+        if trainable.layers_of(parameter):
+            _stop_watching(parameter)
+            _followed.pop(parameter, None)
     if not _followed:
         while _installed:
             _installed.pop().remove()

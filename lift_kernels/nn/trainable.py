@@ -90,6 +90,11 @@ class Trainable:
         return self.parameter
 
     @property
+    def indices(self) -> Tensor | None:
+        """The index list of its packed gradients, if it has one."""
+        return None
+
+    @property
     def name(self) -> str | None:
         """The name of the packed layer that the parameter belongs to, if it has one."""
         return None
@@ -128,12 +133,16 @@ class HookedMatrix(Trainable):
     hooked = True
 
     @property
+    def indices(self) -> Tensor:
+        return self.parameter.lift_indices
+
+    @property
     def pending(self) -> bool:
         return self.parameter.lift_grad is not None
 
     def gradient(self, name: str) -> tuple[Tensor | None, bool]:
         p = self.parameter
-        grad, indices = p.lift_grad, p.lift_indices
+        grad, indices = p.lift_grad, self.indices
         if grad is None:
             return p.grad, False
         require(
@@ -154,7 +163,7 @@ class HookedMatrix(Trainable):
         self.parameter.lift_grad = None
 
     def initial_state(self) -> dict[str, Tensor]:
-        return {"indices": self.parameter.lift_indices, **_first.pop(self.parameter, {})}
+        return {"indices": self.indices, **_first.pop(self.parameter, {})}
 
     def bind(self, views: dict[str, Tensor]) -> None:
         self.parameter.lift_indices = views["indices"]
@@ -174,6 +183,10 @@ class PackedValues(Trainable):
         return self.layers[0].weight
 
     @property
+    def indices(self) -> Tensor:
+        return self.layers[0].indices
+
+    @property
     def name(self) -> str | None:
         return min((layer.lift_name for layer in self.layers if layer.lift_name), default=None)
 
@@ -186,7 +199,7 @@ class PackedValues(Trainable):
 
     def initial_state(self) -> dict[str, Tensor]:
         """The list that the layers chose, and their present values."""
-        start = {"indices": self.layers[0].indices, "master": self.parameter.detach()}
+        start = {"indices": self.indices, "master": self.parameter.detach()}
         return start | _first.pop(self.parameter, {})
 
     def bind(self, views: dict[str, Tensor]) -> None:

@@ -42,26 +42,22 @@ class LiftAdamW(Optimizer):
     bring their first mask along.
 
     Args:
-        params: parameters, (name, parameter) pairs or groups, as for every torch optimizer; see
-            `lift_param_groups`.
+        params: parameters, (name, parameter) pairs or groups, as in torch; see `lift_param_groups`.
         lr, betas, eps, weight_decay: as in torch.optim.AdamW. ``lr`` may be a tensor. Decay acts on
             selected entries only.
         rank: LRA rank r of the approximation whose largest entries are trained. None: 64, or the
             smaller side where that is less.
         density: share of a matrix that is trained, in (0, 1].
-        budget_rank: k = (m + n) * budget_rank entries of a matrix are trained. Given, it takes
-            precedence over ``density``.
+        budget_rank: k = (m + n) * budget_rank. Given, it takes precedence over ``density``.
         refresh_interval: steps between masks. None keeps the first mask.
         refresh_schedule: ``"all"`` renews every mask after an interval. ``"spread"`` renews a few
             at each step, so that no step stalls.
         bias_correction: ``"global"`` counts the steps of a matrix (the paper). ``"per_entry"``
             counts those since an entry came in.
-        master: ``"fp32"`` keeps packed fp32 masters for bf16/fp16 weights. None rounds the weight
-            itself.
+        master: ``"fp32"`` keeps fp32 masters of bf16/fp16 weights. None rounds the weight itself.
         rounding: ``"nearest"`` or, with ``master=None``, ``"stochastic"``.
         state_dtype: of the moments, torch.float32 or torch.bfloat16.
-        max_grad_norm: clips the norm over all trained entries of all groups, without host
-            synchronization.
+        max_grad_norm: clips the norm over all trained entries of all groups. The host never waits.
         capturable: as in torch: the step may be captured in a CUDA graph. Refresh between replays.
         selection: ``"principal"`` (the paper). For comparison ``"magnitude"``, ``"gradient"``
             (largest when the mask is made) or ``"random"``, all with the same k, or a callable
@@ -121,11 +117,12 @@ class LiftAdamW(Optimizer):
         self.grad_norm: Tensor | None = None
         self._replicas = Replicas(process_group)
         self._start_afresh()
-        options: dict[str, Any] = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank)
-        options |= dict(density=density, budget_rank=budget_rank, refresh_interval=refresh_interval)
-        options |= dict(refresh_schedule=refresh_schedule, bias_correction=bias_correction, master=master)
-        options |= dict(rounding=rounding, state_dtype=state_dtype, capturable=capturable, maximize=maximize)
-        options |= dict(lift=None, steps_since_refresh=0)
+        options: dict[str, Any] = dict(
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, density=density
+        )
+        options |= dict(budget_rank=budget_rank, refresh_interval=refresh_interval, refresh_schedule=refresh_schedule)
+        options |= dict(bias_correction=bias_correction, master=master, rounding=rounding, state_dtype=state_dtype)
+        options |= dict(capturable=capturable, maximize=maximize, lift=None, steps_since_refresh=0)
         super().__init__(params, options)
 
     def _start_afresh(self) -> None:
@@ -145,8 +142,7 @@ class LiftAdamW(Optimizer):
         except (ValueError, TypeError, RuntimeError):
             self.param_groups.pop()
             raise
-        for p in group["params"]:
-            optimizer_hooks.claim(p)
+        optimizer_hooks.claim(group["params"])
         self._replicas.announce(sparse)
 
     @torch.no_grad()
@@ -236,7 +232,7 @@ class LiftAdamW(Optimizer):
         return storage_bytes([*self._table.tensors(), *shown])
 
     def state_dict(self) -> dict[str, Any]:
-        """The state dict of torch's optimizers, with compact copies.
+        """The state dict of torch's optimizers, with compact copies in host memory.
 
         The copies share no storage with the optimizer and keep their dtypes.
         """
@@ -259,19 +255,14 @@ class LiftAdamW(Optimizer):
         load_dense(self, super().load_state_dict, state_dict)
         for group in self.param_groups:
             self.seed = group.pop("seed", self.seed)
-        for ref in self._table.refs:
-            ref.trainable.clear()  # A packed gradient belongs to other entries.
-        self._start_afresh()
-        self._adopt({parameters[i]: entry for i, entry in state_dict["state"].items() if "indices" in entry})
+        self._restore({parameters[i]: entry for i, entry in state_dict["state"].items() if "indices" in entry})
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
-    def _adopt(self, entries: dict[Tensor, dict[str, Any]]) -> None:
-        """Take matrices with their state, by parameter."""
-        self._table.follow(self.param_groups)
-        refs = [ref for ref in self._table.refs if entries.get(ref.parameter)]
-        self._table.adopt(refs, [entries[ref.parameter] for ref in refs], self.warm_start)
-        self._table.publish(refs, self.state)
+    def _restore(self, entries: dict[Tensor, dict[str, Any]]) -> None:
+        """Start again from the state of matrices, by parameter."""
+        self._start_afresh()
+        self._table.restore(self.param_groups, entries, self.warm_start, self.state)
         self._replicas.announce(ref.name for ref in self._table.refs)  # The state may have brought names.
 
     def _parameters(self) -> list[Tensor]:
@@ -287,10 +278,8 @@ class LiftAdamW(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "defaults" in state:  # from pickle and deepcopy; load_state_dict passes only state and groups
-            self._start_afresh()
             for p, layers in self.__dict__.pop("_packed_layers", {}).items():
                 for layer in layers:
                     trainable.register(p, layer)  # A copied parameter does not know.
-            for p in self._parameters():
-                optimizer_hooks.claim(p)
-            self._adopt(self.state)
+            optimizer_hooks.claim(self._parameters())
+            self._restore(self.state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from ..masks.principal import Mask
 from ..masks.selection import SelectionRequest, make_masks, warm_part
 from ..nn import trainable
 from ..ops import dispatch
+from ..validation import require
 from .hyperparameters import is_sparse, mask_size
 from .packed_state import PackedState
 
@@ -148,9 +149,16 @@ class MatrixTable:
 
     def _take(self, p: Tensor, group: dict[str, Any], name: str, kind: trainable.Trainable) -> None:
         ref = self._known.setdefault(p, MatrixRef(0, p, group, name, kind))
-        ref.number, ref.group, ref.name, ref.trainable = len(self.refs), group, name, kind
         if ref.arena is not None and kind.layers:
             ref.arena.weights[ref.row] = kind.matrix  # load_state_dict(assign=True) brings a new one.
+        if ref.arena is not None and kind.hooked and kind.indices is not None:
+            require(
+                kind.indices.data_ptr() == ref.views()["indices"].data_ptr(),
+                f"{name} got packed gradients after the optimizer had chosen its entries, and these may be others; "
+                "call pack_gradients first and make the optimizer from the groups that it returns",
+                RuntimeError,
+            )
+        ref.number, ref.group, ref.name, ref.trainable = len(self.refs), group, name, kind
         self.refs.append(ref)
 
     def make_first_masks(self, options: MaskOptions, state: dict[Tensor, Any]) -> tuple[list[MatrixRef], list[Mask]]:
@@ -214,6 +222,24 @@ class MatrixTable:
         self.missing = [ref for ref in self.refs if ref.arena is None]
         self.unseen.update(dict.fromkeys(refs))
         self.version += 1
+
+    def restore(
+        self,
+        groups: Sequence[dict[str, Any]],
+        entries: Mapping[Tensor, dict[str, Any]],
+        warm_start: str | None,
+        state: dict[Tensor, Any],
+    ) -> None:
+        """Take the matrices of ``groups`` that have an entry (`adopt`), and show it in ``state``.
+
+        Packed gradients are dropped, because they belong to other entries.
+        """
+        self.follow(groups)
+        for ref in self.refs:
+            ref.trainable.clear()
+        refs = [ref for ref in self.refs if entries.get(ref.parameter)]
+        self.adopt(refs, [entries[ref.parameter] for ref in refs], warm_start)
+        self.publish(refs, state)
 
     def migrate(
         self, refs: Sequence[MatrixRef], masks: Sequence[Mask], warm_start: str | None, backend: str | None

@@ -93,11 +93,9 @@ def test_hooks_go_when_every_value_is_claimed(installed):
     model, other = packed(), packed()
     loss_of(model, 0).backward()
     loss_of(other, 0).backward()
-    for layer in layers(model):
-        optimizer_hooks.claim(layer.values)
+    optimizer_hooks.claim(layer.values for layer in layers(model))
     assert installed() == (1, 1)
-    for layer in layers(other):
-        optimizer_hooks.claim(layer.values)
+    optimizer_hooks.claim(layer.values for layer in layers(other))
     assert installed() == (0, 0)
 
 
@@ -115,10 +113,9 @@ def test_claiming_other_parameters_does_nothing(installed):
     model = packed()
     loss_of(model, 0).backward()
     others = model.a.weight, nn.Parameter(torch.zeros(3)), torch.zeros(2, 2)
-    for parameter in others:
-        optimizer_hooks.claim(parameter)
+    optimizer_hooks.claim(others)
     assert installed() == (1, 1) and not any(p in optimizer_hooks._watches for p in others)
-    optimizer_hooks.claim(model.a.values)
+    optimizer_hooks.claim([model.a.values])
     optimizer_hooks.watch(model.a.values)
     assert not model.a.values._post_accumulate_grad_hooks  # a claim outlives later calls of `watch`
 
@@ -197,3 +194,14 @@ def test_gradients_by_hand_are_not_watched(installed):
     assert installed() == (0, 0)
     model.a.scatter()
     assert torch.equal(model.a.weight.view(-1)[model.a.indices.long()], values)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_of_a_model_and_its_optimizer_meet_no_hook(installed, copied):
+    """Whichever of the two is copied first."""
+    pair = packed_setup()
+    train(*pair, range(2))
+    train(*copied(pair), range(2, 4))
+    optimizer, model = copied(pair[::-1])
+    train(model, optimizer, range(2, 4))
+    assert installed() == (0, 0)

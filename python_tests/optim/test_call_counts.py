@@ -6,6 +6,9 @@ longer to follow, so their numbers have limits.
 
 from __future__ import annotations
 
+import importlib
+from collections import OrderedDict
+
 import pytest
 import torch
 from helpers.call_counter import CallCounter
@@ -18,9 +21,11 @@ MODES = ("matrix", "packed")
 
 
 @pytest.fixture(autouse=True)
-def hooks_of_packing():
-    """Packing hooks the steps of all optimizers for good, so let it be done before any count."""
-    pack_gradients(nn.Sequential(nn.Linear(8, 8)), ".*", rank=2)
+def no_hooks_of_other_tests(monkeypatch):
+    """Hooks on all optimizers, which a test leaves whose packed model SGD has trained."""
+    torch_hooks = importlib.import_module("torch.optim.optimizer")  # torch.optim shows no attribute of this name
+    for name in ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks"):
+        monkeypatch.setattr(torch_hooks, name, OrderedDict())
 
 
 def trained(mode, matrices=2):
