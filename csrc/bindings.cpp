@@ -391,7 +391,9 @@ STABLE_TORCH_LIBRARY(lift_kernels_native, m) {
   m.def(
       "arena_migrate_(Tensor[] weights, Tensor[] new_indices, Tensor(a!) indices, int[] offsets, int[] counts, "
       "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor steps, Tensor(d!)? master, Tensor(e!)? births) -> Tensor?");
-  m.def("packed_square_sums(Tensor[] grads, Tensor indices, int[] offsets, int[] counts, bool packed_grads) -> Tensor?");
+  m.def(
+      "packed_square_sums(Tensor[] grads, Tensor indices, int[] offsets, int[] counts, bool packed_grads) "
+      "-> Tensor?");
   m.def("lowrank_topk(Tensor left, Tensor right, float low, float high, Tensor(a!) indices) -> float");
   m.def("packed_weight_grad(Tensor grad_output, Tensor input, Tensor indices, Tensor(a!) out) -> ()");
   m.def("gaussian_sketch_(Tensor(a!) block, int seed, int first) -> ()");

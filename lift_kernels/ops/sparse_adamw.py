@@ -96,9 +96,9 @@ def sparse_adamw_(
     ordinary = type(lr) is float and backend is None and not validate and type(indices) is Tensor and indices.is_cpu
     ordinary = ordinary and not torch.is_grad_enabled() and not is_compiling() and active_modes() == 0
     if ordinary and (native := native_op("sparse_adamw_")):
-        # The usual step on a CPU. Until the native op runs, no Python code of another module does.
-        # The lookup of the op by name and the layers below it would take 20 us, which is 1 % of a
-        # step on 16 M weights.
+        # The usual step on a CPU. Its argument checks take a tenth of the time of the Python ones
+        # when the caches are cold. Until it runs, no Python code of another module does: looking
+        # functions up in other modules takes 1 % of a step on 16 M weights.
         scales = inv_scale, found_inf, packed_grads, maximize, stochastic, seed & 0xFFFFFFFF
         try:
             bias = None if births is None else _cpu_bias_table(beta1, beta2)
