@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -123,17 +124,16 @@ class MatrixTable:
         self.arenas: dict[tuple, PackedState] = {}
         self.version = 0
         self._known: dict[Tensor, MatrixRef] = {}
-        self._key: list[Any] = []  # what `refs` and `dense` were made from
+        self._groups: list[tuple[dict[str, Any], bool | None, list[Tensor]]] = []  # what the lists were made from
+        self._kinds = -1  # `trainable.version` then
         self._shown = 0  # the version that `publish` has shown
         self._masks_took = 0.0  # seconds, the last time
 
     def follow(self, groups: Sequence[dict[str, Any]]) -> None:
         """Build the lists again if groups, their parameters or the kinds of these changed."""
-        key: list[Any] = [trainable.version]
-        for group in groups:
-            key += id(group), group["lift"], *map(id, group["params"])
-        if key == self._key:
-            return
+        if trainable.version == self._kinds and len(groups) == len(self._groups):
+            if all(map(_is_unchanged, groups, self._groups)):
+                return
         self.refs, self.dense = [], []
         for number, group in enumerate(groups):
             for p, name in zip(group["params"], names_of(group, number)):
@@ -145,7 +145,8 @@ class MatrixTable:
         self.parameters, self.packed = [ref.parameter for ref in self.refs], [ref.trainable.packed for ref in self.refs]
         self.hooked = [ref for ref in self.refs if ref.trainable.hooked]
         self.missing = [ref for ref in self.refs if ref.arena is None]
-        self._key, self.version = key, self.version + 1
+        self._kinds, self.version = trainable.version, self.version + 1
+        self._groups = [(group, group["lift"], list(group["params"])) for group in groups]
 
     def _take(self, p: Tensor, group: dict[str, Any], name: str, kind: trainable.Trainable) -> None:
         ref = self._known.setdefault(p, MatrixRef(0, p, group, name, kind))
@@ -301,6 +302,12 @@ class MatrixTable:
     def tensors(self) -> list[Tensor]:
         """All buffers of the arenas."""
         return [t for arena in self.arenas.values() for t in (*arena.buffers().values(), arena.steps)]
+
+
+def _is_unchanged(group: dict[str, Any], then: tuple[dict[str, Any], bool | None, list[Tensor]]) -> bool:
+    old, lift, parameters = then
+    same = group is old and group["lift"] is lift and len(group["params"]) == len(parameters)
+    return same and all(map(operator.is_, group["params"], parameters))
 
 
 def _kind(ref: MatrixRef) -> tuple[torch.device, torch.dtype, torch.dtype, bool, bool]:
