@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -39,7 +39,7 @@ from torch.utils.flop_counter import flop_registry
 from bench.common import results
 from lift_kernels import ops
 from lift_kernels.masks import chebyshev, lowrank, principal
-from lift_kernels.ops import cuda
+from lift_kernels.ops import cuda, reference
 
 SHAPES = {(4096, 4096): 128, (11008, 4096): 64, (4096, 11008): 32}
 QUANTITIES = ("launches", "bytes", "tf32_flops", "fp32_flops")
@@ -134,6 +134,12 @@ def cuda_ops(cost: Cost):
         yield
 
 
+def reference_ops():
+    """Let the references' calls be counted, where an op would be one call."""
+    qr, step = reference.cholesky_qr_ref_, reference.chebyshev_step_ref_
+    return mock.patch.multiple(ops, cholesky_qr_=qr, chebyshev_step_=step)
+
+
 def refresh(shape: tuple[int, int], rank: int, matrices: int, with_cuda: bool) -> Cost:
     """Cost of the warm factorization of a batch of matrices."""
     generator = torch.Generator().manual_seed(0)
@@ -147,7 +153,7 @@ def refresh(shape: tuple[int, int], rank: int, matrices: int, with_cuda: bool) -
     with (
         counting,
         mock.patch.object(chebyshev, "product", counting.product),
-        cuda_ops(cost) if with_cuda else nullcontext(),
+        cuda_ops(cost) if with_cuda else reference_ops(),
     ):
         factors = lowrank.batched_factors(
             [weight] * matrices, rank, method="chebyshev", warm_starts=[basis] * matrices, tolerance=1e-2

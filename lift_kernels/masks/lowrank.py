@@ -224,6 +224,8 @@ def _tall_batch(weights: Sequence[Tensor], units: Sequence[float]) -> Tensor:
     """(b, long, short) fp32: `_tall` of matrices of one shape, without a second copy of any."""
     if len(weights) == 1:
         return _tall(weights[0], units[0])[None]
+    if weights[0].dtype == torch.float32 and set(units) == {1.0}:  # `_tall` copies none of them.
+        return torch.stack([_tall(weight, 1.0) for weight in weights])
     rows, columns = weights[0].shape
     size = (len(weights), max(rows, columns), min(rows, columns))
     out = torch.empty(size, dtype=torch.float32, device=weights[0].device)

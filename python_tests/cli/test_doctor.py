@@ -34,9 +34,9 @@ def no_subprocess(monkeypatch):
 def test_a_sound_machine(capsys):
     code, lines = report(capsys)
     assert code == 0
-    assert lines["native-cpu"] == ("OK", "7 ops agree with the reference on cpu tensors")
+    assert lines["native-cpu"] == ("OK", "8 ops agree with the reference on cpu tensors")
     assert lines["reference"][0] == "OK" and torch.__version__ in lines["machine"][1]
-    assert lines["triton"][0] == "OK" and lines["triton"][1].startswith("8 ops agree with the reference")
+    assert lines["triton"][0] == "OK" and lines["triton"][1].startswith("9 ops agree with the reference")
     assert lines["default on cpu"] == ("OK", "native-cpu is used; three steps of LiftAdamW agree with the reference")
     assert lines["package transformers"] == ("OK", importlib.metadata.version("transformers"))
     if not torch.cuda.is_available():

@@ -99,6 +99,7 @@ def test_lists_are_compared_outside_a_capture_alone(capture, monkeypatch):
     weights = make_weights()
     optimizer = LiftAdamW(weights, **OPTIONS, capturable=True)
     seen = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(optimizer._replicas, "active", lambda: True)
     monkeypatch.setattr(optimizer._replicas, "compare", lambda lists, seconds: seen.append(len(lists)))
     capture(True)
