@@ -163,7 +163,7 @@ def _selected(
     assert callable(selection)
     indices = selection(matrix, k)
     check_index_form(indices, name, matrix.device)
-    return indices
+    return indices.clone(memory_format=torch.contiguous_format)  # It may be a view of the list that it replaces.
 
 
 def largest_indices(magnitude: Tensor, k: int) -> Tensor:

@@ -10,7 +10,7 @@ A process that trains with LiftAdamW alone never runs them.
 
 Not followed are
 
-- a second optimizer on values that a LiftAdamW holds, or has held;
+- a second optimizer on values that a LiftAdamW holds (once it is deleted, they are followed again);
 - values whose ``grad`` is set by hand, from `torch.autograd.grad` for instance, when no backward
   pass has reached them before.
 
@@ -22,6 +22,7 @@ entries.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -34,6 +35,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from . import trainable
 
 _watches: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # values -> handle of `_on_gradient`, None once removed
+_owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # values -> token of the last LiftAdamW that took them
 _followed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # its keys: values with a gradient and no LiftAdamW
 _installed: list[RemovableHandle] = []  # of the hooks of the process
 
@@ -51,18 +53,31 @@ def watch(values: Tensor) -> None:
     values.requires_grad_(required)
 
 
-def claim(parameters: Iterable[Tensor]) -> None:
-    """Watch parameters no longer, because a LiftAdamW holds them.
+def claim(parameters: Iterable[Tensor], optimizer: Optimizer | None = None) -> None:
+    """Watch parameters no longer, because a LiftAdamW holds them, until ``optimizer`` is deleted.
 
     Those that are not the ``values`` of a packed layer are left out.
     """
-    for parameter in parameters:
-        if trainable.layers_of(parameter):
-            _stop_watching(parameter)
-            _followed.pop(parameter, None)
+    token, taken = object(), [parameter for parameter in parameters if trainable.layers_of(parameter)]
+    for parameter in taken:
+        _stop_watching(parameter)
+        _followed.pop(parameter, None)
+        _owners[parameter] = token
+    if optimizer is not None and taken:
+        weakref.finalize(optimizer, _release, token).atexit = False
     if not _followed:
         while _installed:
             _installed.pop().remove()
+
+
+def _release(token: object) -> None:
+    """Watch the values again that a LiftAdamW held, unless another one has taken them since."""
+    for values in [values for values, owner in _owners.items() if owner is token]:
+        del _owners[values], _watches[values]
+        if trainable.layers_of(values):
+            watch(values)
+            if values.grad is not None:
+                _on_gradient(values)
 
 
 def _on_gradient(values: Tensor) -> None:

@@ -121,6 +121,10 @@ class Trainable:
     def bind(self, views: dict[str, Tensor]) -> None:
         """Point whatever reads the index list at an optimizer's present slices."""
 
+    def is_bound(self, views: dict[str, Tensor]) -> bool:
+        """Whether `bind` would change nothing."""
+        return True
+
 
 class DenseMatrix(Trainable):
     """A matrix with an ordinary gradient."""
@@ -168,6 +172,9 @@ class HookedMatrix(Trainable):
     def bind(self, views: dict[str, Tensor]) -> None:
         self.parameter.lift_indices = views["indices"]
 
+    def is_bound(self, views: dict[str, Tensor]) -> bool:
+        return self.indices is views["indices"]
+
 
 class PackedValues(Trainable):
     """The ``values`` of packed layers that share one weight."""
@@ -213,3 +220,8 @@ class PackedValues(Trainable):
         if p.grad is not None and p.grad.shape != indices.shape:
             p.grad = None
         p.data = views["master"]
+
+    def is_bound(self, views: dict[str, Tensor]) -> bool:
+        return self.parameter.data_ptr() == views["master"].data_ptr() and all(
+            layer.indices is views["indices"] for layer in self.layers
+        )

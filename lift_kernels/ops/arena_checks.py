@@ -111,7 +111,12 @@ def check_migrated_segments(
     """
     check_segments(weights, indices, offsets, counts)
     check_overlap(offsets, [max(count, new.numel()) for count, new in zip(counts, new_indices)])
+    arena = indices.untyped_storage().data_ptr()
     for i, (weight, new) in enumerate(zip(weights, new_indices)):
+        require(
+            new.numel() == 0 or new.untyped_storage().data_ptr() != arena,
+            f"new_indices {i} shares memory with the arena indices, which is written while it is read; clone it",
+        )
         check_index_list(new, weight.numel(), f"new_indices {i}")
 
 

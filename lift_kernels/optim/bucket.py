@@ -80,6 +80,10 @@ class Bucket:
         increment_version(self._values)  # They are views of the master with counters of their own.
         for ref in self.hooked:
             ref.trainable.clear()  # model.zero_grad() would not clear it.
+        self.release()
+
+    def release(self) -> None:
+        """Drop what belongs to one step."""
         self.grads, self._steps = [], None
 
     def _here(self, number: Tensor | None) -> Tensor | None:
@@ -96,7 +100,7 @@ class Sweep:
     """
 
     def __init__(self) -> None:
-        self._version = -1  # of the table that the buckets were made from
+        self._version: tuple[int, ...] | None = None  # of the table that the buckets were made from
         self._form: list[Any] = []  # of the last gradients
         self._grads: list[Tensor | None] = []
         self._packed: list[bool] = []
@@ -112,10 +116,11 @@ class Sweep:
         for ref in table.hooked:
             grads[ref.number], packed[ref.number] = ref.trainable.gradient(ref.name)
         every = [*grads, *[p.grad for p, _, _ in table.dense]]
-        # torch checks the rest of a gradient's form when it is assigned, and ops check it again.
+        # torch checks the device of a gradient when it is assigned, and ops check it again.
         form = [packed, [g is not None and g.dtype for g in every], [g is not None and g.layout for g in every]]
+        form.append([g is not None and g.shape for g in every])
         if form != self._form or table.version != self._version:
-            self._version = -1
+            self._version = None
             self._check(table, grads)
         self._grads, self._packed, self._form = grads, packed, form
 
@@ -129,6 +134,12 @@ class Sweep:
         self._grads = []  # A bucket drops its gradients when it has used them.
         return [bucket for bucket, _ in self._buckets]
 
+    def release(self) -> None:
+        """Drop the gradients of a step, also of one that raised."""
+        self._grads = []
+        for bucket, _ in self._buckets:
+            bucket.release()
+
     def dense(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
         """The other parameters that have a gradient, by group."""
         return self._dense
@@ -141,6 +152,11 @@ class Sweep:
         for p, _, name in table.dense:
             if p.grad is not None:
                 check_gradient(p.grad, p, name, sparse=False)
+                require(
+                    not table.has_mask(p),
+                    f"{name} has a mask, and its group says lift=False now; make another optimizer to train all of it",
+                    RuntimeError,
+                )
 
     def _sort(self, table: MatrixTable) -> None:
         places: dict[tuple, list[int]] = {}

@@ -142,7 +142,7 @@ class LiftAdamW(Optimizer):
         except (ValueError, TypeError, RuntimeError):
             self.param_groups.pop()
             raise
-        optimizer_hooks.claim(group["params"])
+        optimizer_hooks.claim(group["params"], self)
         self._replicas.announce(sparse)
 
     @torch.no_grad()
@@ -155,6 +155,13 @@ class LiftAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        try:
+            self._update()
+        finally:
+            self._sweep.release()
+        return loss
+
+    def _update(self) -> None:
         table, sweep = self._table, self._sweep
         table.follow(self.param_groups)
         sweep.collect(table)
@@ -181,7 +188,6 @@ class LiftAdamW(Optimizer):
             if due:
                 self._renew(due)
             self._schedule.restart(groups)
-        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients, packed gradients ``p.lift_grad`` too, which a step has cleared."""
@@ -255,6 +261,8 @@ class LiftAdamW(Optimizer):
         load_dense(self, super().load_state_dict, state_dict)
         for group in self.param_groups:
             self.seed = group.pop("seed", self.seed)
+        for ref in self._table.refs:
+            ref.trainable.clear()  # A packed gradient belongs to other entries.
         self._restore({parameters[i]: entry for i, entry in state_dict["state"].items() if "indices" in entry})
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
@@ -281,5 +289,5 @@ class LiftAdamW(Optimizer):
             for p, layers in self.__dict__.pop("_packed_layers", {}).items():
                 for layer in layers:
                     trainable.register(p, layer)  # A copied parameter does not know.
-            optimizer_hooks.claim(self._parameters())
+            optimizer_hooks.claim(self._parameters(), self)
             self._restore(self.state)

@@ -110,7 +110,7 @@ class MatrixTable:
         missing: matrices that have no mask yet.
         unseen: matrices with an index list that other ranks have not seen, as keys.
         arenas: by device, dtypes and form of state.
-        version: a number that rises when any of these change, or the layout of an arena.
+        version: numbers that rise when any of these change, or the layout of an arena.
     """
 
     def __init__(self) -> None:
@@ -122,17 +122,24 @@ class MatrixTable:
         self.missing: list[MatrixRef] = []
         self.unseen: dict[MatrixRef, None] = {}
         self.arenas: dict[tuple, PackedState] = {}
-        self.version = 0
+        self._changes = 0
         self._known: dict[Tensor, MatrixRef] = {}
         self._groups: list[tuple[dict[str, Any], bool | None, list[Tensor]]] = []  # what the lists were made from
+        self._layers: list[Any] = []  # a packed layer of each matrix that has some, and its weight then
+        self._weights: list[Tensor | None] = []
         self._kinds = -1  # `trainable.version` then
-        self._shown = 0  # the version that `publish` has shown
+        self._shown: tuple[int, ...] = ()  # the version that `publish` has shown
         self._masks_took = 0.0  # seconds, the last time
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        # Arenas count by themselves, so an error in the midst of a change hides nothing.
+        return self._changes, *[arena.layout for arena in self.arenas.values()]
 
     def follow(self, groups: Sequence[dict[str, Any]]) -> None:
         """Build the lists again if groups, their parameters or the kinds of these changed."""
         if trainable.version == self._kinds and len(groups) == len(self._groups):
-            if all(map(_is_unchanged, groups, self._groups)):
+            if all(map(_is_unchanged, groups, self._groups)) and all(map(operator.is_, self._present(), self._weights)):
                 return
         self.refs, self.dense = [], []
         for number, group in enumerate(groups):
@@ -145,8 +152,14 @@ class MatrixTable:
         self.parameters, self.packed = [ref.parameter for ref in self.refs], [ref.trainable.packed for ref in self.refs]
         self.hooked = [ref for ref in self.refs if ref.trainable.hooked]
         self.missing = [ref for ref in self.refs if ref.arena is None]
-        self._kinds, self.version = trainable.version, self.version + 1
+        self._layers = [layer for ref in self.refs for layer in ref.trainable.layers[:1]]
+        self._weights = self._present()
+        self._kinds, self._changes = trainable.version, self._changes + 1
         self._groups = [(group, group["lift"], list(group["params"])) for group in groups]
+
+    def _present(self) -> list[Tensor | None]:
+        """Present weights of layers. Tools replace them in ``_parameters``, past all methods."""
+        return [layer._parameters.get("weight") for layer in self._layers]
 
     def _take(self, p: Tensor, group: dict[str, Any], name: str, kind: trainable.Trainable) -> None:
         ref = self._known.setdefault(p, MatrixRef(0, p, group, name, kind))
@@ -172,8 +185,10 @@ class MatrixTable:
         masks = options.make(new)
         made = {ref: mask._asdict() for ref, mask in zip(new, masks)}
         entries = [made[ref] if ref in made else ref.trainable.initial_state() for ref in missing]
-        self.adopt(missing, entries, options.warm_start)
-        self.publish(missing, state)
+        try:
+            self.adopt(missing, entries, options.warm_start)
+        finally:
+            self.publish([ref for ref in missing if ref.arena is not None], state)
         self._masks_took = sum(mask.seconds for mask in masks)
         return new, masks
 
@@ -193,10 +208,12 @@ class MatrixTable:
         Packed gradients are dropped: they have been used, and they belong to the old entries.
         """
         masks = options.make(refs)
-        kept = self.migrate(refs, masks, options.warm_start, options.backend)
-        for ref in refs:
-            ref.trainable.clear()
-        self.publish(refs, state)
+        try:
+            kept = self.migrate(refs, masks, options.warm_start, options.backend)
+        finally:
+            for ref in refs:
+                ref.trainable.clear()
+            self.publish(refs, state)
         self._masks_took = sum(mask.seconds for mask in masks)
         return masks, kept
 
@@ -222,7 +239,7 @@ class MatrixTable:
                 ref.warm = warm_part(entry, ref.parameter, warm_start)
         self.missing = [ref for ref in self.refs if ref.arena is None]
         self.unseen.update(dict.fromkeys(refs))
-        self.version += 1
+        self._changes += 1
 
     def restore(
         self,
@@ -231,13 +248,8 @@ class MatrixTable:
         warm_start: str | None,
         state: dict[Tensor, Any],
     ) -> None:
-        """Take the matrices of ``groups`` that have an entry (`adopt`), and show it in ``state``.
-
-        Packed gradients are dropped, because they belong to other entries.
-        """
+        """Take the matrices of ``groups`` that have an entry (`adopt`); show it in ``state``."""
         self.follow(groups)
-        for ref in self.refs:
-            ref.trainable.clear()
         refs = [ref for ref in self.refs if entries.get(ref.parameter)]
         self.adopt(refs, [entries[ref.parameter] for ref in refs], warm_start)
         self.publish(refs, state)
@@ -249,34 +261,33 @@ class MatrixTable:
 
         Returns for each how many entries of the new mask were in the old one, 0-dim on its device.
         """
-        layouts = [arena.layout for arena in self.arenas.values()]
         kept: dict[int, Tensor] = {}
-        for arena in self.arenas.values():
-            members = [i for i, ref in enumerate(refs) if ref.arena is arena]
-            if members:
-                rows, lists = [refs[i].row for i in members], [masks[i].indices for i in members]
-                kept.update(zip(members, arena.migrate(rows, lists, validate=False, backend=backend).unbind()))
+        members = {id(arena): [i for i, ref in enumerate(refs) if ref.arena is arena] for arena in self.arenas.values()}
+        arenas = [arena for arena in self.arenas.values() if members[id(arena)]]
+        for arena in arenas:  # A weight that cannot be used raises before any arena is changed.
+            arena.regather_masters([refs[i].row for i in members[id(arena)]])
+        for arena in arenas:
+            places = members[id(arena)]
+            rows, lists = [refs[i].row for i in places], [masks[i].indices for i in places]
+            kept.update(zip(places, arena.migrate(rows, lists, validate=False, backend=backend).unbind()))
         for ref, mask in zip(refs, masks):
             ref.warm = warm_part(mask._asdict(), ref.parameter, warm_start)
         self.unseen.update(dict.fromkeys(refs))
-        if layouts != [arena.layout for arena in self.arenas.values()]:
-            self.version += 1
         return [kept[i] for i in range(len(refs))]
 
     def publish(self, refs: Iterable[MatrixRef], state: dict[Tensor, Any]) -> None:
         """Show the state of matrices with a new mask as ``optimizer.state[p]``.
 
-        Views of the arenas stay right while their layout does. Else those of all matrices are new.
+        Views stay right while the layout of the arenas does, unless the user replaced them.
         """
-        if self._shown == self.version:
-            for ref in refs:
-                entry = state[ref.parameter]
+        same = self._shown == self.version
+        for ref in refs if same else self._known.values():
+            entry = state.get(ref.parameter, {})
+            if same and "indices" in entry and ref.trainable.is_bound(entry):
                 for key in ("basis", "threshold"):
                     entry.pop(key, None)
                 entry.update(ref.warm)
-            return
-        for ref in self._known.values():
-            if ref.arena is not None:
+            elif ref.arena is not None:
                 state[ref.parameter] = ref.views() | ref.warm
                 ref.trainable.bind(state[ref.parameter])
         self._shown = self.version
@@ -293,6 +304,11 @@ class MatrixTable:
             lists[ref.name].append(ref.views()["indices"])
         replicas.compare(lists, self._masks_took)
         self.unseen.clear()
+
+    def has_mask(self, parameter: Tensor) -> bool:
+        """Whether the state of a parameter is that of a matrix with a mask."""
+        ref = self._known.get(parameter)
+        return ref is not None and ref.arena is not None
 
     def shapes(self, parameters: Sequence[Tensor]) -> dict[int, torch.Size]:
         """Shapes of the matrices with a mask, by the places of their parameters."""

@@ -75,18 +75,19 @@ class PackedState:
             check_index_lists([entry["indices"] for entry in entries], [w.numel() for w in weights], names)
         for entry, name in zip(entries, names):
             self._check_lengths(entry, name)
+        steps = [
+            torch.as_tensor(entry.get("step", 0.0), dtype=torch.float32, device=self.steps.device) for entry in entries
+        ]
+        joined = torch.cat([self.steps, *(step.reshape(1) for step in steps)])
+        self._lay_out(self.counts + [entry["indices"].numel() for entry in entries])
         first = len(self.weights)
+        self.steps = joined
         self.weights += weights
         self.names += names
         self._every_row = list(range(len(self.weights)))
         self._dtypes += [weight.dtype for weight in weights]
         self._addresses += [0] * len(weights)
         self._counters += [-1] * len(weights)
-        steps = [
-            torch.as_tensor(entry.get("step", 0.0), dtype=torch.float32, device=self.steps.device) for entry in entries
-        ]
-        self.steps = torch.cat([self.steps, *(step.reshape(1) for step in steps)])
-        self._lay_out(self.counts + [entry["indices"].numel() for entry in entries])
         for i, (weight, entry) in enumerate(zip(weights, entries), start=first):
             self._fill(i, weight, entry)
 
@@ -150,19 +151,24 @@ class PackedState:
         old, new = [self.counts[row] for row in rows], [indices.numel() for indices in lists]
         if old != new:
             self._resize(rows, [max(pair) for pair in zip(old, new)])
-        kept = ops.arena_migrate_(
-            [self.weights[row].detach() for row in rows],
-            lists,
-            self.indices,
-            [self.offsets[row] for row in rows],
-            old,
-            self.exp_avg,
-            self.exp_avg_sq,
-            self.steps if self._is_all(rows) else self.steps[self._row_tensor(tuple(rows))],
-            master=self.master,
-            births=self.births,
-            backend=backend,
-        )
+        try:
+            kept = ops.arena_migrate_(
+                [self.weights[row].detach() for row in rows],
+                lists,
+                self.indices,
+                [self.offsets[row] for row in rows],
+                old,
+                self.exp_avg,
+                self.exp_avg_sq,
+                self.steps if self._is_all(rows) else self.steps[self._row_tensor(tuple(rows))],
+                master=self.master,
+                births=self.births,
+                backend=backend,
+            )
+        except Exception:
+            if old != new:
+                self._resize(rows, old)  # The room for longer lists holds nothing yet.
+            raise
         if old != new:
             self._resize(rows, new)
         self._mark(rows)
@@ -174,8 +180,11 @@ class PackedState:
         Raises as `begin_step` does for weights that moved or changed their dtype.
         """
         weights = self._of(rows, self.weights)
-        # These two lists are `weight_version`, without a call for every matrix of every step.
-        if [w.data_ptr() for w in weights] == self._of(rows, self._addresses):
+        # These two lists are `weight_version`, without a call for every matrix of every step. The
+        # address alone does not tell: an allocator gives it again to a weight of another dtype.
+        same = [w.data_ptr() for w in weights] == self._of(rows, self._addresses)
+        same = same and [w.dtype for w in weights] == self._of(rows, self._dtypes)
+        if same and all([w.is_contiguous() for w in weights]):
             if self.master is None or [w._version for w in weights] == self._of(rows, self._counters):
                 return
         self._check_weights(rows)
@@ -210,15 +219,17 @@ class PackedState:
     def _lay_out(self, counts: list[int]) -> None:
         """New buffers in which matrix i has ``counts[i]`` entries, filled up with zeros.
 
-        Rows that are not in the old buffers yet come last.
+        Rows that are not in the old buffers yet come last. Nothing is changed when memory runs out.
         """
         sizes = [-(-count // ALIGNMENT) * ALIGNMENT for count in counts]
         offsets = [0, *itertools.accumulate(sizes)]
+        buffers = {}
         for name, arena in self.buffers().items():
-            grown = torch.zeros(offsets[-1], dtype=arena.dtype, device=arena.device)
+            buffers[name] = grown = torch.zeros(offsets[-1], dtype=arena.dtype, device=arena.device)
             for start, was, count, old_count in zip(offsets, self.offsets, counts, self.counts):
                 size = min(count, old_count)
                 grown[start : start + size] = arena[was : was + size]
+        for name, grown in buffers.items():
             setattr(self, name, grown)
         self.offsets, self.counts, self.layout = offsets[:-1], counts, self.layout + 1
 

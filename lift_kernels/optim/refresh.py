@@ -84,7 +84,13 @@ def report_on(due: Sequence[MatrixRef], masks: Sequence[Mask], stayed: Sequence[
     return RefreshReport(
         tuple(
             MatrixRefresh(
-                d.name, m.method, k := m.indices.numel(), m.passes, m.converged, None if s is None else s / k, m.seconds
+                d.name,
+                m.method,
+                k := m.indices.numel(),
+                m.passes,
+                m.converged,
+                None if s is None else s / max(1, k),
+                m.seconds,
             )
             for d, m, s in zip(due, masks, shared)
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from helpers.bits import FP32
@@ -127,3 +129,14 @@ def test_a_damaged_packed_gradient_changes_nothing():
 def test_extra_must_match_something():
     with pytest.raises(ValueError, match="extra='nothing' matches no further parameter of Experts"):
         pack_gradients(Experts(), extra="nothing", **MASK)
+
+
+def test_a_pickle_between_backward_and_step_keeps_the_packed_gradient():
+    model, optimizer = hooked_setup()
+    train(model, optimizer, range(2))
+    loss_of(model, 2).backward()
+    copied, other = pickle.loads(pickle.dumps((model, optimizer)))
+    assert torch.equal(copied.experts.lift_grad, model.experts.lift_grad)
+    other.step()
+    optimizer.step()
+    assert torch.equal(copied.experts, model.experts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import io
 import pickle
@@ -16,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lift_kernels import pack_gradients
+from lift_kernels import LiftAdamW, pack_gradients
 from lift_kernels.nn import optimizer_hooks
 
 
@@ -204,4 +205,21 @@ def test_copies_of_a_model_and_its_optimizer_meet_no_hook(installed, copied):
     train(*copied(pair), range(2, 4))
     optimizer, model = copied(pair[::-1])
     train(model, optimizer, range(2, 4))
+    assert installed() == (0, 0)
+
+
+def test_values_are_followed_again_when_their_lift_adamw_is_deleted(installed):
+    model, optimizer = packed_setup()
+    train(model, optimizer, range(2))
+    del optimizer
+    gc.collect()
+    assert_sgd_is_followed(model)
+
+
+def test_values_stay_claimed_by_a_second_lift_adamw(installed):
+    model, optimizer = packed_setup()
+    second = LiftAdamW([layer.values for layer in layers(model)], **MASK)
+    del optimizer
+    gc.collect()
+    train(model, second, range(2))
     assert installed() == (0, 0)

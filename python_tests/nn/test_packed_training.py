@@ -144,3 +144,35 @@ def test_no_dense_gradient_is_kept():
     loss_of(model, 0).backward()
     held = {name: p.grad.numel() for name, p in model.named_parameters() if p.grad is not None}
     assert held == {f"{n}.values": m.indices.numel() for n, m in model.named_modules() if isinstance(m, PackedLinear)}
+
+
+@pytest.mark.parametrize("how", ["dict", "register"])
+def test_a_weight_that_was_replaced_without_setattr_is_trained(how):
+    """Tools write to ``_parameters`` or call ``register_parameter``."""
+    model, optimizer = packed_setup()
+    train(model, optimizer, range(1))
+    weight = torch.nn.Parameter(model.a.weight.detach().clone(), requires_grad=False)
+    if how == "dict":
+        model.a._parameters["weight"] = weight
+    else:
+        del model.a.weight
+        model.a.register_parameter("weight", weight)
+    before = weight.detach().clone()
+    train(model, optimizer, range(1, 2))
+    assert torch.equal((weight != before).view(-1).nonzero().view(-1).int(), model.a.indices)
+
+
+@pytest.mark.parametrize("replaced", ["values", "indices"])
+def test_a_refresh_binds_what_was_replaced_by_a_copy(replaced):
+    model, optimizer = packed_setup(refresh_interval=None)
+    train(model, optimizer, range(1))
+    if replaced == "values":
+        model.a.values.data = model.a.values.data.clone()
+    else:
+        model.a.indices = model.a.indices.clone()
+    with torch.no_grad():
+        model.a.weight.copy_(model.a.weight.flip(0))
+    optimizer.refresh()
+    entry = optimizer.state[model.a.values]
+    assert model.a.values.data_ptr() == entry["master"].data_ptr()
+    assert model.a.indices.data_ptr() == entry["indices"].data_ptr()

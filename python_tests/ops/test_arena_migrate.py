@@ -181,6 +181,15 @@ def test_arena_migrate_the_largest_index(backend):
 
 
 @pytest.mark.native
+def test_arena_migrate_refuses_lists_in_the_arena():
+    indices = torch.tensor([1, 2, 5, 0], dtype=torch.int32)
+    lists, moments = [indices[1:3]], torch.ones(4)
+    arena = [torch.zeros(2, 4)], lists, indices, [0], [3], moments, moments.clone(), torch.ones(1)
+    with pytest.raises(ValueError, match="new_indices 0 shares memory with the arena"):
+        ops.arena_migrate_(*arena, validate=True)
+    assert indices.tolist() == [1, 2, 5, 0] and moments.tolist() == [1] * 4
+
+
 def test_arena_migrate_in_several_groups():
     """More entries than the scratch of the native op holds at once."""
     generator = torch.Generator().manual_seed(0)
