@@ -28,25 +28,25 @@ def entry_count(
 
     Raises ValueError, naming the parameter and the value, for a setting out of range.
     """
-    given = [
-        label for label, value in (("k", k), ("density", density), ("budget_rank", budget_rank)) if value is not None
-    ]
-    require(
-        len(given) == 1, f"{name}: give exactly one of k, density and budget_rank, got {' and '.join(given) or 'none'}"
-    )
+    settings = {"k": k, "density": density, "budget_rank": budget_rank}
+    given = [label for label, value in settings.items() if value is not None]
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        raise ValueError(f"{name}: give exactly one of k, density and budget_rank, got {found}")
     m, n = shape
-    require(m * n <= MAX_ENTRIES, f"{name}: a matrix may have up to 2^31-1 entries, got {m} x {n}")
+    if m * n > MAX_ENTRIES:
+        raise ValueError(f"{name}: a matrix may have up to 2^31-1 entries, got {m} x {n}")
     if budget_rank is not None:
-        require(
-            isinstance(budget_rank, int) and budget_rank >= 1,
-            f"{name}: budget_rank must be an integer of at least 1, got {budget_rank!r}",
-        )
+        if not isinstance(budget_rank, int) or budget_rank < 1:
+            raise ValueError(f"{name}: budget_rank must be an integer of at least 1, got {budget_rank!r}")
         return min((m + n) * budget_rank, m * n)
     if density is not None:
-        require(0.0 < density <= 1.0, f"{name}: density must be in (0, 1], got {density}")
+        if not 0.0 < density <= 1.0:
+            raise ValueError(f"{name}: density must be in (0, 1], got {density}")
         return max(1, round(density * m * n))
     assert k is not None
-    require(isinstance(k, int) and 1 <= k <= m * n, f"{name}: k must be an integer from 1 to {m * n}, got {k!r}")
+    if not isinstance(k, int) or not 1 <= k <= m * n:
+        raise ValueError(f"{name}: k must be an integer from 1 to {m * n}, got {k!r}")
     return k
 
 

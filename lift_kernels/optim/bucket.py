@@ -11,7 +11,8 @@ from torch.autograd.graph import increment_version
 
 from .. import ops
 from ..validation import check_gradient, require
-from .matrix_table import MatrixRef, MatrixTable
+from .matrix_ref import MatrixRef
+from .matrix_table import MatrixTable
 from .packed_state import PackedState
 
 

@@ -17,7 +17,8 @@ from ..ops import dispatch
 from .bucket import Sweep, any_infinite, gradient_factor
 from .dense_adamw import dense_adamw_
 from .hyperparameters import check_group, check_parameters, check_settings
-from .matrix_table import MaskOptions, MatrixRef, MatrixTable, names_of
+from .matrix_ref import MatrixRef, names_of, parameters_of
+from .matrix_table import MaskOptions, MatrixTable
 from .refresh import RefreshReport, RefreshSchedule, report_on
 from .state_dict import before_load, check_fits, compact, in_own_order, load_dense, saved_form
 
@@ -43,15 +44,13 @@ class LiftAdamW(Optimizer):
 
     Args:
         params: parameters, (name, parameter) pairs or groups, as in torch; see `lift_param_groups`.
-        lr, betas, eps, weight_decay: as in torch.optim.AdamW. ``lr`` may be a tensor. Decay acts on
-            selected entries only.
+        lr, betas, eps, weight_decay: as in torch.optim.AdamW. Decay acts on selected entries only.
         rank: LRA rank r of the approximation whose largest entries are trained. None: 64, or the
             smaller side where that is less.
         density: share of a matrix that is trained, in (0, 1].
         budget_rank: k = (m + n) * budget_rank. Given, it takes precedence over ``density``.
         refresh_interval: steps between masks. None keeps the first mask.
-        refresh_schedule: ``"all"`` renews every mask after an interval. ``"spread"`` renews a few
-            at each step, so that no step stalls.
+        refresh_schedule: ``"all"`` renews all masks after an interval, ``"spread"`` a few a step.
         bias_correction: ``"global"`` counts the steps of a matrix (the paper). ``"per_entry"``
             counts those since an entry came in.
         master: ``"fp32"`` keeps fp32 masters of bf16/fp16 weights. None rounds the weight itself.
@@ -63,8 +62,7 @@ class LiftAdamW(Optimizer):
             (largest when the mask is made) or ``"random"``, all with the same k, or a callable
             ``(weight, k) -> sorted int32 indices``.
         mask_method: method of `low_rank_factors`.
-        warm_start: where bases for warm starts are kept, ``"device"`` or ``"cpu"``. None: every
-            refresh starts cold.
+        warm_start: where bases are kept, ``"device"`` or ``"cpu"``. None: refreshes start cold.
         seed: of random masks and of stochastic rounding.
         backend: one of `lift_kernels.backends`, None for the fastest usable one.
         process_group: the ranks that hold replicas and so must train the same entries, as a torch
@@ -238,12 +236,9 @@ class LiftAdamW(Optimizer):
         return storage_bytes([*self._table.tensors(), *shown])
 
     def state_dict(self) -> dict[str, Any]:
-        """The state dict of torch's optimizers, with compact copies in host memory.
-
-        The copies share no storage with the optimizer and keep their dtypes.
-        """
+        """A state dict as torch's: compact copies in host memory, with their dtypes."""
         self._schedule.subtract_skipped(self.param_groups)
-        return saved_form(super().state_dict(), self._table.shapes(self._parameters()), self.seed)
+        return saved_form(super().state_dict(), self._table.shapes(parameters_of(self.param_groups)), self.seed)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict`. Its masks replace all masks made before.
@@ -256,13 +251,12 @@ class LiftAdamW(Optimizer):
         """
         state_dict = in_own_order(before_load(self, state_dict), self.param_groups)
         self._table.follow(self.param_groups)
-        parameters = self._parameters()
+        parameters = parameters_of(self.param_groups)
         check_fits(state_dict, parameters, self._table)
         load_dense(self, super().load_state_dict, state_dict)
         for group in self.param_groups:
             self.seed = group.pop("seed", self.seed)
-        for ref in self._table.refs:
-            ref.trainable.clear()  # A packed gradient belongs to other entries.
+        self._table.drop_packed_gradients()  # They belong to other entries.
         self._restore({parameters[i]: entry for i, entry in state_dict["state"].items() if "indices" in entry})
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
@@ -273,14 +267,11 @@ class LiftAdamW(Optimizer):
         self._table.restore(self.param_groups, entries, self.warm_start, self.state)
         self._replicas.announce(ref.name for ref in self._table.refs)  # The state may have brought names.
 
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
-
     def __getstate__(self) -> dict[str, Any]:
         self._schedule.subtract_skipped(self.param_groups)
         config = {key: getattr(self, key) for key in _SETTINGS}
         state = defaultdict(dict, {p: compact(entry) for p, entry in self.state.items()})
-        layers = {p: layers for p in self._parameters() if (layers := trainable.layers_of(p))}
+        layers = {p: layers for p in parameters_of(self.param_groups) if (layers := trainable.layers_of(p))}
         return {**super().__getstate__(), **config, "state": state, "grad_norm": None, "_packed_layers": layers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -289,5 +280,5 @@ class LiftAdamW(Optimizer):
             for p, layers in self.__dict__.pop("_packed_layers", {}).items():
                 for layer in layers:
                     trainable.register(p, layer)  # A copied parameter does not know.
-            optimizer_hooks.claim(self._parameters(), self)
+            optimizer_hooks.claim(parameters_of(self.param_groups), self)
             self._restore(self.state)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -13,60 +12,13 @@ from torch import Tensor
 
 from ..distributed.replicas import Replicas
 from ..masks.principal import Mask
-from ..masks.selection import SelectionRequest, make_masks, warm_part
+from ..masks.selection import make_masks, warm_part
 from ..nn import trainable
 from ..ops import dispatch
 from ..validation import require
-from .hyperparameters import is_sparse, mask_size
+from .hyperparameters import is_sparse
+from .matrix_ref import DenseRef, MatrixRef, names_of
 from .packed_state import PackedState
-
-
-@dataclass(slots=True, eq=False)
-class MatrixRef:
-    """A matrix that an optimizer trains.
-
-    Attributes:
-        number: its place among all parameters that LIFT trains.
-        parameter, group, name: the parameter, its group, and its name for messages.
-        trainable: where its gradient is, and its matrix.
-        arena, row: where its state is; None and -1 before the first mask.
-        warm: ``basis`` and ``threshold`` of its last mask, for a warm start.
-    """
-
-    number: int
-    parameter: Tensor
-    group: dict[str, Any]
-    name: str
-    trainable: trainable.Trainable
-    arena: PackedState | None = None
-    row: int = -1
-    warm: dict[str, Tensor] = field(default_factory=dict)
-
-    def request(self) -> SelectionRequest:
-        """What the next mask is made from."""
-        matrix = self.trainable.matrix.detach()
-        grad = self.parameter.grad if self.parameter.shape == matrix.shape else None
-        rank, k = mask_size(matrix, self.group, self.name)
-        return SelectionRequest(matrix, grad, rank, k, self.name, self.number, self.warm)
-
-    def check_renewable(self, drop_gradients: bool) -> None:
-        """Raise if another optimizer, or a packed gradient that is kept, forbids a new mask."""
-        other = next((layer.stepped_by for layer in self.trainable.layers if layer.stepped_by), None)
-        if other is not None:
-            raise RuntimeError(
-                f"{self.name} is trained by {other} too, whose state would belong to other entries after a refresh; "
-                "train it by LiftAdamW alone"
-            )
-        if not drop_gradients and self.trainable.pending:
-            raise RuntimeError(
-                f"{self.name} has a packed gradient, whose entries a refresh would exchange; call step() or "
-                "zero_grad() first, or refresh(drop_gradients=True)"
-            )
-
-    def views(self) -> dict[str, Tensor]:
-        """Views of its state (`PackedState.views`)."""
-        assert self.arena is not None, f"{self.name} has no mask yet"
-        return self.arena.views(self.row)
 
 
 class MaskOptions(NamedTuple):
@@ -82,21 +34,6 @@ class MaskOptions(NamedTuple):
         """A mask from the present weight of each matrix."""
         requests = [ref.request() for ref in refs]
         return make_masks(requests, selection=self.selection, seed=self.seed, method=self.method, backend=self.backend)
-
-
-class DenseRef(NamedTuple):
-    """A parameter that torch's AdamW trains."""
-
-    parameter: Tensor
-    group: dict[str, Any]
-    name: str
-
-
-def names_of(group: dict[str, Any], number: int) -> list[str]:
-    """Names of the parameters of a group for messages; ``number`` is that of the group."""
-    return group.get("param_names") or [
-        trainable.trainable_of(p).name or f"parameter {i} of group {number}" for i, p in enumerate(group["params"])
-    ]
 
 
 class MatrixTable:
@@ -197,8 +134,12 @@ class MatrixTable:
         for ref in self.refs:
             ref.check_renewable(drop_gradients)
         if drop_gradients:
-            for ref in self.refs:
-                ref.trainable.clear()
+            self.drop_packed_gradients()
+
+    def drop_packed_gradients(self) -> None:
+        """Drop those of all matrices."""
+        for ref in self.refs:
+            ref.trainable.clear()
 
     def renew(
         self, refs: Sequence[MatrixRef], options: MaskOptions, state: dict[Tensor, Any]
@@ -226,7 +167,7 @@ class MatrixTable:
         """
         kinds = defaultdict(list)
         for ref, entry in zip(refs, entries):
-            kinds[_kind(ref)].append((ref, entry))
+            kinds[ref.kind()].append((ref, entry))
         for kind, members in kinds.items():
             device, _, state_dtype, master, births = kind
             arena = self.arenas.get(kind) or PackedState(device, state_dtype, master=master, births=births)
@@ -324,11 +265,3 @@ def _is_unchanged(group: dict[str, Any], then: tuple[dict[str, Any], bool | None
     old, lift, parameters = then
     same = group is old and group["lift"] is lift and len(group["params"]) == len(parameters)
     return same and all(map(operator.is_, group["params"], parameters))
-
-
-def _kind(ref: MatrixRef) -> tuple[torch.device, torch.dtype, torch.dtype, bool, bool]:
-    """Device, weight dtype and form of state: those of one kind share an arena."""
-    matrix, group = ref.trainable.matrix, ref.group
-    # The values of a packed layer are the master, in fp32 as well.
-    master = ref.trainable.packed or (group["master"] is not None and matrix.dtype != torch.float32)
-    return matrix.device, matrix.dtype, group["state_dtype"], master, group["bias_correction"] == "per_entry"

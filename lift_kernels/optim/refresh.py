@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..masks.principal import Mask
-from .matrix_table import MatrixRef
+from .matrix_ref import MatrixRef
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import nn
 
 from lift_kernels import LiftAdamW, pack_gradients
 from lift_kernels.nn.linear import PackedLinear
-from lift_kernels.optim.matrix_table import names_of
+from lift_kernels.optim.matrix_ref import names_of
 
 CASES = {
     "plain": ({}, 1),

@@ -1,0 +1,90 @@
+"""MatrixRef: one matrix of an optimizer: its options, its gradient, the place of its state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..masks.selection import SelectionRequest
+from ..nn import trainable
+from .hyperparameters import mask_size
+from .packed_state import PackedState
+
+
+@dataclass(slots=True, eq=False)
+class MatrixRef:
+    """A matrix that an optimizer trains.
+
+    Attributes:
+        number: its place among all parameters that LIFT trains.
+        parameter, group, name: the parameter, its group, and its name for messages.
+        trainable: where its gradient is, and its matrix.
+        arena, row: where its state is; None and -1 before the first mask.
+        warm: ``basis`` and ``threshold`` of its last mask, for a warm start.
+    """
+
+    number: int
+    parameter: Tensor
+    group: dict[str, Any]
+    name: str
+    trainable: trainable.Trainable
+    arena: PackedState | None = None
+    row: int = -1
+    warm: dict[str, Tensor] = field(default_factory=dict)
+
+    def request(self) -> SelectionRequest:
+        """What the next mask is made from."""
+        matrix = self.trainable.matrix.detach()
+        grad = self.parameter.grad if self.parameter.shape == matrix.shape else None
+        rank, k = mask_size(matrix, self.group, self.name)
+        return SelectionRequest(matrix, grad, rank, k, self.name, self.number, self.warm)
+
+    def check_renewable(self, drop_gradients: bool) -> None:
+        """Raise if another optimizer, or a packed gradient that is kept, forbids a new mask."""
+        other = next((layer.stepped_by for layer in self.trainable.layers if layer.stepped_by), None)
+        if other is not None:
+            raise RuntimeError(
+                f"{self.name} is trained by {other} too, whose state would belong to other entries after a refresh; "
+                "train it by LiftAdamW alone"
+            )
+        if not drop_gradients and self.trainable.pending:
+            raise RuntimeError(
+                f"{self.name} has a packed gradient, whose entries a refresh would exchange; call step() or "
+                "zero_grad() first, or refresh(drop_gradients=True)"
+            )
+
+    def views(self) -> dict[str, Tensor]:
+        """Views of its state (`PackedState.views`)."""
+        assert self.arena is not None, f"{self.name} has no mask yet"
+        return self.arena.views(self.row)
+
+    def kind(self) -> tuple[torch.device, torch.dtype, torch.dtype, bool, bool]:
+        """Device, weight dtype and form of state: those of one kind share an arena."""
+        matrix, group = self.trainable.matrix, self.group
+        # The values of a packed layer are the master, in fp32 as well.
+        master = self.trainable.packed or (group["master"] is not None and matrix.dtype != torch.float32)
+        return matrix.device, matrix.dtype, group["state_dtype"], master, group["bias_correction"] == "per_entry"
+
+
+class DenseRef(NamedTuple):
+    """A parameter that torch's AdamW trains."""
+
+    parameter: Tensor
+    group: dict[str, Any]
+    name: str
+
+
+def names_of(group: dict[str, Any], number: int) -> list[str]:
+    """Names of the parameters of a group for messages; ``number`` is that of the group."""
+    return group.get("param_names") or [
+        trainable.trainable_of(p).name or f"parameter {i} of group {number}" for i, p in enumerate(group["params"])
+    ]
+
+
+def parameters_of(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """All parameters, in the order of the groups."""
+    return [p for group in groups for p in group["params"]]
