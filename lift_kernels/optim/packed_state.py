@@ -123,7 +123,7 @@ class PackedState:
         else:
             self.steps[self._row_tensor(tuple(rows))] = steps
         if self.master is not None:
-            for row, counter in zip(rows, [w._version for w in self._of(rows, self.weights)]):
+            for row, counter in zip(rows, [self.weights[row]._version for row in rows]):
                 self._counters[row] = counter
 
     def migrate(
@@ -179,13 +179,12 @@ class PackedState:
 
         Raises as `begin_step` does for weights that moved or changed their dtype.
         """
-        weights = self._of(rows, self.weights)
+        weights, dtypes, addresses, counters = self._columns(rows)
         # These two lists are `weight_version`, without a call for every matrix of every step. The
         # address alone does not tell: an allocator gives it again to a weight of another dtype.
-        same = [w.data_ptr() for w in weights] == self._of(rows, self._addresses)
-        same = same and [w.dtype for w in weights] == self._of(rows, self._dtypes)
+        same = [w.data_ptr() for w in weights] == addresses and [w.dtype for w in weights] == dtypes
         if same and all([w.is_contiguous() for w in weights]):
-            if self.master is None or [w._version for w in weights] == self._of(rows, self._counters):
+            if self.master is None or [w._version for w in weights] == counters:
                 return
         self._check_weights(rows)
         for row, weight in zip(rows, weights):
@@ -195,8 +194,10 @@ class PackedState:
                 follow_weight(seen, *follows, "fp32 master follows the new values")
             self._addresses[row], self._counters[row] = weight_version(weight)
 
-    def _of(self, rows: Sequence[int], values: list[Any]) -> list[Any]:
-        return values if self._is_all(rows) else [values[row] for row in rows]
+    def _columns(self, rows: Sequence[int]) -> Sequence[list[Any]]:
+        """Weights, and their dtypes, addresses and version counters when they were last seen."""
+        columns: Sequence[list[Any]] = (self.weights, self._dtypes, self._addresses, self._counters)
+        return columns if self._is_all(rows) else [[column[row] for row in rows] for column in columns]
 
     def _is_all(self, rows: Sequence[int]) -> bool:
         return list(rows) == self._every_row
@@ -209,7 +210,7 @@ class PackedState:
 
     def _mark(self, rows: Sequence[int]) -> None:
         """Record that the masters of these matrices agree with their weights."""
-        for row, weight in zip(rows, self._of(rows, self.weights)):
+        for row, weight in zip(rows, [self.weights[row] for row in rows]):
             self._addresses[row], self._counters[row] = weight_version(weight)
 
     def _resize(self, rows: Sequence[int], counts: Sequence[int]) -> None:
