@@ -40,6 +40,15 @@ def test_an_unchanged_packed_step_makes_nothing_again():
     assert made(optimizer) == before
 
 
+def test_a_step_counts_as_a_write_of_the_values():
+    """They are views of the arena with counters of their own, which autograd and EMA tools read."""
+    model, optimizer = packed_setup(refresh_interval=None)
+    train_packed(model, optimizer, range(1))
+    before = model.a.values._version, model.a.weight._version
+    train_packed(model, optimizer, range(1, 3))
+    assert model.a.values._version >= before[0] + 2 and model.a.weight._version >= before[1] + 2
+
+
 def test_a_bucket_keeps_no_gradient_after_the_step():
     weights = make_weights()
     optimizer = LiftAdamW(weights, **OPTIONS)

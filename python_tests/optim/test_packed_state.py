@@ -294,6 +294,18 @@ def test_regather_follows_outside_changes_alone(caplog):
     assert len(caplog.records) == 1
 
 
+def test_masters_follow_changed_weights_before_they_move(caplog):
+    state, weights, _ = make_state()
+    (new,) = new_lists(state, (40,))
+    old = state.views(0)["indices"].clone()
+    with torch.no_grad():
+        weights[0] += 1.0
+    kept = state.migrate([0], [new])
+    assert kept.tolist() == [int(torch.isin(new, old).sum())] and 0 < kept.item() < 40
+    assert torch.equal(state.views(0)["master"], weights[0].flatten()[new.long()].float())
+    assert [record.getMessage().split(" was changed")[0] for record in caplog.records] == ["layer.0"]
+
+
 def test_marked_writes_are_not_outside_changes(caplog):
     state, weights, _ = make_state()
     before = state.master.clone()
