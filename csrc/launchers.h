@@ -60,7 +60,7 @@ void packed_migrate_cpu(const void* values, int width, const int32_t* old_indice
                         const int32_t* new_indices, int64_t k_new, void* out, ParallelFor parallel_for);
 
 // One matrix that gets a new index list: its weight, the list, and its segment of the arenas. The
-// arenas have room for either count from `offset` on.
+// arenas have space for either count from `offset` on.
 struct Migration {
   const void* weight;
   const int32_t* new_indices;

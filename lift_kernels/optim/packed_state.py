@@ -167,7 +167,7 @@ class PackedState:
             )
         except Exception:
             if old != new:
-                self._resize(rows, old)  # The room for longer lists holds nothing yet.
+                self._resize(rows, old)  # The space for longer lists holds nothing yet.
             raise
         if old != new:
             self._resize(rows, new)

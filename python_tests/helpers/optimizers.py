@@ -10,6 +10,7 @@ import io
 import pickle
 from collections.abc import Callable, Iterable, Sequence
 
+import pytest
 import torch
 from helpers.bits import bits
 from torch import Tensor, nn
@@ -71,6 +72,14 @@ def assert_same(actual: dict[str, object], expected: dict[str, object]) -> None:
     for name, value in expected.items():
         same = torch.equal(actual[name], value) if isinstance(value, Tensor) else actual[name] == value
         assert same, f"{name} differs"
+
+
+def assert_refused(optimizer, error, message, call):
+    """Check that ``call`` raises this and changes neither weights, state nor groups."""
+    before = snapshot(optimizer)
+    with pytest.raises(error, match=message):
+        call()
+    assert_same(snapshot(optimizer), before)
 
 
 def by_deepcopy(optimizer: LiftAdamW, weights: list[Tensor]) -> tuple[LiftAdamW, list[Tensor]]:
