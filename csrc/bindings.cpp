@@ -15,8 +15,10 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <vector>
 
+#include "cpu/levels.h"
 #include "launchers.h"
 
 namespace {
@@ -289,6 +291,15 @@ void packed_weight_grad(Tensor grad_output, Tensor input, Tensor indices, Tensor
   }
 }
 
+// The levels of instruction sets that this machine has, the lowest first, and the one in use.
+int64_t cpu_level_count() { return lift::level_count(); }
+std::string cpu_level_name(int64_t level) { return lift::level_name(int(level)); }
+int64_t cpu_level() { return lift::current_level(); }
+void use_cpu_level(int64_t level) {
+  STD_TORCH_CHECK(level >= 0 && level < lift::level_count(), "lift_kernels_native: this machine has no level ", level);
+  lift::use_level(int(level));
+}
+
 #ifdef LIFT_WITH_CUDA
 // torch's current stream, from a function that only a CUDA build of torch exports. The extension
 // does not link to that library. Python loads torch's libraries into a local scope that
@@ -407,6 +418,10 @@ STABLE_TORCH_LIBRARY(lift_kernels_native, m) {
   m.def(
       "bitmap_to_indices(Tensor(a!) bitmaps, Tensor candidates, Tensor counts, int columns, Tensor(b!) totals, "
       "Tensor(c!) indices, Tensor(d!) thresholds, Tensor(e!) status) -> ()");
+  m.def("cpu_level_count() -> int");
+  m.def("cpu_level_name(int level) -> str");
+  m.def("cpu_level() -> int");
+  m.def("use_cpu_level(int level) -> ()");
   m.def("cuda_runtime_version() -> int");
   m.def("cuda_driver_version() -> int");
   m.def("cuda_has_code() -> bool");
@@ -424,6 +439,10 @@ STABLE_TORCH_LIBRARY_IMPL(lift_kernels_native, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lift_kernels_native, CompositeExplicitAutograd, m) {
+  m.impl("cpu_level_count", TORCH_BOX(&cpu_level_count));
+  m.impl("cpu_level_name", TORCH_BOX(&cpu_level_name));
+  m.impl("cpu_level", TORCH_BOX(&cpu_level));
+  m.impl("use_cpu_level", TORCH_BOX(&use_cpu_level));
   m.impl("cuda_runtime_version", TORCH_BOX(&cuda_runtime_version));
   m.impl("cuda_driver_version", TORCH_BOX(&cuda_driver_version));
   m.impl("cuda_has_code", TORCH_BOX(&cuda_has_code));

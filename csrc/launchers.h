@@ -94,7 +94,8 @@ void packed_square_sums_cpu(const Segment* segments, int64_t n, const int32_t* i
 
 // Writes the sorted positions of the k largest |left right^T| (left m x rank, right n x rank). Ties
 // go to the lower position. Returns the k-th magnitude, which [low, high) should contain. If it
-// does not, four sweeps are needed instead of one.
+// does not, four sweeps are needed instead of one. NaN for `low` has the interval estimated from
+// sampled entries.
 float lowrank_topk_cpu(const float* left, const float* right, int64_t m, int64_t n, int64_t rank, int64_t k, float low,
                        float high, int32_t* indices, ParallelFor parallel_for);
 

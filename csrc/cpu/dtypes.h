@@ -9,18 +9,6 @@
 
 #include "../launchers.h"
 
-// One binary serves every x86 machine: the loader picks the widest instruction set. All of them
-// give the same bits, because of -ffp-contract=off.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(LIFT_NO_CLONES)
-#if __GNUC__ >= 12
-#define LIFT_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else  // older GCC cannot name the levels; 16-bit elements then use 256-bit registers
-#define LIFT_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
-#endif
-#else
-#define LIFT_CLONES
-#endif
-
 namespace lift {
 
 inline uint32_t bits_of(float x) {
@@ -36,12 +24,14 @@ inline float float_of(uint32_t bits) {
 }
 
 struct F32 {
+  static constexpr int number = int(DType::f32);
   using Storage = float;
   static float widen(float x) { return x; }
   static float round(float x) { return x; }
 };
 
 struct BF16 {
+  static constexpr int number = int(DType::bf16);
   using Storage = uint16_t;
   static float widen(uint16_t x) { return float_of(uint32_t(x) << 16); }
   static uint16_t round(float x) {  // to nearest even; a NaN keeps its sign and stays a NaN
@@ -53,6 +43,7 @@ struct BF16 {
 };
 
 struct F16 {
+  static constexpr int number = int(DType::f16);
   using Storage = uint16_t;
   static float widen(uint16_t x) {
     // Shift exponent and mantissa into place, then multiply by 2^112. Infinities and NaN keep an

@@ -7,82 +7,65 @@
 // are then added. If the bracket misses the k-th key or too many entries tie, two histograms find
 // the exact k-th key first.
 #include <algorithm>
+#include <atomic>
 #include <bit>
-#include <cstring>
+#include <cmath>
+#include <limits>
 #include <mutex>
 #include <vector>
 
 #include "../launchers.h"
 #include "dtypes.h"
+#include "levels.h"
 #include "parallel.h"
 
 namespace lift {
 namespace {
 
-constexpr int kTileRows = 6;  // of a tile of the product, which is kept in registers
-constexpr int kTileColumns = 32;
-constexpr int kWordBits = 64;  // columns per word of the bitmap, two tiles
 constexpr int kBandRows = 48;  // rows that share a pass over the right factor
-
-// 16 lanes, whatever the width of the registers. The unaligned types are for loads and stores.
-using Floats = float __attribute__((vector_size(64)));
-using Keys = uint32_t __attribute__((vector_size(64)));
-using UnalignedFloats = float __attribute__((vector_size(64), aligned(4), may_alias));
-using UnalignedKeys = uint32_t __attribute__((vector_size(64), aligned(4), may_alias));
-constexpr int kLanes = 16;
-constexpr int kVectors = kTileColumns / kLanes;
+// Less work than this takes less time than waking a thread.
+constexpr int64_t kSerialCopies = 1 << 18, kSerialProducts = 1 << 21;
+// Of entries that are drawn to predict the k-th key: one in kSampled, within bounds. One drawn entry
+// takes about as long as ten entries more in the bracket.
+constexpr int64_t kSampled = 128, kLeastSamples = 1024, kMostSamples = 16384;
+constexpr double kDeviations = 3.0;  // half the bracket; one in four hundred is missed
 
 struct Tile {
   alignas(64) uint32_t keys[kTileRows][kWordBits];
 };
 
-// Computes keys[i][.] of kTileRows rows with one panel (rank x kTileColumns) of the right factor.
-// Fused multiply-adds are used where the machine has them: the products must agree between sweeps,
-// but not between machines.
-__attribute__((optimize("fp-contract=fast"))) LIFT_CLONES void compute_keys(const float* const* rows,
-                                                                            const float* panel, int64_t rank,
-                                                                            uint32_t (*keys)[kWordBits]) {
-  Floats sum[kTileRows][kVectors] = {};
-  for (int64_t p = 0; p < rank; ++p) {
-    const auto* right = reinterpret_cast<const UnalignedFloats*>(panel + p * kTileColumns);
-    for (int i = 0; i < kTileRows; ++i)
-      for (int v = 0; v < kVectors; ++v) sum[i][v] += rows[i][p] * right[v];
-  }
-  for (int i = 0; i < kTileRows; ++i)
-    for (int v = 0; v < kVectors; ++v)
-      *reinterpret_cast<UnalignedKeys*>(keys[i] + v * kLanes) = reinterpret_cast<Keys>(sum[i][v]) & 0x7fffffffu;
-}
-
-// Bit j of the result is set if keys[j] >= bound.
-LIFT_CLONES uint64_t at_least(const uint32_t* keys, uint32_t bound) {
-  uint8_t flags[kWordBits];
-  for (int j = 0; j < kWordBits; ++j) flags[j] = keys[j] >= bound;
-  uint64_t word = 0;
-  for (int j = 0; j < kWordBits; j += 8) {
-    uint64_t bytes;
-    std::memcpy(&bytes, flags + j, 8);
-    word |= ((bytes * 0x0102040810204080u) >> 56) << j;  // gathers the lowest bits of eight bytes
-  }
-  return word;
-}
-
-// L (m x rank) and R (n x rank). R is packed into panels of kTileColumns columns, zero-padded.
+// L (m x rank) and R (n x rank). R is packed for the loops of a level, zero-padded.
 class Product {
  public:
   Product(const float* left, const float* right, int64_t m, int64_t n, int64_t rank, ParallelFor parallel_for)
       : left_(left),
+        right_(right),
         m_(m),
         n_(n),
         rank_(rank),
         words_per_row_((n + kWordBits - 1) / kWordBits),
         parallel_for_(parallel_for),
+        loops_(product_loops()),
         panels_(size_t(words_per_row_ * kWordBits * rank)) {
-    for_ranges(parallel_for, words_per_row_ * 2, [&](int64_t begin, int64_t end) {
+    const int64_t width = loops_.panel_columns;
+    const bool serial = n * rank < kSerialCopies;
+    for_ranges(serial ? nullptr : parallel_for, words_per_row_ * kWordBits / width, [&](int64_t begin, int64_t end) {
       for (int64_t q = begin; q < end; ++q)
-        for (int64_t j = 0; j < std::min<int64_t>(kTileColumns, n - q * kTileColumns); ++j)
+        for (int64_t j = 0; j < std::min(width, n - q * width); ++j)
           for (int64_t p = 0; p < rank; ++p)
-            panels_[size_t((q * rank + p) * kTileColumns + j)] = right[(q * kTileColumns + j) * rank + p];
+            panels_[size_t((q * rank + p) * width + j)] = right[(q * width + j) * rank + p];
     });
+  }
+
+  // |x| of one entry. The last bits may differ from those of the keys.
+  float magnitude(int64_t position) const {
+    const float *const left = left_ + position / n_ * rank_, *const right = right_ + position % n_ * rank_;
+    float sums[8] = {};
+    int64_t p = 0;
+    for (; p + 8 <= rank_; p += 8)
+      for (int i = 0; i < 8; ++i) sums[i] += left[p + i] * right[p + i];
+    for (; p < rank_; ++p) sums[0] += left[p] * right[p];
+    return std::fabs(((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7])));
   }
 
   int64_t words_per_row() const { return words_per_row_; }  // of the bitmap
@@ -92,24 +75,26 @@ class Product {
     return n_ - w * kWordBits >= kWordBits ? ~uint64_t{0} : (uint64_t{1} << (n_ - w * kWordBits)) - 1;
   }
 
+  // The columns of word w of which keys[j] >= bound, as bits.
+  uint64_t at_least(const uint32_t* keys, uint32_t bound, int64_t w) const {
+    return loops_.at_least(keys, bound) & valid_mask(w);
+  }
+
   // Calls visit(context, row, word, keys) for every row and word. One thread visits all rows of a
-  // band. make_context() makes the context of a thread.
+  // band. Threads take bands as they need them. make_context() makes the context of a thread.
   template <class MakeContext, class Visit>
   void sweep(const MakeContext& make_context, const Visit& visit) const {
-    for_ranges(parallel_for_, bands(), [&](int64_t begin, int64_t end) {
+    std::atomic<int64_t> taken{0};
+    for_ranges(m_ * n_ * rank_ < kSerialProducts ? nullptr : parallel_for_, bands(), [&](int64_t, int64_t) {
       auto&& context = make_context();
-      for (int64_t band = begin; band < end; ++band) {
+      for (int64_t band; (band = taken.fetch_add(1, std::memory_order_relaxed)) < bands();) {
         const int64_t last = std::min(m_, (band + 1) * kBandRows);
         for (int64_t w = 0; w < words_per_row_; ++w)
           for (int64_t row = band * kBandRows; row < last; row += kTileRows) {
             const float* rows[kTileRows];
             for (int i = 0; i < kTileRows; ++i) rows[i] = left_ + std::min(row + i, m_ - 1) * rank_;
             Tile tile;
-            for (int half = 0; half < 2; ++half) {
-              const float* panel = panels_.data() + (2 * w + half) * rank_ * kTileColumns;
-              compute_keys(rows, panel, rank_,
-                           reinterpret_cast<uint32_t (*)[kWordBits]>(&tile.keys[0][half * kTileColumns]));
-            }
+            loops_.compute_keys(rows, panels_.data() + w * kWordBits * rank_, rank_, tile.keys);
             for (int i = 0; i < std::min<int64_t>(kTileRows, last - row); ++i) visit(context, row + i, w, tile.keys[i]);
           }
       }
@@ -117,9 +102,10 @@ class Product {
   }
 
  private:
-  const float* left_;
+  const float *left_, *right_;
   int64_t m_, n_, rank_, words_per_row_;
   ParallelFor parallel_for_;
+  const ProductLoops& loops_;
   std::vector<float> panels_;
 };
 
@@ -160,11 +146,10 @@ class Selection {
     };
     product_.sweep([&] { return ThreadCandidates{{}, candidates, mutex, limit}; },
                    [&](ThreadCandidates& found, int64_t row, int64_t w, const uint32_t* keys) {
-                     const uint64_t chosen = at_least(keys, high) & product_.valid_mask(w);
+                     const uint64_t chosen = product_.at_least(keys, high, w);
                      bitmap_[size_t(row * product_.words_per_row() + w)] = chosen;
                      if (found.list.size() > found.limit) return;
-                     for (uint64_t rest = at_least(keys, low) & product_.valid_mask(w) & ~chosen; rest != 0;
-                          rest &= rest - 1) {
+                     for (uint64_t rest = product_.at_least(keys, low, w) & ~chosen; rest != 0; rest &= rest - 1) {
                        const int j = std::countr_zero(rest);
                        found.list.push_back({keys[j], int32_t(row * n_ + w * kWordBits + j)});
                      }
@@ -191,8 +176,8 @@ class Selection {
     product_.sweep([] { return 0; },
                    [&](int, int64_t row, int64_t w, const uint32_t* keys) {
                      const size_t at = size_t(row * product_.words_per_row() + w);
-                     bitmap_[at] = at_least(keys, threshold + 1) & product_.valid_mask(w);
-                     ties[at] = at_least(keys, threshold) & product_.valid_mask(w) & ~bitmap_[at];
+                     bitmap_[at] = product_.at_least(keys, threshold + 1, w);
+                     ties[at] = product_.at_least(keys, threshold, w) & ~bitmap_[at];
                    });
     int64_t missing = k_ - above;
     for (size_t at = 0; missing > 0; ++at)
@@ -204,7 +189,7 @@ class Selection {
   void write_indices(int32_t* indices) const {
     std::vector<int64_t> first(size_t(product_.bands()) + 1);
     for (int64_t band = 0; band < product_.bands(); ++band) first[size_t(band) + 1] = first[size_t(band)] + count(band);
-    for_ranges(parallel_for_, product_.bands(), [&](int64_t begin, int64_t end) {
+    for_ranges(k_ < kSerialCopies ? nullptr : parallel_for_, product_.bands(), [&](int64_t begin, int64_t end) {
       int32_t* out = indices + first[size_t(begin)];
       for (int64_t row = begin * kBandRows; row < std::min(m_, end * kBandRows); ++row)
         for (int64_t w = 0; w < product_.words_per_row(); ++w)
@@ -261,14 +246,47 @@ class Selection {
 
 uint32_t key_of(float x) { return std::bit_cast<uint32_t>(x) & 0x7fffffffu; }
 
+struct Bracket {
+  uint32_t low, high;
+};
+
+// Predicts the k-th key from quantiles of sampled entries, one from each of S equal stretches of the
+// matrix. Entries of whole tiles would be correlated. The same factors give the same bracket.
+Bracket sampled_bracket(const Product& product, int64_t numel, int64_t k, ParallelFor parallel_for) {
+  const int64_t count = std::min(numel, std::clamp(numel / kSampled, kLeastSamples, kMostSamples));
+  std::vector<uint32_t> keys(static_cast<size_t>(count));
+  for_ranges(count <= kLeastSamples ? nullptr : parallel_for, count, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t start = i * numel / count, length = (i + 1) * numel / count - start;
+      keys[size_t(i)] = key_of(product.magnitude(start + counter_hash(uint32_t(i)) % length));
+    }
+  });
+  const double share = double(k) / double(numel);
+  const double spread = kDeviations * std::sqrt(share * (1 - share) / double(count));
+  const auto low = int64_t((1 - share - spread) * double(count)) - 1;
+  const auto high = int64_t((1 - share + spread) * double(count)) + 2;
+  Bracket bracket{0, key_of(std::numeric_limits<float>::infinity())};
+  if (high < count) {
+    std::nth_element(keys.begin(), keys.begin() + high, keys.end());
+    bracket.high = keys[size_t(high)];
+  }
+  if (low >= 0) {  // Everything up to `high` is no larger.
+    std::nth_element(keys.begin(), keys.begin() + low, high < count ? keys.begin() + high : keys.end());
+    bracket.low = keys[size_t(low)];
+  }
+  return bracket;
+}
+
 }  // namespace
 
 float lowrank_topk_cpu(const float* left, const float* right, int64_t m, int64_t n, int64_t rank, int64_t k, float low,
                        float high, int32_t* indices, ParallelFor parallel_for) {
   const Product product(left, right, m, n, rank, parallel_for);
   Selection selection(product, m, n, k, parallel_for);
+  const Bracket bracket = std::isnan(low) ? sampled_bracket(product, m * n, k, parallel_for)
+                                          : Bracket{key_of(low), key_of(high)};
   uint32_t threshold = 0;
-  if (!selection.select_in_bracket(key_of(low), key_of(high), threshold)) threshold = selection.select_exactly();
+  if (!selection.select_in_bracket(bracket.low, bracket.high, threshold)) threshold = selection.select_exactly();
   selection.write_indices(indices);
   return std::bit_cast<float>(threshold);
 }

@@ -4,6 +4,7 @@
 
 #include "../launchers.h"
 #include "dtypes.h"
+#include "levels.h"
 #include "parallel.h"
 
 namespace lift {
@@ -82,6 +83,7 @@ void packed_square_sums_cpu(const Segment* segments, int64_t n, const int32_t* i
   std::vector<std::pair<int64_t, int64_t>> tasks;
   for (int64_t i = 0; i < n; ++i)
     for (int64_t at = 0; at < segments[i].count; at += kSquareSumBlock) tasks.emplace_back(i, at);
+  const StepLoops& loops = step_loops();
   dispatch_dtype(grad, [&](auto type) {
     using G = decltype(type);
     for_ranges(parallel_for, int64_t(tasks.size()), [&](int64_t begin, int64_t end) {
@@ -91,8 +93,9 @@ void packed_square_sums_cpu(const Segment* segments, int64_t n, const int32_t* i
         const auto* g = static_cast<const typename G::Storage*>(segment.grad);
         const int32_t* index = indices + segment.offset;
         double sums[4] = {0, 0, 0, 0};  // independent chains, summed in a fixed order
-        for (int64_t j = first; j < last; ++j) {
-          const double x = G::widen(packed_grads ? g[j] : g[index[j]]);
+        if (packed_grads) loops.add_squares[G::number](g + first, last - first, sums);
+        for (int64_t j = first; j < last && !packed_grads; ++j) {
+          const double x = G::widen(g[index[j]]);
           sums[j & 3] += x * x;
         }
         partials[t] = (sums[0] + sums[1]) + (sums[2] + sums[3]);

@@ -14,12 +14,13 @@
 //   the hardware prefetcher: it sees no stream and fetches no unwanted lines.
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <vector>
 
 #include "../launchers.h"
-#include "guided_schedule.h"
+#include "adamw_update.h"
 #include "dtypes.h"
+#include "guided_schedule.h"
+#include "levels.h"
 #include "parallel.h"
 
 namespace lift {
@@ -29,82 +30,6 @@ constexpr int kStride = 37;               // odd, so every entry of a block is v
 constexpr int64_t kPrefetchDistance = 8;  // blocks
 constexpr int kPrefetchToL2 = 2;          // the locality argument of __builtin_prefetch
 constexpr int kCacheLine = 64;            // bytes
-
-// Scalars of the update of one matrix. They are formed in fp64 and then rounded to fp32. Forming
-// 1 - beta2 in fp32 would triple the error.
-struct Scalars {
-  float one_minus_beta1, beta2, one_minus_beta2, eps, decay, grad_factor;
-  float step_size;     // lr / bc1, or lr if each entry has its own bias correction
-  float inv_sqrt_bc2;  // 1 / sqrt(bc2)
-  uint32_t key;        // of stochastic rounding, from the seed and the step
-
-  Scalars(const AdamW& a, float step)
-      : one_minus_beta1(float(1 - a.beta1)),
-        beta2(float(a.beta2)),
-        one_minus_beta2(float(1 - a.beta2)),
-        eps(float(a.eps)),
-        decay(float(1 - a.lr * a.weight_decay)),
-        grad_factor(a.grad_factor),
-        step_size(float(a.births != nullptr ? a.lr : a.lr / (1 - std::pow(a.beta1, double(step))))),
-        inv_sqrt_bc2(float(1 / std::sqrt(1 - std::pow(a.beta2, double(step))))),
-        key(counter_hash(counter_hash(a.seed) ^ uint32_t(int64_t(step)))) {}
-};
-
-struct Moments {
-  float m, v;
-};
-
-// Updates the stored moments of one entry. Returns the new moments before they are rounded.
-template <class M, class MS = typename M::Storage>
-[[gnu::always_inline]] inline Moments update_moments(MS& m_stored, MS& v_stored, float g, const Scalars& s) {
-  // This is torch's lerp. It is exact at both ends, so beta1 = 0 gives the gradient itself.
-  const float m_old = M::widen(m_stored);
-  const bool near = s.one_minus_beta1 < 0.5f;
-  const float m = (near ? m_old : g) + (near ? s.one_minus_beta1 : s.one_minus_beta1 - 1.0f) * (g - m_old);
-  const float v = s.beta2 * M::widen(v_stored) + s.one_minus_beta2 * g * g;
-  m_stored = M::round(m);
-  v_stored = M::round(v);
-  return {m, v};
-}
-
-// Updates w and the moments of n entries.
-template <class M, class MS = typename M::Storage>
-LIFT_CLONES void update(float* __restrict w, MS* __restrict m_stored, MS* __restrict v_stored,
-                        const float* __restrict g, int n, Scalars s) {
-  for (int j = 0; j < n; ++j) {
-    const Moments now = update_moments<M>(m_stored[j], v_stored[j], g[j] * s.grad_factor, s);
-    w[j] = w[j] * s.decay - s.step_size * now.m / (__builtin_sqrtf(now.v) * s.inv_sqrt_bc2 + s.eps);
-  }
-}
-
-// Does the same with a bias correction for the age of each entry.
-template <class M, class MS = typename M::Storage>
-LIFT_CLONES void update_per_entry(float* __restrict w, MS* __restrict m_stored, MS* __restrict v_stored,
-                                  const float* __restrict g, int n, Scalars s, const float* __restrict inv_bc1,
-                                  const float* __restrict inv_sqrt_bc2) {
-  for (int j = 0; j < n; ++j) {
-    const Moments now = update_moments<M>(m_stored[j], v_stored[j], g[j] * s.grad_factor, s);
-    w[j] = w[j] * s.decay - s.step_size * inv_bc1[j] * now.m / (__builtin_sqrtf(now.v) * inv_sqrt_bc2[j] + s.eps);
-  }
-}
-
-template <class T, class TS = typename T::Storage>
-LIFT_CLONES void widen(const TS* __restrict from, float* __restrict to, int n) {
-  for (int j = 0; j < n; ++j) to[j] = T::widen(from[j]);
-}
-
-template <class T, class TS = typename T::Storage>
-LIFT_CLONES void round_nearest(const float* __restrict from, TS* __restrict to, int n) {
-  for (int j = 0; j < n; ++j) to[j] = T::round(from[j]);
-}
-
-// `position` is the arena position of the first entry.
-template <class T, class TS = typename T::Storage>
-LIFT_CLONES void round_stochastic(const float* __restrict from, TS* __restrict to, int n, uint32_t position,
-                                  uint32_t key) {
-  for (int j = 0; j < n; ++j)
-    to[j] = StochasticRounding<T>::round(from[j], counter_hash(counter_hash(position + uint32_t(j)) ^ key));
-}
 
 // Calls work(j) for j < n and prefetch(j) for j < prefetches. For full blocks the two calls
 // alternate and j advances by kStride.
@@ -136,7 +61,7 @@ class Step {
 
  public:
   Step(const AdamW& adamw, const Segment* segments, const Scalars* scalars)
-      : a_(adamw), segments_(segments), scalars_(scalars) {}
+      : a_(adamw), segments_(segments), scalars_(scalars), loops_(step_loops()) {}
 
   // Processes all blocks that `schedule` gives to this thread.
   void run(GuidedSchedule schedule) const {
@@ -215,7 +140,7 @@ class Step {
     MS* v = static_cast<MS*>(a_.exp_avg_sq) + arena;
     const Scalars& scalars = scalars_[block.segment - segments_];
     if (a_.births == nullptr) {
-      update<M>(w, m, v, g, n, scalars);
+      loops_.update[M::number](w, m, v, g, n, scalars);
     } else {
       Buffer<float> inv_bc1, inv_sqrt_bc2;
       for (int j = 0; j < n; ++j) {
@@ -223,23 +148,23 @@ class Step {
         inv_bc1.data[j] = a_.bias_table[age];
         inv_sqrt_bc2.data[j] = a_.bias_table[a_.bias_ages + 1 + age];
       }
-      update_per_entry<M>(w, m, v, g, n, scalars, inv_bc1.data, inv_sqrt_bc2.data);
+      loops_.update_per_entry[M::number](w, m, v, g, n, scalars, inv_bc1.data, inv_sqrt_bc2.data);
     }
 
     const WS* rounded = w_raw.data;
     if constexpr (sizeof(WS) == 4) rounded = w;
-    else if (a_.stochastic) round_stochastic<W>(w, w_raw.data, n, uint32_t(arena), scalars.key);
-    else round_nearest<W>(w, w_raw.data, n);
+    else if (a_.stochastic) loops_.round_stochastic[W::number](w, w_raw.data, n, uint32_t(arena), scalars.key);
+    else loops_.round_nearest[W::number](w, w_raw.data, n);
     interleave(n, [&](int j) { weight[index[j]] = rounded[j]; }, later.n, prefetch_w);
   }
 
   // Returns fp32 entries where they are stored. Widens other types into `buffer`.
   template <class T, class Stored>
-  static auto widened(Stored* stored, float* buffer, int n) {
+  auto widened(Stored* stored, float* buffer, int n) const {
     if constexpr (sizeof(Stored) == 4) {
       return stored;
     } else {
-      widen<T>(stored, buffer, n);
+      loops_.widen[T::number](stored, buffer, n);
       return buffer;
     }
   }
@@ -247,6 +172,7 @@ class Step {
   const AdamW& a_;
   const Segment* segments_;
   const Scalars* scalars_;  // one per segment
+  const StepLoops& loops_;
 };
 
 template <class W, class G, class M>

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from . import cpu_levels
+
 logger = logging.getLogger("lift_kernels")
 
 NAMES = ("native-cpu", "native-cuda", "triton", "reference")
@@ -113,10 +115,27 @@ def native_op(op: str, name: str | None = None) -> Callable | None:
     return getattr(torch.ops.lift_kernels_native, name or op).default
 
 
+def cpu_level() -> str:
+    """Return the level of instruction sets that CPU ops use, such as ``x86-64-v3``.
+
+    It is the highest that the CPU has, or the one that LIFT_CPU_LEVEL named when the library was
+    loaded. It is empty where the compiled code cannot run.
+    """
+    return (
+        "" if _load_native() or cpu_levels.problem() else cpu_levels.levels()[torch.ops.lift_kernels_native.cpu_level()]
+    )
+
+
 @functools.cache
 def _default(device_type: str, candidates: tuple[str, ...]) -> str:
-    """Return the first usable backend for a device, and warn once if it is not the fastest."""
+    """Return the first usable backend for a device, and warn once if it is not the fastest.
+
+    Raises ValueError where LIFT_CPU_LEVEL names a level that cannot be used, for what follows would
+    be a fallback that nobody wants.
+    """
     names = [name for name in candidates if _DEFAULT_DEVICE[name] in (device_type, None)]
+    if "native-cpu" in names and not _load_native() and cpu_levels.wrong_choice():
+        raise ValueError(cpu_levels.wrong_choice())
     chosen = next(name for name in names if not _problem(name, device_type))
     if chosen != names[0]:
         _warn_once(chosen, device_type, names[0])
@@ -181,12 +200,14 @@ def _load_native() -> str:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:  # an extension built for a newer torch, or a damaged file
         return f"{library.name} does not load under torch {torch.__version__}: {error}"
+    if not cpu_levels.problem():
+        cpu_levels.take()
     return ""
 
 
 def _native_cpu() -> Backend:
-    problem = _load_native()
-    return Backend(not problem, problem or "compiled C++ for the CPU")
+    problem = _load_native() or cpu_levels.problem()
+    return Backend(not problem, problem or f"compiled C++ for the CPU, {cpu_levels.description()}")
 
 
 @functools.cache

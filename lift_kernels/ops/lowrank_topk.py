@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -64,7 +66,7 @@ def _(left, right, k, bracket=None, *, backend=None):
 
 def _lowrank_topk(left, right, k, bracket, backend):
     name = dispatch.choose(backend, left.device, "lowrank_topk")
-    if bracket is None and name != "reference":
+    if bracket is None and name == "triton":
         # One matrix at a time, because the sampled rows take much memory.
         drawn = [threshold_bracket.sampled(*pair, k) for pair in zip(left, right)]
         bracket = torch.stack(drawn) if drawn else left.new_empty(0, 2)
@@ -83,7 +85,8 @@ def _lowrank_topk(left, right, k, bracket, backend):
         if name == "reference":
             indices[i], thresholds[i] = reference.lowrank_topk_ref(one, other, k)
         else:
-            low, high = bracket[i].tolist()
+            # NaN: the kernel draws its own.
+            low, high = (math.nan, math.nan) if bracket is None else bracket[i].tolist()
             thresholds[i] = torch.ops.lift_kernels_native.lowrank_topk.default(one, other, low, high, indices[i])
     return indices, thresholds
 

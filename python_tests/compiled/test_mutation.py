@@ -257,14 +257,12 @@ MUTANTS = [
 def compile_native(source: Path, build: Path, *names: str) -> None:
     """Compile the named C++ files to objects.
 
-    The flags make this quick: one instruction set, little optimization. Results do not depend on
-    either.
+    Little optimization makes this quick. Results do not depend on it.
     """
     flags = [
         "-std=c++20",
         "-O1",
         "-fPIC",
-        "-DLIFT_NO_CLONES",
         "-ffp-contract=off",
         "-DTORCH_TARGET_VERSION=0x020B000000000000",
     ]

@@ -1,0 +1,56 @@
+// The loops over a low-rank product for one level of instruction sets. each_level.h includes this
+// file.
+namespace lift::LIFT_LEVEL {
+namespace {
+
+constexpr int kLanes = LIFT_LANES, kVectors = LIFT_TILE_VECTORS, kPanelColumns = kLanes * kVectors;
+
+// The unaligned types are for loads and stores.
+using Floats = float __attribute__((vector_size(4 * kLanes)));
+using Keys = uint32_t __attribute__((vector_size(4 * kLanes)));
+using UnalignedFloats = float __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+using UnalignedKeys = uint32_t __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+// The sums of kTileRows rows with one panel stay in registers.
+LIFT_TARGET void compute_keys(const float* const* rows, const float* panels, int64_t rank,
+                              uint32_t (*keys)[kWordBits]) {
+  for (int column = 0; column < kWordBits; column += kPanelColumns) {
+    const float* const panel = panels + column * rank;
+    Floats sum[kTileRows][kVectors] = {};
+    for (int64_t p = 0; p < rank; ++p) {
+      const auto* right = reinterpret_cast<const UnalignedFloats*>(panel + p * kPanelColumns);
+      for (int i = 0; i < kTileRows; ++i)
+        for (int v = 0; v < kVectors; ++v) sum[i][v] += rows[i][p] * right[v];
+    }
+    for (int i = 0; i < kTileRows; ++i)
+      for (int v = 0; v < kVectors; ++v)
+        *reinterpret_cast<UnalignedKeys*>(keys[i] + column + v * kLanes) =
+            reinterpret_cast<Keys>(sum[i][v]) & 0x7fffffffu;
+  }
+}
+
+// Bit j of the result is set if lane j of a and of b compare as a >= b.
+[[gnu::always_inline]] LIFT_TARGET inline uint64_t lanes_at_least(Keys a, Keys b) {
+#if LIFT_LANES == 16
+  return _mm512_cmpge_epu32_mask(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b));
+#elif LIFT_LANES == 8
+  return uint64_t(_mm256_movemask_ps(reinterpret_cast<__m256>(a >= b)));
+#elif defined(__x86_64__)
+  return uint64_t(_mm_movemask_ps(reinterpret_cast<__m128>(a >= b)));
+#else
+  const Keys bits = reinterpret_cast<Keys>(a >= b) & Keys{1, 2, 4, 8};
+  return (bits[0] + bits[1]) + (bits[2] + bits[3]);
+#endif
+}
+
+LIFT_TARGET uint64_t at_least(const uint32_t* keys, uint32_t bound) {
+  uint64_t word = 0;
+  for (int j = 0; j < kWordBits; j += kLanes)
+    word |= lanes_at_least(*reinterpret_cast<const UnalignedKeys*>(keys + j), bound - Keys{}) << j;
+  return word;
+}
+
+constexpr ProductLoops loops = {compute_keys, at_least, kPanelColumns};
+
+}  // namespace
+}  // namespace lift::LIFT_LEVEL
