@@ -121,7 +121,7 @@ def principal_masks(
     """Masks of many matrices, in the order of the requests.
 
     Matrices of one shape, dtype, rank and device are factored together. Small matrices on the CPU
-    are spread over the cores instead, one thread each.
+    are spread over the cores instead. A single one uses all cores.
 
     Args:
         method, generator, tolerance: of `low_rank_factors`. A given ``generator`` keeps the
@@ -145,15 +145,19 @@ def principal_masks(
     # On CPU tensors Triton runs in its interpreter, which is not made for several threads.
     spread = generator is None and backend != "triton"
     small = [batch for batch in batches if spread and _is_small(requests[batch[0]].weight)]
+    if len(small) == 1:  # A pool would only take time to start.
+        small = []
     for batch in batches:
         if batch not in small:
             keep(batch, make(batch))
-    with _single_threaded(len(small)) as pool:
-        for batch, found in zip(small, pool.map(make, small)):
-            keep(batch, found)
+    if small:
+        with _workers(len(small)) as pool:
+            for batch, found in zip(small, pool.map(make, small)):
+                keep(batch, found)
     return [masks[i] for i in range(len(requests))]
 
 
+@torch.no_grad()  # Worker threads do not inherit it. Ops skip the dispatcher where nothing is recorded.
 def _batch_masks(
     requests: list[MaskRequest], method: str, generator: torch.Generator | None, tolerance: float, backend: str | None
 ) -> list[Mask]:
@@ -179,8 +183,8 @@ def _batch_masks(
 
 def _select(
     factors: list[LowRankFactors], k: int, thresholds: list[Tensor | None], backend: str | None
-) -> tuple[Tensor, Tensor]:
-    """Index lists (b, k) and k-th magnitudes (b,) of b products.
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Index lists (b, k) and k-th magnitudes (b,) of b products, as one tensor or one by one.
 
     ``thresholds`` are the k-th magnitudes of the last masks, where they are known. On a GPU,
     bitmaps (twice 1/8 byte per entry) and candidates (4 bytes for each of the k) need less than the
@@ -196,13 +200,12 @@ def _select(
                 for f, threshold in zip(factors, thresholds)
             ]
         )
-    left, right = _stacked([f.left for f in factors]), _stacked([f.right for f in factors])
+    if len(factors) == 1:
+        bracket = None if expected is None else expected[0]
+        indices, magnitude = ops.lowrank_topk(factors[0].left, factors[0].right, k, bracket=bracket, backend=backend)
+        return [indices], [magnitude]
+    left, right = torch.stack([f.left for f in factors]), torch.stack([f.right for f in factors])
     return ops.lowrank_topk(left, right, k, bracket=expected, backend=backend)
-
-
-def _stacked(matrices: list[Tensor]) -> Tensor:
-    """One batch of matrices of one shape; a view of a single one."""
-    return torch.stack(matrices) if len(matrices) > 1 else matrices[0][None]
 
 
 def _is_small(weight: Tensor) -> bool:
@@ -214,16 +217,17 @@ def _is_small(weight: Tensor) -> bool:
 
 
 @contextmanager
-def _single_threaded(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Up to ``count`` workers that compute with one thread each, as many as torch has threads."""
+def _workers(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Up to ``count`` workers that share torch's threads evenly."""
     threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(max(1, min(count, threads)), initializer=torch.set_num_threads, initargs=(1,))
+    workers = max(1, min(count, threads))
+    share = threads // workers
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,))
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-        if count:
-            torch.set_num_threads(threads)  # The workers have set it for threads to come, too.
+        torch.set_num_threads(threads)  # The workers have set it for threads to come, too.
 
 
 def _batches(requests: Sequence[MaskRequest], memory_budget: int | None) -> list[list[int]]:

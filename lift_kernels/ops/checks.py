@@ -121,15 +121,18 @@ def check_topk(left: Tensor, right: Tensor, k: int, bracket: Tensor | None) -> N
     for label, factor in (("left", left), ("right", right)):
         if factor.dim() not in (2, 3) or factor.dtype != torch.float32 or not factor.is_contiguous():
             raise ValueError(f"{label} must be a contiguous float32 matrix or a batch of them, got {describe(factor)}")
-    require(
-        left.shape[:-2] == right.shape[:-2] and left.shape[-1] == right.shape[-1] and left.shape[-1] >= 1,
-        f"left and right must have the same batch size and the same rank of at least 1, got {tuple(left.shape)} "
-        f"and {tuple(right.shape)}",
-    )
-    require(left.device == right.device, f"left is on {left.device}, right on {right.device}")
+    if left.shape[:-2] != right.shape[:-2] or left.shape[-1] != right.shape[-1] or left.shape[-1] < 1:
+        raise ValueError(
+            f"left and right must have the same batch size and the same rank of at least 1, got {tuple(left.shape)} "
+            f"and {tuple(right.shape)}"
+        )
+    if left.device != right.device:
+        raise ValueError(f"left is on {left.device}, right on {right.device}")
     m, n = left.shape[-2], right.shape[-2]
-    require(m * n <= MAX_ENTRIES, f"the product may have up to 2^31-1 entries, got {m} x {n}")
-    require(1 <= k <= m * n, f"k must be from 1 to {m * n}, got {k}")
+    if m * n > MAX_ENTRIES:
+        raise ValueError(f"the product may have up to 2^31-1 entries, got {m} x {n}")
+    if not 1 <= k <= m * n:
+        raise ValueError(f"k must be from 1 to {m * n}, got {k}")
     if bracket is not None:
         check_float32(bracket, "bracket", (*left.shape[:-2], 2), left.device)
 

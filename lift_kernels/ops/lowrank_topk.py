@@ -40,6 +40,8 @@ def lowrank_topk(
         ValueError: an argument has a wrong shape, dtype, layout or device, or k is out of range.
         RuntimeError: the backend cannot run here.
     """
+    if skips_dispatcher(left, right):
+        return _lowrank_topk(left, right, k, bracket, backend)
     return torch.ops.lift_kernels.lowrank_topk(left, right, k, bracket, backend=backend)
 
 
@@ -49,11 +51,6 @@ def lowrank_topk(
     schema="(Tensor left, Tensor right, int k, Tensor? bracket=None, *, str? backend=None) -> (Tensor, Tensor)",
 )
 def _lowrank_topk_op(left, right, k, bracket=None, *, backend=None):
-    check_topk(left, right, k, bracket)
-    if left.dim() == 2:
-        one = None if bracket is None else bracket[None]
-        indices, thresholds = _lowrank_topk(left[None], right[None], k, one, backend)
-        return indices[0], thresholds[0]
     return _lowrank_topk(left, right, k, bracket, backend)
 
 
@@ -65,14 +62,24 @@ def _(left, right, k, bracket=None, *, backend=None):
 
 
 def _lowrank_topk(left, right, k, bracket, backend):
+    check_topk(left, right, k, bracket)
     name = dispatch.choose(backend, left.device, "lowrank_topk")
-    if bracket is None and name == "triton":
-        # One matrix at a time, because the sampled rows take much memory.
-        drawn = [threshold_bracket.sampled(*pair, k) for pair in zip(left, right)]
-        bracket = torch.stack(drawn) if drawn else left.new_empty(0, 2)
+    if name == "native-cpu" and left.dim() == 2:
+        return _native(left, right, k, bracket)
+    if left.dim() == 2:
+        one = None if bracket is None else bracket[None]
+        indices, thresholds = _batch(left[None], right[None], k, one, name, backend)
+        return indices[0], thresholds[0]
+    return _batch(left, right, k, bracket, name, backend)
+
+
+def _batch(left, right, k, bracket, name, backend):
     if name == "triton":
         from .triton.lowrank_topk import lowrank_topk_counting, scan_products
 
+        if bracket is None:  # One matrix at a time, because the sampled rows take much memory.
+            drawn = [threshold_bracket.sampled(*pair, k) for pair in zip(left, right)]
+            bracket = torch.stack(drawn) if drawn else left.new_empty(0, 2)
         scanned = scan_products(left, right, k, bracket)
         indices, thresholds, status = bitmap_to_indices(*scanned, k, backend=backend)
         del scanned
@@ -85,10 +92,16 @@ def _lowrank_topk(left, right, k, bracket, backend):
         if name == "reference":
             indices[i], thresholds[i] = reference.lowrank_topk_ref(one, other, k)
         else:
-            # NaN: the kernel draws its own.
-            low, high = (math.nan, math.nan) if bracket is None else bracket[i].tolist()
-            thresholds[i] = torch.ops.lift_kernels_native.lowrank_topk.default(one, other, low, high, indices[i])
+            indices[i], thresholds[i] = _native(one, other, k, None if bracket is None else bracket[i])
     return indices, thresholds
+
+
+def _native(left, right, k, bracket):
+    """One matrix by the C++ op, which draws a bracket of its own where NaN stands for it."""
+    low, high = (math.nan, math.nan) if bracket is None else bracket.tolist()
+    indices = torch.empty(k, dtype=torch.int32)
+    threshold = torch.ops.lift_kernels_native.lowrank_topk.default(left, right, low, high, indices)
+    return indices, torch.tensor(threshold, dtype=torch.float32)
 
 
 def bitmap_to_indices(
