@@ -28,7 +28,7 @@ eigenproblems are not counted.
 
     python -m bench.bench_masks [--sets smollm2 minilm 4096x4096 4096x11008] [--ranks 32 64]
         [--selections 4096x4096 4096x11008] [--alone 64x64 128x128 ...]
-        [--steps 100] [--lrs 1e-4 1e-3] [--rounds 3] [--no-svd] [--out DIR]
+        [--steps 100] [--lrs 1e-4 1e-3] [--rounds 3] [--no-svd] [--tuned] [--out DIR]
         (--dry-run: one tiny matrix, seconds)
 """
 
@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 
 from bench import plots
-from bench.common import results, selections, timing
+from bench.common import results, selections, timing, tuned
 from bench.common.mask_methods import (
     PARTITION,
     SKLEARN,
@@ -223,6 +223,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds over the sets of small matrices")
     parser.add_argument("--no-svd", action="store_true", help="leave out the full SVDs, which take minutes")
     parser.add_argument("--no-files", action="store_true")
+    tuned.add_option(parser)
     results.add_output_options(parser)
     arguments = parser.parse_args(argv)
     if arguments.dry_run:
@@ -291,8 +292,8 @@ def measure(name: str, arguments: argparse.Namespace, machine: Machine) -> tuple
     return table, curves
 
 
-def write(folder: Path, table: list[dict], curves: dict[str, Curves]) -> None:
-    results.write_csv(folder / "masks.csv", [row | results.environment() for row in table])
+def write(folder: Path, table: list[dict], curves: dict[str, Curves], again: list[dict]) -> None:
+    results.write_csv(folder / "masks.csv", [row | results.environment() for row in table] + again)
     if curves:
         points = [row | results.environment() for row in curve_rows(curves)]
         results.write_csv(folder / "masks_by_passes.csv", points)
@@ -315,9 +316,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in arguments.alone:
         table += selections.alone(*map(int, name.split("x")))
     folder = None if arguments.no_files else results.output_folder(arguments)
+    again = tuned.rows_again("bench.bench_masks", "masks.csv", argv) if arguments.tuned else []
     if folder:
-        write(folder, table, curves)
-    return results.exit_status(table)
+        write(folder, table, curves, again)
+    return results.exit_status(table + again)
 
 
 if __name__ == "__main__":

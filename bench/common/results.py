@@ -132,8 +132,13 @@ def commit() -> str:
 
 
 def results_folder(device: str = "cpu", root: Path | None = None) -> Path:
-    """``bench/results/<device>-<level>``, made when missing. A card has no level."""
-    name = f"{device_name(device)} {cpu_level() if device == 'cpu' else ''}"
+    """``bench/results/<device>-<level>``, made when missing. A card has no level.
+
+    Words that every processor's name has are left out.
+    """
+    name = device_name(device)
+    if device == "cpu":
+        name = re.sub(r"\((R|TM)\)|\b(Processor|CPU)\b", " ", name) + f" {cpu_level()}"
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     folder = (root or ROOT / "bench" / "results") / slug
     folder.mkdir(parents=True, exist_ok=True)

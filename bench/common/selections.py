@@ -90,7 +90,7 @@ def alone(m: int, n: int) -> list[dict]:
         Candidate("principal_indices", lambda: principal_indices(weight, rank, density=DENSITY)),
     ]
     quality = [truth.judge(candidate.run()) for candidate in candidates]  # type: ignore[arg-type]
-    times = timing.time_interleaved(candidates, max(5, min(30, 2**24 // (m * n))))
+    times = timing.time_interleaved(candidates, max(5, min(30, 2**24 // (m * n))), warmup=1)
     labels = {"op": "principal_indices", "set": f"{m}x{n}", "rank": rank, "matrices": 1}
     rows = [
         labels | alone_row(candidate.name, times, overlap, captured)

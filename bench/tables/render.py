@@ -19,6 +19,7 @@ BLOCK = re.compile(
     r" python -m bench\.tables\) -->\n)(.*?)^<!-- end -->$",
     re.M | re.S,
 )
+RESULTS = ROOT / "bench" / "results"
 UNITS = {"ms": 1e-3, "KiB": 2.0**10, "MiB": 2.0**20, "M": 1e6, "GB": 1e9, "T": 1e12}
 ORIGIN = {"torch": "torch {}", "compiler": "{}", "runs": "repeats: {}", "commit": "commit {}"}
 
@@ -113,11 +114,12 @@ def picked(rows: Sequence[dict], picks: Mapping[str, Selection]) -> dict[str, li
 def lines_of(table: Table, group: Group) -> list[tuple[str, dict[str, list[dict]]]]:
     """The label and the rows of each line. One that begins with ``?`` may be missing."""
     lines = []
-    for label, picks in table.rows:
+    for label, picks in table.rows[: table.tuned if group.tuned else None]:
         name = label.removeprefix("?")
         if label == name or all(matching(group.rows, selection) for selection in picks.values()):
             lines.append((name, picked(group.rows, picks)))
-    return lines + [("", {"row": [row]}) for selection in table.each for row in select(group.rows, selection)]
+    each = () if group.tuned else table.each
+    return lines + [("", {"row": [row]}) for selection in each for row in select(group.rows, selection)]
 
 
 def render(table: Table, groups: Sequence[Group]) -> str:
@@ -154,19 +156,21 @@ def without_repeats(lines: Sequence[list[str]], depth: int) -> list[list[str]]:
 
 
 def origin(groups: Sequence[Group], used: Sequence[Sequence[dict]]) -> str:
-    """Machines, levels and settings of the rows that were used, versions and commits."""
-    parts = []
-    for group, rows in zip(groups, used):
-        if group.tuned:
-            continue
-        settings = distinct(rows, "settings")
-        place = " and ".join(distinct(rows, "device"))
-        level = " and ".join(distinct(rows, "level"))
-        named = f"{group.label}: {place}" if level and len(groups) > 1 else f"{place}, {level}" if level else place
-        parts.append(", ".join([named, *settings]) if named else "")
+    """Machines, levels and settings of the rows that were used, versions and commits.
+
+    Several levels of one machine name it once.
+    """
+    every = [row for rows in used for row in rows]
+    own = [(group.label, rows) for group, rows in zip(groups, used) if not group.tuned]
+    shared = len(own) > 1 and len(distinct(every, "device")) == 1
+    parts = distinct(every, "device") if shared else []
+    for label, rows in own:
+        device = [] if shared else [" and ".join(distinct(rows, "device"))]
+        level = distinct(rows, "level") if len(own) == 1 else []
+        said = ", ".join(filter(None, [*device, *level, *distinct(rows, "settings")]))
+        parts.append(f"{label}: {said}" if said and len(own) > 1 and distinct(rows, "level") else said)
     if any(group.tuned for group in groups):
         parts.append("tuned: " + " ".join(f"{name}={value}" for name, value in TUNED.items()))
-    every = [row for rows in used for row in rows]
     parts += [text.format(" and ".join(distinct(every, key))) for key, text in ORIGIN.items() if distinct(every, key)]
     return "; ".join(filter(None, parts))
 
@@ -176,7 +180,7 @@ def distinct(rows: Sequence[dict], column: str) -> list[str]:
 
 
 def groups_of(folder: Path, files: Sequence[str], tuned: bool) -> list[Group]:
-    """The rows of the files: those of the user's environment, and with ``tuned`` the others.
+    """The rows of the files: those of the user's environment, and if ``tuned`` the others too.
 
     A file whose rows are all of one environment is taken as it is.
     """
@@ -195,8 +199,8 @@ def groups_of(folder: Path, files: Sequence[str], tuned: bool) -> list[Group]:
     return [Group(label, first), *([Group(f"{label}, tuned", second, tuned=True)] if second and tuned else [])]
 
 
-def rewrite(text: str, tables: Mapping[str, Table], root: Path = ROOT) -> str:
-    """The text with every marked table rendered.
+def rewrite(text: str, tables: Mapping[str, Table], root: Path = RESULTS) -> str:
+    """The text with every marked table rendered. ``root`` holds the folders of results.
 
     TableError names the table that cannot be made.
     """
@@ -208,7 +212,7 @@ def rewrite(text: str, tables: Mapping[str, Table], root: Path = ROOT) -> str:
         table, groups = tables[name], []
         try:
             for folder in folders.split(", "):
-                groups += groups_of(root / folder, files.split(", "), table.tuned)
+                groups += groups_of(root / folder, files.split(", "), table.tuned > 0)
             if len({group.label for group in groups}) < len(groups):
                 raise TableError("two folders have the same level; show one of them, or tell their rows apart")
             return f"{marker}\n{render(table, groups)}\n<!-- end -->"

@@ -55,13 +55,12 @@ TABLES = {
             "% of roofline, dense / packed": "{dense.share_of_floor:.0%} / {packed.share_of_floor:.0%}",
         },
         step_rows(),
-        tuned=True,
+        tuned=2,
     ),
     "step_with_refresh": Table(
         "sparse_adamw.csv",
         {"SmolLM2-135M": "{label}", "fp32": "{fp32.median_ms:.3g} ms", "bf16, default": "{bf16.median_ms:.3g} ms"},
         refresh_rows(),
-        tuned=True,
     ),
     "baselines": Table(
         "peers.csv",
@@ -143,7 +142,7 @@ TABLES = {
             "% of roofline, bf16": "{bf16.share_of_floor:.0%}",
         },
         packed_op_rows(),
-        tuned=True,
+        tuned=4,
     ),
     "packed_grad": Table(
         "packed_grad.csv",

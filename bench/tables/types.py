@@ -33,7 +33,7 @@ class Table:
         rows: one line each, its ``label`` (a field of that name) and which rows of the CSV its
             other fields mean, by alias.
         each: a line for every selected row of the CSV, under the alias ``row``.
-        tuned: whether rows that were measured again with other settings are shown too.
+        tuned: how many of ``rows`` are shown again, as measured with other settings.
 
     The rows of several folders come one after the other. Then a column says which level of the
     compiled code they were measured with. A first cell like the one above it is left blank. A
@@ -44,4 +44,4 @@ class Table:
     columns: Mapping[str, str]
     rows: Sequence[tuple[str, Mapping[str, Selection]]] = ()
     each: Sequence[Selection] = field(default=())
-    tuned: bool = False
+    tuned: int = 0

@@ -37,11 +37,12 @@ def test_a_row_names_level_environment_and_settings(plain):
 
 
 def test_each_level_has_a_folder(plain, tmp_path):
-    plain.setattr(results, "device_name", lambda device: "Some CPU (R), 2 cores" if device == "cpu" else "Card X")
+    names = {"cpu": "Intel(R) Xeon(R) Processor, 2 cores", "cuda": "Card X"}
+    plain.setattr(results, "device_name", names.get)
     for level, name in (
-        ("x86-64-v3", "some-cpu-r-2-cores-x86-64-v3"),
-        ("x86-64-v4", "some-cpu-r-2-cores-x86-64-v4"),
-        ("", "some-cpu-r-2-cores"),
+        ("x86-64-v3", "intel-xeon-2-cores-x86-64-v3"),
+        ("x86-64-v4", "intel-xeon-2-cores-x86-64-v4"),
+        ("", "intel-xeon-2-cores"),
     ):
         plain.setattr(dispatch, "cpu_level", lambda level=level: level, raising=False)
         assert results.results_folder(root=tmp_path) == tmp_path / name and (tmp_path / name).is_dir()

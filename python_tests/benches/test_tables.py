@@ -8,7 +8,7 @@ import pytest
 
 from bench import ROOT
 from bench.tables.__main__ import READMES, main
-from bench.tables.render import BLOCK, rewrite
+from bench.tables.render import BLOCK, RESULTS, rewrite
 from bench.tables.specs import TABLES
 from bench.tables.types import Table, TableError
 
@@ -48,7 +48,7 @@ def test_every_table_is_in_a_readme_and_every_csv_in_a_table():
         for file in files.split(", ")
     }
     elsewhere = {"masks_by_passes.csv", "host_time.csv", "drift.csv"}  # drawn, or named in a text
-    found = {str(path.relative_to(ROOT)) for path in (ROOT / "bench/results").glob("*/*.csv")}
+    found = {str(path.relative_to(RESULTS)) for path in RESULTS.glob("*/*.csv")}
     assert used <= found and {path.rpartition("/")[2] for path in found - used} <= elsewhere
 
 
@@ -123,7 +123,7 @@ def test_two_machines_stand_one_after_the_other(machines):
     columns = {"what": "{label}", "ours": "{row.ms:.0f} ms", "theirs": "{base.ms:.0f} ms, {row.ratio:.1f} x"}
     lines = [("step", picks), ("again", picks)]
     table = Table("small.csv", columns, lines)
-    origin = "A Xeon, LIFT_CPU_LEVEL=x86-64-v3; x86-64-v4: A Xeon"
+    origin = "A Xeon; x86-64-v3: LIFT_CPU_LEVEL=x86-64-v3"
     assert rewrite(f"{BOTH}\n<!-- end -->", {"small": table}, machines).split("\n")[2:-2] == [
         "| level | what | ours | theirs |",
         "| --- | --- | --- | --- |",
@@ -132,22 +132,32 @@ def test_two_machines_stand_one_after_the_other(machines):
         "| x86-64-v4 | step | 3 ms | 30 ms, 2.0 x |",
         "|  | again | 3 ms | 30 ms, 2.0 x |",
         "",
-        f"*x86-64-v3: {origin}; commit abc*",
+        f"*{origin}; commit abc*",
     ]
-    table = Table("small.csv", columns, [("step", picks), ("step", picks)], tuned=True)
+    table = Table("small.csv", columns, [("step", picks), ("step", picks)], tuned=1)
     tuned = "tuned: OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 THP_MEM_ALLOC_ENABLE=1"
     assert rewrite(f"{BOTH}\n<!-- end -->", {"small": table}, machines).split("\n")[4:-2] == [
         "| x86-64-v3 | step | 5 ms | 50 ms, 2.0 x |",
         "|  |  | 5 ms | 50 ms, 2.0 x |",
         "| x86-64-v3, tuned | step | 1 ms | 4 ms, 4.0 x |",
-        "|  |  | 1 ms | 4 ms, 4.0 x |",
         "| x86-64-v4 | step | 3 ms | 30 ms, 2.0 x |",
         "|  |  | 3 ms | 30 ms, 2.0 x |",
         "| x86-64-v4, tuned | step | 1 ms | 4 ms, 4.0 x |",
-        "|  |  | 1 ms | 4 ms, 4.0 x |",
         "",
-        f"*x86-64-v3: {origin}; {tuned}; commit abc*",
+        f"*{origin}; {tuned}; commit abc*",
     ]
+
+
+def test_two_machines_are_both_named(machines):
+    path = machines / "higher" / "small.csv"
+    path.write_text(path.read_text().replace("A Xeon", '"An EPYC, 2 cores"'))
+    table = Table("small.csv", {"ours": "{row.ms}"}, each=[{"variant": "ours"}])
+    text = rewrite(f"{BOTH}\n<!-- end -->", {"small": table}, machines)
+    origin = "*x86-64-v3: A Xeon, LIFT_CPU_LEVEL=x86-64-v3; x86-64-v4: An EPYC, 2 cores; commit abc*"
+    assert text.split("\n")[4:-2] == ["| x86-64-v3 | 5 |", "| x86-64-v4 | 3 |", "", origin]
+    path.write_text(path.read_text().replace(",x86-64-v4,", ",,"))  # as before rows named a level
+    text = rewrite(f"{BOTH}\n<!-- end -->", {"small": table}, machines)
+    assert "| An EPYC, 2 cores | 3 |\n\n*x86-64-v3: A Xeon, LIFT_CPU_LEVEL=x86-64-v3; An EPYC, 2 cores; commit" in text
 
 
 def test_one_folder_of_a_level(machines):
@@ -221,7 +231,7 @@ def test_markers_come_in_pairs(root):
 
 
 def test_the_command_says_what_is_missing(tmp_path, capsys):
-    marker = "<!-- table: step (from sparse_adamw.csv in bench/results/nowhere; python -m bench.tables) -->"
+    marker = "<!-- table: step (from sparse_adamw.csv in nowhere; python -m bench.tables) -->"
     (tmp_path / "README.md").write_text(f"{marker}\n<!-- end -->\n")
     assert main([str(tmp_path / "README.md")]) == 2
     assert "bench/results/nowhere/sparse_adamw.csv is missing" in capsys.readouterr().err
