@@ -85,7 +85,9 @@ def sparse_adamw(rows: Sequence[Row]) -> Figure:
     title = f"LIFT's optimizer step is {span(without)} as fast as AdamW fused"
     title += f", {span(refreshed)} with refreshes" if refreshed else ""
     remark = "LIFT trains 5 % of the entries. + refresh: with 1/100 of a refresh of all masks (real weights only)."
-    return figure(title, grid, origin(rows, remark, STATE), METHODS)
+    vector = "Packed AdamW: AdamW fused on one vector of the selected entries, and a scatter into the weights."
+    remarks = [remark, STATE, *([vector] if any(row["variant"].startswith("packed vector") for row in rows) else [])]
+    return figure(title, grid, origin(rows, *remarks), METHODS)
 
 
 def align(sets: dict[str, list[Bar]]) -> dict[str, list[Bar]]:
