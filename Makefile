@@ -42,10 +42,10 @@ $(VENV)/.peers: $(VENV)/.packages pyproject.toml
 	done
 	@touch $@
 
-# About a quarter of an hour on two cores; each script alone has more (--help). In the user's environment: no variables are set
+# Less than 20 minutes on two idle cores; each script alone has more (--help). In the user's environment: no variables are set
 # here. --tuned adds rows from a process with settings that help. LIFT_CPU_LEVEL chooses a lower level (bench/README.md).
 bench: setup $(VENV)/.peers
-	$(BIN)/python -m bench.bench_sparse_adamw --tuned
+	$(BIN)/python -m bench.bench_sparse_adamw --runs 15 --tuned
 	$(BIN)/python -m bench.bench_peers
 	$(BIN)/python -m bench.bench_host_time
 	$(BIN)/python -m bench.bench_packed_ops

@@ -282,7 +282,7 @@ def measure(name: str, arguments: argparse.Namespace, machine: Machine) -> tuple
         every = max(1, len(weights) // 8)
         curves = convergence(weights[::every], 8 if dry else 32, exact[::every])
     if name in arguments.selections:
-        table += selections.compare(name, weights[0], 8 if dry else 64, machine.flops, 2 if dry else 9)
+        table += selections.compare(name, weights[0], 8 if dry else 64, machine.flops, 2 if dry else 7)
     if name == "smollm2":
         for shape, weight in {weight.shape: weight for weight in weights}.items():
             table += selections.compare(f"smollm2 {shape[0]}x{shape[1]}", weight, 64, machine.flops, 30)
@@ -312,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         curves |= {name: lines} if lines else {}
     for name in arguments.selections:
         if name not in arguments.sets:
-            table += selections.compare(name, weights_of(name)[0], 64, machine.flops, 9)
+            table += selections.compare(name, weights_of(name)[0], 64, machine.flops, 7)
     for name in arguments.alone:
         table += selections.alone(*map(int, name.split("x")))
     folder = None if arguments.no_files else results.output_folder(arguments)
