@@ -272,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="a tiny random Llama, files in a temporary folder unless --out"
     )
-    parser.add_argument("--out", type=Path, help="folder for the results in place of bench/results/<device>")
+    parser.add_argument("--out", type=Path, help="folder for the results in place of bench/results/<device>-<level>")
     given = parser.parse_args(argv)
     if given.dry_run:
         given.out = given.out or Path(tempfile.mkdtemp())

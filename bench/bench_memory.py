@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="smaller matrices, files in a temporary folder unless --out"
     )
-    parser.add_argument("--out", type=Path, help="folder for the file in place of bench/results/<device>")
+    parser.add_argument("--out", type=Path, help="folder for the file in place of bench/results/<device>-<level>")
     given = parser.parse_args(argv)
     if given.dry_run:
         given.out = given.out or Path(tempfile.mkdtemp())

@@ -10,7 +10,7 @@ Bytes of the roofline: distinct 64-byte lines of the matrix (gather and norm rea
 reads and writes them), 4 an entry of each index list, and packed values read or written. For
 arena_migrate_ that is each arena once, and the lines of entering weights do not count.
 
-    python -m bench.bench_packed_ops [--runs 20] [--out DIR]
+    python -m bench.bench_packed_ops [--runs 20] [--tuned] [--out DIR]
         (--dry-run: a tiny matrix, no files without --out)
 """
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bench import plots
-from bench.common import results, timing
+from bench.common import results, timing, tuned
 from bench.common.arenas import Arena, clustered_indices, neighbour
 from bench.common.timing import Candidate
 from lift_kernels import ops
@@ -137,6 +137,7 @@ def compare(m: int, n: int, dtype: torch.dtype, runs: int, mib: int = 256) -> li
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=20, help="interleaved rounds")
+    tuned.add_option(parser)
     results.add_output_options(parser)
     arguments = parser.parse_args(argv)
     m, n, runs, mib = (96, 128, 2, 8) if arguments.dry_run else (4096, 11008, arguments.runs, 256)
@@ -145,6 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for dtype in (torch.float32, torch.bfloat16)
         for row in compare(m, n, dtype, runs, mib)
     ]
+    if arguments.tuned:
+        table += tuned.rows_again("bench.bench_packed_ops", "packed_ops.csv", argv)
     if folder := results.output_folder(arguments):
         results.write_csv(folder / "packed_ops.csv", table)
         plots.draw("packed_ops", folder)

@@ -254,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--runs", type=int, default=6)
     parser.add_argument("--only", nargs="*", help="baselines to run; the others' rows say that they were switched off")
-    parser.add_argument("--out", type=Path, help="folder for the files in place of bench/results/<device>")
+    parser.add_argument("--out", type=Path, help="folder for the files in place of bench/results/<device>-<level>")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args(argv)
     table: list[dict] = []

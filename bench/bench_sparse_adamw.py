@@ -4,9 +4,14 @@ One call steps all matrices. Shape sets: the 210 linear matrices of SmolLM2-135M
 with their real masks (exact top 5 % of |W_r|, r = 64), and one 4096 x 4096 and one 4096 x 11008
 matrix with a random mask clustered by rows. All candidates of a shape set and dtype share weights
 and dense gradients. They are timed in turns. Baselines are torch's fused, foreach and for-loop
-AdamW, whose moments have the weight's dtype, and a plain rewrite of the authors' step. Rows with
-``+ refresh/100`` add a hundredth of a refresh of all masks, as LiftAdamW makes it from the bases of
-the last one. Rows with ``+ cold refresh/100`` add one without bases.
+AdamW, whose moments have the weight's dtype, and a plain rewrite of the authors' step. ``packed
+vector`` is what one would write without this package: fused AdamW on one fp32 vector of all
+selected entries, and a scatter into each weight by the fastest of torch's ways (column
+``scatter``). Dense gradients are gathered before. ``times_packed_vector`` compares ours with it.
+
+Rows with ``+ refresh/100`` add a hundredth of a refresh of all masks, as LiftAdamW makes it from
+the bases of the last one. Rows with ``+ cold refresh/100`` add one without bases. Rows with ``+
+refresh/100, skipping`` add the share of it that drift.csv says is refreshed, where there is one.
 
 Every variant is first checked against `lift_kernels.ops.reference`. A wrong one has a row without a
 time, and the exit status is 1.
@@ -15,37 +20,59 @@ Bytes of the roofline, per step. Sparse: each distinct 64-byte line that selecte
 counts, for weights read and written, for dense gradients read. Each entry counts 4 (index) + 2
 moments read and written + 8 (master read and written) + a packed gradient. Dense: weight and
 moments are read and written, the gradient is read. The roofline is these bytes over the measured
-copy bandwidth.
+copy bandwidth. ``lines_per_s``: the lines of weights and dense gradients, each counted once, over
+the median.
 
     python -m bench.bench_sparse_adamw [--model DIR] [--runs 20] [--sets smollm2 4096x4096
-        4096x11008] [--out DIR] [--dry-run]
+        4096x11008] [--tuned] [--out DIR] [--dry-run]
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bench import plots
-from bench.common import results, timing
+from bench.common import results, timing, tuned
 from bench.common.arenas import Arena, clustered_indices
 from bench.common.matrices import model_weights
-from bench.common.steps import BF16, DENSITY, FP32, RANK, AuthorsStep, SparseStep, dense_step
+from bench.common.steps import BF16, DENSITY, FP32, RANK, AuthorsStep, PackedVector, SparseStep, dense_step
 from bench.common.timing import Candidate
 from lift_kernels.masks.principal import MaskRequest, principal_masks
 from lift_kernels.ops import dispatch
 
-COLUMNS = ["set", "variant", "median_ms", "q25_ms", "q75_ms", "ratio", "floor_ms", "share_of_floor", "status"]
+COLUMNS = [
+    "set",
+    "variant",
+    "median_ms",
+    "q25_ms",
+    "q75_ms",
+    "ratio",
+    "times_packed_vector",
+    "floor_ms",
+    "share_of_floor",
+    "status",
+]
+VECTOR = {False: "packed vector: gather + AdamW fused + scatter", True: "packed vector: AdamW fused + scatter"}
+"""The baseline on packed values, by whether the gradients are packed."""
+
+SKIPPING = "refresh, skipping"
 
 
 def sparse_name(packed: bool, label: str) -> str:
     return f"{'packed' if packed else 'dense'} grads{label}"
+
+
+def is_ours(variant: str) -> bool:
+    return variant.startswith((sparse_name(False, ""), sparse_name(True, "")))
 
 
 def candidates(
@@ -77,11 +104,26 @@ def candidates(
                 wrong[sparse_name(packed, label)] = f"refused, it is wrong: {problem}"
                 continue
             result.append(Candidate(sparse_name(packed, label), sparse, sparse.roofline_bytes()))
+    for packed, name in VECTOR.items():
+        result.append(Candidate(name, PackedVector(weights, grads, arena, packed)))
     if context:
         result.append(Candidate("AdamW for-loop", dense_step(weights, grads, foreach=False, fused=False)))
         result.append(Candidate("AdamW foreach", dense_step(weights, grads, foreach=True)))
         result.append(Candidate("published LIFT step", AuthorsStep(weights, grads, arena)))
     return result, wrong
+
+
+def with_lines(row: dict, candidate: Candidate, times: dict[str, np.ndarray]) -> dict:
+    """The row with the columns that only some candidates have."""
+    if isinstance(candidate.run, PackedVector):
+        return row | {"scatter": candidate.run.scatter}
+    if not isinstance(candidate.run, SparseStep):
+        return row
+    against, own = times[VECTOR[candidate.run.packed]], times[candidate.name]
+    return row | {
+        "times_packed_vector": float(f"{np.median(against / own):.4g}"),
+        "lines_per_s": float(f"{candidate.run.scattered_lines() / np.median(own):.4g}"),
+    }
 
 
 def refresh_seconds(weights: list[Tensor]) -> tuple[list[Tensor], dict[str, float]]:
@@ -99,6 +141,19 @@ def refresh_seconds(weights: list[Tensor]) -> tuple[list[Tensor], dict[str, floa
             principal_masks(requests)
             taken[name].append(time.perf_counter() - start)
     return [m.indices for m in masks], {name: float(np.median(values)) for name, values in taken.items()}
+
+
+def refreshed_share(folder: Path | None) -> float | None:
+    """The mean share of matrices that a refresh renews where masks that stay are skipped.
+
+    It is the column ``refreshed_share`` of drift.csv. None where there is no such file or column.
+    """
+    path = None if folder is None else folder / "drift.csv"
+    if path is None or not path.exists():
+        return None
+    with path.open(newline="") as file:
+        shares = [float(row["refreshed_share"]) for row in csv.DictReader(file) if row.get("refreshed_share")]
+    return float(np.mean(shares)) if shares else None
 
 
 def shape_set(name: str, model: str | None) -> tuple[list[Tensor], list[Tensor], dict[str, float], str]:
@@ -126,28 +181,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sets", nargs="+", default=["smollm2", "4096x4096", "4096x11008"])
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--no-context", action="store_true", help="leave out the slow baselines and write no files")
+    tuned.add_option(parser)
     results.add_output_options(parser)
     arguments = parser.parse_args(argv)
     if not dispatch.backends()["native-cpu"].usable:
         raise SystemExit(f"no native backend: {dispatch.backends()['native-cpu'].reason}")
     sets, runs, mib = (["dry"], 2, 8) if arguments.dry_run else (arguments.sets, arguments.runs, 256)
 
+    folder = None if arguments.no_context else results.output_folder(arguments)
+    share = refreshed_share(folder)
     table: list[dict] = []
     for name in sets:
         weights, lists, refreshes, masks = shape_set(name, arguments.model)
+        if share is not None and refreshes:
+            refreshes[SKIPPING] = share * refreshes["refresh"]
         arena = Arena.of(lists)
         for dtype in arguments.dtypes:
             chosen, wrong = candidates(weights, arena, {"fp32": FP32, "bf16": BF16}[dtype], not arguments.no_context)
             times, bandwidth = timing.time_interleaved_with_copy(chosen, runs, mib=mib)
             labels = {"op": "sparse_adamw_", "set": f"{name}, {dtype}", "masks": masks, "matrices": len(lists)}
-            new = [row | {"status": "ok"} for row in results.rows(chosen, times, chosen[0].name, bandwidth, **labels)]
-            sparse = [row for row in new if "grads" in row["variant"]]
+            new = results.rows(chosen, times, chosen[0].name, bandwidth, **labels)
+            new = [with_lines(row, one, times) | {"status": "ok"} for row, one in zip(new, chosen)]
+            sparse = [row for row in new if is_ours(row["variant"])]
             new += [with_refresh(row, new[0], *refresh) for refresh in refreshes.items() for row in sparse]
             new += [labels | {"variant": variant, "status": status} for variant, status in wrong.items()]
             results.show(new, COLUMNS)
             table += [row | results.environment() for row in new]
             del chosen
-    folder = None if arguments.no_context else results.output_folder(arguments)
+    if arguments.tuned:
+        table += tuned.rows_again("bench.bench_sparse_adamw", "sparse_adamw.csv", argv)
     if folder:
         results.write_csv(folder / "sparse_adamw.csv", table)
         plots.draw("sparse_adamw", folder)
@@ -158,13 +220,15 @@ def with_refresh(row: dict, baseline: dict, name: str, seconds: float) -> dict:
     """The row of a sparse step with a hundredth of a refresh added."""
     median = float(f"{row['median_ms'] + 1e3 * seconds / 100:.4g}")
     return row | {
-        "variant": f"{row['variant']} + {name}/100",
+        "variant": f"{row['variant']} + " + (f"{name}/100" if name != SKIPPING else "refresh/100, skipping"),
         "median_ms": median,
         "q25_ms": "",
         "q75_ms": "",
         "ratio": float(f"{baseline['median_ms'] / median:.4g}"),
         "floor_ms": "",
         "share_of_floor": "",
+        "times_packed_vector": "",
+        "lines_per_s": "",
     }
 
 

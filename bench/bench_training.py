@@ -1,23 +1,25 @@
 """Fine-tuning end to end: tokens per second and peak memory of LIFT beside other methods.
 
-The others are full fine-tuning, LoRA, SHiRA and GaLore. There are two models: SmolLM2-135M (or
-``--model``) and a random Llama that fits the device. Every method trains a copy of the same weights
-on the same batch of random tokens, in fp32 on the CPU and in bf16 on a GPU. Training steps are
-timed in turns, in a new random order each round, after two untimed ones. This is no contest of
-losses: the learning rates are customary ones.
+The others are full fine-tuning, that of the linear layers alone, LoRA, SHiRA and GaLore. There are
+two models: SmolLM2-135M (or ``--model``) and a random Llama that fits the device. Every method
+trains a copy of the same weights on the same batch of random tokens, in fp32 on the CPU and in bf16
+on a GPU. Training steps are timed in turns, in a new random order each round, after two untimed
+ones. This is no contest of losses: the learning rates are customary ones.
 
 - A method that is not installed or cannot run here has a row without a time whose ``status`` begins
   with ``missing:``.
 - Correctness, of all steps: losses are finite and fall, and the first one is the plain model's. The
-  first three losses of full fine-tuning and of both LIFT modes equal those of plain torch code
-  (for-loop AdamW, for LIFT on vectors of the first masks' entries). Those of both modes equal each
-  other. Equal means to 1 % (bf16: 5 %) of what the loss fell. A wrong method is refused: ``status``
-  says why, its row has no time, and the exit status is 1.
+  first three losses of both full fine-tunings and of both LIFT modes equal those of plain torch
+  code (for-loop AdamW, for LIFT on vectors of the first masks' entries). Those of both modes equal
+  each other. Equal means to 1 % (bf16: 5 %) of what the loss fell. A wrong method is refused:
+  ``status`` says why, its row has no time, and the exit status is 1.
 - ``median_ms``: of a whole step, with new masks in it. LIFT's refresh is spread over 200 steps
   (``refresh_interval``). A model of fewer matrices renews one at each timed step all the same, and
   matrices / 200 of the seconds of that count. GaLore's projections are made in its first step. A
   200th of what that took longer is added to each of its steps. ``refresh_ms`` is the mean of these
   parts, ``step_ms`` the rest of the optimizer's step.
+- ``ratio``: speed against full fine-tuning. ``ratio_linear``: against that of the linear layers,
+  which trains the matrices that LIFT trains, and no embeddings.
 - ``tokens_s``: tokens of a batch over the median. ``setup_s``: adapters, first masks, projections.
 - ``peak_over_model_mib``: what setup and two steps take beyond the weights. ``steps_peak_mib``: the
   steps alone. A process of its own for each method makes a random model of the same form, because
@@ -38,7 +40,7 @@ losses: the learning rates are customary ones.
   refreshes.
 
     python -m bench.bench_training [--sets smollm2 random] [--batch 2] [--length 64] [--runs 5]
-        [--only NAME ...] [--no-memory] [--model DIR] [--dry-run] [--out DIR]
+        [--only NAME ...] [--no-memory] [--model DIR] [--tuned] [--dry-run] [--out DIR]
 """
 
 from __future__ import annotations
@@ -56,8 +58,8 @@ import torch
 from torch import Tensor, nn
 
 from bench import plots
-from bench.common import results, timing, training_methods
-from bench.common.training_methods import FULL, INTERVAL, MATRIX, METHODS, PACKED, Step, Trainer
+from bench.common import results, timing, training_methods, tuned
+from bench.common.training_methods import FULL, INTERVAL, LINEAR, MATRIX, METHODS, PACKED, Step, Trainer
 
 COLUMNS = [
     "set",
@@ -65,6 +67,7 @@ COLUMNS = [
     "median_ms",
     "tokens_s",
     "ratio",
+    "ratio_linear",
     "forward_backward_ms",
     "step_ms",
     "refresh_ms",
@@ -74,7 +77,7 @@ COLUMNS = [
     "status",
 ]
 WARMUP, CHECKED = 2, 3  # steps
-BYTES_OF_ALL = 40  # bytes a parameter, of all methods together in bf16, which are in memory at once
+BYTES_OF_ALL = 48  # bytes a parameter, of all methods together in bf16, which are in memory at once
 SIZES = [(512, 1376, 8, 8192), (1024, 2816, 16, 32000), (2048, 5632, 22, 32000), (2560, 6912, 32, 32000)]
 """Of random Llamas: hidden size, that of the MLP, layers, vocabulary."""
 
@@ -178,9 +181,11 @@ def problem(name: str, losses: dict[str, list[float]], plain: dict[str, list[flo
 def references(trainers: Sequence[Trainer], model: nn.Module, tokens: Tensor) -> dict[str, list[float]]:
     """Losses of the first steps in plain torch code, by method.
 
-    The methods are full fine-tuning and both LIFT modes.
+    The methods are both full fine-tunings and both LIFT modes.
     """
     plain = {FULL: training_methods.reference_losses(model, tokens, CHECKED)}
+    if any(trainer.name == LINEAR for trainer in trainers):
+        plain[LINEAR] = training_methods.reference_losses(model, tokens, CHECKED, train=training_methods.full_linear)
     known: list[tuple[list[Tensor], list[float]]] = []
     for trainer in trainers:
         if trainer.lists is None:
@@ -237,22 +242,22 @@ def compare(
         "set": f"{label}, {str(dtype).removeprefix('torch.')}, {shape[0]} x {shape[1]} tokens",
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-    baseline = None if FULL in status else np.array([step.total for step in steps[FULL]])
-    rows = {t.name: row(t, steps[t.name], model, rates, baseline) for t in trainers if t.name not in status}
+    totals = {name: np.array([step.total for step in steps[name]]) for name in (FULL, LINEAR) if name not in status}
+    rows = {t.name: row(t, steps[t.name], model, rates, totals) for t in trainers if t.name not in status}
     found = {name: rows.get(name, {}) | peak.get(name, {}) | {"status": status.get(name, "ok")} for name in METHODS}
     return [labels | {"variant": name} | columns for name, columns in found.items()]
 
 
 def row(
-    trainer: Trainer, steps: Sequence[Step], model: nn.Module, rates: Sequence[float], baseline: np.ndarray | None
+    trainer: Trainer, steps: Sequence[Step], model: nn.Module, rates: Sequence[float], totals: dict[str, np.ndarray]
 ) -> dict:
-    """The columns of a method that was timed."""
+    """The columns of a method that was timed. ``totals``: seconds of both full fine-tunings."""
     bandwidth, products = rates
     taken = np.array([step.total for step in steps])
     work = training_methods.flops(trainer.name, model, trainer.tokens)
     roofline = work / products + training_methods.optimizer_bytes(trainer, model) / bandwidth
     forward_backward, optimizer, refresh = np.array([astuple(step) for step in steps]).T
-    found = results.row(trainer.name, taken, taken if baseline is None else baseline, roofline * bandwidth, bandwidth)
+    found = results.row(trainer.name, taken, totals.get(FULL, taken), roofline * bandwidth, bandwidth)
     said = {
         "tokens_s": trainer.tokens.numel() / np.median(taken),
         "forward_backward_ms": 1e3 * np.median(forward_backward),
@@ -265,7 +270,7 @@ def row(
         "loss_last": trainer.losses[-1],
     }
     renews = trainer.lists is not None or trainer.name.startswith("GaLore")
-    ratio = "" if baseline is None else found["ratio"]
+    linear = float(f"{np.median(totals[LINEAR] / taken):.4g}") if LINEAR in totals else ""
     return (
         found
         | {key: float(f"{value:.4g}") for key, value in said.items()}
@@ -274,7 +279,8 @@ def row(
             if trainer.lists is None
             else sum(map(len, trainer.lists)),
             "refresh_interval": INTERVAL if renews else "",
-            "ratio": ratio,
+            "ratio": found["ratio"] if FULL in totals else "",
+            "ratio_linear": linear,
             "baseline": FULL,
         }
     )
@@ -293,7 +299,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="a tiny Llama on the CPU, files in a temporary folder unless --out"
     )
-    parser.add_argument("--out", type=Path, help="folder for the files in place of bench/results/<device>")
+    parser.add_argument("--out", type=Path, help="folder for the files in place of bench/results/<device>-<level>")
+    tuned.add_option(parser)
     given = parser.parse_args(argv)
     if given.dry_run:
         device, given.sets, given.batch, given.length, given.runs = "cpu", ["tiny"], 2, 16, 2
@@ -305,6 +312,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         results.show(new, COLUMNS)
         table += [row | results.environment(device) for row in new]
         del model
+    if given.tuned:
+        table += tuned.rows_again("bench.bench_training", "training.csv", argv)
     folder = given.out or results.results_folder(device)
     folder.mkdir(parents=True, exist_ok=True)
     results.write_csv(folder / "training.csv", table)

@@ -1,6 +1,6 @@
 """Draws the plots of a results folder from its CSVs.
 
-    python -m bench.plots [FOLDER]     (default: bench/results/amd-epyc-2-cores)
+    python -m bench.plots [FOLDER]     (default: the one whose plots are in the READMEs)
 
 Each plot is made of the CSVs that `FIGURES` names. A row without a figure has no bar. The caption
 names the methods that the machine could not run. A bench calls `draw` after it wrote its CSV.
@@ -72,7 +72,7 @@ def sparse_adamw(rows: Sequence[Row]) -> Figure:
 
     def drawn(variant: str) -> bool:
         """Not the forms between fp32 and bf16 state, nor those that the project dropped."""
-        left_out = ("stochastic", "cold", "bf16 moments, fp32 master", "bf16 moments + refresh")
+        left_out = ("stochastic", "cold", "skipping", "bf16 moments, fp32 master", "bf16 moments + refresh")
         return not any(words in variant for words in left_out)
 
     sets = by_set(row for row in done(rows) if drawn(row["variant"]))
@@ -85,7 +85,9 @@ def sparse_adamw(rows: Sequence[Row]) -> Figure:
     title = f"LIFT's optimizer step is {span(without)} as fast as AdamW fused"
     title += f", {span(refreshed)} with refreshes" if refreshed else ""
     remark = "LIFT trains 5 % of the entries. + refresh: with 1/100 of a refresh of all masks (real weights only)."
-    return figure(title, grid, origin(rows, remark, STATE), METHODS)
+    vector = "Packed AdamW: AdamW fused on one vector of the selected entries, and a scatter into the weights."
+    remarks = [remark, STATE, *([vector] if any(row["variant"].startswith("packed vector") for row in rows) else [])]
+    return figure(title, grid, origin(rows, *remarks), METHODS)
 
 
 def align(sets: dict[str, list[Bar]]) -> dict[str, list[Bar]]:
@@ -262,11 +264,16 @@ def read(path: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
+def one_environment(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the first one's environment. Those measured again with other settings follow."""
+    return [row for row in rows if row.get("environment", "") == rows[0].get("environment", "")]
+
+
 def make(name: str, folder: Path) -> Figure | None:
     """The figure, or None where the folder has no figures for it."""
     drawn, files = FIGURES[name]
     paths = [folder / f"{file}.csv" for file in files]
-    tables = [read(path) for path in paths if path.exists()]
+    tables = [one_environment(read(path)) for path in paths if path.exists()]
     return drawn(*tables) if len(tables) == len(paths) and all(map(done, tables)) else None
 
 

@@ -15,7 +15,11 @@ from lift_kernels.masks.principal import Mask, MaskRequest, principal_masks
 from lift_kernels.masks.selection import largest_indices
 
 DENSITY = 0.05
-FULL_SVD, SKLEARN = "svd + topk (published)", "scikit-learn's randomized_svd(2r, 2)"
+FULL_SVD, SVD_LOWRANK = "svd + topk (published)", "svd_lowrank(2r, 2) (published)"
+SKLEARN = "scikit-learn's randomized_svd(2r, 2)"
+TOPK, PARTITION = "Gram + eigh + topk", "Gram + eigh + numpy.partition"
+SLOW = (FULL_SVD, SVD_LOWRANK, SKLEARN)
+"""Methods that run in the first round only. They are far from the others in time or in quality."""
 Method = Callable[[Sequence[Tensor], int], list[Mask]]  # weights, rank -> masks
 
 
@@ -80,15 +84,25 @@ def partitioned(weight: Tensor, left: Tensor, right: Tensor, passes: int) -> Mas
     return Mask(largest_indices((left @ right.T).abs_(), round(DENSITY * weight.numel())), passes=passes)
 
 
+def plain_gram(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors L, R of the rank-r approximation L R^T, in plain torch with its own threads."""
+    tall = weight if weight.shape[0] >= weight.shape[1] else weight.T
+    directions = torch.linalg.eigh(tall.T @ tall).eigenvectors[:, -rank:].contiguous()
+    product = tall @ directions
+    return (product, directions) if tall is weight else (directions, product)
+
+
 def gram_and_partition(weight: Tensor, rank: int) -> Mask:
     """Gram + eigh, the product, numpy's introselect."""
-    f = low_rank_factors(weight, rank, method="gram")
-    return partitioned(weight, f.left, f.right, 2)
+    left, right = plain_gram(weight, rank)
+    magnitude = (left @ right.T).abs_().view(-1).numpy()
+    k = round(DENSITY * weight.numel())
+    chosen = np.flatnonzero(magnitude >= np.partition(magnitude, len(magnitude) - k)[len(magnitude) - k])
+    return Mask(torch.from_numpy(chosen[:k]).int(), passes=2)
 
 
 def gram_and_topk(weight: Tensor, rank: int) -> Mask:
-    f = low_rank_factors(weight, rank, method="gram")
-    return topk_mask(weight, f.left, f.right)
+    return topk_mask(weight, *plain_gram(weight, rank))
 
 
 def svd_and_topk(weight: Tensor, rank: int) -> Mask:
@@ -138,21 +152,17 @@ def each(make: Callable[[Tensor, int], Mask]) -> Method:
 def cold_methods(real: bool, last: bool, full_svd: bool, sklearn: bool) -> dict[str, Method]:
     """The cold methods by their names in the rows.
 
-    The slowest ones run at the ``last`` rank only.
+    The slow ones and the baseline run at the ``last`` rank only.
     ``real``: weights of a model, small matrices. ``full_svd``, ``sklearn``: whether these run.
     """
-    methods: dict[str, Method] = {
-        FULL_SVD: each(svd_and_topk),
-        "svd_lowrank(2r, 2) (published)": each(svd_lowrank),
-        SKLEARN: each(sklearn_svd),
-        "Gram + eigh + topk": each(gram_and_topk),
-        "Gram + eigh + numpy.partition": each(gram_and_partition),
+    ours: dict[str, Method] = {
         "chebyshev, cold": lambda weights, rank: lift_masks(weights, rank, "chebyshev"),
         "default, cold": lambda weights, rank: lift_masks(weights, rank, "auto"),
     }
-    methods.pop("Gram + eigh + topk" if real else "Gram + eigh + numpy.partition")  # the faster one stays
-    if not last or not sklearn:
-        methods.pop(SKLEARN)
-    if not last or not full_svd:
-        methods.pop(FULL_SVD)
-    return methods
+    if not last:
+        return ours
+    others = {FULL_SVD: each(svd_and_topk)} if full_svd else {}
+    others[SVD_LOWRANK] = each(svd_lowrank)
+    if sklearn:
+        others[SKLEARN] = each(sklearn_svd)
+    return others | ({PARTITION: each(gram_and_partition)} if real else {TOPK: each(gram_and_topk)}) | ours

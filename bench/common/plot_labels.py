@@ -24,6 +24,9 @@ LABELS = {
     "AdamW foreach": "AdamW foreach",
     "AdamW for-loop": "AdamW for-loop",
     "full fine-tuning, AdamW fused": "Full fine-tuning, AdamW fused",
+    "full fine-tuning of the linear layers, AdamW fused": "Full fine-tuning, linear layers",
+    "packed vector: gather + AdamW fused + scatter": "Packed AdamW, dense gradients",
+    "packed vector: AdamW fused + scatter": "Packed AdamW, packed gradients",
     "bitsandbytes AdamW8bit": "AdamW8bit (bitsandbytes)",
     "torchao AdamW8bit": "AdamW8bit (torchao)",
     "flashoptim FlashAdamW": "FlashAdamW (flashoptim)",
@@ -122,5 +125,6 @@ def origin(rows: Sequence[Row], *remarks: str) -> str:
     names = ", ".join(dict.fromkeys(label(row["variant"]) for row in absent))
     missing = [f"Without a figure on this machine: {names}."] if names else []
     first = rows[0]
-    machine = f"Machine: {first['device']} · {first['threads']} threads · torch {first['torch']}"
+    level = f" · {first['level']}" if first.get("level") else ""
+    machine = f"Machine: {first['device']}{level} · {first['threads']} threads · torch {first['torch']}"
     return "\n".join([*remarks, *missing, f"{machine} · lift_kernels {first['lift_kernels']}, {first['commit']}"])

@@ -1,4 +1,8 @@
-"""Rows of results: their columns, where they come from, CSV files and printed tables."""
+"""Rows of results: their columns, where they come from, CSV files and printed tables.
+
+A bench runs in the user's environment, as it is. `environment` records the variables that change
+times. `bench.common.tuned` measures a second time with those of `TUNED`.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,17 @@ import torch
 
 from bench import ROOT
 from bench.common.timing import Candidate
+from lift_kernels.ops import dispatch
 
-SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE")
-"""Environment variables that change times on a CPU."""
+SETTINGS = ("OMP_", "GOMP_", "KMP_", "THP_", "MALLOC_", "GLIBC_", "LD_PRELOAD", "LIFT_CPU_", "ATEN_CPU_", "MKL_")
+"""Beginnings of the environment variables that change times on a CPU: threads, memory, level."""
+
+TUNED = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "THP_MEM_ALLOC_ENABLE": "1"}
+"""Settings that help where cores are shared, and where memory is touched here and there.
+
+Threads that wait sleep, where by default they spin on cores that others need. torch asks for huge
+pages, which take fewer address translations. Both are read when a process starts.
+"""
 
 
 def rows(
@@ -57,20 +69,38 @@ def _digits(x: float) -> float:
 
 
 def environment(device: str = "cpu") -> dict[str, object]:
-    """Where a number comes from: device, threads, environment settings, versions, commit."""
+    """Where a number comes from: device, level, threads, settings, versions, commit.
+
+    ``settings`` has the variables that `SETTINGS` means. ``environment`` is "tuned" when those of
+    `TUNED` are among them, else "default".
+    """
     from lift_kernels import __version__
 
-    settings = " ".join(f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ)
     return {
         "device": device_name(device),
+        "level": cpu_level() if device == "cpu" else "",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "settings": settings,
+        "environment": "tuned" if is_tuned() else "default",
+        "settings": " ".join(f"{name}={os.environ[name]}" for name in sorted(os.environ) if name.startswith(SETTINGS)),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "lift_kernels": __version__,
         "commit": commit(),
     }
+
+
+def is_tuned() -> bool:
+    """Whether this process has the settings of `TUNED`."""
+    return all(os.environ.get(name) == value for name, value in TUNED.items())
+
+
+def cpu_level() -> str:
+    """The level of the compiled code that runs here, such as x86-64-v3.
+
+    ``LIFT_CPU_LEVEL`` chooses a lower one. It is empty without compiled code.
+    """
+    return getattr(dispatch, "cpu_level", lambda: "")()
 
 
 def device_name(device: str = "cpu") -> str:
@@ -102,8 +132,14 @@ def commit() -> str:
 
 
 def results_folder(device: str = "cpu", root: Path | None = None) -> Path:
-    """``bench/results/<device>``, made when missing."""
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    """``bench/results/<device>-<level>``, made when missing. A card has no level.
+
+    Words that every processor's name has are left out.
+    """
+    name = device_name(device)
+    if device == "cpu":
+        name = re.sub(r"\((R|TM)\)|\b(Processor|CPU)\b", " ", name) + f" {cpu_level()}"
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     folder = (root or ROOT / "bench" / "results") / slug
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -112,7 +148,7 @@ def results_folder(device: str = "cpu", root: Path | None = None) -> Path:
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     """``--dry-run`` and ``--out``, as every bench takes them."""
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, seconds; writes no files without --out")
-    parser.add_argument("--out", type=Path, help="folder for the files in place of bench/results/<device>")
+    parser.add_argument("--out", type=Path, help="folder for the files in place of bench/results/<device>-<level>")
 
 
 def output_folder(arguments: argparse.Namespace) -> Path | None:

@@ -1,13 +1,17 @@
-"""Optimizer steps to compare: `sparse_adamw_`, the authors' code, torch's dense AdamW."""
+"""Optimizer steps to compare: `sparse_adamw_`, the authors' code, torch's AdamW.
+
+torch's AdamW steps whole matrices, or a vector of their selected entries.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bench.common.arenas import Arena
+from bench.common.arenas import LINE, Arena
 from bench.common.baselines import parameters
 from bench.common.timing import difference
 from lift_kernels import ops
@@ -67,6 +71,13 @@ class SparseStep:
             lines += self.arena.line_bytes(self.grads[0].element_size())
         return lines + self.arena.entries * stream
 
+    def scattered_lines(self) -> int:
+        """Cache lines that a step visits one by one: of the weights and of dense gradients."""
+        visited = self.arena.line_bytes(self.weights[0].element_size())
+        if not self.packed:
+            visited += self.arena.line_bytes(self.grads[0].element_size())
+        return visited // LINE
+
     def check(self) -> str:
         """What is wrong with two steps, or an empty string.
 
@@ -112,6 +123,64 @@ class AuthorsStep:
             update = torch.zeros_like(weight)
             update[mask] = m / v.sqrt().add_(HYPER["eps"])
             weight.add_(update, alpha=-size)
+
+
+SCATTERS: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
+    "scatter_": lambda weight, index, values: weight.scatter_(0, index, values),
+    "index_copy_": lambda weight, index, values: weight.index_copy_(0, index, values),
+    "put_": lambda weight, index, values: weight.put_(index, values),
+    "index_put_": lambda weight, index, values: weight.index_put_((index,), values),
+}
+"""torch's ways to write values to flat positions. Which is fastest depends on the dtype."""
+
+
+class PackedVector:
+    """What one would write with torch alone: AdamW on one fp32 vector of all selected entries.
+
+    Then the values are scattered into the weights. Gradients are given as such a vector, or they
+    are gathered from dense ones. ``scatter``: the name in `SCATTERS` of the way that was fastest
+    here.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], grads: Sequence[Tensor], arena: Arena, packed: bool):
+        self.flat = [index.long() for index in arena.lists()]
+        self.grads = [] if packed else [grad.view(-1) for grad in grads]
+        self.weights, self.dtype = [weight.view(-1) for weight in weights], weights[0].dtype
+        self.values = nn.Parameter(torch.cat([weight[i].float() for weight, i in zip(self.weights, self.flat)]))
+        self.values.grad = torch.cat([grad.view(-1)[i].float() for grad, i in zip(grads, self.flat)])
+        # torch gathers into memory of the gradients' dtype.
+        self.gathered = self.values.grad if self.dtype == FP32 else torch.empty_like(self.values, dtype=self.dtype)
+        self.places = self._of_each(self.gathered)
+        self.adamw = torch.optim.AdamW([self.values], **HYPER, fused=True)
+        self.scatter = min(SCATTERS, key=self._seconds)
+
+    def _of_each(self, vector: Tensor) -> Sequence[Tensor]:
+        """The parts of a vector, one a matrix."""
+        return vector.split([len(index) for index in self.flat])
+
+    def _seconds(self, scatter: str) -> float:
+        """The least time of three of a way to scatter. It writes the values that are there."""
+        self.scatter, taken = scatter, []
+        for _ in range(3):
+            start = time.perf_counter()
+            self.write()
+            taken.append(time.perf_counter() - start)
+        return min(taken)
+
+    @torch.no_grad()
+    def write(self) -> None:
+        put = SCATTERS[self.scatter]
+        for weight, index, values in zip(self.weights, self.flat, self._of_each(self.values.to(self.dtype))):
+            put(weight, index, values)
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        for grad, index, place in zip(self.grads, self.flat, self.places):
+            torch.index_select(grad, 0, index, out=place)
+        if self.grads and self.gathered is not self.values.grad:
+            self.values.grad.copy_(self.gathered)
+        self.adamw.step()
+        self.write()
 
 
 def dense_step(weights: Sequence[Tensor], grads: Sequence[Tensor], **flags: bool) -> Callable[[], None]:

@@ -2,7 +2,8 @@
 
 The adapters get about as many trained entries as LIFT: their rank is density * sum of m n / sum of
 (m + n) over the matrices. LIFT, LoRA and SHiRA train the matrices of the linear layers but the
-head. Full fine-tuning and GaLore train every parameter, and GaLore projects the matrices.
+head. Full fine-tuning and GaLore train every parameter, and GaLore projects the matrices. Full
+fine-tuning of the linear layers trains the matrices that LIFT trains.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ INTERVAL = 200  # steps between new masks, and between new projections of GaLore
 HYPER = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
 LOW, HIGH = 1e-4, 1e-3  # learning rates: of every weight, of few
 FULL, MATRIX, PACKED = "full fine-tuning, AdamW fused", "LIFT, matrix mode", "LIFT, packed mode"
+LINEAR = "full fine-tuning of the linear layers, AdamW fused"
 
 
 def matrices(model: nn.Module) -> list[Tensor]:
@@ -42,6 +44,13 @@ def adapter_rank(model: nn.Module) -> int:
 
 def full(model: nn.Module, **flags: bool) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), LOW, **HYPER, **(flags or {"fused": True}))
+
+
+def full_linear(model: nn.Module, **flags: bool) -> torch.optim.Optimizer:
+    """Every weight of the linear layers; embeddings, norms and head are frozen."""
+    model.requires_grad_(False)
+    weights = [weight.requires_grad_(True) for weight in matrices(model)]
+    return torch.optim.AdamW(weights, LOW, **HYPER, **(flags or {"fused": True}))
 
 
 def galore(model: nn.Module) -> torch.optim.Optimizer:
@@ -86,6 +95,7 @@ def lift(packed: bool) -> Callable[..., torch.optim.Optimizer]:
 
 METHODS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     FULL: full,
+    LINEAR: full_linear,
     "LoRA (peft), AdamW fused": adapter("LoraConfig", lora_dropout=0.0),
     "SHiRA (peft), AdamW fused": adapter("ShiraConfig", random_seed=0),
     f"GaLore, r = {RANK}": galore,
@@ -167,19 +177,23 @@ class Trainer:
 
 
 def reference_losses(
-    model: nn.Module, tokens: Tensor, steps: int, lists: Sequence[Tensor] | None = None
+    model: nn.Module,
+    tokens: Tensor,
+    steps: int,
+    lists: Sequence[Tensor] | None = None,
+    train: Callable[..., torch.optim.Optimizer] = full,
 ) -> list[float]:
     """Losses of plain torch code on a copy of ``model``.
 
-    AdamW's for-loop goes over all weights, or over the entries in ``lists``. Those entries of the
-    matrices are gathered as fp32 vectors, which are then the parameters.
+    AdamW's for-loop goes over the weights that ``train`` trains, or over the entries in ``lists``.
+    Those entries of the matrices are gathered as fp32 vectors, which are then the parameters.
     """
     model, losses = copy.deepcopy(model), []
     weights = matrices(model)
     flat = [index.long() for index in lists or []]
     values = [nn.Parameter(w.detach().view(-1)[i].float()) for w, i in zip(weights, flat)]
     plain = {"foreach": False, "fused": False}
-    optimizer = full(model, **plain) if lists is None else torch.optim.AdamW(values, HIGH, **HYPER, **plain)
+    optimizer = train(model, **plain) if lists is None else torch.optim.AdamW(values, HIGH, **HYPER, **plain)
     for _ in range(steps):
         loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()

@@ -4,9 +4,11 @@ So no table is typed by hand.
 
     python -m bench.tables [--check] [README ...]
 
-Between ``<!-- table: NAME (from bench/results/DEVICE/FILE.csv; python -m bench.tables) -->`` and
-``<!-- end -->`` stands the table NAME of `bench.tables.specs`, made of that file, and below it
-where the rows come from. A table may have several files, with commas between them.
+Between ``<!-- table: NAME (from FILE.csv in MACHINE; python -m bench.tables) -->`` and
+``<!-- end -->`` stands the table NAME of `bench.tables.specs`, made of that file of the folder
+bench/results/MACHINE, and below it where the rows come from. A table may have several files, and
+several folders, with commas between them. The folders' rows come in their order: the lower level is
+named first.
 
 Without ``--check`` the READMEs are rewritten. With it nothing is written, and the exit status is 1
 with a diff where a README differs from the CSVs. The exit status is 2 when a marked table cannot be

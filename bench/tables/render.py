@@ -6,22 +6,35 @@ import csv
 import re
 import string
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from bench import ROOT
+from bench.common.results import TUNED
 from bench.tables.types import Selection, Table, TableError
 
 BLOCK = re.compile(
-    r"^(<!-- table: (\S+) \(from (\S+\.csv(?:, \S+\.csv)*); python -m bench\.tables\) -->\n)(.*?)^<!-- end -->$",
+    r"^(<!-- table: (\S+) \(from (\S+\.csv(?:, \S+\.csv)*) in ([^\s,;]+(?:, [^\s,;]+)*);"
+    r" python -m bench\.tables\) -->\n)(.*?)^<!-- end -->$",
     re.M | re.S,
 )
+RESULTS = ROOT / "bench" / "results"
 UNITS = {"ms": 1e-3, "KiB": 2.0**10, "MiB": 2.0**20, "M": 1e6, "GB": 1e9, "T": 1e12}
-ORIGIN = {"device": "{}", "torch": "torch {}", "compiler": "{}", "runs": "repeats: {}", "commit": "commit {}"}
+ORIGIN = {"torch": "torch {}", "compiler": "{}", "runs": "repeats: {}", "commit": "commit {}"}
 
 
 class Missing(Exception):
     """A field is empty in the CSV."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rows of a folder that were measured in one environment, and what a cell calls them."""
+
+    label: str
+    rows: Sequence[dict[str, str]]
+    tuned: bool = False
 
 
 class Cell(string.Formatter):
@@ -29,8 +42,9 @@ class Cell(string.Formatter):
 
     A quotient is ``{a.x/b.y}``, whose divisor may be a unit of `UNITS`. Where an alias means
     several rows, the least and the largest number are given, or the different texts. The format
-    ``reason`` drops from a text all before its last colon. ``||`` separates alternatives: the first
-    one without an empty field is taken, else the cell is empty.
+    ``reason`` drops from a text all before its last colon. A column that ends in ``?`` may be
+    missing, which is as if it were empty. ``||`` separates alternatives: the first one without an
+    empty field is taken, else the cell is empty.
     """
 
     def cell(self, text: str, picks: Mapping[str, Sequence[Mapping[str, str]]], label: str) -> str:
@@ -65,8 +79,9 @@ class Cell(string.Formatter):
         if name in UNITS:
             return [UNITS[name]]
         alias, column = name.split(".")
-        found = [row[column] for row in picks[alias]]
-        if not all(found):
+        known = column.removesuffix("?")
+        found = [row.get(known, "") if column != known else row[known] for row in picks[alias]]
+        if not found or not all(found):
             raise Missing
         try:
             return sorted(float(text) for text in found)
@@ -74,60 +89,135 @@ class Cell(string.Formatter):
             return found
 
 
+def matching(rows: Sequence[dict], selection: Selection) -> list[dict]:
+    """The rows that have these texts."""
+    return [row for row in rows if all(fnmatchcase(row.get(column, ""), text) for column, text in selection.items())]
+
+
 def select(rows: Sequence[dict], selection: Selection) -> list[dict]:
     """The rows that have these texts. TableError when none has."""
-    found = [row for row in rows if all(fnmatchcase(row.get(column, ""), text) for column, text in selection.items())]
+    found = matching(rows, selection)
     if not found:
         raise TableError(f"no row has {dict(selection)}; make the CSV again or change bench/tables/specs.py")
     return found
 
 
-def render(table: Table, rows: Sequence[dict]) -> str:
-    """The Markdown table and a line on where its rows come from."""
-    lines = [(label, {alias: select(rows, one) for alias, one in picks.items()}) for label, picks in table.rows]
-    lines += [("", {"row": [row]}) for selection in table.each for row in select(rows, selection)]
-    used = [row for _, picks in lines for chosen in picks.values() for row in chosen]
-    cells, above = [], ""
-    for label, picks in lines:
-        try:
-            first, *others = (Cell().cell(text, picks, label) for text in table.columns.values())
-        except KeyError as error:
-            raise TableError(f"{table.csv} has no column {error}, or the table no such alias") from error
-        cells.append([first if first != above else "", *others])
-        above = first
-    body = [list(table.columns), ["---"] * len(table.columns), *cells]
-    origin = [
-        text.format(" and ".join(distinct(used, column))) for column, text in ORIGIN.items() if distinct(used, column)
-    ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in body) + f"\n\n*{'; '.join(origin)}*\n"
+def picked(rows: Sequence[dict], picks: Mapping[str, Selection]) -> dict[str, list[dict]]:
+    """The rows of each alias. One whose name ends in ``?`` may have none."""
+    found = {}
+    for alias, selection in picks.items():
+        name = alias.removesuffix("?")
+        found[name] = matching(rows, selection) if alias != name else select(rows, selection)
+    return found
+
+
+def lines_of(table: Table, group: Group) -> list[tuple[str, dict[str, list[dict]]]]:
+    """The label and the rows of each line. One that begins with ``?`` may be missing."""
+    lines = []
+    for label, picks in table.rows[: table.tuned if group.tuned else None]:
+        name = label.removeprefix("?")
+        if label == name or all(matching(group.rows, selection) for selection in picks.values()):
+            lines.append((name, picked(group.rows, picks)))
+    each = () if group.tuned else table.each
+    return lines + [("", {"row": [row]}) for selection in each for row in select(group.rows, selection)]
+
+
+def render(table: Table, groups: Sequence[Group]) -> str:
+    """The Markdown table and a line on where its rows come from.
+
+    Where there are several groups, their rows come one after the other, below a column of labels.
+    """
+    several = len(groups) > 1
+    cells, used = [], []
+    for group in groups:
+        lines = lines_of(table, group)
+        used.append([row for _, picks in lines for chosen in picks.values() for row in chosen])
+        for label, picks in lines:
+            try:
+                found = [Cell().cell(text, picks, label) for text in table.columns.values()]
+            except KeyError as error:
+                raise TableError(f"{table.csv} has no column {error}, or the table no such alias") from error
+            cells.append([group.label, *found] if several else found)
+    heads = ["level", *table.columns] if several else list(table.columns)
+    filled = [i for i in range(len(heads)) if any(line[i] for line in cells)]
+    cells = [[line[i] for i in filled] for line in without_repeats(cells, 2 if several else 1)]
+    body = [[heads[i] for i in filled], ["---"] * len(filled), *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in body) + f"\n\n*{origin(groups, used)}*\n"
+
+
+def without_repeats(lines: Sequence[list[str]], depth: int) -> list[list[str]]:
+    """Lines whose first ``depth`` cells are blank as long as they are like those above."""
+    result, above = [], [""] * depth
+    for line in lines:
+        same = next((i for i in range(depth) if line[i] != above[i]), depth)
+        result.append([""] * same + line[same:])
+        above = line[:depth]
+    return result
+
+
+def origin(groups: Sequence[Group], used: Sequence[Sequence[dict]]) -> str:
+    """Machines, levels and settings of the rows that were used, versions and commits.
+
+    Several levels of one machine name it once.
+    """
+    every = [row for rows in used for row in rows]
+    own = [(group.label, rows) for group, rows in zip(groups, used) if not group.tuned]
+    shared = len(own) > 1 and len(distinct(every, "device")) == 1
+    parts = distinct(every, "device") if shared else []
+    for label, rows in own:
+        device = [] if shared else [" and ".join(distinct(rows, "device"))]
+        level = distinct(rows, "level") if len(own) == 1 else []
+        said = ", ".join(filter(None, [*device, *level, *distinct(rows, "settings")]))
+        parts.append(f"{label}: {said}" if said and len(own) > 1 and distinct(rows, "level") else said)
+    if any(group.tuned for group in groups):
+        parts.append("tuned: " + " ".join(f"{name}={value}" for name, value in TUNED.items()))
+    parts += [text.format(" and ".join(distinct(every, key))) for key, text in ORIGIN.items() if distinct(every, key)]
+    return "; ".join(filter(None, parts))
 
 
 def distinct(rows: Sequence[dict], column: str) -> list[str]:
     return list(dict.fromkeys(row[column] for row in rows if row.get(column)))
 
 
-def rewrite(text: str, tables: Mapping[str, Table], root: Path = ROOT) -> str:
-    """The text with every marked table rendered.
+def groups_of(folder: Path, files: Sequence[str], tuned: bool) -> list[Group]:
+    """The rows of the files: those of the user's environment, and if ``tuned`` the others too.
+
+    A file whose rows are all of one environment is taken as it is.
+    """
+    first: list[dict[str, str]] = []
+    second: list[dict[str, str]] = []
+    for name in files:
+        if not (folder / name).is_file():
+            raise TableError(f"{folder / name} is missing; run its bench, or take the table out of the README")
+        with (folder / name).open(newline="") as file:
+            rows = [{"file": name, **row} for row in csv.DictReader(file)]
+        again = [row for row in rows if row.get("environment") == "tuned"]
+        alone = len(again) == len(rows)
+        first += rows if alone else [row for row in rows if row.get("environment") != "tuned"]
+        second += [] if alone else again
+    label = " and ".join(distinct(first, "level") or distinct(first, "device"))
+    return [Group(label, first), *([Group(f"{label}, tuned", second, tuned=True)] if second and tuned else [])]
+
+
+def rewrite(text: str, tables: Mapping[str, Table], root: Path = RESULTS) -> str:
+    """The text with every marked table rendered. ``root`` holds the folders of results.
 
     TableError names the table that cannot be made.
     """
 
     def replace(match: re.Match) -> str:
-        marker, name, sources, _ = match.groups()
-        paths = [Path(path) for path in sources.split(", ")]
-        files = ", ".join(path.name for path in paths)
+        marker, name, files, folders, _ = match.groups()
         if name not in tables or tables[name].csv != files:
             raise TableError(f"table {name}: bench/tables/specs.py describes none of that name from {files}")
-        rows: list[dict] = []
-        for path in paths:
-            if not (root / path).is_file():
-                raise TableError(f"table {name}: {path} is missing; run its bench, or take the table out of the README")
-            with (root / path).open(newline="") as file:
-                rows += [{"file": path.name, **row} for row in csv.DictReader(file)]
+        table, groups = tables[name], []
         try:
-            return f"{marker}\n{render(tables[name], rows)}\n<!-- end -->"
+            for folder in folders.split(", "):
+                groups += groups_of(root / folder, files.split(", "), table.tuned > 0)
+            if len({group.label for group in groups}) < len(groups):
+                raise TableError("two folders have the same level; show one of them, or tell their rows apart")
+            return f"{marker}\n{render(table, groups)}\n<!-- end -->"
         except TableError as error:
-            raise TableError(f"table {name} from {sources}: {error}") from None
+            raise TableError(f"table {name} from {files} in {folders}: {error}") from None
 
     if len(BLOCK.findall(text)) != text.count("<!-- table:") or text.count("<!-- table:") != text.count("<!-- end -->"):
         raise TableError("a marker of a table is malformed, or not followed by <!-- end -->")

@@ -21,6 +21,8 @@ def step_rows() -> Rows:
         ):
             picks = {"fused": "AdamW fused", "dense": f"dense grads{suffix}", "packed": f"packed grads{suffix}"}
             picks["published"] = "published LIFT step"
+            picks["dense_vector?"] = "packed vector: gather + AdamW fused + scatter"
+            picks["packed_vector?"] = "packed vector: AdamW fused + scatter"
             chosen = {alias: {"set": f"{name}, {dtype}", "variant": variant} for alias, variant in picks.items()}
             rows.append((f"{label}, {words}", chosen))
     return rows
@@ -33,10 +35,12 @@ def refresh_rows() -> Rows:
         for words, suffix in (
             ("", ""),
             (" + warm refresh", " + refresh/100"),
+            (" + warm refresh, skipping masks that stay", " + refresh/100, skipping"),
             (" + cold refresh", " + cold refresh/100"),
         ):
             variants = f"{grads} grads{suffix}", f"{grads} grads, fp32 moments, fp32 master{suffix}"
-            rows.append((f"{grads} gradients{words}", variants))
+            may_be_missing = "?" if "skipping" in suffix else ""
+            rows.append((f"{may_be_missing}{grads} gradients{words}", variants))
     sets = "smollm2, fp32", "smollm2, bf16"
     return [
         (
@@ -97,6 +101,12 @@ def mask_rows() -> Rows:
             "4096 x 11008, slow spectrum, r = 64", "4096x11008", 64, *published, "Gram + eigh + topk", "default, cold"
         ),
         *rows("the same, selected entries moved by 3 %", "4096x11008, changed by 3 %", 64, "warm"),
+        *rows("?the same, selected entries moved by 3 %", "4096x11008, changed by 3 %", 64, "chebyshev, warm"),
+        *(
+            (f"?{side} x {side}, alone", {"row": {"set": f"{side}x{side}", "variant": "principal_indices"}})
+            for side in (64, 128, 256, 512, 1024, 2048)
+        ),
+        ("?1536 x 576, alone", {"row": {"set": "1536x576", "variant": "principal_indices"}}),
     ]
 
 
@@ -153,6 +163,11 @@ def headline_rows() -> Rows:
         (label, {"memory": {**memory, "variant": held}, "training": {**training, "variant": trained}})
         for label, held, trained in (
             ("full fine-tuning, AdamW fused", "AdamW fused", "full fine-tuning, AdamW fused"),
+            (
+                "?full fine-tuning of the linear layers",
+                "AdamW fused",
+                "full fine-tuning of the linear layers, AdamW fused",
+            ),
             ("GaLore, r = 64", "GaLore, r = 64", "GaLore, r = 64"),
             ("SHiRA (peft)", "SHiRA (peft), AdamW fused", "SHiRA (peft), AdamW fused"),
             ("LoRA (peft)", "LoRA (peft), AdamW fused", "LoRA (peft), AdamW fused"),

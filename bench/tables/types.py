@@ -12,7 +12,11 @@ The column ``file`` is the name of the CSV.
 """
 
 Rows = list[tuple[str, Mapping[str, Selection]]]
-"""The label of each line, and which rows of the CSV the fields of its cells mean, by alias."""
+"""The label of each line, and which rows of the CSV the fields of its cells mean, by alias.
+
+An alias that ends in ``?`` may have no row. Then its cells are empty. A line whose label begins
+with ``?`` is left out where one of its aliases has no row.
+"""
 
 
 class TableError(ValueError):
@@ -29,11 +33,15 @@ class Table:
         rows: one line each, its ``label`` (a field of that name) and which rows of the CSV its
             other fields mean, by alias.
         each: a line for every selected row of the CSV, under the alias ``row``.
+        tuned: how many of ``rows`` are shown again, as measured with other settings.
 
-    A first cell like the one above it is left blank.
+    The rows of several folders come one after the other. Then a column says which level of the
+    compiled code they were measured with. A first cell like the one above it is left blank. A
+    column without any text is left out.
     """
 
     csv: str
     columns: Mapping[str, str]
     rows: Sequence[tuple[str, Mapping[str, Selection]]] = ()
     each: Sequence[Selection] = field(default=())
+    tuned: int = 0

@@ -46,6 +46,8 @@ def test_dry_run(tmp_path):
     assert rows[methods.MATRIX]["trained"] == rows[methods.PACKED]["trained"] == str(2 * (4 * 51 + 3 * 102))
     assert rows[LORA]["trained"] == rows[SHIRA]["trained"] == str(2 * (4 * 64 + 3 * 96))
     assert rows[methods.FULL]["trained"] == rows[methods.FULL]["parameters"] and rows[methods.FULL]["ratio"] == "1.0"
+    assert rows[methods.LINEAR]["trained"] == str(2 * (4 * 32 * 32 + 3 * 64 * 32))
+    assert rows[methods.LINEAR]["ratio_linear"] == "1.0" and float(rows[methods.PACKED]["ratio_linear"]) > 0
     assert all((tmp_path / f"training.{kind}").stat().st_size > 0 for kind in ("csv", "png"))
 
 
@@ -55,16 +57,34 @@ def test_counting():
     inside, head, count = 2 * (4 * 32 * 32 + 3 * 64 * 32), 64 * 32, 32
     attention = 6 * 16 * 32 * 2 * count
     assert methods.flops(methods.FULL, model, tokens) == 6 * count * (inside + head) + attention
-    for name in (methods.MATRIX, methods.PACKED, SHIRA):
+    for name in (methods.MATRIX, methods.PACKED, SHIRA, methods.LINEAR):
         assert methods.flops(name, model, tokens) == 6 * count * inside + 4 * count * head + attention
     assert methods.flops(LORA, model, tokens) == 4 * count * (inside + head) + attention + 6 * count * 1088
     assert methods.flops("GaLore, r = 64", model, tokens) == 6 * count * (inside + head) + attention + 4 * 32 * inside
     assert methods.optimizer_bytes(methods.Trainer(methods.FULL, model, tokens), model) == 28 * (
         inside + 2 * head + 5 * 32
     )
+    linear = methods.Trainer(methods.LINEAR, tiny(), tokens)
+    assert methods.optimizer_bytes(linear, linear.model) == 28 * inside
     lift = methods.Trainer(methods.MATRIX, tiny(), tokens)
     lines = Arena.of(lift.lists).line_bytes(4)
     assert methods.optimizer_bytes(lift, model) == 3 * lines + 1020 * 20
+
+
+def test_full_fine_tuning_of_the_linear_layers_leaves_the_rest():
+    model, plain = tiny(), tiny()
+    tokens = methods.random_tokens(64, (2, 16), "cpu")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = methods.Trainer(methods.LINEAR, model, tokens)
+    for _ in range(3):
+        trainer.step()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    weights = methods.matrices(model)
+    assert changed == {name for name, p in model.named_parameters() if any(p is w for w in weights)}
+    assert len(changed) == 14
+    expected = methods.reference_losses(plain, tokens, 3, train=methods.full_linear)
+    assert trainer.losses == pytest.approx(expected, rel=1e-5) and expected[2] < expected[0]
+    assert methods.reference_losses(plain, tokens, 3) != pytest.approx(expected, rel=1e-5)
 
 
 def test_reference_is_the_published_update():
