@@ -20,8 +20,11 @@ Bytes of the roofline, per step. Sparse: each distinct 64-byte line that selecte
 counts, for weights read and written, for dense gradients read. Each entry counts 4 (index) + 2
 moments read and written + 8 (master read and written) + a packed gradient. Dense: weight and
 moments are read and written, the gradient is read. The roofline is these bytes over the measured
-copy bandwidth. ``lines_per_s``: the lines of weights and dense gradients, each counted once, over
-the median.
+copy bandwidth.
+
+``lines_per_s``: the lines of weights and dense gradients, each counted once, over the median. Rows
+"scattered lines alone" visit these lines and compute nothing, which shows the machine's own rate.
+``share_of_lines``: their time over the step's. A share near 1 says that this resource is full.
 
     python -m bench.bench_sparse_adamw [--model DIR] [--runs 20] [--sets smollm2 4096x4096
         4096x11008] [--tuned] [--out DIR] [--dry-run]
@@ -41,7 +44,7 @@ import torch
 from torch import Tensor
 
 from bench import plots
-from bench.common import results, timing, tuned
+from bench.common import results, scattered_lines, timing, tuned
 from bench.common.arenas import Arena, clustered_indices
 from bench.common.matrices import model_weights
 from bench.common.steps import BF16, DENSITY, FP32, RANK, AuthorsStep, PackedVector, SparseStep, dense_step
@@ -59,10 +62,14 @@ COLUMNS = [
     "times_packed_vector",
     "floor_ms",
     "share_of_floor",
+    "share_of_lines",
     "status",
 ]
 VECTOR = {False: "packed vector: gather + AdamW fused + scatter", True: "packed vector: AdamW fused + scatter"}
 """The baseline on packed values, by whether the gradients are packed."""
+
+LINES = {False: "scattered lines alone, dense grads", True: "scattered lines alone, packed grads"}
+"""What visits the lines of a step and computes nothing."""
 
 SKIPPING = "refresh, skipping"
 
@@ -106,6 +113,10 @@ def candidates(
             result.append(Candidate(sparse_name(packed, label), sparse, sparse.roofline_bytes()))
     for packed, name in VECTOR.items():
         result.append(Candidate(name, PackedVector(weights, grads, arena, packed)))
+    if scattered_lines.usable():
+        for packed, name in LINES.items():
+            lines = scattered_lines.ScatteredLines(weights, None if packed else grads, arena)
+            result.append(Candidate(name, lines))
     if context:
         result.append(Candidate("AdamW for-loop", dense_step(weights, grads, foreach=False, fused=False)))
         result.append(Candidate("AdamW foreach", dense_step(weights, grads, foreach=True)))
@@ -117,12 +128,16 @@ def with_lines(row: dict, candidate: Candidate, times: dict[str, np.ndarray]) ->
     """The row with the columns that only some candidates have."""
     if isinstance(candidate.run, PackedVector):
         return row | {"scatter": candidate.run.scatter}
+    if isinstance(candidate.run, scattered_lines.ScatteredLines):
+        return row | {"lines_per_s": float(f"{candidate.run.count / np.median(times[candidate.name]):.4g}")}
     if not isinstance(candidate.run, SparseStep):
         return row
     against, own = times[VECTOR[candidate.run.packed]], times[candidate.name]
+    alone = times.get(LINES[candidate.run.packed])
     return row | {
         "times_packed_vector": float(f"{np.median(against / own):.4g}"),
         "lines_per_s": float(f"{candidate.run.scattered_lines() / np.median(own):.4g}"),
+        "share_of_lines": "" if alone is None else float(f"{np.median(alone / own):.4g}"),
     }
 
 
@@ -229,6 +244,7 @@ def with_refresh(row: dict, baseline: dict, name: str, seconds: float) -> dict:
         "share_of_floor": "",
         "times_packed_vector": "",
         "lines_per_s": "",
+        "share_of_lines": "",
     }
 
 

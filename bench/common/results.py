@@ -100,7 +100,7 @@ def cpu_level() -> str:
 
     ``LIFT_CPU_LEVEL`` chooses a lower one. It is empty without compiled code.
     """
-    return getattr(dispatch, "cpu_level", lambda: "")()
+    return dispatch.cpu_level()
 
 
 def device_name(device: str = "cpu") -> str:

@@ -183,8 +183,8 @@ def _batch_masks(
 
 def _select(
     factors: list[LowRankFactors], k: int, thresholds: list[Tensor | None], backend: str | None
-) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Index lists (b, k) and k-th magnitudes (b,) of b products, as one tensor or one by one.
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Index lists (k,) and k-th magnitudes (0-dim) of b products.
 
     ``thresholds`` are the k-th magnitudes of the last masks, where they are known. On a GPU,
     bitmaps (twice 1/8 byte per entry) and candidates (4 bytes for each of the k) need less than the
@@ -205,7 +205,8 @@ def _select(
         indices, magnitude = ops.lowrank_topk(factors[0].left, factors[0].right, k, bracket=bracket, backend=backend)
         return [indices], [magnitude]
     left, right = torch.stack([f.left for f in factors]), torch.stack([f.right for f in factors])
-    return ops.lowrank_topk(left, right, k, bracket=expected, backend=backend)
+    lists, magnitudes = ops.lowrank_topk(left, right, k, bracket=expected, backend=backend)
+    return list(lists), list(magnitudes)
 
 
 def _is_small(weight: Tensor) -> bool:

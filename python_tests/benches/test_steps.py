@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import os
+import shutil
 
 import pytest
 import torch
 
 from bench import bench_sparse_adamw
-from bench.common import steps
+from bench.common import scattered_lines, steps
 from bench.common.arenas import Arena, clustered_indices
 
 SHAPES = (40, 80), (96, 64)
@@ -70,6 +72,27 @@ def test_lines_are_counted_once():
     arena = Arena.of([torch.tensor([0, 1, 16], dtype=torch.int32)])
     for packed, lines in ((True, 2), (False, 4)):
         assert steps.SparseStep([weight], [weight.clone()], arena, packed=packed).scattered_lines() == lines
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_each_scattered_line_is_visited_once(threads, monkeypatch):
+    """Every visit adds 1 to the first word of a line. Gradients are only read."""
+    if not scattered_lines.usable():
+        assert shutil.which(os.environ.get("CXX", "g++")) is None
+        return
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    weights = [torch.randn(40, 50), torch.randn(3, 16), torch.randn(64, 64)]
+    grads = [w.clone() for w in weights]
+    lists = [torch.randperm(w.numel())[: w.numel() // 9].sort().values.int() for w in weights]
+    lines = scattered_lines.ScatteredLines(weights, grads, Arena.of(lists))
+    assert lines.count == 2 * sum(len((index // 16).unique()) for index in lists)
+    lines()
+    for weight, grad, seen, index in zip(weights, grads, lines.tensors, lists):
+        expected = torch.zeros(weight.numel())
+        expected[(index // 16).unique().long() * 16] = 1
+        assert torch.equal(seen.view(-1), expected) and torch.equal(weight, grad)
+    alone = scattered_lines.ScatteredLines(weights, None, Arena.of(lists))
+    assert 2 * alone.count == lines.count
 
 
 @pytest.mark.native
