@@ -27,7 +27,7 @@ constexpr int kBandRows = 48;  // rows that share a pass over the right factor
 constexpr int64_t kSerialCopies = 1 << 18, kSerialProducts = 1 << 21;
 // Of entries that are drawn to predict the k-th key: one in kSampled, within bounds. One drawn entry
 // takes about as long as ten entries more in the bracket.
-constexpr int64_t kSampled = 128, kLeastSamples = 1024, kMostSamples = 16384;
+constexpr int64_t kSampled = 128, kLeastSamples = 256, kMostSamples = 16384, kSerialSamples = 1024;
 constexpr double kDeviations = 3.0;  // half the bracket; one in four hundred is missed
 
 struct Tile {
@@ -255,7 +255,7 @@ struct Bracket {
 Bracket sampled_bracket(const Product& product, int64_t numel, int64_t k, ParallelFor parallel_for) {
   const int64_t count = std::min(numel, std::clamp(numel / kSampled, kLeastSamples, kMostSamples));
   std::vector<uint32_t> keys(static_cast<size_t>(count));
-  for_ranges(count <= kLeastSamples ? nullptr : parallel_for, count, [&](int64_t begin, int64_t end) {
+  for_ranges(count < kSerialSamples ? nullptr : parallel_for, count, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t start = i * numel / count, length = (i + 1) * numel / count - start;
       keys[size_t(i)] = key_of(product.magnitude(start + counter_hash(uint32_t(i)) % length));

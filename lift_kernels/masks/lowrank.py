@@ -64,6 +64,7 @@ class LowRankFactors(NamedTuple):
         return self.converged
 
 
+@torch.no_grad()
 def low_rank_factors(
     weight: Tensor,
     rank: int,
@@ -96,7 +97,6 @@ def low_rank_factors(
     )[0]
 
 
-@torch.no_grad()
 def batched_factors(
     weights: Sequence[Tensor],
     rank: int,
@@ -108,6 +108,8 @@ def batched_factors(
     names: Sequence[str] | None = None,
 ) -> list[LowRankFactors]:
     """`low_rank_factors` of matrices of one shape, dtype and device, computed together.
+
+    Called where no gradients are recorded.
 
     Those with a warm start are iterated first, the others and those that did not converge after
     them.

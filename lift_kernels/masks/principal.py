@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import threshold_bracket
-from ..validation import require
 from .budget import entry_count
 from .lowrank import TOLERANCE, LowRankFactors, batched_factors
 
@@ -101,11 +100,20 @@ def principal_indices(
 
     Raises ValueError, naming ``name``, for a rank or a k out of range and for non-finite weights.
     """
-    require(weight.dim() == 2, f"{name}: a matrix is needed, got shape {tuple(weight.shape)}")
+    if weight.dim() != 2:
+        raise ValueError(f"{name}: a matrix is needed, got shape {tuple(weight.shape)}")
     k = entry_count(weight.shape, k=k, density=density, budget_rank=budget_rank, name=name)
-    request = MaskRequest(weight, rank, k, name, warm_start)
-    masks = principal_masks([request], method=method, generator=generator, tolerance=tolerance, backend=backend)
-    return masks[0].indices
+    with torch.no_grad():
+        (factors,) = batched_factors(
+            [weight],
+            rank,
+            method=method,
+            generator=generator,
+            warm_starts=[warm_start],
+            tolerance=tolerance,
+            names=[name],
+        )
+        return ops.lowrank_topk(factors.left, factors.right, k, backend=backend)[0]
 
 
 def principal_masks(
