@@ -39,7 +39,11 @@ LIFT_TARGET void compute_keys(const float* const* rows, const float* panels, int
   return uint64_t(_mm_movemask_ps(reinterpret_cast<__m128>(a >= b)));
 #else
   const Keys bits = reinterpret_cast<Keys>(a >= b) & Keys{1, 2, 4, 8};
+#if defined(__aarch64__)
+  return vaddvq_u32(reinterpret_cast<uint32x4_t>(bits));
+#else
   return (bits[0] + bits[1]) + (bits[2] + bits[3]);
+#endif
 #endif
 }
 
