@@ -59,7 +59,7 @@ bench: setup $(VENV)/.peers
 
 # What the kernels compile to, and the tables of the READMEs from the CSVs.
 report: setup
-	$(BIN)/python -m bench.kernels.report --csv bench/results/compiled/kernels.csv
+	$(BIN)/python -m bench.kernels.report --csv bench/results/compiled/kernels.csv --cpu-csv bench/results/compiled/cpu_loops.csv
 	$(BIN)/python -m bench.tables
 
 lint: setup

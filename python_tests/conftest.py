@@ -9,6 +9,8 @@ mark ``gpu`` and are the only ones that may be skipped. The other run,
 
 from __future__ import annotations
 
+import platform
+
 import pytest
 import torch
 from helpers.backends import OPS_BY_LEVEL, BackendDevice, cpu_level
@@ -80,6 +82,14 @@ def kernels():
     from bench.kernels.compile import survey
 
     return survey()
+
+
+@pytest.fixture(scope="session")
+def cpu_objects(tmp_path_factory):
+    """The object files of the extension by name, compiled for this machine as setup.py does."""
+    from helpers.native_objects import compile_all
+
+    return compile_all(tmp_path_factory.mktemp("cpu_objects"), platform.machine())
 
 
 @pytest.hookimpl(tryfirst=True)
