@@ -9,7 +9,7 @@ export GOMP_SPINCOUNT ?= 0
 # torch asks for huge pages for its large CPU tensors: fewer address translations for scattered entries.
 export THP_MEM_ALLOC_ENABLE ?= 1
 
-.PHONY: setup finetune test bench report lint wheel clean
+.PHONY: setup finetune test cross bench report lint wheel clean
 setup: $(VENV)/.native
 
 $(VENV)/.packages: .ci/requirements.txt
@@ -33,6 +33,10 @@ test: setup
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -p no:cacheprovider -m interpreter $(ARGS); interpreted=$$?; \
 	wait $$slow; slow=$$?; cat $(VENV)/slow.log; \
 	exit $$((plain ? plain : interpreted ? interpreted : slow))
+
+# Other machines: the extension compiled for aarch64, and the CPU kernels in emulation. As root it installs the tools; a minute.
+cross: setup
+	@.ci/cross
 
 # The peers of the extra [bench], one by one: one that cannot be had is named in its row. Nothing installed is replaced, torch least.
 PEERS := bitsandbytes flashoptim galore-torch apollo-torch torchao scikit-learn
