@@ -68,7 +68,7 @@ def used() -> str:
 def description() -> str:
     """Return the level in use, and whether LIFT_CPU_LEVEL was changed too late."""
     now = os.environ.get(VARIABLE, "")
-    if now == asked():
+    if _full_name(now) == _full_name(asked()):
         return used()
     change = f"{VARIABLE}={now}" if now else f"the removal of {VARIABLE}"
     return f"{used()}; {change} came too late, after the library was loaded: set it before the process starts"

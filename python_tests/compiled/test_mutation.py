@@ -182,7 +182,9 @@ MUTANTS = [
     Mutant("rows of the tile exchanged", "native-cpu", NATIVE_PRODUCT, "+= rows[i][p]", "+= rows[i ^ 1][p]"),
     Mutant("panel of the first columns for all", "native-cpu", NATIVE_PRODUCT, "panels + column * rank", "panels"),
     Mutant("signs kept", "native-cpu", NATIVE_PRODUCT, "& 0x7fffffffu", "& 0xffffffffu"),
-    Mutant("bound left out", "native-cpu", NATIVE_PRODUCT, "bound - Keys{}", "bound + 1 - Keys{}"),
+    Mutant(
+        "bound left out", "native-cpu", NATIVE_PRODUCT, "(keys + j), bound - Keys{}", "(keys + j), bound + 1 - Keys{}"
+    ),
     Mutant(
         "candidates in no order",
         "native-cpu",

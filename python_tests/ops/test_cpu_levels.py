@@ -118,6 +118,9 @@ def test_a_level_that_came_too_late(monkeypatch, asked, now, change):
         monkeypatch.setenv("LIFT_CPU_LEVEL", now)
     late = f"{dispatch.cpu_level()}; {change} came too late, after the library was loaded"
     assert cpu_levels.description() == f"{late}: set it before the process starts"
+    monkeypatch.setenv("LIFT_CPU_LEVEL", asked.removeprefix("x86-64-"))  # another name of the same level
+    assert cpu_levels.description() == dispatch.cpu_level()
+    monkeypatch.setenv("LIFT_CPU_LEVEL", now or "")
     monkeypatch.setattr(cpu_levels, "wrong_choice", lambda: "")  # the lowest level of another architecture
     found = lift_kernels.backends()["native-cpu"]
     assert found.usable and f"compiled C++ for the CPU, {late}" in found.reason
