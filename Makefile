@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: setup finetune test bench report lint wheel clean
+.PHONY: setup finetune test cross bench report lint wheel clean
 setup: $(VENV)/.native
 
 $(VENV)/.packages: .ci/requirements.txt
@@ -33,6 +33,10 @@ test: setup
 	wait $$slow; slow=$$?; cat $(VENV)/slow.log; \
 	exit $$((plain ? plain : interpreted ? interpreted : slow))
 
+# Other machines: the extension compiled for aarch64, and the CPU kernels in emulation. As root it installs the tools; a minute.
+cross: setup
+	@.ci/cross
+
 # The peers of the extra [bench], one by one: one that cannot be had is named in its row. Nothing installed is replaced, torch least.
 PEERS := bitsandbytes flashoptim galore-torch apollo-torch torchao scikit-learn
 $(VENV)/.peers: $(VENV)/.packages pyproject.toml
@@ -59,7 +63,7 @@ bench: setup $(VENV)/.peers
 
 # What the kernels compile to, and the tables of the READMEs from the CSVs.
 report: setup
-	$(BIN)/python -m bench.kernels.report --csv bench/results/compiled/kernels.csv
+	$(BIN)/python -m bench.kernels.report --csv bench/results/compiled/kernels.csv --cpu-csv bench/results/compiled/cpu_loops.csv
 	$(BIN)/python -m bench.tables
 
 lint: setup

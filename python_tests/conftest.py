@@ -1,19 +1,22 @@
 """The fixture `backend`: each test of an op runs on every backend that this machine can run.
 
-The suite runs twice. The plain run tests the reference and the native C++ ops on the CPU. If there
-is a CUDA device, it also tests Triton and the native CUDA ops there. These tests have the mark
-``gpu`` and are the only ones that may be skipped. The other run,
+The suite runs twice. The plain run tests the reference and the native C++ ops on the CPU. Ops with
+loops for each level of instruction sets are tested at every level of the machine. If there is a
+CUDA device, the plain run also tests Triton and the native CUDA ops there. These tests have the
+mark ``gpu`` and are the only ones that may be skipped. The other run,
 ``TRITON_INTERPRET=1 pytest -m interpreter``, tests the Triton kernels on CPU tensors.
 """
 
 from __future__ import annotations
 
+import platform
+
 import pytest
 import torch
-from helpers.backends import BackendDevice
+from helpers.backends import OPS_BY_LEVEL, BackendDevice, cpu_level
 from helpers.extras import MISSING
 
-from lift_kernels.ops import dispatch
+from lift_kernels.ops import cpu_levels, dispatch
 
 collect_ignore = [file for file, names in MISSING.items() if names]
 
@@ -37,7 +40,23 @@ def backend_params(test_name: str) -> list:
     return [
         pytest.param(BackendDevice("reference", "cpu"), id="reference"),
         pytest.param(BackendDevice("native-cpu", "cpu"), id="native-cpu", marks=pytest.mark.native),
+        *level_params(test_name),
         *(pytest.param(BackendDevice(name, "cuda"), id=f"{name}-on-gpu", marks=pytest.mark.gpu) for name in on_cuda),
+    ]
+
+
+def level_params(test_name: str) -> list:
+    """One more `native-cpu` for each level of the CPU that is not in use.
+
+    They are for tests that are named after an op with loops of its own for each level.
+    """
+    used = dispatch.cpu_level()
+    if not used or not test_name.startswith(tuple(f"test_{op}" for op in OPS_BY_LEVEL)):
+        return []
+    return [
+        pytest.param(BackendDevice("native-cpu", "cpu", level), id=f"native-cpu-{level}", marks=pytest.mark.native)
+        for level in cpu_levels.levels()
+        if level != used
     ]
 
 
@@ -46,12 +65,31 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("backend", backend_params(metafunc.function.__name__))
 
 
+@pytest.fixture(autouse=True)
+def level_of_backend(request):
+    """Let the CPU ops of a test use the level that its parameter `backend` names."""
+    backend = request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
+    if not getattr(backend, "level", ""):
+        yield
+        return
+    with cpu_level(backend.level):
+        yield
+
+
 @pytest.fixture(scope="session")
 def kernels():
     """Records of `bench.kernels.compile`: all Triton and CUDA kernels, compiled once per target."""
     from bench.kernels.compile import survey
 
     return survey()
+
+
+@pytest.fixture(scope="session")
+def cpu_objects(tmp_path_factory):
+    """The object files of the extension by name, compiled for this machine as setup.py does."""
+    from helpers.native_objects import compile_all
+
+    return compile_all(tmp_path_factory.mktemp("cpu_objects"), platform.machine())
 
 
 @pytest.hookimpl(tryfirst=True)

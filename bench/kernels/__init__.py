@@ -1,1 +1,1 @@
-"""What the Triton and CUDA kernels compile to. Needs no GPU."""
+"""What the Triton and CUDA kernels and the loops of the CPU ops compile to. Needs no GPU."""

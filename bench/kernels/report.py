@@ -1,12 +1,15 @@
 """Every Triton and CUDA kernel compiled for sm_80, sm_90 and sm_100, and its machine code.
 
-It needs no GPU.
+The loops of the CPU ops are reported for each level of instruction sets. It needs no GPU, and no
+CPU that has the levels.
 
-    python -m bench.kernels.report [--only TEXT] [--markdown] [--csv PATH]
+    python -m bench.kernels.report [--only TEXT] [--cpu] [--markdown] [--csv PATH] [--cpu-csv PATH]
 
 The exit status is 1 when a kernel spills, uses local memory, fits on no multiprocessor, lost wide
-accesses that `bench.kernels.cases` declares, or multiplies by other units than declared. Without
-nvcc a row says so and Triton is reported alone.
+accesses that `bench.kernels.cases` declares, or multiplies by other units than declared. It is 1,
+too, when the loops of a CPU op compute with scalars or with narrower vectors than the level has,
+leave sums on the stack from one iteration to the next, or fuse multiply-adds where they must not.
+Without nvcc or a C++ compiler for an architecture, a row says so.
 
 - ``regs``: registers a thread. ``shared``: bytes a block, static + dynamic.
 - ``spills``: loads and stores of local memory in the code. ``local``: bytes of stack and local
@@ -21,6 +24,15 @@ nvcc a row says so and Triton is reported alone.
   every 128-bit load and copy of its code once: 16 bytes x (loads + copies) x resident threads.
   Narrow and gathered accesses are not in it, so it is 0 for a kernel that has no others. A copy
   pipeline counts with all of its stages.
+
+The rows of the CPU are the functions of the tables in csrc/cpu/levels.h, counted in their main
+loops (`bench.kernels.cpu`).
+
+- ``vectors``: bits of the widest vectors, and after the slash those that are needed.
+- ``multiply-adds``: fused, or a multiplication and an addition apart.
+- ``scalar``: instructions on one float, or that move one lane.
+- ``stack``: loads and, after the plus, stores of whole vectors. Constants are among the loads.
+  ``carried``: vectors that one iteration leaves there for the next.
 """
 
 from __future__ import annotations
@@ -34,6 +46,7 @@ from importlib import metadata
 from pathlib import Path
 
 from bench.common import results
+from bench.kernels import cpu
 from bench.kernels.compile import SYSTEM_SHARED, Compiled, no_nvcc, nvcc, survey
 
 COLUMNS = (
@@ -183,6 +196,15 @@ def nvcc_version() -> str:
     return f"nvcc {text.split('release ')[1].split(',')[0]}"
 
 
+def show(rows: Sequence[dict[str, str]], columns: Sequence[str], markdown: bool) -> None:
+    if not markdown:
+        results.show(rows, columns)
+        return
+    print("| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
+    for row in rows:
+        print("| " + " | ".join(row.get(column, "") for column in columns) + " |")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report.
 
@@ -190,24 +212,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose name contains TEXT")
+    parser.add_argument("--cpu", action="store_true", help="only the loops of the CPU ops")
     parser.add_argument("--markdown", action="store_true", help="a Markdown table")
     parser.add_argument("--csv", type=Path, metavar="PATH", help="write all counts to this file, too")
+    parser.add_argument("--cpu-csv", type=Path, metavar="PATH", help="and those of the CPU to this one")
     arguments = parser.parse_args(argv)
     try:
-        records = survey(arguments.only)
+        records = [] if arguments.cpu else survey(arguments.only)
+        loops = cpu.survey(arguments.only)
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 2
     table = [line(record) for record in records]
-    missing = no_nvcc()
-    if missing:
-        table.append({"kernel": missing, "verdict": "not compiled"})
-    if arguments.markdown:
-        print("| " + " | ".join(COLUMNS) + " |\n|" + " --- |" * len(COLUMNS))
-        for row in table:
-            print("| " + " | ".join(row.get(column, "") for column in COLUMNS) + " |")
-    else:
-        results.show(table, COLUMNS)
+    if no_nvcc() and not arguments.cpu:
+        table.append({"kernel": no_nvcc(), "verdict": "not compiled"})
+    cpu_table = [cpu.line(one) for one in loops]
+    absent = [reason for architecture in cpu.LEVELS if (reason := cpu.missing(architecture))]
+    cpu_table += [{"function": reason, "verdict": "not compiled"} for reason in absent]
+    for rows, columns in ((table, COLUMNS), (cpu_table, cpu.COLUMNS)):
+        if rows:
+            show(rows, columns, arguments.markdown)
+    if arguments.cpu_csv:
+        commit = results.commit()
+        results.write_csv(arguments.cpu_csv, [cpu.csv_row(one, commit) for one in loops])
     if arguments.csv:
         compilers = {"triton": f"triton {metadata.version('triton')}", "cuda": nvcc_version()}
         commit = results.commit()
@@ -215,7 +242,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     wrong = [
         f"{record.kernel}, sm_{record.target}: {', '.join(faults(record))}" for record in records if faults(record)
     ]
-    print("\n".join(wrong) or f"{len(records)} compilations, no faults", file=sys.stderr)
+    wrong += [f"{one.function}, {one.level}: {', '.join(cpu.faults(one))}" for one in loops if cpu.faults(one)]
+    print("\n".join(wrong) or f"{len(records) + len(loops)} compilations, no faults", file=sys.stderr)
     return 1 if wrong else 0
 
 

@@ -155,6 +155,24 @@ def kernel_rows() -> Rows:
     ]
 
 
+def cpu_loop_rows() -> Rows:
+    """The loops of the CPU ops, at each level of instruction sets."""
+    levels = {"all": "*", "v2": "x86-64-v2", "v3": "x86-64-v3", "v4": "x86-64-v4", "arm": "aarch64"}
+    functions = [
+        *("update: fp32", "update: bf16", "update_per_entry: fp32", "update_per_entry: bf16"),
+        *("widen: bf16", "widen: fp16", "round_nearest: bf16", "round_nearest: fp16"),
+        *("round_stochastic: bf16", "round_stochastic: fp16"),
+        *("add_squares: fp32", "add_squares: bf16", "add_squares: fp16", "compute_keys", "at_least"),
+    ]
+    return [
+        (
+            f"`{function.partition(':')[0]}`{function.partition(':')[2]}",
+            {alias: {"function": function, "level": level} for alias, level in levels.items()},
+        )
+        for function in functions
+    ]
+
+
 def headline_rows() -> Rows:
     """Memory and speed of training by each method, from two CSVs."""
     memory = {"file": "memory.csv", "set": "fp32"}

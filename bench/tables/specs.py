@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bench.tables.rows import (
     baseline_rows,
+    cpu_loop_rows,
     headline_rows,
     kernel_rows,
     mask_rows,
@@ -235,6 +236,26 @@ TABLES = {
             "stack": "{all.stack_bytes}",
         },
         [(label.removeprefix("CUDA "), picks) for label, picks in kernel_rows() if label.startswith("CUDA")],
+    ),
+    "cpu-loops": Table(
+        "cpu_loops.csv",
+        {
+            "loop": "{label}",
+            "vector bits v2": "{v2.vector_bits}",
+            "v3": "{v3.vector_bits}",
+            "v4": "{v4.vector_bits}",
+            "aarch64": "{arm.vector_bits}",
+            "multiply-adds v2, v3, v4, aarch64": "{v2.multiply_adds}, {v3.multiply_adds}, {v4.multiply_adds}, "
+            "{arm.multiply_adds}",
+            "scalar": "{all.scalar_instructions}",
+            "vectors from the stack, loads v2": "{v2.stack_loads}",
+            "v3 ": "{v3.stack_loads}",
+            "v4 ": "{v4.stack_loads}",
+            "aarch64 ": "{arm.stack_loads}",
+            "stores": "{all.stack_stores}",
+            "from one iteration to the next": "{all.carried_spills}",
+        },
+        cpu_loop_rows(),
     ),
     "refresh-cost": Table(
         "refresh_cost.csv",

@@ -46,13 +46,13 @@ struct F16 {
   static constexpr int number = int(DType::f16);
   using Storage = uint16_t;
   static float widen(uint16_t x) {
-    // Shift exponent and mantissa into place, then multiply by 2^112. Infinities and NaN keep an
-    // exponent of all ones.
+    // Shift exponent and mantissa into place, then multiply by 2^112, which is exact. Infinities and
+    // NaN get an exponent of all ones. It is not chosen by a branch, so that sums vectorize, too.
     const uint32_t sign = uint32_t(x & 0x8000u) << 16;
     const uint32_t magnitude = uint32_t(x & 0x7fffu) << 13;
     const float scaled = float_of(magnitude) * float_of(0x77800000u);
-    const uint32_t special = magnitude | 0x7f800000u;
-    return float_of(sign | ((x & 0x7c00u) == 0x7c00u ? special : bits_of(scaled)));
+    const uint32_t special = -uint32_t(int32_t(magnitude) > 0x0f7fffff) & 0x7f800000u;
+    return float_of(sign | special | bits_of(scaled));
   }
   static uint16_t round(float x) {  // to nearest even
     const uint32_t bits = bits_of(x);

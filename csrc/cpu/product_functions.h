@@ -29,17 +29,16 @@ LIFT_TARGET void compute_keys(const float* const* rows, const float* panels, int
   }
 }
 
+#if defined(__x86_64__)
+
 // Bit j of the result is set if lane j of a and of b compare as a >= b.
 [[gnu::always_inline]] LIFT_TARGET inline uint64_t lanes_at_least(Keys a, Keys b) {
 #if LIFT_LANES == 16
   return _mm512_cmpge_epu32_mask(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b));
 #elif LIFT_LANES == 8
   return uint64_t(_mm256_movemask_ps(reinterpret_cast<__m256>(a >= b)));
-#elif defined(__x86_64__)
-  return uint64_t(_mm_movemask_ps(reinterpret_cast<__m128>(a >= b)));
 #else
-  const Keys bits = reinterpret_cast<Keys>(a >= b) & Keys{1, 2, 4, 8};
-  return (bits[0] + bits[1]) + (bits[2] + bits[3]);
+  return uint64_t(_mm_movemask_ps(reinterpret_cast<__m128>(a >= b)));
 #endif
 }
 
@@ -49,6 +48,29 @@ LIFT_TARGET uint64_t at_least(const uint32_t* keys, uint32_t bound) {
     word |= lanes_at_least(*reinterpret_cast<const UnalignedKeys*>(keys + j), bound - Keys{}) << j;
   return word;
 }
+
+#else
+
+// A lane collects one bit of each of eight vectors. So lanes are joined twice and not sixteen times.
+LIFT_TARGET uint64_t at_least(const uint32_t* keys, uint32_t bound) {
+  constexpr int kHalf = kWordBits / 2;
+  uint64_t word = 0;
+  for (int half = 0; half < kWordBits; half += kHalf) {
+    Keys bits = {};
+    for (int j = 0; j < kHalf; j += kLanes) {
+      const Keys now = *reinterpret_cast<const UnalignedKeys*>(keys + half + j);
+      bits |= reinterpret_cast<Keys>(now >= bound - Keys{}) & (Keys{1, 2, 4, 8} << j);
+    }
+#if defined(__aarch64__)
+    word |= uint64_t(vaddvq_u32(reinterpret_cast<uint32x4_t>(bits))) << half;
+#else
+    word |= uint64_t((bits[0] | bits[1]) | (bits[2] | bits[3])) << half;
+#endif
+  }
+  return word;
+}
+
+#endif
 
 constexpr ProductLoops loops = {compute_keys, at_least, kPanelColumns};
 

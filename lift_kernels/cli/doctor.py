@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..ops import dispatch
+from ..ops import cpu_levels, dispatch
 from .selfcheck import OK, check_backend, check_optimizer
 
 EXTRAS = {
@@ -104,9 +104,12 @@ def _backends() -> list[Line]:
             device = "cuda" if name == "native-cuda" or (name == "triton" and not dispatch.interpreting()) else "cpu"
             problems = check_backend(name, device)
             good = f"{len(dispatch.ops_of(name))} ops agree with the reference on {device} tensors"
-            lines.append(Line(BROKEN if problems else OK, name, "; ".join(problems) or good))
+            level = f" ({cpu_levels.description()})" if name == "native-cpu" else ""
+            lines.append(Line(BROKEN if problems else OK, name, ("; ".join(problems) or good) + level))
         elif name == "triton" and importlib.util.find_spec("triton") is not None:
             lines.append(_triton_interpreter(backend.reason))
+        elif name == "native-cpu" and dispatch.wrong_cpu_level():
+            lines.append(Line(BROKEN, name, backend.reason, fatal=True))
         else:
             lines.append(Line(ABSENT, name, backend.reason))
     return lines
@@ -142,6 +145,9 @@ def _triton_interpreter(reason: str) -> Line:
 def _defaults() -> list[Line]:
     lines = []
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+        if device == "cpu" and dispatch.wrong_cpu_level():
+            lines.append(Line(BROKEN, "default on cpu", f"no op runs: {dispatch.wrong_cpu_level()}", fatal=True))
+            continue
         name = dispatch.choose(None, torch.device(device), "sparse_adamw_")
         problems = check_backend(name, device) or check_optimizer(device)
         if problems:

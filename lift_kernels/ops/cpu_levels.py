@@ -49,22 +49,29 @@ def problem() -> str:
 
 
 def wrong_choice() -> str:
-    """Return what is wrong with the level that was asked for, or an empty string."""
+    """Return what is wrong with the level that was asked for, or an empty string.
+
+    On a CPU without any level no choice would be right, so none is wrong.
+    """
     name = _full_name(asked())
-    if not name or name in levels():
+    if not name or not levels() or name in levels():
         return ""
     what = "a level that this CPU lacks" if name in _X86 and levels()[0] in _X86 else "no level of this CPU"
     return f"{VARIABLE}={asked()} names {what}; choose one of {', '.join(levels())}, or leave it unset for the highest"
 
 
+def used() -> str:
+    """Return the level in use. Needs a level."""
+    return levels()[torch.ops.lift_kernels_native.cpu_level()]
+
+
 def description() -> str:
     """Return the level in use, and whether LIFT_CPU_LEVEL was changed too late."""
-    used = levels()[torch.ops.lift_kernels_native.cpu_level()]
     now = os.environ.get(VARIABLE, "")
-    if now == asked():
-        return used
+    if _full_name(now) == _full_name(asked()):
+        return used()
     change = f"{VARIABLE}={now}" if now else f"the removal of {VARIABLE}"
-    return f"{used}; {change} came too late, after the library was loaded: set it before the process starts"
+    return f"{used()}; {change} came too late, after the library was loaded: set it before the process starts"
 
 
 def _full_name(name: str) -> str:

@@ -121,9 +121,12 @@ def cpu_level() -> str:
     It is the highest that the CPU has, or the one that LIFT_CPU_LEVEL named when the library was
     loaded. It is empty where the compiled code cannot run.
     """
-    return (
-        "" if _load_native() or cpu_levels.problem() else cpu_levels.levels()[torch.ops.lift_kernels_native.cpu_level()]
-    )
+    return "" if _load_native() or cpu_levels.problem() else cpu_levels.used()
+
+
+def wrong_cpu_level() -> str:
+    """Return why the level that LIFT_CPU_LEVEL names cannot be used, or an empty string."""
+    return "" if _load_native() else cpu_levels.wrong_choice()
 
 
 @functools.cache
@@ -134,8 +137,8 @@ def _default(device_type: str, candidates: tuple[str, ...]) -> str:
     be a fallback that nobody wants.
     """
     names = [name for name in candidates if _DEFAULT_DEVICE[name] in (device_type, None)]
-    if "native-cpu" in names and not _load_native() and cpu_levels.wrong_choice():
-        raise ValueError(cpu_levels.wrong_choice())
+    if "native-cpu" in names and wrong_cpu_level():
+        raise ValueError(wrong_cpu_level())
     chosen = next(name for name in names if not _problem(name, device_type))
     if chosen != names[0]:
         _warn_once(chosen, device_type, names[0])

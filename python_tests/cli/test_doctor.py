@@ -10,9 +10,10 @@ import importlib.metadata
 import pytest
 import torch
 
+import lift_kernels
 from lift_kernels import ops
 from lift_kernels.cli import doctor, main, selfcheck
-from lift_kernels.ops import dispatch
+from lift_kernels.ops import cpu_levels, dispatch
 
 
 def report(capsys) -> tuple[int, dict[str, tuple[str, str]]]:
@@ -34,7 +35,9 @@ def no_subprocess(monkeypatch):
 def test_a_sound_machine(capsys):
     code, lines = report(capsys)
     assert code == 0
-    assert lines["native-cpu"] == ("OK", "8 ops agree with the reference on cpu tensors")
+    level = lift_kernels.backends()["native-cpu"].reason.removeprefix("compiled C++ for the CPU, ")
+    assert lines["native-cpu"] == ("OK", f"8 ops agree with the reference on cpu tensors ({level})")
+    assert level.startswith(dispatch.cpu_level())
     assert lines["reference"][0] == "OK" and torch.__version__ in lines["machine"][1]
     assert lines["triton"][0] == "OK" and lines["triton"][1].startswith("9 ops agree with the reference")
     assert lines["default on cpu"] == ("OK", "native-cpu is used; three steps of LiftAdamW agree with the reference")
@@ -71,6 +74,29 @@ def test_a_wrong_default_backend_is_found(monkeypatch, capsys, no_subprocess, op
         assert found in lines["native-cpu"][1]
         assert "pip install --no-build-isolation ." in lines["default on cpu"][1]
         assert lines["reference"][0] == "OK"
+
+
+@pytest.mark.native
+def test_a_wrong_level_is_said_with_the_choices(monkeypatch, capsys):
+    """The report goes on to its end, and the command fails."""
+    monkeypatch.setattr(cpu_levels, "asked", lambda: "fast")
+    dispatch._default.cache_clear()
+    try:
+        code, lines = report(capsys)
+    finally:
+        dispatch._default.cache_clear()
+    wrong = f"LIFT_CPU_LEVEL=fast names no level of this CPU; choose one of {', '.join(cpu_levels.levels())}, or leave "
+    assert code == 1 and lines["native-cpu"] == ("BROKEN", f"{wrong}it unset for the highest")
+    assert lines["default on cpu"] == ("BROKEN", f"no op runs: {wrong}it unset for the highest")
+    assert lines["reference"][0] == lines["triton"][0] == "OK" and "package triton" in lines
+
+
+@pytest.mark.native
+def test_a_level_that_came_too_late_is_said(monkeypatch, capsys, no_subprocess):
+    monkeypatch.setenv("LIFT_CPU_LEVEL", "v2" if cpu_levels.asked() != "v2" else "v3")
+    code, lines = report(capsys)
+    assert code == 0 and f"({dispatch.cpu_level()}; LIFT_CPU_LEVEL=v" in lines["native-cpu"][1]
+    assert "came too late, after the library was loaded" in lines["native-cpu"][1]
 
 
 def test_a_missing_extension_is_said_with_its_remedy(monkeypatch, capsys, no_subprocess):

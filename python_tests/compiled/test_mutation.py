@@ -50,6 +50,8 @@ NATIVE, NATIVE_BLOCKS, NATIVE_PACKED = (
     "csrc/cpu/guided_schedule.h",
     "csrc/cpu/packed_ops.cpp",
 )
+NATIVE_SCALARS, NATIVE_STEP = "csrc/cpu/adamw_update.h", "csrc/cpu/step_functions.h"
+NATIVE_PRODUCT = "csrc/cpu/product_functions.h"
 NATIVE_SELECT, TRITON_SELECT = "csrc/cpu/lowrank_topk.cpp", "lift_kernels/ops/triton/lowrank_topk.py"
 TRITON_BITMAP = "lift_kernels/ops/triton/bitmap_to_indices.py"
 NATIVE_ARENA, TRITON_ARENA = "csrc/cpu/arena_migrate.cpp", "lift_kernels/ops/triton/arena_migrate.py"
@@ -83,7 +85,13 @@ MUTANTS = [
         "        w.mul_(1 - lr * weight_decay); weight.mul_(1 - lr * weight_decay)\n",
     ),
     Mutant("gradient scale ignored", "reference", REFERENCE, "g = g * inv_scale.to(compute)", "pass"),
-    Mutant("no first bias correction", "native-cpu", NATIVE, "a.lr / (1 - std::pow(a.beta1, double(step)))", "a.lr"),
+    Mutant(
+        "no first bias correction",
+        "native-cpu",
+        NATIVE_SCALARS,
+        "a.lr / (1 - std::pow(a.beta1, double(step)))",
+        "a.lr",
+    ),
     Mutant("ages off by one", "native-cpu", SCALARS, "age = torch.arange(", "age = 1 + torch.arange("),
     Mutant(
         "scalars of the first matrix for all",
@@ -92,8 +100,19 @@ MUTANTS = [
         "scalars.emplace_back(adamw, segments[i].step)",
         "scalars.emplace_back(adamw, segments[0].step)",
     ),
-    Mutant("no bias correction", "native-cpu", NATIVE, "* s.inv_sqrt_bc2 + s.eps", "+ s.eps"),
-    Mutant("no decay", "native-cpu", NATIVE, "w[j] * s.decay - s.step_size * now.m", "w[j] - s.step_size * now.m"),
+    Mutant("no bias correction", "native-cpu", NATIVE_STEP, "* own.inv_sqrt_bc2 + own.eps", "+ own.eps"),
+    Mutant(
+        "no decay",
+        "native-cpu",
+        NATIVE_STEP,
+        "w[j] * own.decay - own.step_size * now.m",
+        "w[j] - own.step_size * now.m",
+    ),
+    Mutant(
+        "correction of the first entry for all", "native-cpu", NATIVE_STEP, "inv_bc1[j] * now.m", "inv_bc1[0] * now.m"
+    ),
+    Mutant("noise of the first entry", "native-cpu", NATIVE_STEP, "position + uint32_t(j)", "position"),
+    Mutant("norm: last entries left out", "native-cpu", NATIVE_STEP, "for (; j < n; ++j) {", "for (; j < 0; ++j) {"),
     Mutant("index shifted", "native-cpu", NATIVE, "weight[index[j]] = rounded[j]", "weight[index[j] + 1] = rounded[j]"),
     Mutant(
         "last block skipped",
@@ -160,6 +179,12 @@ MUTANTS = [
         "indices + k, row * n + 1, below",
     ),
     Mutant("ties to the higher position", "native-cpu", NATIVE_SELECT, "index < other.index", "index > other.index"),
+    Mutant("rows of the tile exchanged", "native-cpu", NATIVE_PRODUCT, "+= rows[i][p]", "+= rows[i ^ 1][p]"),
+    Mutant("panel of the first columns for all", "native-cpu", NATIVE_PRODUCT, "panels + column * rank", "panels"),
+    Mutant("signs kept", "native-cpu", NATIVE_PRODUCT, "& 0x7fffffffu", "& 0xffffffffu"),
+    Mutant(
+        "bound left out", "native-cpu", NATIVE_PRODUCT, "(keys + j), bound - Keys{}", "(keys + j), bound + 1 - Keys{}"
+    ),
     Mutant(
         "candidates in no order",
         "native-cpu",
@@ -272,6 +297,17 @@ def compile_native(source: Path, build: Path, *names: str) -> None:
         subprocess.run([os.environ.get("CXX", "g++"), *flags, *includes, "-c", source / name, "-o", target], check=True)
 
 
+def including(file: str) -> list[str]:
+    """The C++ files that must be compiled again when a file of ``csrc/cpu`` changes."""
+    included = {
+        path.name: re.findall(r'"(?:\.\./)?(\w+\.h)"', path.read_text()) for path in (ROOT / "csrc" / "cpu").iterdir()
+    }
+    names = {Path(file).name}
+    for _ in included:  # a header may be included by another one
+        names |= {name for name, headers in included.items() if names & set(headers)}
+    return sorted(f"csrc/cpu/{name}" for name in names if name.endswith(".cpp"))
+
+
 @pytest.fixture(scope="module")
 def intact_objects(tmp_path_factory) -> Path:
     """A folder with every object file of the native CPU ops."""
@@ -298,7 +334,7 @@ def build_copy(mutant: Mutant, objects: Path, copy: Path) -> None:
         )
         (copy / mutant.file).write_text(text.replace(mutant.old, mutant.new))
         if mutant.file.startswith("csrc"):
-            compile_native(copy, build, NATIVE if mutant.file == NATIVE_BLOCKS else mutant.file)
+            compile_native(copy, build, *including(mutant.file))
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
     target = ["-o", copy / "lift_kernels" / "_C.abi3.so"]
     subprocess.run([os.environ.get("CXX", "g++"), "-shared", *build.glob("*.o"), *libraries, *target], check=True)
@@ -343,12 +379,12 @@ def run_core(copies: dict[Mutant, Path], interpret: str) -> None:
             files = ["python_tests/ops/test_bitmap_to_indices.py"]
         elif mutant.name.startswith("arena"):
             files = ["python_tests/ops/test_arena_migrate.py"]
-        elif mutant.file in (NATIVE_SELECT, TRITON_SELECT):
+        elif mutant.file in (NATIVE_SELECT, NATIVE_PRODUCT, TRITON_SELECT):
             files = ["python_tests/ops/test_lowrank_topk.py"]
         elif mutant.file in (NATIVE_GRAD, TRITON_GRAD) or mutant.name == "sides exchanged":
             files = files[2:]
         elif mutant.file:
-            files = files[1:2] if "packed" in mutant.file else files[:1]
+            files = files[1:2] if "packed" in mutant.file or mutant.name.startswith("norm") else files[:1]
         lines.append(" ".join([str(copy), f"{mutant.backend} and ({CORE})".replace(" ", "+"), *files]))
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": "", "TRITON_INTERPRET": interpret}
     subprocess.run([sys.executable, "-c", RUNNER, "\n".join(lines)], env=os.environ | settings, cwd="/", check=True)
@@ -360,7 +396,7 @@ def outputs(request, intact_objects, tmp_path_factory) -> dict[Mutant, str]:
 
     Two processes run the mutants, one of them with Triton's interpreter.
     """
-    items = [item for item in request.session.items if item.path == request.path]
+    items = [item for item in request.session.items if getattr(item, "originalname", "") == "test_mutation"]
     selected = [item.callspec.params["mutant"] for item in items]
     copies = {mutant: tmp_path_factory.mktemp("copy") for mutant in selected}
     interpreted = {mutant: copy for mutant, copy in copies.items() if mutant.backend == "triton"}
@@ -369,6 +405,13 @@ def outputs(request, intact_objects, tmp_path_factory) -> dict[Mutant, str]:
         list(pool.map(lambda mutant: build_copy(mutant, intact_objects, copies[mutant]), selected))
         list(pool.map(run_core, (interpreted, compiled), ("1", "0")))
     return {mutant: (copy / "output").read_text() for mutant, copy in copies.items()}
+
+
+def test_a_changed_header_compiles_what_includes_it():
+    assert including(NATIVE_PRODUCT) == ["csrc/cpu/product_loops.cpp"]
+    assert including(NATIVE_SCALARS) == ["csrc/cpu/sparse_adamw.cpp", "csrc/cpu/step_loops.cpp"]
+    assert including(NATIVE_BLOCKS) == [NATIVE] and including(NATIVE_PACKED) == [NATIVE_PACKED]
+    assert len(including("csrc/cpu/dtypes.h")) == 5
 
 
 @pytest.mark.slow

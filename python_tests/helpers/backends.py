@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lift_kernels.ops import dispatch
+import torch
+
+from lift_kernels.ops import cpu_levels, dispatch
 
 
 @dataclass(frozen=True)
@@ -13,9 +17,24 @@ class BackendDevice:
 
     name: str
     device: str
+    level: str = ""  # of the CPU ops; empty for the one in use
 
 
 REFERENCE = BackendDevice("reference", "cpu")
+OPS_BY_LEVEL = ("sparse_adamw", "packed_l2_norm", "lowrank_topk")
+"""Ops whose loops are compiled for each level of instruction sets (csrc/cpu/levels.h)."""
+
+
+@contextlib.contextmanager
+def cpu_level(name: str) -> Iterator[None]:
+    """Let the CPU ops use a level, and afterwards the one that they used before."""
+    native = torch.ops.lift_kernels_native
+    before = native.cpu_level()
+    native.use_cpu_level(cpu_levels.levels().index(name))
+    try:
+        yield
+    finally:
+        native.use_cpu_level(before)
 
 
 def backend_of(backend: BackendDevice, op: str) -> str | None:

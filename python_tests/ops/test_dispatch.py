@@ -6,14 +6,10 @@ Importing the package needs none of them.
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers.bits import HANG_S
+from helpers.processes import run_code
 
 import lift_kernels
 from lift_kernels import LiftAdamW
@@ -47,31 +43,6 @@ dispatch.native_library = lambda: None
 """
 
 
-def run(code: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run code in a process of its own, without this one's interpreter mode."""
-    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    path = os.pathsep.join([str(Path(lift_kernels.__file__).parents[1]), inherited.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=inherited | {"PYTHONPATH": path} | environment,
-        capture_output=True,
-        text=True,
-        timeout=HANG_S,
-    )
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-@pytest.fixture
-def fresh():
-    """Dispatch as in a new process, which makes and logs each choice once."""
-    for cached in (dispatch.native_op, dispatch._default, dispatch._warn_once):
-        cached.cache_clear()
-    yield
-    for cached in (dispatch.native_op, dispatch._default, dispatch._warn_once):
-        cached.cache_clear()
-
-
 @pytest.fixture
 def no_native(monkeypatch, fresh):
     missing = dispatch.Backend(False, "the compiled extension is missing")
@@ -92,25 +63,25 @@ def test_import_loads_neither_triton_nor_the_extension():
     unwanted = {"triton", "transformers", "accelerate", "peft"}
     code = f"import sys, lift_kernels; print({unwanted} & set(sys.modules))"
     loads = "; from lift_kernels.ops import dispatch; print(dispatch._load_native.cache_info().misses)"
-    assert run(code + loads).stdout.split() == ["set()", "0"]
+    assert run_code(code + loads).stdout.split() == ["set()", "0"]
 
 
 @pytest.mark.parametrize("blocked", [("triton",), ("transformers", "accelerate", "peft", "safetensors", "gguf")])
 def test_without_optional_packages(blocked):
-    done = run(WITHOUT.format(blocked=blocked) + STEP + "print(lift_kernels.backends()['triton'])")
+    done = run_code(WITHOUT.format(blocked=blocked) + STEP + "print(lift_kernels.backends()['triton'])")
     assert done.stdout.startswith("moved 60")
     if blocked == ("triton",):
         assert "usable=False" in done.stdout and "triton is not installed; pip install triton" in done.stdout
 
 
 def test_without_cuda():
-    done = run(STEP + "print(lift_kernels.backends())", CUDA_VISIBLE_DEVICES="")
+    done = run_code(STEP + "print(lift_kernels.backends())", CUDA_VISIBLE_DEVICES="")
     assert done.stdout.startswith("moved 60") and "'triton': Backend(usable=False" in done.stdout
 
 
 def test_without_the_extension():
     """The reference runs, and one warning says so and why."""
-    done = run(NO_EXTENSION + STEP + "print(lift_kernels.backends()['native-cpu'])")
+    done = run_code(NO_EXTENSION + STEP + "print(lift_kernels.backends()['native-cpu'])")
     assert done.stdout.startswith("moved 60") and "usable=False" in done.stdout
     assert "the compiled extension lift_kernels._C is missing" in done.stdout
     warnings = [line for line in done.stderr.splitlines() if "falling back" in line]
@@ -119,7 +90,7 @@ def test_without_the_extension():
 
 
 def test_without_extension_triton_and_optional_packages():
-    done = run(WITHOUT.format(blocked=("triton", "transformers", "accelerate", "peft")) + NO_EXTENSION + STEP)
+    done = run_code(WITHOUT.format(blocked=("triton", "transformers", "accelerate", "peft")) + NO_EXTENSION + STEP)
     assert done.stdout.startswith("moved 60")
 
 
