@@ -55,13 +55,25 @@ def interrupted(monkeypatch, settings: Settings, after: int, resumed: bool = Fal
 FORMS = {
     "lift": {},
     "bf16": {"dtype": "bfloat16"},
+    "skipping": {"refresh_drift": 0.05},
     "random": {"method": "random"},
     "lora": {"method": "lora"},
     "full": {"method": "full", "lr": 1e-3},
 }
 
 
-CASES = [("lift", 0), ("lift", 2), ("lift", 3), ("lift", 4), ("bf16", 3), ("random", 2), ("lora", 3), ("full", 5)]
+CASES = [
+    ("lift", 0),
+    ("lift", 2),
+    ("lift", 3),
+    ("lift", 4),
+    ("bf16", 3),
+    ("skipping", 3),
+    ("skipping", 5),
+    ("random", 2),
+    ("lora", 3),
+    ("full", 5),
+]
 
 
 @pytest.mark.parametrize(("form", "at"), CASES)
