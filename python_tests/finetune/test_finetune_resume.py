@@ -93,6 +93,14 @@ def test_resuming_changes_no_bit(tiny, tmp_path, monkeypatch, undisturbed, form,
     assert_same_end(tmp_path / "run", undisturbed(form))
 
 
+def test_the_skipping_run_skips_some_refreshes_and_not_others(undisturbed):
+    report = json.loads((undisturbed("skipping") / "report.json").read_text())
+    assert report["refreshes.skipped"] > 0 and report["refreshes.matrices"] > 0
+    assert [row["step"] for row in report["refreshes.due"]] == [3, 6]
+    saved = load_checkpoint(undisturbed("skipping") / run_dir.CHECKPOINT)["optimizer"]
+    assert all({"drift_values", "drift_rate"} <= entry.keys() for entry in saved["state"].values())
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tiny, tmp_path_factory):
     """Folders of uninterrupted runs, by form."""
