@@ -13,6 +13,7 @@ from torch import nn
 
 from lift_kernels import LiftAdamW, pack_gradients, principal_indices
 from lift_kernels.optim import drift
+from lift_kernels.optim.packed_state import PackedState
 from lift_kernels.optim.refresh import RefreshReport
 
 ALL = {"refresh_interval": 3, "refresh_drift": 1.0}
@@ -235,6 +236,33 @@ def test_weights_that_are_not_finite_are_an_error_and_not_skipped():
         weights[1].view(-1)[optimizer.state[weights[1]]["indices"][:1].long()] = math.nan
     with pytest.raises(ValueError, match=r"1\.weight: 1 non-finite weights"):
         train(optimizer, [2])
+
+
+def test_a_prediction_sees_weights_that_were_changed_from_outside():
+    """Masters follow them first."""
+    weights, optimizer = make(dtype=BF16, **ALL)
+    train(optimizer, range(2))
+    with torch.no_grad():
+        weights[0].mul_(1.25)
+    optimizer.refresh()
+    changed, other = (1 - matrix.predicted for matrix in optimizer.last_refresh.matrices)
+    assert changed == pytest.approx(0.25 * drift.MARGIN * drift.TYPICAL_RATE, rel=0.05) and other < 0.01
+
+
+def test_a_refresh_that_fails_in_the_middle_leaves_no_values_of_another_mask(monkeypatch):
+    _, optimizer = make(**ALL)
+    train(optimizer, range(2))
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedState, "migrate", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            optimizer.refresh()
+    assert drift_of(optimizer) == [None, None]
+    train(optimizer, [2])
+    assert len(optimizer.last_refresh.matrices) == 2
 
 
 def test_the_bound_can_be_set_and_taken_away_later():
