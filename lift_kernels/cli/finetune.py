@@ -36,6 +36,13 @@ def add_parser(commands: Any) -> None:
     add("--rank", type=int, help="rank of the approximation that selects the entries (default: 64)")
     add("--budget-rank", type=int, help="train (rows + columns) x this many entries per matrix, instead of --density")
     add("--refresh-interval", type=int, metavar="STEPS", help="steps between mask refreshes, 0 for none (default: 25)")
+    add(
+        "--refresh-drift",
+        type=float,
+        metavar="SHARE",
+        help="refresh a mask only when this share of its entries would change, by prediction; 0 refreshes all "
+        "(default: 0.03)",
+    )
     add("--steps", type=int, help="optimizer steps (default: 60)")
     add("--lr", type=float, help="peak learning rate (default: 1e-3; full: 1e-4)")
     add("--batch-size", type=int, help="problems per step (default: 8)")

@@ -13,6 +13,8 @@ METHODS = ("lift", "full", "lora", "random")
 LEARNING_RATES = {"lift": 1e-3, "random": 1e-3, "lora": 1e-3, "full": 1e-4}
 """Default peak learning rate of each method."""
 GRADIENTS = ("packed", "dense")
+REFRESH_DRIFT = 0.03
+"""Default of ``refresh_drift``; docs/guide.md says what it was measured on."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -29,6 +31,8 @@ class Settings:
         rank: rank of the approximation that selects the entries.
         budget_rank: train (rows + columns) x budget_rank entries per matrix, in place of density.
         refresh_interval: steps between mask refreshes; 0 for none.
+        refresh_drift: a mask is refreshed when this share of its entries would change, by
+            prediction; 0 refreshes every mask. Method random has no drift.
         steps: optimizer steps.
         lr: peak learning rate; None takes the method's default.
         batch_size: problems per step.
@@ -53,6 +57,7 @@ class Settings:
     rank: int = 64
     budget_rank: int | None = None
     refresh_interval: int = 25
+    refresh_drift: float = REFRESH_DRIFT
     steps: int = 60
     lr: float | None = None
     batch_size: int = 8
@@ -79,6 +84,8 @@ class Settings:
                 raise UserError(f"{field} is {getattr(self, field)}; it must not be negative")
         if not 0 < self.density <= 1:
             raise UserError(f"density is {self.density}; it must be above 0 and at most 1")
+        if not 0 <= self.refresh_drift <= 1:
+            raise UserError(f"refresh_drift is {self.refresh_drift}; it must be at least 0 and at most 1")
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise UserError(f"lr is {self.lr}; it must be a positive number")
         if self.device == "cuda" and not torch.cuda.is_available():

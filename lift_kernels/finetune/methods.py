@@ -54,6 +54,7 @@ def prepare(model, settings: Settings, clock: Clock):
             betas=BETAS,
             rank=settings.rank,
             refresh_interval=settings.refresh_interval or None,
+            refresh_drift=(settings.refresh_drift or None) if selection == "principal" else None,
             max_grad_norm=CLIP_NORM,
             selection=selection,
             warm_start=None,  # bases would enlarge the state by a quarter, and a run has few refreshes to speed up

@@ -45,7 +45,11 @@ def table(report: Report) -> str:
     state, dense = get("optimizer_state_bytes.measured"), get("optimizer_state_bytes.dense")
     gradients, dense_gradients = get("gradient_bytes.measured"), get("gradient_bytes.dense")
     per_entry = f", {get('extra_bytes.an_entry'):.2f} bytes per entry" if get("extra_bytes.an_entry") else ""
-    refreshes = get("refreshes")
+    refreshes, skipped = get("refreshes"), get("refreshes.skipped")
+    per_refresh = f"{get('seconds.refresh'):.3f} s each (median of {refreshes})" if refreshes else "none"
+    if skipped:
+        due, overlap = skipped + get("refreshes.matrices"), get("refreshes.skipped_overlap")
+        per_refresh += f"; {skipped} of {due} masks skipped, predicted overlap {overlap:.4f}"
     costs = [
         ("trained entries", f"{get('entries'):,} of {get('covered_weights'):,} ({get('density'):.2%})"),
         ("optimizer state", f"{_mib(state)}, dense fp32 AdamW {_mib(dense)} ({state / dense:.1%})"),
@@ -53,7 +57,7 @@ def table(report: Report) -> str:
         ("on top of the frozen model", f"{_mib(get('extra_bytes.measured'))}{per_entry}"),
         ("forward + backward", f"{get('seconds.forward_backward'):.3f} s per step (median of {get('settings.steps')})"),
         ("optimizer step", f"{get('seconds.step'):.3f} s per step (median)"),
-        ("mask refresh", f"{get('seconds.refresh'):.3f} s each (median of {refreshes})" if refreshes else "none"),
+        ("mask refresh", per_refresh),
         ("whole run", f"{get('seconds.total'):.0f} s, of which training took {get('seconds.train'):.0f} s"),
         ("model", get("model.description")),
         ("data", get("data.description")),

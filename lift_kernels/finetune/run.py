@@ -283,7 +283,7 @@ def _results(
         **dict(sorted((before[0] | after[0]).items())),
         "exact_match.problems": len(job.heldout),
         **sizes,
-        "refreshes": len(clock.refreshes),
+        **clock.refresh_figures(),
         "seconds.forward_backward": median(clock.forward_backward),
         "seconds.step": median(clock.steps),
         "seconds.refresh": median(clock.refreshes.values()) if clock.refreshes else 0.0,

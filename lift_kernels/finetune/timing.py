@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from .._storage import storage_bytes
@@ -43,9 +44,12 @@ class Clock(TrainerCallback):
         steps: seconds of each optimizer step.
         refreshes: seconds of each mask refresh, by the number of steps before it.
         gradient_bytes: size of the gradients of the last backward pass.
+        due: of every time that masks were due: the step, how many of them were refreshed and how
+            many skipped, their overlap with the masks before, and the predicted overlap of those
+            that were skipped.
     """
 
-    KEPT = ("forward_backward", "steps", "refreshes", "gradient_bytes")  # attributes saved in checkpoints
+    KEPT = ("forward_backward", "steps", "refreshes", "gradient_bytes", "due")  # attributes saved in checkpoints
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -53,6 +57,8 @@ class Clock(TrainerCallback):
         self.steps: list[float] = []
         self.refreshes: dict[int, float] = {}
         self.gradient_bytes = 0
+        self.due: list[dict[str, Any]] = []
+        self._seen: Any = None  # report of the last refresh
 
     def now(self) -> float:
         """Return the time in seconds, after all queued work of the device."""
@@ -68,6 +74,7 @@ class Clock(TrainerCallback):
         return result
 
     def on_step_begin(self, args, state, control, **kwargs):
+        self._seen = _last_refresh(kwargs["optimizer"])
         self.start = self.now()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
@@ -78,8 +85,33 @@ class Clock(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.steps.append(self.now() - self.start)
-        if kwargs["optimizer"].param_groups[0].get("steps_since_refresh") == 0:
-            self.refreshes[len(self.steps)] = self.steps[-1]
+        report, number = _last_refresh(kwargs["optimizer"]), len(self.steps)
+        if report is self._seen:
+            return
+        if report.matrices:
+            self.refreshes[number] = self.steps[-1]
+        self.due.append(
+            {
+                "step": number,
+                "refreshed": len(report.matrices),
+                "skipped": len(report.skipped),
+                "overlap": report.overlap,
+                "predicted_overlap": report.predicted_overlap,
+            }
+        )
+        tqdm.write(f"refresh at step {number}: {report}")
+
+    def refresh_figures(self) -> dict[str, Any]:
+        """Return what became of the masks that were due, by report key."""
+        skipped = sum(row["skipped"] for row in self.due)
+        predicted = [row["skipped"] * row["predicted_overlap"] for row in self.due if row["skipped"]]
+        return {
+            "refreshes": len(self.refreshes),
+            "refreshes.matrices": sum(row["refreshed"] for row in self.due),
+            "refreshes.skipped": skipped,
+            "refreshes.skipped_overlap": sum(predicted) / skipped if skipped else None,
+            "refreshes.due": self.due,
+        }
 
     def separate_refreshes(self) -> None:
         """Split each step that ended with a refresh into the step and the refresh.
@@ -90,3 +122,8 @@ class Clock(TrainerCallback):
         own = median(plain) if plain else 0.0
         self.refreshes = {at: spent - own if at else spent for at, spent in self.refreshes.items()}
         self.steps = plain or self.steps
+
+
+def _last_refresh(optimizer: Any) -> Any:
+    """Return the `RefreshReport` of a LiftAdamW, which accelerate may have wrapped, or None."""
+    return getattr(getattr(optimizer, "optimizer", optimizer), "last_refresh", None)

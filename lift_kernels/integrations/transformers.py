@@ -31,6 +31,9 @@ class LiftCallback(TrainerCallback):
     Logged:
         lift_density: share of the matrices' entries that is trained.
         lift_mask_overlap: share of the last mask's entries that the mask before it had too.
+        lift_refresh_skipped: share of the due masks that the last refresh skipped, given a
+            ``refresh_drift``.
+        lift_predicted_overlap: predicted overlap of the masks that the last refresh skipped.
         lift_refresh_seconds: seconds of the last refresh (`LiftAdamW.last_refresh`), all masks.
         lift_grad_norm: norm of the gradient over trained entries, before clipping.
         lift_update_norm: norm of the change of the trained entries at this step.
@@ -83,6 +86,11 @@ class LiftCallback(TrainerCallback):
         report = lift.last_refresh
         if report is not None and report.overlap is not None:
             self.figures["lift_mask_overlap"], self.figures["lift_refresh_seconds"] = report.overlap, report.seconds
+        if report is not None and any(group["refresh_drift"] is not None for group in lift.param_groups):
+            due = len(report.skipped) + len(report.matrices)
+            self.figures["lift_refresh_skipped"] = len(report.skipped) / max(1, due)
+            if report.predicted_overlap is not None:
+                self.figures["lift_predicted_overlap"] = report.predicted_overlap
         if self._before:
             changes = [
                 torch.linalg.vector_norm(packed_gather(matrix, indices).float() - old.float())

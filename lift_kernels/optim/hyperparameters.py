@@ -61,6 +61,11 @@ def check_group(group: dict[str, Any]) -> None:
         interval is None or (isinstance(interval, int) and interval >= 1),
         f"refresh_interval must be a number of steps or None, got {interval!r}",
     )
+    bound = group.get("refresh_drift")  # State dicts and pickles of version 0.1 lack it.
+    require(
+        bound is None or (isinstance(bound, (int, float)) and not isinstance(bound, bool) and 0 <= bound <= 1),
+        f"refresh_drift must be a share of entries from 0 to 1 or None, got {bound!r}",
+    )
     schedule = group["refresh_schedule"]
     require(schedule in ("all", "spread"), f"refresh_schedule must be 'all' or 'spread', got {schedule!r}")
     bias, master, rounding = group["bias_correction"], group["master"], group["rounding"]
@@ -79,6 +84,15 @@ def check_group(group: dict[str, Any]) -> None:
         TypeError,
     )
     require(group["lift"] in (True, False, None), f"lift must be True, False or None, got {group['lift']!r}")
+
+
+def check_drift_bound(group: dict[str, Any], selection: Any) -> None:
+    """Raise ValueError, naming option and value, if nothing predicts the drift of its masks."""
+    bound = group.get("refresh_drift")
+    require(
+        bound is None or selection == "principal",
+        f"refresh_drift={bound} predicts the drift of principal weights; leave it None with selection={selection!r}",
+    )
 
 
 def check_settings(

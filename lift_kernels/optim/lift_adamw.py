@@ -16,10 +16,10 @@ from ..nn import optimizer_hooks, trainable
 from ..ops import dispatch
 from .bucket import Sweep, any_infinite, gradient_factor
 from .dense_adamw import dense_adamw_
-from .hyperparameters import check_group, check_parameters, check_settings
-from .matrix_ref import MatrixRef, names_of, parameters_of
+from .hyperparameters import check_drift_bound, check_group, check_parameters, check_settings
+from .matrix_ref import names_of, parameters_of
 from .matrix_table import MaskOptions, MatrixTable
-from .refresh import RefreshReport, RefreshSchedule, report_on
+from .refresh import RefreshReport, RefreshSchedule, renew, report_on
 from .state_dict import before_load, check_fits, compact, in_own_order, load_dense, saved_form
 
 _SETTINGS = (  # optimizer-wide, not of a group
@@ -51,6 +51,8 @@ class LiftAdamW(Optimizer):
         budget_rank: k = (m + n) * budget_rank. Given, it takes precedence over ``density``.
         refresh_interval: steps between masks. None keeps the first mask.
         refresh_schedule: ``"all"`` renews all masks after an interval, ``"spread"`` a few a step.
+        refresh_drift: a matrix that is due keeps its mask while less than this share of its entries
+            would change, by prediction. None: it is always refreshed (the paper).
         bias_correction: ``"global"`` counts the steps of a matrix (the paper). ``"per_entry"``
             counts those since an entry came in.
         master: ``"fp32"`` keeps fp32 masters of bf16/fp16 weights. None rounds the weight itself.
@@ -71,7 +73,7 @@ class LiftAdamW(Optimizer):
             first step after each mask. A difference is a RuntimeError on every rank.
 
     Attributes:
-        last_refresh: `RefreshReport` of the last masks, None before the first.
+        last_refresh: `RefreshReport` of the last masks, new and skipped, None before the first.
         grad_norm: 0-dim norm over all trained entries at the last step that clipped, else None.
 
     Raises ValueError or TypeError, naming the parameter and the value, for options and parameters
@@ -94,6 +96,7 @@ class LiftAdamW(Optimizer):
         budget_rank: int | None = None,
         refresh_interval: int | None = 200,
         refresh_schedule: str = "all",
+        refresh_drift: float | None = None,
         bias_correction: str = "global",
         master: str | None = "fp32",
         rounding: str = "nearest",
@@ -119,6 +122,7 @@ class LiftAdamW(Optimizer):
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, density=density
         )
         options |= dict(budget_rank=budget_rank, refresh_interval=refresh_interval, refresh_schedule=refresh_schedule)
+        options |= dict(refresh_drift=refresh_drift)
         options |= dict(bias_correction=bias_correction, master=master, rounding=rounding, state_dtype=state_dtype)
         options |= dict(capturable=capturable, maximize=maximize, lift=None, steps_since_refresh=0)
         super().__init__(params, options)
@@ -136,6 +140,7 @@ class LiftAdamW(Optimizer):
         group = self.param_groups[-1]
         try:
             check_group(group)
+            check_drift_bound(group, self.selection)
             sparse = check_parameters(group, names_of(group, len(self.param_groups) - 1), self.backend)
         except (ValueError, TypeError, RuntimeError):
             self.param_groups.pop()
@@ -184,7 +189,7 @@ class LiftAdamW(Optimizer):
         if self._schedule.count_step(groups, found_inf) and not dispatch.capturing():
             due = self._schedule.due(groups, table.refs)
             if due:
-                self._renew(due)
+                self.last_refresh = renew(self._table, due, self._mask_options(), self.state)
             self._schedule.restart(groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -214,7 +219,7 @@ class LiftAdamW(Optimizer):
         if self._table.missing:
             self._make_first_masks()
         if old:
-            self._renew(old)
+            self.last_refresh = renew(self._table, old, self._mask_options(), self.state, always=True)
             for group in self.param_groups:
                 group["steps_since_refresh"] = 0
         if any(group["capturable"] for group in self.param_groups):
@@ -222,10 +227,6 @@ class LiftAdamW(Optimizer):
 
     def _make_first_masks(self) -> None:
         self.last_refresh = report_on(*self._table.make_first_masks(self._mask_options(), self.state), None)
-
-    def _renew(self, due: list[MatrixRef]) -> None:
-        """New masks for matrices that have one."""
-        self.last_refresh = report_on(due, *self._table.renew(due, self._mask_options(), self.state))
 
     def _mask_options(self) -> MaskOptions:
         return MaskOptions(self.selection, self.seed, self.mask_method, self.backend, self.warm_start)

@@ -25,6 +25,7 @@ class MatrixRef:
         trainable: where its gradient is, and its matrix.
         arena, row: where its state is; None and -1 before the first mask.
         warm: ``basis`` and ``threshold`` of its last mask, for a warm start.
+        drift: what `drift` keeps, where the group bounds the drift of masks.
     """
 
     number: int
@@ -35,6 +36,7 @@ class MatrixRef:
     arena: PackedState | None = None
     row: int = -1
     warm: dict[str, Tensor] = field(default_factory=dict)
+    drift: dict[str, Tensor] = field(default_factory=dict)
 
     def request(self) -> SelectionRequest:
         """What the next mask is made from."""
@@ -61,6 +63,11 @@ class MatrixRef:
         """Views of its state (`PackedState.views`)."""
         assert self.arena is not None, f"{self.name} has no mask yet"
         return self.arena.views(self.row)
+
+    def entries(self) -> int:
+        """How many entries its mask has."""
+        assert self.arena is not None, f"{self.name} has no mask yet"
+        return self.arena.counts[self.row]
 
     def kind(self) -> tuple[torch.device, torch.dtype, torch.dtype, bool, bool]:
         """Device, weight dtype and form of state: those of one kind share an arena."""

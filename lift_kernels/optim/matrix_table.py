@@ -16,6 +16,7 @@ from ..masks.selection import make_masks, warm_part
 from ..nn import trainable
 from ..ops import dispatch
 from ..validation import require
+from . import drift
 from .hyperparameters import is_sparse
 from .matrix_ref import DenseRef, MatrixRef, names_of
 from .packed_state import PackedState
@@ -125,6 +126,7 @@ class MatrixTable:
         try:
             self.adopt(missing, entries, options.warm_start)
         finally:
+            drift.note([ref for ref in missing if ref.arena is not None])
             self.publish([ref for ref in missing if ref.arena is not None], state)
         self._masks_took = sum(mask.seconds for mask in masks)
         return new, masks
@@ -193,6 +195,8 @@ class MatrixTable:
         self.follow(groups)
         refs = [ref for ref in self.refs if entries.get(ref.parameter)]
         self.adopt(refs, [entries[ref.parameter] for ref in refs], warm_start)
+        for ref in refs:
+            ref.drift = drift.saved_part(ref, entries[ref.parameter])
         self.publish(refs, state)
 
     def migrate(
@@ -207,12 +211,14 @@ class MatrixTable:
         arenas = [arena for arena in self.arenas.values() if members[id(arena)]]
         for arena in arenas:  # A weight that cannot be used raises before any arena is changed.
             arena.regather_masters([refs[i].row for i in members[id(arena)]])
+        drift.forget(refs)
         for arena in arenas:
             places = members[id(arena)]
             rows, lists = [refs[i].row for i in places], [masks[i].indices for i in places]
             kept.update(zip(places, arena.migrate(rows, lists, validate=False, backend=backend).unbind()))
         for ref, mask in zip(refs, masks):
             ref.warm = warm_part(mask._asdict(), ref.parameter, warm_start)
+        drift.note(refs)
         self.unseen.update(dict.fromkeys(refs))
         return [kept[i] for i in range(len(refs))]
 
@@ -225,11 +231,11 @@ class MatrixTable:
         for ref in refs if same else self._known.values():
             entry = state.get(ref.parameter, {})
             if same and "indices" in entry and ref.trainable.is_bound(entry):
-                for key in ("basis", "threshold"):
+                for key in ("basis", "threshold", *drift.STATE_KEYS):
                     entry.pop(key, None)
-                entry.update(ref.warm)
+                entry.update(ref.warm | ref.drift)
             elif ref.arena is not None:
-                state[ref.parameter] = ref.views() | ref.warm
+                state[ref.parameter] = ref.views() | ref.warm | ref.drift
                 ref.trainable.bind(state[ref.parameter])
         self._shown = self.version
 

@@ -1,16 +1,18 @@
-"""The refresh schedule: which matrices are due for a new mask; and the report of a refresh."""
+"""Refreshes: which matrices are due for a new mask, the refresh itself, and its report."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..masks.principal import Mask
+from . import drift
 from .matrix_ref import MatrixRef
+from .matrix_table import MaskOptions, MatrixTable
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class MatrixRefresh:
         converged: False when the iteration ended before its Ritz energy stalled.
         overlap: share of the k entries that were in the old mask, None for a first mask.
         seconds: that its mask took.
+        predicted: overlap that the drift of its entries let expect, None without ``refresh_drift``.
     """
 
     name: str
@@ -35,6 +38,7 @@ class MatrixRefresh:
     converged: bool
     overlap: float | None
     seconds: float
+    predicted: float | None = None
 
     @property
     def settled(self) -> bool:
@@ -42,11 +46,31 @@ class MatrixRefresh:
         return self.converged
 
 
+class SkippedRefresh(NamedTuple):
+    """A matrix that was due and kept its mask, because it had drifted less than ``refresh_drift``.
+
+    Attributes:
+        name: of the parameter.
+        entries: k.
+        predicted: overlap that its mask would have with a new one, by prediction.
+    """
+
+    name: str
+    entries: int
+    predicted: float
+
+
 @dataclass(frozen=True)
 class RefreshReport:
-    """One refresh, matrix by matrix."""
+    """One refresh, matrix by matrix.
+
+    Attributes:
+        matrices: those that got a new mask.
+        skipped: those that were due and kept theirs.
+    """
 
     matrices: tuple[MatrixRefresh, ...]
+    skipped: tuple[SkippedRefresh, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -55,11 +79,13 @@ class RefreshReport:
 
     @property
     def overlap(self) -> float | None:
-        """Share of all entries that stayed, or None for first masks."""
-        known = [
-            (matrix.overlap * matrix.entries, matrix.entries) for matrix in self.matrices if matrix.overlap is not None
-        ]
-        return sum(stayed for stayed, _ in known) / max(1, sum(k for _, k in known)) if known else None
+        """Share of all entries that stayed, or None for first masks and where none was renewed."""
+        return _mean((matrix.overlap, matrix.entries) for matrix in self.matrices)
+
+    @property
+    def predicted_overlap(self) -> float | None:
+        """Predicted overlap of all skipped masks with new ones, or None where none was skipped."""
+        return _mean((matrix.predicted, matrix.entries) for matrix in self.skipped)
 
     @property
     def not_converged(self) -> tuple[str, ...]:
@@ -71,12 +97,60 @@ class RefreshReport:
         """The old name of ``not_converged``; it goes with the next release."""
         return self.not_converged
 
+    def __str__(self) -> str:
+        """One line: how many masks were renewed and skipped, and their overlaps."""
+        due = len(self.matrices) + len(self.skipped)
+        text = f"{len(self.matrices)} of {due} matrices"
+        if self.overlap is not None:
+            text += f" (overlap {self.overlap:.4f})"
+        if self.predicted_overlap is not None:
+            text += f", {len(self.skipped)} skipped (predicted overlap {self.predicted_overlap:.4f})"
+        return text
 
-def report_on(due: Sequence[MatrixRef], masks: Sequence[Mask], stayed: Sequence[Tensor] | None) -> RefreshReport:
+
+def _mean(shares: Iterable[tuple[float | None, int]]) -> float | None:
+    """The mean of known shares of entries, each with its number of entries."""
+    known = [(share, entries) for share, entries in shares if share is not None]
+    return sum(share * k for share, k in known) / max(1, sum(k for _, k in known)) if known else None
+
+
+def renew(
+    table: MatrixTable, due: Sequence[MatrixRef], options: MaskOptions, state: dict[Tensor, Any], always: bool = False
+) -> RefreshReport:
+    """New masks for the matrices ``due``, which have one, where the old mask has drifted.
+
+    Args:
+        always: renew them whatever their drift.
+        state: of the optimizer, which shows the new masks.
+    """
+    drifts = drift.predict(due) if options.selection == "principal" else {}
+    stale = [ref for ref in due if always or drift.is_stale(ref, drifts.get(ref))]
+    renewed = set(stale)
+    kept = [ref for ref in due if ref not in renewed]
+    report = report_on(stale, *table.renew(stale, options, state), drifts) if stale else RefreshReport(())
+    for ref, matrix in zip(stale, report.matrices):
+        if matrix.overlap is not None:
+            drift.learn(ref, drifts.get(ref), matrix.entries, round((1 - matrix.overlap) * matrix.entries))
+    # Replicas must have kept the same masks. They compare them as they compare new ones.
+    table.unseen.update(dict.fromkeys(kept))
+    skipped = (SkippedRefresh(ref.name, ref.entries(), _overlap(drifts[ref])) for ref in kept)
+    return replace(report, skipped=tuple(skipped))
+
+
+def _overlap(drifted: drift.Drift) -> float:
+    return max(0.0, 1 - drifted.changed)
+
+
+def report_on(
+    due: Sequence[MatrixRef],
+    masks: Sequence[Mask],
+    stayed: Sequence[Tensor] | None,
+    drifts: Mapping[MatrixRef, drift.Drift] | None = None,
+) -> RefreshReport:
     """The report of the new ``masks`` of the matrices ``due``.
 
     ``stayed`` says how many entries each mask shares with the one before, as tensors on the device.
-    None stands for first masks.
+    None stands for first masks. ``drifts`` are those before, where they are known.
     """
     shared: Sequence[int | None] = [None] * len(masks)
     if stayed:
@@ -91,6 +165,7 @@ def report_on(due: Sequence[MatrixRef], masks: Sequence[Mask], stayed: Sequence[
                 m.converged,
                 None if s is None else s / max(1, k),
                 m.seconds,
+                _overlap(drifts[d]) if drifts and d in drifts else None,
             )
             for d, m, s in zip(due, masks, shared)
         )

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from ..masks.lowrank import check_basis
 from ..nn.trainable import trainable_of
 from ..validation import MOMENT_DTYPES, check_index_form, check_index_lists, require
+from . import drift
 from .hyperparameters import OPTIONS, check_group, is_sparse
 from .matrix_table import MatrixTable
 
@@ -58,6 +59,8 @@ def saved_form(state_dict: dict[str, Any], shapes: dict[int, torch.Size], seed: 
         if "param_names" in group:
             group["param_names"] = list(group["param_names"])  # torch shares the list with the optimizer.
         group["seed"] = seed  # Tools that move optimizer state keep what is in the groups.
+        if group.get("refresh_drift") is None:
+            group.pop("refresh_drift", None)  # as in version 0.1, so that it can load the state
     return state_dict
 
 
@@ -67,7 +70,8 @@ def in_own_order(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -
     Parameters are matched by name where both sides have ``param_names``, else by position, as torch
     does. Entries are found by the ids or names in the saved groups' ``params``, and are returned by
     position. ``values`` of a packed layer and its ``weight`` count as the same name, so matrix mode
-    and packed mode load into each other.
+    and packed mode load into each other. ``refresh_drift`` stays that of ``groups`` where none was
+    saved.
 
     Raises ValueError, with the names that differ, for parameters of other names or in other groups.
     """
@@ -86,6 +90,8 @@ def in_own_order(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -
     positions = iter(range(len(ids)))
     for group in ordered:
         group["params"] = [next(positions) for _ in group["params"]]
+    for group, own_group in zip(ordered, groups):
+        group.setdefault("refresh_drift", own_group.get("refresh_drift"))
     entries = {i: state_dict["state"][key] for i, key in enumerate(ids) if key in state_dict["state"]}
     return {**state_dict, "state": entries, "param_groups": ordered}
 
@@ -236,6 +242,7 @@ def _check_sparse(entry: dict[str, Any], matrix: Tensor, name: str) -> None:
     )
     check_index_form(entry["indices"], name)
     _check_warm_start(entry, matrix, name)
+    drift.check_saved(entry, name)
     require("step" in entry, f"{name}: the state dict holds no step")
     _check_buffers(entry, name)
 

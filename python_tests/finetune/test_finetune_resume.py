@@ -55,13 +55,25 @@ def interrupted(monkeypatch, settings: Settings, after: int, resumed: bool = Fal
 FORMS = {
     "lift": {},
     "bf16": {"dtype": "bfloat16"},
+    "skipping": {"refresh_drift": 0.05},
     "random": {"method": "random"},
     "lora": {"method": "lora"},
     "full": {"method": "full", "lr": 1e-3},
 }
 
 
-CASES = [("lift", 0), ("lift", 2), ("lift", 3), ("lift", 4), ("bf16", 3), ("random", 2), ("lora", 3), ("full", 5)]
+CASES = [
+    ("lift", 0),
+    ("lift", 2),
+    ("lift", 3),
+    ("lift", 4),
+    ("bf16", 3),
+    ("skipping", 3),
+    ("skipping", 5),
+    ("random", 2),
+    ("lora", 3),
+    ("full", 5),
+]
 
 
 @pytest.mark.parametrize(("form", "at"), CASES)
@@ -79,6 +91,14 @@ def test_resuming_changes_no_bit(tiny, tmp_path, monkeypatch, undisturbed, form,
     ]
     assert main(["finetune", "--resume", str(tmp_path / "run")]) == 0
     assert_same_end(tmp_path / "run", undisturbed(form))
+
+
+def test_the_skipping_run_skips_some_refreshes_and_not_others(undisturbed):
+    report = json.loads((undisturbed("skipping") / "report.json").read_text())
+    assert report["refreshes.skipped"] > 0 and report["refreshes.matrices"] > 0
+    assert [row["step"] for row in report["refreshes.due"]] == [3, 6]
+    saved = load_checkpoint(undisturbed("skipping") / run_dir.CHECKPOINT)["optimizer"]
+    assert all({"drift_values", "drift_rate"} <= entry.keys() for entry in saved["state"].values())
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ def test_finetune_keeps_no_bases(settings, monkeypatch):
     monkeypatch.setattr(lowrank, "_SMALL", 0)
     monkeypatch.setitem(lowrank._EIGH_COST, "cpu", 1e6)
     monkeypatch.setattr(lowrank, "block_width", lambda shape, rank: rank + 1)
-    report = run(settings(name="bases", steps=6, eval_problems=2))
+    report = run(settings(name="bases", steps=6, eval_problems=2, refresh_drift=0))
     assert report["optimizer_state_bytes.measured"] < 16 * (report["entries"] + 65 * 14)
 
 
@@ -46,21 +46,44 @@ def test_finetune_learns_and_reports_what_it_did(lift_run, tiny):
     assert report["covered_weights"] == sum(w.numel() for w in weights.values())
     assert report["density"] == pytest.approx(0.2, abs=1e-3)
     assert report["optimizer_state_bytes.dense"] == 8 * report["covered_weights"]
-    # Each entry has an int32 index, an fp32 value and two fp32 moments. Each matrix has padding.
+    # Each entry has an int32 index, an fp32 value and two fp32 moments. Each matrix has padding
+    # and up to 256 samples of its drift with a rate.
     assert (
         16 * report["entries"]
         <= report["optimizer_state_bytes.measured"]
-        < 16 * (report["entries"] + 65 * len(weights))
+        < 16 * (report["entries"] + 65 * len(weights)) + (4 * 256 + 8) * len(weights)
     )
     assert report["gradient_bytes.measured"] == 4 * report["entries"]
     assert report["gradient_bytes.dense"] == 4 * report["covered_weights"]
     assert report["extra_bytes.measured"] == report["optimizer_state_bytes.measured"] + 4 * report["entries"]
     assert 20 <= report["extra_bytes.an_entry"] == report["extra_bytes.measured"] / report["entries"]
     assert report["refreshes"] == 3  # the first mask, then after steps 5 and 10
+    assert [row["step"] for row in report["refreshes.due"]] == [5, 10]
+    assert report["refreshes.matrices"] + report["refreshes.skipped"] == 2 * len(weights)
     assert 0 < report["seconds.step"] < report["seconds.total"]
     assert 0 < report["seconds.forward_backward"] < report["seconds.train"] < report["seconds.total"]
     assert json.loads((folder / "report.json").read_text()) == report
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_finetune_reports_the_refreshes_that_it_skipped(settings, capsys):
+    report = run(settings(name="skipping", lr=1e-3, refresh_drift=0.06, eval_problems=2))
+    due = report["refreshes.due"]
+    assert [row["step"] for row in due] == [5, 10] and due[0]["skipped"] == 14 == due[1]["skipped"]
+    assert report["refreshes"] == 1 and report["refreshes.matrices"] == 0 and report["refreshes.skipped"] == 28
+    assert 0.94 < due[1]["predicted_overlap"] < due[0]["predicted_overlap"] < 1
+    assert report["refreshes.skipped_overlap"] == pytest.approx(sum(row["predicted_overlap"] for row in due) / 2)
+    said = capsys.readouterr().out
+    assert (
+        f"refresh at step 5: 0 of 14 matrices, 14 skipped (predicted overlap {due[0]['predicted_overlap']:.4f})" in said
+    )
+    assert f"28 of 28 masks skipped, predicted overlap {report['refreshes.skipped_overlap']:.4f}" in said
+
+
+def test_finetune_without_a_bound_refreshes_all(settings):
+    report = run(settings(name="always", lr=1e-3, refresh_drift=0, eval_problems=2))
+    assert report["refreshes"] == 3 and report["refreshes.matrices"] == 28 and report["refreshes.skipped"] == 0
+    assert report["refreshes.skipped_overlap"] is None
 
 
 def test_finetune_saved_model_reloads_and_gives_the_reported_losses(lift_run, tokenizer):
@@ -111,7 +134,8 @@ def test_finetune_dense_gradients_train_the_same_model(lift_run, settings):
     dense = run(settings(gradients="dense", name="dense"))
     assert packed["settings.gradients"] == "packed"
     assert dense["gradient_bytes.measured"] == dense["gradient_bytes.dense"] == packed["gradient_bytes.dense"]
-    assert 12 * dense["entries"] <= dense["optimizer_state_bytes.measured"] < 16 * dense["entries"]
+    samples = (4 * 256 + 8) * 14  # of the drift, at most
+    assert 12 * dense["entries"] <= dense["optimizer_state_bytes.measured"] < 16 * dense["entries"] + samples
     ours = dict(AutoModelForCausalLM.from_pretrained(folder / "model").named_parameters())
     theirs = AutoModelForCausalLM.from_pretrained(folder.parent / "dense" / "model").named_parameters()
     for name, value in theirs:

@@ -288,6 +288,21 @@ def test_lift_callback_logs_to_every_reporter_and_changes_no_weight(tmp_path, ca
     assert_same_weights(model, by_loop(max_grad_norm=None, refresh_interval=3))
 
 
+def test_lift_callback_logs_what_was_skipped(tmp_path):
+    """Two refreshes are skipped. A figure about overlap with an old mask needs a new one."""
+    reporter = Reporter()
+    model, optimizer = parts(refresh_interval=3, refresh_drift=1.0)
+    trainer = make_trainer(tmp_path, model, optimizer, callbacks=[reporter])
+    LiftCallback.attach(trainer)
+    trainer.train()
+    logs = [entry for entry in reporter.logs if "loss" in entry]
+    assert [entry["lift_refresh_skipped"] for entry in logs] == [0, 0, *[1] * (STEPS - 2)]
+    predicted = [entry.get("lift_predicted_overlap") for entry in logs]
+    assert predicted[:2] == [None, None] and 0.2 < predicted[5] < predicted[2] < 1
+    assert predicted[5] == optimizer.last_refresh.predicted_overlap
+    assert not any("lift_mask_overlap" in entry for entry in logs)
+
+
 def test_lift_callback_warns_about_dense_clipping_and_refuses_other_optimizers(tmp_path, caplog):
     model, optimizer = parts()
     with caplog.at_level(logging.WARNING, logger="lift_kernels"):
