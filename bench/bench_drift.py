@@ -5,7 +5,8 @@ learning rate, which is constant after a warm-up. Whenever masks are due, every 
 exactly from the weights of that moment. Of all matrices the rows hold the true share of changed
 entries, the predicted one, quantiles over matrices of predicted minus true, the worst prediction
 that was too low, the share of predictions that were, how many refreshes were skipped, and the
-lowest true overlap of a mask that was kept. Rates are those that the optimizer had then.
+lowest true overlap of a mask that was kept. Rates are those that the optimizer had then. The last
+row of a learning rate has ``refreshed_share``: how often a mask was refreshed in 100 steps.
 
 ``job`` runs ``python -m lift_kernels finetune`` with its defaults and without skipping
 (``--refresh-drift 0``), once for each seed. Its rows hold losses, answers and refreshes, and what
@@ -150,6 +151,9 @@ def overlap_rows(model: nn.Module, losses: Iterator[Loss], lr: float, bound: flo
             row = labels | drift_row(optimizer.last_refresh, old, exact_masks(optimizer, rank))
             table.append(row | {"loss": round(float(value.detach()), 4)})
             results.show(table[-1:], SHOWN["overlap"])
+    if table:
+        renewed = sum(row["matrices"] - row["skipped"] for row in table) / table[0]["matrices"]
+        table[-1]["refreshed_share"] = round(100 * renewed / options.steps, 4)
     return table
 
 
