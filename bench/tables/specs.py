@@ -54,6 +54,7 @@ TABLES = {
             "ours is x times faster, dense / packed": "{published.median_ms/dense.median_ms:.1f} / "
             "{published.median_ms/packed.median_ms:.1f} x",
             "% of roofline, dense / packed": "{dense.share_of_floor:.0%} / {packed.share_of_floor:.0%}",
+            "the scattered lines alone take": "{dense.share_of_lines?:.0%} / {packed.share_of_lines?:.0%}",
         },
         step_rows(),
         tuned=2,
@@ -101,6 +102,34 @@ TABLES = {
             "% of roofline": "{row.share_of_floor:.0%}",
         },
         each=[{"op": "lowrank_topk", "status": "ok"}],
+    ),
+    "drift": Table(
+        "drift.csv",
+        {
+            "learning rate": "{row.lr:g}",
+            "step": "{row.step}",
+            "share of entries that change, true": "{row.true:.2%}",
+            "predicted": "{row.predicted:.2%}",
+            "predicted too low": "{row.too_low:.0%} of the matrices",
+            "by at most": "{row.worst:.2%}",
+            "skipped": "{row.skipped} of {row.matrices}",
+            "overlap of skipped masks, mean / least": "{row.mean_kept:.4f} / {row.lowest:.3f}",
+        },
+        each=[{"op": "overlap"}],
+    ),
+    "drift_job": Table(
+        "drift.csv",
+        {
+            "default job, seed": "{row.seed}",
+            "refreshes": "{row.variant}",
+            "of masks": "{row.refreshed}",
+            "seconds of them": "{row.refresh_s:.3g}",
+            "held-out loss before": "{row.loss_before:.4f}",
+            "after": "{row.loss_after:.4f}",
+            "difference": "{row.loss_change:+.4f}",
+            "exact match after": "{row.exact_after:.0%}",
+        },
+        each=[{"op": "job", "status": "ok"}],
     ),
     "main_job": Table(
         "main_job.csv",
