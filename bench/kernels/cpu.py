@@ -178,7 +178,7 @@ def examine(function: Function, name: str, level: str, bits: int, compiler: str 
         may_fuse=stem in PRODUCTS,
         stack_loads=sum(access is not None and not access[0] for access in stack),
         stack_stores=sum(access is not None and access[0] for access in stack),
-        carried_spills=sum(_carried(loop, is_arm, frame) for loop in main) * 128 // max(widest, 128),
+        carried_spills=-(-128 * sum(_carried(loop, is_arm, frame) for loop in main) // max(widest, 128)),
         **count,
     )
 
@@ -285,7 +285,10 @@ def _stack_access(text: str, is_arm: bool, frame: bool) -> tuple[bool, set[int]]
 
 
 def _carried(loop: tuple[str, ...], is_arm: bool, frame: bool) -> int:
-    """How many units of the stack one iteration leaves to the next: read first, written later."""
+    """How many 16-byte units of the stack one iteration leaves to the next.
+
+    They are read first and written later.
+    """
     read, written, carried = set(), set(), set()
     for access in (_stack_access(text, is_arm, frame) for text in loop):
         if access is not None:

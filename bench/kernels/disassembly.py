@@ -78,7 +78,7 @@ def weak_functions(file: Path, objdump: str) -> set[str]:
     return {
         match[1]
         for line in lines
-        if (match := re.match(r"[0-9a-f]+ [wu].{5}F \S+\t[0-9a-f]+ (?:\.hidden )?(.+)$", line))
+        if (match := re.match(r"[0-9a-f]+ (?:.w|u.).{4}F \S+\t[0-9a-f]+ (?:\.hidden )?(.+)$", line))
     }
 
 

@@ -18,6 +18,10 @@ from bench.kernels.disassembly import Function, innermost_loops, pointers, weak_
 pytestmark = pytest.mark.slow
 
 CPU = ROOT / "csrc" / "cpu"
+WIDE = """
+inline __attribute__((noinline)) void twice(float* x) { for (int i = 0; i < 64; ++i) x[i] *= 2; }
+void own(float* x) { for (int i = 0; i < 64; ++i) x[i] += 1; twice(x); }
+"""
 PRAGMA = '#pragma GCC optimize("fp-contract=fast", "no-schedule-insns")'
 
 
@@ -109,6 +113,20 @@ def test_wide_registers_are_in_functions_of_the_tables_alone(cpu_objects):
         return
     levels = {re.search(r"lift::(v\d)", name)[1] for name in wide}
     assert levels == {"v3", "v4"} and len(wide) == 2 * len([name for name in allowed if "lift::v3" in name])
+
+
+def test_wide_registers_in_other_functions_are_found(tmp_path):
+    """A file compiled for one level has them in its own functions and in those of headers."""
+    if missing("x86_64"):
+        assert "x86-64-linux-gnu-g++" in missing("x86_64")
+        return
+    (tmp_path / "wide.cpp").write_text(WIDE)
+    objdump = cpu.tool("x86_64", "objdump")
+    file = compile_object(tmp_path / "wide.cpp", tmp_path, "x86_64", "-march=x86-64-v3")
+    assert cpu.wide_functions(file, objdump) == {"twice(float*)", "own(float*)"}
+    assert weak_functions(file, objdump) == {"twice(float*)"}
+    file = compile_object(tmp_path / "wide.cpp", tmp_path, "x86_64")
+    assert cpu.wide_functions(file, objdump) == set() and weak_functions(file, objdump) == {"twice(float*)"}
 
 
 def test_the_old_tile_spills(objects, tmp_path):

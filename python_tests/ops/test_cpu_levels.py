@@ -23,6 +23,11 @@ NATIVE = BackendDevice("native-cpu", "cpu")
 X86 = ("x86-64-v2", "x86-64-v3", "x86-64-v4")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def loaded():
+    assert dispatch._load_native() == ""
+
+
 @pytest.fixture
 def machine(monkeypatch, fresh):
     """Give this machine other levels and another LIFT_CPU_LEVEL than it has."""
@@ -40,7 +45,6 @@ def gather(backend: str | None = None) -> torch.Tensor:
 
 def test_the_highest_level_is_used():
     """So it is where LIFT_CPU_LEVEL is empty, too."""
-    assert dispatch._load_native() == ""
     assert cpu_levels.levels()
     if not cpu_levels.asked():
         assert dispatch.cpu_level() == cpu_levels.levels()[-1]
@@ -139,6 +143,13 @@ def test_in_a_process_of_its_own():
     assert second.startswith(f"{first}; LIFT_CPU_LEVEL=v9 came too late") and second.endswith(f" {lowest}")
 
 
+def test_a_number_that_is_no_level():
+    for number in (-1, len(cpu_levels.levels())):
+        with pytest.raises(RuntimeError, match=f"this machine has no level {number}"):
+            torch.ops.lift_kernels_native.use_cpu_level(number)
+    assert dispatch.cpu_level() in cpu_levels.levels()
+
+
 @pytest.mark.parametrize("births", [False, True], ids=["global", "per-entry"])
 @pytest.mark.parametrize("moment", [FP32, BF16])
 @pytest.mark.parametrize(
@@ -181,12 +192,15 @@ def test_selections_at_every_level():
     """Levels with fused multiply-adds give the same bits, and v2 the same up to rounding."""
     generator = torch.Generator().manual_seed(1)
     left, right = (torch.randn(size, 19, generator=generator) for size in (97, 213))
-    found = {}
+    found, limits = {}, {}
     for level in cpu_levels.levels():
         with cpu_level(level):
             found[level] = ops.lowrank_topk(left, right, 1000, backend="native-cpu")
+            limits[level] = [float(ops.lowrank_topk(left, right, k, backend="native-cpu")[1]) for k in range(1, 40)]
     fused = [result for level, result in found.items() if level != "x86-64-v2"]
     assert all(torch.equal(mask, fused[0][0]) and torch.equal(limit, fused[0][1]) for mask, limit in fused)
+    if "x86-64-v2" in found and fused:
+        assert limits["x86-64-v2"] != limits["x86-64-v3"], "the level changes nothing, so it is not taken"
     last = found[cpu_levels.levels()[-1]]
     for mask, limit in found.values():
         assert abs(limit - last[1]) <= 1e-6 * last[1]
