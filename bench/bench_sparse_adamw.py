@@ -159,16 +159,21 @@ def refresh_seconds(weights: list[Tensor]) -> tuple[list[Tensor], dict[str, floa
 
 
 def refreshed_share(folder: Path | None) -> float | None:
-    """The mean share of matrices that a refresh renews where masks that stay are skipped.
+    """How often a mask is refreshed in 100 steps where masks that stay are skipped.
 
-    It is the column ``refreshed_share`` of drift.csv. None where there is no such file or column.
+    It is the mean of the column ``refreshed_share`` of drift.csv, over learning rates. It is a
+    property of the training and not of the machine. So a folder beside this one serves as well.
+    None where there is no such file or column.
     """
-    path = None if folder is None else folder / "drift.csv"
-    if path is None or not path.exists():
+    if folder is None:
         return None
-    with path.open(newline="") as file:
-        shares = [float(row["refreshed_share"]) for row in csv.DictReader(file) if row.get("refreshed_share")]
-    return float(np.mean(shares)) if shares else None
+    for path in (folder / "drift.csv", *sorted(folder.parent.glob("*/drift.csv"))):
+        if path.exists():
+            with path.open(newline="") as file:
+                shares = [float(row["refreshed_share"]) for row in csv.DictReader(file) if row.get("refreshed_share")]
+            if shares:
+                return float(np.mean(shares))
+    return None
 
 
 def shape_set(name: str, model: str | None) -> tuple[list[Tensor], list[Tensor], dict[str, float], str]:

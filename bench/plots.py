@@ -72,7 +72,14 @@ def sparse_adamw(rows: Sequence[Row]) -> Figure:
 
     def drawn(variant: str) -> bool:
         """Not the forms between fp32 and bf16 state, nor those that the project dropped."""
-        left_out = ("stochastic", "cold", "skipping", "bf16 moments, fp32 master", "bf16 moments + refresh")
+        left_out = (
+            "stochastic",
+            "cold",
+            "skipping",
+            "scattered lines",
+            "bf16 moments, fp32 master",
+            "bf16 moments + refresh",
+        )
         return not any(words in variant for words in left_out)
 
     sets = by_set(row for row in done(rows) if drawn(row["variant"]))

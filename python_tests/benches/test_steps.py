@@ -116,9 +116,12 @@ WARM = "refresh/100, skipping", "refresh/100"
 
 
 def test_the_share_that_is_refreshed(tmp_path):
+    tmp_path = tmp_path / "a level"
+    tmp_path.mkdir()
     assert bench_sparse_adamw.refreshed_share(None) is None
     assert bench_sparse_adamw.refreshed_share(tmp_path) is None
     (tmp_path / "drift.csv").write_text("interval,other\n100,0.25\n")
     assert bench_sparse_adamw.refreshed_share(tmp_path) is None
     (tmp_path / "drift.csv").write_text("interval,refreshed_share\n100,0.25\n200,0.15\n")
     assert bench_sparse_adamw.refreshed_share(tmp_path) == pytest.approx(0.2)
+    assert bench_sparse_adamw.refreshed_share(tmp_path.parent / "another level") == pytest.approx(0.2)
