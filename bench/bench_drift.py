@@ -210,7 +210,7 @@ def job_row(report: dict[str, Any]) -> dict[str, Any]:
         "state_bytes": report["optimizer_state_bytes.measured"],
         "train_s": round(report["seconds.train"], 1),
         "step_s": round(report["seconds.step"], 4),
-        "refresh_s": round(report["seconds.refresh"], 3),
+        "refresh_s": round(report["seconds.refreshes"], 3),
         "steps": report["settings.steps"],
     }
 

@@ -123,7 +123,7 @@ TABLES = {
             "default job, seed": "{row.seed}",
             "refreshes": "{row.variant}",
             "of masks": "{row.refreshed}",
-            "seconds of them": "{row.refresh_s:.3g}",
+            "seconds, first masks included": "{row.refresh_s?:.3g}",
             "held-out loss before": "{row.loss_before:.4f}",
             "after": "{row.loss_after:.4f}",
             "difference": "{row.loss_change:+.4f}",

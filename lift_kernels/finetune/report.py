@@ -46,7 +46,7 @@ def table(report: Report) -> str:
     gradients, dense_gradients = get("gradient_bytes.measured"), get("gradient_bytes.dense")
     per_entry = f", {get('extra_bytes.an_entry'):.2f} bytes per entry" if get("extra_bytes.an_entry") else ""
     refreshes, skipped = get("refreshes"), get("refreshes.skipped")
-    per_refresh = f"{get('seconds.refresh'):.3f} s each (median of {refreshes})" if refreshes else "none"
+    per_refresh = f"{get('seconds.refreshes'):.3f} s in all ({refreshes} times)" if refreshes else "none"
     if skipped:
         due, overlap = skipped + get("refreshes.matrices"), get("refreshes.skipped_overlap")
         per_refresh += f"; {skipped} of {due} masks skipped, predicted overlap {overlap:.4f}"

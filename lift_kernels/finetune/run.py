@@ -287,6 +287,7 @@ def _results(
         "seconds.forward_backward": median(clock.forward_backward),
         "seconds.step": median(clock.steps),
         "seconds.refresh": median(clock.refreshes.values()) if clock.refreshes else 0.0,
+        "seconds.refreshes": sum(clock.refreshes.values()),
         **{f"seconds.{name}": span for name, span in timer.durations().items()},
         "seconds.total": timer.starts["end"],
         **{f"settings.{key}": value for key, value in asdict(job.settings).items()},

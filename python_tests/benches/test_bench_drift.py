@@ -43,7 +43,7 @@ REPORT = {
     "optimizer_state_bytes.measured": 7,
     "seconds.train": 9.0,
     "seconds.step": 0.1,
-    "seconds.refresh": 1.0,
+    "seconds.refreshes": 1.0,
     "settings.steps": 60,
 }
 
