@@ -147,8 +147,8 @@ class Trainer:
         self._refresh = 0.0
         if isinstance(self.optimizer, LiftAdamW):
             self.lists = [self.optimizer.state[p]["indices"].clone() for p in self.trained()]
-            self._renew = self.optimizer._renew
-            self.optimizer._renew = self._timed_renew
+            table = self.optimizer._table
+            self._renew, table.renew = table.renew, self._timed_renew
 
     def trained(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -165,10 +165,11 @@ class Trainer:
         self.losses.append(loss.item())
         return Step(middle - start, end - middle - self._refresh, self._refresh)
 
-    def _timed_renew(self, due: list) -> None:
+    def _timed_renew(self, *arguments: Any) -> Any:
         start = self._now()
-        self._renew(due)
+        result = self._renew(*arguments)
         self._refresh += self._now() - start
+        return result
 
     def _now(self) -> float:
         if self.tokens.device.type != "cpu":
