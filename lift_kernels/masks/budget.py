@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..validation import MAX_ENTRIES, require
+from ..validation import MAX_ENTRIES
 
 DEFAULT_RANK = 64
 
@@ -53,10 +53,8 @@ def entry_count(
 def check_rank(rank: int, shape: torch.Size, name: str) -> None:
     """Raise ValueError unless 1 <= rank <= min(shape)."""
     small = min(shape)
-    require(
-        isinstance(rank, int) and 1 <= rank <= small,
-        f"{name}: rank must be an integer from 1 to the smaller side, {small}, got {rank!r}",
-    )
+    if not (isinstance(rank, int) and 1 <= rank <= small):
+        raise ValueError(f"{name}: rank must be an integer from 1 to the smaller side, {small}, got {rank!r}")
 
 
 def default_rank(shape: torch.Size, rank: int | None) -> int:

@@ -191,7 +191,8 @@ def check_basis(basis: Tensor, shape: torch.Size, rank: int, name: str) -> None:
 
 
 def _check(weight: Tensor, rank: int, warm: Tensor | None, name: str) -> None:
-    require(weight.dim() == 2, f"{name}: a matrix is needed, got shape {tuple(weight.shape)}")
+    if weight.dim() != 2:  # A message is only built where it is needed: small matrices notice its time.
+        raise ValueError(f"{name}: a matrix is needed, got shape {tuple(weight.shape)}")
     check_rank(rank, weight.shape, name)
     if warm is not None:
         check_basis(warm, weight.shape, rank, name)
