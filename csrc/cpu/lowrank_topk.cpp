@@ -33,14 +33,34 @@ constexpr int64_t kSerialCopies = 1 << 18, kSerialProducts = 1 << 21;
 constexpr int64_t kSampled = 128, kLeastSamples = 256, kMostSamples = 32768, kSerialSamples = 1024;
 constexpr double kDeviations = 3.0;  // half the bracket; one in four hundred is missed
 
-// Bits that are set. All levels of x86-64 have an instruction for it, which its baseline lacks.
+// All levels of x86-64 have an instruction that counts bits. Its baseline lacks it.
 #if defined(__x86_64__)
-__attribute__((target("popcnt")))
+#define LIFT_POPCNT __attribute__((target("popcnt")))
+#else
+#define LIFT_POPCNT
 #endif
-int64_t count_bits(const uint64_t* words, int64_t n) {
+
+LIFT_POPCNT int64_t count_bits(const uint64_t* words, int64_t n) {
   int64_t bits = 0;
   for (int64_t i = 0; i < n; ++i) bits += std::popcount(words[i]);
   return bits;
+}
+
+// Writes the positions of the set bits of n words, counted from `first`. `last` is the end of the
+// output. Of a word four positions are written, whatever their number, because a branch on it would
+// be predicted wrong too often. Those that are too many are overwritten.
+LIFT_POPCNT int32_t* list_bits(const uint64_t* words, int64_t n, int64_t first, int32_t* out, const int32_t* last) {
+  constexpr uint64_t kTop = uint64_t{1} << (kWordBits - 1);  // so that there is always a lowest bit
+  for (int64_t w = 0; w < n; ++w) {
+    uint64_t rest = words[w];
+    const int64_t start = first + w * kWordBits;
+    int32_t* const next = out + std::popcount(rest);
+    if (last - out >= 4)
+      for (int i = 0; i < 4; ++i, rest &= rest - 1) *out++ = int32_t(start + std::countr_zero(rest | kTop));
+    for (; rest != 0; rest &= rest - 1) *out++ = int32_t(start + std::countr_zero(rest));
+    out = next;
+  }
+  return out;
 }
 
 struct Tile {
@@ -125,7 +145,7 @@ class Product {
 // A key and a position in one number. Larger ones are chosen first: ties go to the lower position.
 uint64_t candidate_of(uint32_t key, int64_t position) { return uint64_t(key) << 32 | (~uint32_t(position)); }
 uint32_t key_of_candidate(uint64_t candidate) { return uint32_t(candidate >> 32); }
-int64_t position_of(uint64_t candidate) { return int64_t(~uint32_t(candidate)); }
+uint32_t position_of(uint64_t candidate) { return ~uint32_t(candidate); }
 
 class Selection {
  public:
@@ -144,20 +164,19 @@ class Selection {
   bool select_in_bracket(uint32_t low, uint32_t high, uint32_t& threshold) {
     if (low >= high) return false;
     const size_t limit = size_t(std::max<int64_t>(k_, 4096));
-    std::vector<uint64_t> candidates;
+    std::vector<std::vector<uint64_t>> lists;
     std::mutex mutex;
     struct ThreadCandidates {
       std::vector<uint64_t> list;
-      std::vector<uint64_t>& all;
+      std::vector<std::vector<uint64_t>>& all;
       std::mutex& mutex;
       size_t limit;
       ~ThreadCandidates() {
         const std::lock_guard<std::mutex> lock(mutex);
-        if (all.empty()) all.swap(list);
-        else all.insert(all.end(), list.begin(), list.end());
+        all.push_back(std::move(list));
       }
     };
-    product_.sweep([&] { return ThreadCandidates{{}, candidates, mutex, limit}; },
+    product_.sweep([&] { return ThreadCandidates{{}, lists, mutex, limit}; },
                    [&](ThreadCandidates& found, int64_t row, int64_t w, const uint32_t* keys) {
                      const uint64_t chosen = product_.at_least(keys, high, w);
                      bitmap_[row * product_.words_per_row() + w] = chosen;
@@ -167,15 +186,20 @@ class Selection {
                        found.list.push_back(candidate_of(keys[j], row * n_ + w * kWordBits + j));
                      }
                    });
+    std::vector<uint64_t> candidates;
+    for (const auto& list : lists) candidates.insert(candidates.end(), list.begin(), list.end());
     const int64_t missing = k_ - count();
     if (missing < 1 || missing > int64_t(candidates.size()) || candidates.size() > limit) return false;
     std::nth_element(candidates.begin(), candidates.begin() + (missing - 1), candidates.end(), std::greater<>());
-    threshold = key_of_candidate(candidates[size_t(missing - 1)]);
-    for (int64_t c = 0; c < missing; ++c) {
-      const int64_t row = position_of(candidates[size_t(c)]) / n_, column = position_of(candidates[size_t(c)]) % n_;
-      bitmap_[row * product_.words_per_row() + column / kWordBits] |= uint64_t{1} << (column % kWordBits);
-      ++counts_[size_t(row / kBandRows)];
-    }
+    const uint64_t smallest = candidates[size_t(missing - 1)];
+    threshold = key_of_candidate(smallest);
+    // The candidates of a list lie in bands of its own, so no two threads write to one word.
+    const bool serial = candidates.size() < size_t(kSerialSamples);
+    for_ranges(serial ? nullptr : parallel_for_, int64_t(lists.size()), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        for (const uint64_t candidate : lists[size_t(i)])
+          if (candidate >= smallest) choose(position_of(candidate));
+    });
     return true;
   }
 
@@ -207,14 +231,19 @@ class Selection {
     std::partial_sum(counts_.begin(), counts_.end(), first.begin() + 1);
     for_ranges(k_ < kSerialCopies ? nullptr : parallel_for_, product_.bands(), [&](int64_t begin, int64_t end) {
       int32_t* out = indices + first[size_t(begin)];
+      const int32_t* const last = indices + first[size_t(end)];
       for (int64_t row = begin * kBandRows; row < std::min(m_, end * kBandRows); ++row)
-        for (int64_t w = 0; w < product_.words_per_row(); ++w)
-          for (uint64_t rest = bitmap_[row * product_.words_per_row() + w]; rest != 0; rest &= rest - 1)
-            *out++ = int32_t(row * n_ + w * kWordBits + std::countr_zero(rest));
+        out = list_bits(bitmap_.get() + row * product_.words_per_row(), product_.words_per_row(), row * n_, out, last);
     });
   }
 
  private:
+  void choose(uint32_t position) {
+    const uint32_t row = position / uint32_t(n_), column = position % uint32_t(n_);
+    bitmap_[row * product_.words_per_row() + column / kWordBits] |= uint64_t{1} << (column % kWordBits);
+    ++counts_[row / kBandRows];
+  }
+
   // Counts the bits of every band, and returns their sum.
   int64_t count() {
     const int64_t words = kBandRows * product_.words_per_row();
