@@ -143,9 +143,12 @@ class Product {
 };
 
 // A key and a position in one number. Larger ones are chosen first: ties go to the lower position.
-uint64_t candidate_of(uint32_t key, int64_t position) { return uint64_t(key) << 32 | (~uint32_t(position)); }
+constexpr uint32_t kLowerFirst = ~uint32_t{0};
+uint64_t candidate_of(uint32_t key, int64_t position) {
+  return uint64_t(key) << 32 | (uint32_t(position) ^ kLowerFirst);
+}
 uint32_t key_of_candidate(uint64_t candidate) { return uint32_t(candidate >> 32); }
-uint32_t position_of(uint64_t candidate) { return ~uint32_t(candidate); }
+uint32_t position_of(uint64_t candidate) { return uint32_t(candidate) ^ kLowerFirst; }
 
 class Selection {
  public:

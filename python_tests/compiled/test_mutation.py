@@ -178,7 +178,17 @@ MUTANTS = [
         "indices + k, row * n, below",
         "indices + k, row * n + 1, below",
     ),
-    Mutant("ties to the higher position", "native-cpu", NATIVE_SELECT, "index < other.index", "index > other.index"),
+    Mutant(
+        "ties to the higher position", "native-cpu", NATIVE_SELECT, "kLowerFirst = ~uint32_t{0};", "kLowerFirst = 0;"
+    ),
+    Mutant("the last candidate left out", "native-cpu", NATIVE_SELECT, ">= smallest) choose", "> smallest) choose"),
+    Mutant(
+        "four positions of a word",
+        "native-cpu",
+        NATIVE_SELECT,
+        "    for (; rest != 0; rest &= rest - 1) *out++ = int32_t(start + std::countr_zero(rest));\n    out = next;",
+        "    out = next;",
+    ),
     Mutant("rows of the tile exchanged", "native-cpu", NATIVE_PRODUCT, "+= rows[i][p]", "+= rows[i ^ 1][p]"),
     Mutant("panel of the first columns for all", "native-cpu", NATIVE_PRODUCT, "panels + column * rank", "panels"),
     Mutant("signs kept", "native-cpu", NATIVE_PRODUCT, "& 0x7fffffffu", "& 0xffffffffu"),
@@ -189,7 +199,7 @@ MUTANTS = [
         "candidates in no order",
         "native-cpu",
         NATIVE_SELECT,
-        "std::nth_element(candidates.begin(), candidates.begin() + (missing - 1), candidates.end());",
+        "std::nth_element(candidates.begin(), candidates.begin() + (missing - 1), candidates.end(), std::greater<>());",
         "",
     ),
     Mutant(
