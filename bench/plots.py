@@ -20,7 +20,7 @@ from bench.common.plot_panels import BLUE, DARK, GREEN, GREY, INK, PALE, PINK, S
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-DEFAULT = Path(__file__).resolve().parent / "results" / "amd-epyc-2-cores"
+DEFAULT = Path(__file__).resolve().parent / "results" / "intel-xeon-2-cores-x86-64-v3"
 METHODS = {"LIFT": BLUE, "other methods": GREY}
 MEMORY = {"gradients": PALE, "moments": BLUE, "master": SKY, "indices": GREEN, "added": YELLOW, "warm_start": PINK}
 TRAINING = {"forward_backward_ms": PALE, "step_ms": BLUE, "refresh_ms": YELLOW}

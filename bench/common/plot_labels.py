@@ -11,7 +11,7 @@ Row = dict[str, str]
 DENSE, PACKED, AUTHORS = "LIFT, dense gradients", "LIFT, packed gradients", "Authors' LIFT code"
 BF16_STATE, REFRESH = ", bf16 state", " + refresh"
 
-OPS = ("Gather", "Scatter", "L2 norm", "Move to a new mask")
+OPS = ("Gather", "Scatter", "L2 norm", "Move to a new mask", "Move all state")
 
 # CSV key -> text in a plot. Keys of one comma-separated part are used inside the names of sets.
 LABELS = {
@@ -62,6 +62,7 @@ LABELS = {
     "packed_l2_norm": "L2 norm (packed_l2_norm)",
     "arena_migrate_": "Move all state to a new mask (arena_migrate_)",
     "packed_migrate": "Move to a new mask (packed_migrate)",
+    "arena_migrate_, packed_migrate for each arena": "Each arena by itself (packed_migrate)",
     "safetensors save_file + fsync": "Save the whole model",
     "safetensors load_file": "Load the whole model",
     "save_delta": "Save a delta",
