@@ -106,7 +106,7 @@ def tests(run: Run) -> None:
     done, red, late = Counter(), Counter(), 0
     for process, log in children:
         output, killed = finish(process, log, run.left() - MARGIN_S)
-        print(output[-3000:], flush=True)
+        print(output[-30_000:], flush=True)  # tracebacks of a whole file that fails
         late += killed
         if process.returncode not in (0, 1) and not killed:
             red[f"(pytest ended with {process.returncode}) {last_line(output)}"] += 1
