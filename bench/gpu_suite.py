@@ -78,8 +78,8 @@ class Stage:
 STAGES = {
     "check": [
         Stage("build", "bench.gpu_parts.preflight:build", 45),
-        Stage("tests", "bench.gpu_parts.preflight:tests", 140),
-        Stage("sanitizer", "bench.gpu_parts.preflight:sanitizer", 55),
+        Stage("tests", "bench.gpu_parts.preflight:tests", 115),
+        Stage("sanitizer", "bench.gpu_parts.preflight:sanitizer", 80),
     ],
     "time": [
         Stage("machine", "bench.gpu_parts.machine:work", 15),

@@ -146,6 +146,7 @@ def test_the_sanitizers_driver_finds_a_wrong_op(monkeypatch, capsys):
     monkeypatch.setattr(ops, "packed_migrate", wrong)
     capsys.readouterr()
     assert sanitizer_cases.main("cpu") == 1
+    assert sanitizer_cases.main("cpu", "gaussian_sketch_") == 0
     assert capsys.readouterr().out.splitlines()[1:3] == [
         "packed_scatter_: right",
         "packed_migrate: 0 to 1 entries of torch.int32: results differ from the reference",
