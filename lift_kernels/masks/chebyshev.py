@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops.precision import matmul_precision
+from ..ops.symmetric_eigen import symmetric_eigen
 
 _CYCLE = 3  # degrees of one Chebyshev polynomial, which is then fitted again to the smallest Ritz value
 
@@ -52,7 +53,7 @@ def subspace_iteration(tall: Tensor, block: Tensor, rank: int, tolerance: float,
     passes, converged = [0] * len(tall), [False] * len(tall)
     for degree in range(max_degrees + 1):
         image = product(tall, block)
-        values, rotation = torch.linalg.eigh(product(image.mT, image))  # ascending Ritz values
+        values, rotation = symmetric_eigen(product(image.mT, image))  # ascending Ritz values
         new = values[:, -rank:].sum(1)
         growth = (new - energy) / new.clamp_min(torch.finfo(new.dtype).tiny)
         energy = new

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.symmetric_eigen import symmetric_eigen
 from ..validation import check_finite, require
 from .budget import check_rank
 from .chebyshev import cold_block, exact_product, subspace_iteration
@@ -128,7 +129,9 @@ def batched_factors(
         all_warm = all(start is not None for start in warm_starts)
         method = cheapest_method(shape, rank, warm=all_warm, device=weights[0].device.type)
     if method == "gram" or block_width(shape, rank) == min(shape):  # a block of all directions has nothing to iterate
-        return [_gram(_tall(w, unit), shape, rank, unit) for w, unit in zip(weights, units)]
+        if not weights[0].is_cuda:  # A batch would share out the cores of a CPU worse.
+            return [_gram(_tall(w, unit)[None], shape, rank, [unit])[0] for w, unit in zip(weights, units)]
+        return _gram(_tall_batch(weights, units), shape, rank, units)
 
     results: dict[int, LowRankFactors] = {}
     for warm in (True, False):
@@ -251,10 +254,12 @@ def _svd(weight: Tensor, rank: int) -> LowRankFactors:
     return LowRankFactors((u[:, :rank] * s[:rank]).contiguous(), vh[:rank].T.contiguous(), None, "svd", 0, True)
 
 
-def _gram(tall: Tensor, shape: torch.Size, rank: int, unit: float) -> LowRankFactors:
-    _, vectors = torch.linalg.eigh(exact_product(tall.T, tall))  # ascending eigenvalues
-    short = vectors[:, -rank:].contiguous()
-    basis = None
+def _gram(tall: Tensor, shape: torch.Size, rank: int, units: Sequence[float]) -> list[LowRankFactors]:
+    """Exact factors of a batch (b, M, N)."""
+    _, vectors = symmetric_eigen(exact_product(tall.mT, tall))  # ascending eigenvalues
+    short = vectors[..., -rank:].contiguous()
+    long = exact_product(tall, short)
+    bases: Sequence[Tensor | None] = [None] * len(tall)
     if cheapest_method(shape, rank, warm=True, device=tall.device.type) == "chebyshev":
-        basis = vectors[:, -block_width(shape, rank) :].to(torch.bfloat16)
-    return _oriented(exact_product(tall, short), short, basis, shape, unit, "gram", 2, True)
+        bases = list(vectors[..., -block_width(shape, rank) :].to(torch.bfloat16))
+    return [_oriented(long[i], short[i], bases[i], shape, unit, "gram", 2, True) for i, unit in enumerate(units)]
