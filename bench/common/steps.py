@@ -161,9 +161,12 @@ class PackedVector:
     def _seconds(self, scatter: str) -> float:
         """The least time of three of a way to scatter. It writes the values that are there."""
         self.scatter, taken = scatter, []
+        wait = torch.cuda.synchronize if self.values.is_cuda else lambda: None
         for _ in range(3):
+            wait()
             start = time.perf_counter()
             self.write()
+            wait()
             taken.append(time.perf_counter() - start)
         return min(taken)
 

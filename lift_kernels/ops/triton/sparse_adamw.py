@@ -62,22 +62,34 @@ def _sparse_adamw_kernel(
     else:
         inside = real
 
+    # All loads stand before the arithmetic. A block then waits for the memory twice: for its index
+    # and streams, and for the weights and gradients that the index points at.
     index = tl.load(indices + start + lanes, mask=inside, other=0).to(tl.int64)
+    m_stored = tl.load(exp_avg + start + lanes, mask=inside, other=0)
+    v_stored = tl.load(exp_avg_sq + start + lanes, mask=inside, other=0)
+    if master is not None:
+        w_stored = tl.load(master + start + lanes, mask=inside, other=0)
+    if births is not None:
+        birth = tl.load(births + start + lanes, mask=inside, other=0)
     grad = tl.load(grads + matrix).to(tl.pointer_type(GRAD), bitcast=True)
     if PACKED:
         if WIDE_GRADS:
             place = tl.multiple_of(place, 64)
             grad = tl.multiple_of(grad, 16)
-        g = widen(load_stream(grad + place, count, BLOCK))
+        g_stored = load_stream(grad + place, count, BLOCK)
     else:
-        g = widen(tl.load(grad + index, mask=real, other=0))
+        g_stored = tl.load(grad + index, mask=real, other=0)
+    weight = tl.load(weights + matrix).to(tl.pointer_type(WEIGHT), bitcast=True) + index
+    if master is not None:
+        w = w_stored
+    else:
+        w = widen(tl.load(weight, mask=real, other=0))
+
+    g = widen(g_stored)
     if inv_scale is not None:
         g = g * tl.load(inv_scale)
     if MAXIMIZE:
         g = -g
-
-    m_stored = tl.load(exp_avg + start + lanes, mask=inside, other=0)
-    v_stored = tl.load(exp_avg_sq + start + lanes, mask=inside, other=0)
     m = widen(m_stored)
     v = widen(v_stored)
     # torch's lerp is exact at both ends, so that beta1 = 0 leaves the gradient itself.
@@ -88,17 +100,10 @@ def _sparse_adamw_kernel(
     correction = tl.load(table + matrix * 3 + 1)
     decay = tl.load(table + matrix * 3 + 2)
     if births is not None:
-        age = tl.load(steps + matrix).to(tl.int32) - tl.load(births + start + lanes, mask=inside, other=0)
+        age = tl.load(steps + matrix).to(tl.int32) - birth
         age = tl.minimum(tl.maximum(age, 0), last_age)
         step_size = step_size * tl.load(bias + age, mask=real, other=0.0)
         correction = correction * tl.load(bias + last_age + 1 + age, mask=real, other=0.0)
-
-    weight = tl.load(weights + matrix).to(tl.pointer_type(WEIGHT), bitcast=True) + index
-    if master is not None:
-        w_stored = tl.load(master + start + lanes, mask=inside, other=0)
-        w = w_stored
-    else:
-        w = widen(tl.load(weight, mask=real, other=0))
     w = w * decay - tl.div_rn(step_size * m, tl.sqrt_rn(v) * correction + eps)
 
     # A vector store must cover the padding too. The kernel must not change what lies there, so it
