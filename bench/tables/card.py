@@ -116,7 +116,7 @@ CARD_TABLES = {
         {
             "model": "{row.model}, {row.dtype}, {row.shape}||{row.stage}",
             "method": "{row.variant}",
-            "trained": "{row.trained?}",
+            "trained": "{row.trained?/M:,.1f} M",
             "tokens/s": "{row.tokens_per_s:,.0f}||{row.status}",
             "step": "{row.median_ms:.4g} ms",
             **SPEED,
