@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench.common import plot_card
 from bench.common.plot_labels import OPS, REFRESH, Row, amount, label, origin, percent, times
 from bench.common.plot_panels import BLUE, DARK, GREEN, GREY, INK, PALE, PINK, SKY, YELLOW, Bar, Panel, figure
 
@@ -254,7 +255,7 @@ def masks(rows: Sequence[Row]) -> Figure:
     return result
 
 
-FIGURES: dict[str, tuple[Callable[..., Figure], tuple[str, ...]]] = {
+FIGURES: dict[str, tuple[Callable[..., Figure | None], tuple[str, ...]]] = {
     "headline": (headline, ("memory", "peers")),
     "sparse_adamw": (sparse_adamw, ("sparse_adamw",)),
     "peers": (baselines, ("peers",)),
@@ -263,6 +264,8 @@ FIGURES: dict[str, tuple[Callable[..., Figure], tuple[str, ...]]] = {
     "memory": (memory, ("memory",)),
     "training": (training, ("training",)),
     "masks": (masks, ("masks_by_passes",)),
+    "gpu_step": (plot_card.step, ("gpu_time",)),
+    "gpu_training": (plot_card.training, ("gpu_time",)),
 }
 
 

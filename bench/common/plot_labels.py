@@ -24,6 +24,7 @@ LABELS = {
     "AdamW foreach": "AdamW foreach",
     "AdamW for-loop": "AdamW for-loop",
     "full fine-tuning, AdamW fused": "Full fine-tuning, AdamW fused",
+    "full, AdamW fused": "Full fine-tuning, AdamW fused",
     "full fine-tuning of the linear layers, AdamW fused": "Full fine-tuning, linear layers",
     "packed vector: gather + AdamW fused + scatter": "Packed AdamW, dense gradients",
     "packed vector: AdamW fused + scatter": "Packed AdamW, packed gradients",
@@ -127,5 +128,6 @@ def origin(rows: Sequence[Row], *remarks: str) -> str:
     missing = [f"Without a figure on this machine: {names}."] if names else []
     first = rows[0]
     level = f" · {first['level']}" if first.get("level") else ""
-    machine = f"Machine: {first['device']}{level} · {first['threads']} threads · torch {first['torch']}"
+    triton = f" · triton {first['triton']}" if first.get("triton") else ""
+    machine = f"Machine: {first['device']}{level} · {first['threads']} threads · torch {first['torch']}{triton}"
     return "\n".join([*remarks, *missing, f"{machine} · lift_kernels {first['lift_kernels']}, {first['commit']}"])

@@ -21,11 +21,28 @@ BLOCK = re.compile(
 )
 RESULTS = ROOT / "bench" / "results"
 UNITS = {"ms": 1e-3, "KiB": 2.0**10, "MiB": 2.0**20, "M": 1e6, "GB": 1e9, "T": 1e12}
-ORIGIN = {"torch": "torch {}", "compiler": "{}", "runs": "repeats: {}", "commit": "commit {}"}
+ORIGIN = {
+    "driver": "driver {}",
+    "cuda": "CUDA {}",
+    "torch": "torch {}",
+    "triton": "triton {}",
+    "compiler": "{}",
+    "runs": "repeats: {}",
+    "repeats": "repeats: {}",
+    "commit": "commit {}",
+}
+NOTHING = "Not measured yet."
 
 
 class Missing(Exception):
     """A field is empty in the CSV."""
+
+
+class Partial(dict):
+    """A row in which a column that its file lacks is empty."""
+
+    def __missing__(self, column: str) -> str:
+        return ""
 
 
 @dataclass(frozen=True)
@@ -118,14 +135,19 @@ def lines_of(table: Table, group: Group) -> list[tuple[str, dict[str, list[dict]
         name = label.removeprefix("?")
         if label == name or all(matching(group.rows, selection) for selection in picks.values()):
             lines.append((name, picked(group.rows, picks)))
-    each = () if group.tuned else table.each
-    return lines + [("", {"row": [row]}) for selection in each for row in select(group.rows, selection)]
+    find = matching if table.partial else select
+    for selection in () if group.tuned else table.each:
+        for row in find(group.rows, selection):
+            named = {alias: matching([row], texts) for alias, texts in table.names.items()}
+            lines.append(("", {"row": [row], **named}))
+    return lines
 
 
 def render(table: Table, groups: Sequence[Group]) -> str:
     """The Markdown table and a line on where its rows come from.
 
     Where there are several groups, their rows come one after the other, below a column of labels.
+    A partial table without any row says so.
     """
     several = len(groups) > 1
     cells, used = [], []
@@ -138,7 +160,10 @@ def render(table: Table, groups: Sequence[Group]) -> str:
             except KeyError as error:
                 raise TableError(f"{table.csv} has no column {error}, or the table no such alias") from error
             cells.append([group.label, *found] if several else found)
-    heads = ["level", *table.columns] if several else list(table.columns)
+    if table.partial and not cells:
+        return f"{NOTHING}\n"
+    levels = any(row.get("level") for group in groups for row in group.rows)
+    heads = ["level" if levels else "machine", *table.columns] if several else list(table.columns)
     filled = [i for i in range(len(heads)) if any(line[i] for line in cells)]
     cells = [[line[i] for i in filled] for line in without_repeats(cells, 2 if several else 1)]
     body = [[heads[i] for i in filled], ["---"] * len(filled), *cells]
@@ -179,24 +204,37 @@ def distinct(rows: Sequence[dict], column: str) -> list[str]:
     return list(dict.fromkeys(row[column] for row in rows if row.get(column)))
 
 
-def groups_of(folder: Path, files: Sequence[str], tuned: bool) -> list[Group]:
+def driver(path: Path) -> dict[str, str]:
+    """The column ``driver`` from nvidia-smi's output in the log of a CSV, where it has one."""
+    log = path.with_suffix(".log")
+    found = re.search(r"Driver Version: ([\d.]+)", log.read_text(errors="replace")) if log.is_file() else None
+    return {"driver": found[1]} if found else {}
+
+
+def groups_of(folder: Path, files: Sequence[str], table: Table) -> list[Group]:
     """The rows of the files: those of the user's environment, and if ``tuned`` the others too.
 
-    A file whose rows are all of one environment is taken as it is.
+    A file whose rows are all of one environment is taken as it is. A file that is missing has no
+    rows where the table is partial.
     """
     first: list[dict[str, str]] = []
     second: list[dict[str, str]] = []
     for name in files:
-        if not (folder / name).is_file():
-            raise TableError(f"{folder / name} is missing; run its bench, or take the table out of the README")
-        with (folder / name).open(newline="") as file:
-            rows = [{"file": name, **row} for row in csv.DictReader(file)]
+        path = folder / name
+        if not path.is_file():
+            if table.partial:
+                continue
+            raise TableError(f"{path} is missing; run its bench, or take the table out of the README")
+        kind, known = Partial if table.partial else dict, {"file": name, **driver(path)}
+        with path.open(newline="") as file:
+            rows = [kind(known | row) for row in csv.DictReader(file)]
         again = [row for row in rows if row.get("environment") == "tuned"]
         alone = len(again) == len(rows)
         first += rows if alone else [row for row in rows if row.get("environment") != "tuned"]
         second += [] if alone else again
-    label = " and ".join(distinct(first, "level") or distinct(first, "device"))
-    return [Group(label, first), *([Group(f"{label}, tuned", second, tuned=True)] if second and tuned else [])]
+    label = " and ".join(distinct(first, "level") or distinct(first, "device")) or folder.name
+    again = [Group(f"{label}, tuned", second, tuned=True)] if second and table.tuned else []
+    return [Group(label, first), *again]
 
 
 def rewrite(text: str, tables: Mapping[str, Table], root: Path = RESULTS) -> str:
@@ -212,7 +250,7 @@ def rewrite(text: str, tables: Mapping[str, Table], root: Path = RESULTS) -> str
         table, groups = tables[name], []
         try:
             for folder in folders.split(", "):
-                groups += groups_of(root / folder, files.split(", "), table.tuned > 0)
+                groups += groups_of(root / folder, files.split(", "), table)
             if len({group.label for group in groups}) < len(groups):
                 raise TableError("two folders have the same level; show one of them, or tell their rows apart")
             return f"{marker}\n{render(table, groups)}\n<!-- end -->"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bench.tables.card import CARD_TABLES
 from bench.tables.rows import (
     baseline_rows,
     cpu_loop_rows,
@@ -300,4 +301,4 @@ TABLES = {
             for part in ("whole matrices", "tall blocks", "eigenproblems")
         ],
     ),
-}
+} | CARD_TABLES

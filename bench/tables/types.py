@@ -33,15 +33,20 @@ class Table:
         rows: one line each, its ``label`` (a field of that name) and which rows of the CSV its
             other fields mean, by alias.
         each: a line for every selected row of the CSV, under the alias ``row``.
+        names: further aliases in a line of ``each``. Each has the line's row where that has these
+            texts, else none.
         tuned: how many of ``rows`` are shown again, as measured with other settings.
+        partial: shows what there is. Files, rows and columns may be missing.
 
     The rows of several folders come one after the other. Then a column says which level of the
-    compiled code they were measured with. A first cell like the one above it is left blank. A
-    column without any text is left out.
+    compiled code they were measured with, or on which card. A first cell like the one above it is
+    left blank. A column without any text is left out.
     """
 
     csv: str
     columns: Mapping[str, str]
     rows: Sequence[tuple[str, Mapping[str, Selection]]] = ()
     each: Sequence[Selection] = field(default=())
+    names: Mapping[str, Selection] = field(default_factory=dict)
     tuned: int = 0
+    partial: bool = False

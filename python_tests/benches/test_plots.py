@@ -8,6 +8,7 @@ import re
 import shutil
 
 import pytest
+from helpers import card_rows
 
 from bench import plots
 from bench.common import plot_labels
@@ -20,9 +21,19 @@ EXPONENT = re.compile(r"\de[+-]?\d")
 
 
 @pytest.fixture(scope="module")
-def figures() -> dict:
-    """Every figure of the committed CSVs, laid out."""
-    found = {name: plots.make(name, FOLDER) for name in NAMES}
+def card(tmp_path_factory):
+    """A card's folder, of few rows."""
+    return card_rows.write(tmp_path_factory.mktemp("card"))
+
+
+def folder_of(name: str, card):
+    return card if name.startswith("gpu_") else FOLDER
+
+
+@pytest.fixture(scope="module")
+def figures(card) -> dict:
+    """Every figure of the committed CSVs, and those of a card, laid out."""
+    found = {name: plots.make(name, folder_of(name, card)) for name in NAMES}
     for figure in found.values():
         figure.draw_without_rendering()
     return found
@@ -100,19 +111,22 @@ def test_a_figure_fits_a_page(figures, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_texts_are_for_people(figures, name):
+def test_texts_are_for_people(figures, card, name):
     """No key of a CSV, no failure's words, no exponent; the machine is named."""
     words = "\n".join(text.get_text() for text in texts(figures[name]))
     for pattern in (KEYS, FAILURES, EXPONENT):
         assert not pattern.search(words), pattern.search(words)
-    with (FOLDER / f"{plots.FIGURES[name][1][0]}.csv").open(newline="") as file:
+    with (folder_of(name, card) / f"{plots.FIGURES[name][1][0]}.csv").open(newline="") as file:
         assert next(csv.DictReader(file))["device"] in words
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_bar_has_a_label(figures, name):
-    """Each label of a bar is a text of the label table, but for sizes, which name files."""
+    """A bar's label is a text of the label table, but for files and the variants of a card."""
     known = {*plot_labels.LABELS.values(), "Whole model", "Delta file"}
+    if name == "gpu_step":
+        known = {"AdamW fused, bf16", "LIFT, dense bf16 gradients, fp32 moments"}
+        known |= {"LIFT, packed fp32 gradients, fp32 moments", "AdamW fused on a packed vector, scattered"}
     shown = {text.get_text() for axes in figures[name].axes for text in axes.get_yticklabels()} - {""}
     assert shown and shown <= known
 
