@@ -62,15 +62,18 @@ def galore(model: nn.Module) -> torch.optim.Optimizer:
     return optimizer(groups, **HYPER, no_deprecation_warning=True)
 
 
-def adapter(config: str, **options: Any) -> Callable[[nn.Module], torch.optim.Optimizer]:
-    """An adapter of peft on the linear layers, put into the model."""
+def adapter(config: str, mask_fn: Callable | None = None, **options: Any) -> Callable[..., torch.optim.Optimizer]:
+    """An adapter of peft on the linear layers, put into the model. ``mask_fn``: SHiRA's."""
 
     def build(model: nn.Module) -> torch.optim.Optimizer:
         get_peft_model, form = attribute("peft", "peft", "get_peft_model"), attribute("peft", "peft", config)
         names = {name.split(".")[-2] for name, _ in lift_param_groups(model)[0]["params"]}
         rank = adapter_rank(model)
         scale = {"lora_alpha": 2 * rank} if config == "LoraConfig" else {}
-        adapted = get_peft_model(model, form(r=rank, target_modules=sorted(names), **scale, **options))
+        made = form(r=rank, target_modules=sorted(names), **scale, **options)
+        if mask_fn is not None:
+            made.mask_fn = mask_fn
+        adapted = get_peft_model(model, made)
         return torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], HIGH, **HYPER, fused=True)
 
     return build

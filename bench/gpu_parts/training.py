@@ -1,25 +1,37 @@
-"""A training step of a random Llama in plain torch, by full fine-tuning and by LIFT.
+"""A training step of a random Llama in plain torch, by LIFT and by other methods.
 
-Full fine-tuning is by AdamW(fused=True), LIFT from dense and from packed gradients. A step is
-forward pass, loss, backward pass and optimizer, in bf16, with masks of 5 % clustered by rows and no
-refresh. LIFT freezes embeddings, head and norms as the paper does.
+The others are full fine-tuning, that of the linear layers alone, LoRA and SHiRA. The adapters are
+peft's, with about as many trained entries as LIFT and all else as peft chooses it. So they are fp32
+on a bf16 model. LIFT trains from dense (matrix mode) and from packed gradients, with masks of 5 %
+clustered by rows and no refresh. A step is forward pass, loss, backward pass and optimizer, in
+bf16. All methods but full fine-tuning freeze embeddings, head and norms.
 
-Roofline: FLOPs of the linear layers, 6 a weight and token where its gradient is formed, 4 where it
-is not. Attention is not counted. Checked before the timing, after three steps: the loss fell and,
-in the first block, nothing outside the masks changed and something inside did. ``peak_gb``:
-allocated at most in a step. ``state_gb``: of the optimizer.
+Roofline: FLOPs for each token. 4 for each weight of the linear layers and of the head, and 2 more
+where its gradient is formed. SHiRA and LIFT form that of every linear layer. LoRA has 6 for each
+entry of its factors, counted at the rate of bf16. Attention is not counted.
+
+Checked before the timing, after three steps, for all but full fine-tuning: the loss fell. With
+LIFT, nothing outside the masks of the first block changed and something inside did. With the
+others, no frozen weight changed. A method that is not installed or cannot run leaves a row that
+says so.
+
+``peak_gb``: allocated at most in a step, with the model. ``state_gb``: of the optimizer.
+``trained``: entries. ``ratio``: against full fine-tuning.
 """
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.common import training_methods as methods
 from bench.common.arenas import clustered_indices
+from bench.common.baselines import attribute
 from bench.gpu_parts.models import BF16, DENSITY
 from bench.gpu_parts.runner import Run
 from lift_kernels import LiftAdamW, lift_param_groups, pack_gradients
@@ -90,10 +102,6 @@ class Llama(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
-def full(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-
-
 def clustered(weight: Tensor, k: int) -> Tensor:
     """A selection for LiftAdamW that costs no refresh."""
     return clustered_indices(*weight.shape, DENSITY, 0, weight.device.type)[:k]
@@ -109,16 +117,52 @@ def lift_packed(model: nn.Module) -> torch.optim.Optimizer:
     return LiftAdamW(groups, lr=1e-3, betas=(0.9, 0.95), refresh_interval=None)
 
 
-def trained_problem(model: Llama, step: Callable[[], Tensor]) -> str:
-    """What is wrong after three steps of LIFT, or an empty string."""
-    layers = [m for m in model.blocks[0].children() if hasattr(m, "bias")]  # linear ones, packed or not
-    before = [layer.weight.detach().clone() for layer in layers]
+def shira(model: nn.Module) -> torch.optim.Optimizer:
+    """SHiRA with the masks that peft draws from seed 0 on the CPU, one for each shape.
+
+    The same seed gives all layers of a shape the same mask. To draw each of them takes half a
+    minute.
+    """
+    draw = attribute("peft", "peft.tuners.shira.mask_functions", "random_mask")
+    masks: dict[torch.Size, Tensor] = {}
+
+    def mask(layer: nn.Linear, rank: int, **options: Any) -> Tensor:
+        shape = layer.weight.shape
+        if shape not in masks:
+            masks[shape] = draw(layer, rank, **options)
+        return masks[shape]
+
+    optimizer = methods.adapter("ShiraConfig", mask_fn=mask, random_seed=0)(model)
+    masks.clear()
+    return optimizer
+
+
+LIFT = (methods.MATRIX, methods.PACKED)
+LORA, SHIRA = "LoRA (peft), AdamW fused", "SHiRA (peft), AdamW fused"
+METHODS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    methods.FULL: methods.full,
+    methods.LINEAR: methods.full_linear,
+    LORA: methods.adapter("LoraConfig", lora_dropout=0.0),
+    SHIRA: shira,
+    methods.MATRIX: lift_dense,
+    methods.PACKED: lift_packed,
+}
+
+
+def training_problem(name: str, model: Llama, step: Callable[[], Tensor]) -> str:
+    """What is wrong after three steps, or an empty string."""
+    layers, frozen = [], []
+    if name in LIFT:
+        linear = [m for m in model.blocks[0].children() if hasattr(m, "bias")]  # packed or not
+        layers = [(layer, layer.weight.detach().clone()) for layer in linear]
+    else:
+        frozen = [(at, p, p.detach().clone()) for at, p in model.named_parameters() if not p.requires_grad]
     first = float(step())
     step()
     last = float(step())
     if not last < first:
         return f"the loss went from {first:.4g} to {last:.4g}"
-    for i, (layer, old) in enumerate(zip(layers, before)):
+    for i, (layer, old) in enumerate(layers):
         changed = (layer.weight.detach() != old).view(-1)
         chosen = clustered(old, round(DENSITY * old.numel())).long()
         if not bool(changed[chosen].any()):
@@ -126,7 +170,23 @@ def trained_problem(model: Llama, step: Callable[[], Tensor]) -> str:
         changed[chosen] = False
         if bool(changed.any()):
             return f"matrix {i}: {int(changed.sum())} entries outside the mask changed"
-    return ""
+    return next((f"{at} is frozen but changed" for at, p, old in frozen if not torch.equal(p, old)), "")
+
+
+def trained_entries(optimizer: torch.optim.Optimizer) -> int:
+    """The number of entries that an optimizer changes, after its first step."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if isinstance(optimizer, LiftAdamW):
+        return sum(optimizer.state[p]["indices"].numel() for p in parameters)
+    return sum(p.numel() for p in parameters)
+
+
+def flops(name: str, linear: int, head: int, trained: int) -> float:
+    """FLOPs of a step for each token. ``linear``, ``head``: their weights, without adapters."""
+    forward_and_inputs = 4.0 * (linear + head)
+    if name == LORA:
+        return forward_and_inputs + 6.0 * trained
+    return forward_and_inputs + 2.0 * linear + (2.0 * head if name == methods.FULL else 0.0)
 
 
 def work(run: Run) -> None:
@@ -134,42 +194,52 @@ def work(run: Run) -> None:
     generator = torch.Generator(run.device).manual_seed(0)
     tokens = torch.randint(size.vocabulary, (size.batch, size.length), generator=generator, device=run.device)
     against = None
-    methods = {"full, AdamW fused": full, "LIFT, dense gradients": lift_dense, "LIFT, packed gradients": lift_packed}
-    for name, make in methods.items():
-        torch.manual_seed(0)
-        with torch.device(run.device):
-            model = Llama(size).to(BF16)
-        linear = sum(m.weight.numel() for block in model.blocks for m in block.children() if isinstance(m, nn.Linear))
-        head, lift = model.lm_head.weight.numel(), make is not full
-        optimizer = make(model)
-
-        def step(model=model, optimizer=optimizer) -> Tensor:
-            loss = model(tokens)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            return loss.detach()
-
-        problem = run.problem(lambda model=model, step=step: trained_problem(model, step)) if lift else None
-        memory = {} if problem else measured_memory(run, step, optimizer)
-        taken = run.time(
-            name,
-            step,
-            problem=problem,
-            against=against,
-            flops=tokens.numel() * (6.0 * linear + (4.0 if lift else 6.0) * head),
-            repeats=3 if run.dry else 8,
-            op="training step",
-            model=f"random Llama, {(linear + 2 * head) / 1e9:.2g} B",
-            dtype="bf16",
-            shape=f"{size.batch} x {size.length} tokens",
-            derived={"tokens_per_s": lambda s: tokens.numel() / s},
-            **memory,
-        )
-        if make is full and taken is not None:
+    for name in METHODS:
+        try:
+            taken = time_method(run, name, size, tokens, against)
+        except Exception as error:  # a package is missing, or memory: the other methods go on
+            traceback.print_exc()
+            run.add(name, op="training step", status=methods.failed(name, error))
+            taken = None
+        if name == methods.FULL and taken is not None:
             against = (name, taken)
-        del model, optimizer, step
         run.free()
+
+
+def time_method(run: Run, name: str, size: Size, tokens: Tensor, against: tuple[str, float] | None) -> float | None:
+    """Check and time a method on a model of its own, which nothing holds afterwards."""
+    torch.manual_seed(0)
+    with torch.device(run.device):
+        model = Llama(size).to(BF16)
+    linear, head = sum(weight.numel() for weight in methods.matrices(model)), model.lm_head.weight.numel()
+    optimizer = METHODS[name](model)
+
+    def step() -> Tensor:
+        loss = model(tokens)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    problem = None if name == methods.FULL else training_problem(name, model, step)
+    memory = {} if problem else measured_memory(run, step, optimizer)
+    trained = trained_entries(optimizer)
+    return run.time(
+        name,
+        step,
+        problem=problem,
+        against=against,
+        flops=tokens.numel() * flops(name, linear, head, trained),
+        repeats=3 if run.dry else 8,
+        op="training step",
+        model=f"random Llama, {(linear + 2 * head) / 1e9:.2g} B",
+        dtype="bf16",
+        shape=f"{size.batch} x {size.length} tokens",
+        derived={"tokens_per_s": lambda s: tokens.numel() / s},
+        trained=trained,
+        **memory,
+        **({} if name in LIFT else {"backend": "torch"}),
+    )
 
 
 def measured_memory(run: Run, step: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> dict:

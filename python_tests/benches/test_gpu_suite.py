@@ -76,12 +76,14 @@ def test_dry_run_is_green_with_five_packages(dry_run):
     ]
     checked, rows = rows_of(folder / "gpu_check.csv"), rows_of(folder / "gpu_time.csv")
     assert {row["stage"] for row in checked} == CHECKED and {row["stage"] for row in rows} == TIMED | {"machine"}
+    without = [row for row in rows if row["variant"].startswith(("LoRA", "SHiRA"))]
+    assert [row["status"] for row in without] == 2 * ["missing: not installed (peft is missing): pip install peft"]
     for row in (*checked, *rows):
-        assert row["status"] == "ok" or row["stage"] == "build", row
+        assert row["status"] == "ok" or row["stage"] == "build" or row in without, row
         assert all(row[column] for column in ("device", "torch", "triton", "python", "lift_kernels", "cuda")), row
         assert row["commit"] == "abc1234" and row["tests"] == "ok"
     assert all(float(row["copy_rate"]) > 0 for row in rows)
-    timed = [row for row in rows if row["stage"] in TIMED and row["variant"] != "(whole stage)"]
+    timed = [row for row in rows if row["stage"] in TIMED and row["variant"] != "(whole stage)" and row not in without]
     for row in timed:
         assert 0 < float(row["min_ms"]) <= float(row["q25_ms"]) <= float(row["median_ms"]) <= float(row["q75_ms"])
         assert int(row["repeats"]) >= 1 and row["shape"] and row["dtype"] and row["op"]
@@ -131,9 +133,9 @@ def test_each_summary_is_printed_last_and_logged(dry_run):
     assert not printed
 
 
-def test_budgets_fit_into_four_and_six_minutes():
+def test_budgets_fit_into_four_and_seven_minutes():
     sums = {part: sum(stage.budget for stage in stages) for part, stages in gpu_suite.STAGES.items()}
-    assert gpu_suite.LIMITS_S == {"check": 240, "time": 360}
+    assert gpu_suite.LIMITS_S == {"check": 240, "time": 395}
     assert all(sums[part] <= limit for part, limit in gpu_suite.LIMITS_S.items()), sums
     names = {part: {stage.name for stage in stages} for part, stages in gpu_suite.STAGES.items()}
     assert names == {"check": CHECKED, "time": TIMED | {"machine"}}

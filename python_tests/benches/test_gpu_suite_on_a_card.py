@@ -11,6 +11,7 @@ import json
 import sys
 import time
 import types
+import weakref
 
 import pytest
 import torch
@@ -121,12 +122,44 @@ def test_the_branches_of_a_card(card, target, expected):
 
 
 @pytest.mark.native
-def test_training_reports_memory(card, monkeypatch):
+def test_training_reports_memory_and_frees_each_model(card, monkeypatch):
+    # What peft imports when it is used first may log an error. Pytest keeps that, and with it the
+    # frames that led there and their model.
+    training.METHODS[training.LORA](training.Llama(training.TINY))
+    made = []
+
+    class Seen(training.Llama):
+        def __init__(self, size):
+            assert not [model for model in made if model() is not None]
+            super().__init__(size)
+            made.append(weakref.ref(self))
+
     monkeypatch.setattr(training, "SIZE", training.TINY)
+    monkeypatch.setattr(training, "Llama", Seen)
     training.work(card)
     rows = card.found()
-    assert statuses(card) == {"ok": 3}
+    assert statuses(card) == {"ok": 6} and [row["variant"] for row in rows] == list(training.METHODS)
     assert all(row["peak_gb"] == 0.002 and row["tokens_per_s"] > 0 for row in rows)
+    full, linear, lora, shira, dense, packed = (row["trained"] for row in rows)
+    assert full == linear + 2 * 97 * 64 + 5 * 64  # embedding, head and norms
+    assert lora == shira and dense == packed and lora == pytest.approx(linear / 20, rel=0.3)
+    assert ["ratio" in row for row in rows] == [False] + 5 * [True]
+
+
+def test_training_counts_the_products_of_each_method():
+    counted = {name: training.flops(name, 100, 10, 7) for name in training.METHODS}
+    assert counted.pop(training.methods.FULL) == 6 * 110 and counted.pop(training.LORA) == 4 * 110 + 6 * 7
+    assert set(counted.values()) == {6 * 100 + 4 * 10}
+
+
+def test_shira_has_the_masks_of_peft():
+    """Those that peft draws for each layer by itself."""
+    found = []
+    for build in (training.shira, training.methods.adapter("ShiraConfig", random_seed=0)):
+        model = training.Llama(training.TINY)
+        build(model)
+        found.append([m.shira_indices["default"] for m in model.modules() if hasattr(m, "shira_indices")])
+    assert len(found[0]) == 14 and all(map(torch.equal, *found))
 
 
 def test_eigenproblems_and_rates(card, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import gpu_suite
-from bench.gpu_parts import sanitizer_cases
+from bench.gpu_parts import sanitizer_cases, training
 from lift_kernels import ops
 from lift_kernels.ops.dispatch import ops_of
 
@@ -131,7 +131,40 @@ def test_training_that_writes_outside_the_masks_is_refused(tmp_path, monkeypatch
 
     monkeypatch.setattr(ops, "sparse_adamw_", wrong)
     rows = in_process(tmp_path, "training:work")
-    assert [row["status"].split(":")[0] for row in rows] == ["ok", "refused, it is wrong", "refused, it is wrong"]
+    assert [row["status"].split(":")[0] for row in rows] == 4 * ["ok"] + 2 * ["refused, it is wrong"]
+
+
+@pytest.mark.native
+def test_a_method_that_raises_stops_no_other(tmp_path, monkeypatch):
+    def raises(model):
+        raise torch.OutOfMemoryError("Tried to allocate 2 GiB")
+
+    for name in (training.methods.FULL, training.SHIRA, training.methods.PACKED):
+        monkeypatch.setitem(training.METHODS, name, raises)
+    rows = {row["variant"]: row["status"] for row in in_process(tmp_path, "training:work")}
+    assert rows.pop(training.methods.PACKED) == "refused: OutOfMemoryError: Tried to allocate 2 GiB"
+    for name in (training.methods.FULL, training.SHIRA):
+        assert rows.pop(name) == "missing: OutOfMemoryError: Tried to allocate 2 GiB"
+    assert len(rows) == 3 and set(rows.values()) == {"ok"}
+
+
+def test_training_that_changes_frozen_weights_or_learns_nothing_is_refused(tmp_path, monkeypatch):
+    def touches(model):
+        optimizer = training.methods.adapter("LoraConfig", lora_dropout=0.0)(model)
+        base = model.blocks[0].q.base_layer.weight
+        optimizer.register_step_post_hook(lambda *arguments: base.data.add_(0.01))
+        return optimizer
+
+    def learns_nothing(model):
+        return torch.optim.SGD(model.parameters(), lr=0.0)
+
+    wrong = {training.LORA: touches, training.methods.LINEAR: learns_nothing}
+    monkeypatch.setattr(training, "METHODS", wrong)
+    rows = in_process(tmp_path, "training:work")
+    assert [row["status"].removeprefix("refused, it is wrong: ").split(" from")[0] for row in rows] == [
+        "blocks.0.q.base_layer.weight is frozen but changed",
+        "the loss went",
+    ]
 
 
 def test_the_sanitizers_driver_finds_a_wrong_op(monkeypatch, capsys):
