@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 LINE = 64  # bytes of a CPU's cache line
-SECTOR = 32  # bytes of what a GPU reads and writes
+SECTOR = 32  # bytes of what a GPU can read and write
+FETCH = 64  # bytes of what it fetches for a sector, unless its limit is set to other ones
 SEGMENT_ALIGN = 64  # entries; arena segments start at multiples of it
 
 
@@ -49,12 +50,12 @@ class Arena:
     def lists(self) -> list[Tensor]:
         return [self.indices[o : o + c] for o, c in zip(self.offsets, self.counts)]
 
-    def line_bytes(self, width: int) -> int:
+    def line_bytes(self, width: int, line: int | None = None) -> int:
         """Bytes of the lines that hold the selected entries of all matrices.
 
-        An entry has ``width`` bytes.
+        An entry has ``width`` bytes. A line has ``line``, by default what the device writes.
         """
-        line = LINE if self.indices.device.type == "cpu" else SECTOR
+        line = line or (LINE if self.indices.device.type == "cpu" else SECTOR)
         return line * sum(lines_touched(index, width, line) for index in self.lists())
 
 

@@ -55,20 +55,25 @@ class SparseStep:
             **HYPER,
         )
 
-    def roofline_bytes(self) -> float:
+    def roofline_bytes(self, fetch: int | None = None) -> float:
         """Bytes that a step moves at least.
 
         Lines of weights are read and written, those of dense gradients are read. Each entry adds
         its index (4 bytes), two moments read and written, a master read and written (8) and a
         packed gradient. A weight that has a master is only written. But its lines must be read too,
         since they are written in part.
+
+        Args:
+            fetch: bytes that the device fetches where an entry is read, if more than a line. A
+                line that is only written in part is not fetched so.
         """
-        lines = self.arena.line_bytes(self.weights[0].element_size()) * 2
+        width = self.weights[0].element_size()
+        lines = self.arena.line_bytes(width) + self.arena.line_bytes(width, None if self.master is not None else fetch)
         stream = 4 + 4 * self.exp_avg.element_size() + (8 if self.master is not None else 0)
         if self.packed:
             stream += self.grads[0].element_size()
         else:
-            lines += self.arena.line_bytes(self.grads[0].element_size())
+            lines += self.arena.line_bytes(self.grads[0].element_size(), fetch)
         return lines + self.arena.entries * stream
 
     def scattered_lines(self) -> int:

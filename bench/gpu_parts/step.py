@@ -5,7 +5,8 @@ is AdamW on one vector of the selected entries, which is then scattered.
 
 The step of LIFT is one launch. All work on the same tensors. Bytes of the roofline: distinct
 32-byte sectors of weights (read and written) and dense gradients (read) that selected entries lie
-on, and the packed streams, as in `bench_sparse_adamw`. Dense: 7 times the weights' bytes. A step
+on, and the packed streams, as in `bench_sparse_adamw`. ``share_of_fetched`` counts 64 bytes for a
+sector that is read, which is what cards fetch by default. Dense: 7 times the weights' bytes. A step
 moves gigabytes, so the L2 cache serves none of it and inputs need not take turns. Checked are two
 steps of the whole launch: the last layer's matrices, moments and masters are compared with the
 reference's.
@@ -13,10 +14,12 @@ reference's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from bench.common.arenas import Arena
+from bench.common.arenas import FETCH, Arena
 from bench.common.steps import PackedVector, SparseStep, dense_step
 from bench.common.timing import difference
 from bench.gpu_parts.models import BF16, FP32, LLAMA_2_7B, LLAMA_3_8B, Model, dtype_name
@@ -92,10 +95,17 @@ def sparse_rows(
                 problem=problem,
                 moved=sparse.roofline_bytes(),
                 against=against,
+                derived=share_of_fetched(run, sparse.roofline_bytes(FETCH)),
                 **labels,
             )
             del sparse
             run.free()
+
+
+def share_of_fetched(run: Run, fetched: float) -> dict[str, Callable[[float], float]]:
+    """The column that counts what the card fetches for a sector that is read."""
+    rate = run.rates.get("copy")
+    return {} if rate is None else {"share_of_fetched": lambda seconds: fetched / rate / seconds}
 
 
 def vector_rows(

@@ -2,9 +2,10 @@
 
 The others are full fine-tuning, that of the linear layers alone, LoRA and SHiRA. The adapters are
 peft's, with about as many trained entries as LIFT and all else as peft chooses it. So they are fp32
-on a bf16 model. LIFT trains from dense (matrix mode) and from packed gradients, with masks of 5 %
-clustered by rows and no refresh. A step is forward pass, loss, backward pass and optimizer, in
-bf16. All methods but full fine-tuning freeze embeddings, head and norms.
+on a bf16 model, and run under autocast, as in a Trainer with bf16. LIFT trains from dense (matrix
+mode) and from packed gradients, with masks of 5 % clustered by rows and no refresh. A step is
+forward pass, loss, backward pass and optimizer, in bf16. All methods but full fine-tuning freeze
+embeddings, head and norms.
 
 Roofline: FLOPs for each token. 4 for each weight of the linear layers and of the head, and 2 more
 where its gradient is formed. SHiRA and LIFT form that of every linear layer. LoRA has 6 for each
@@ -138,7 +139,7 @@ def shira(model: nn.Module) -> torch.optim.Optimizer:
 
 
 LIFT = (methods.MATRIX, methods.PACKED)
-LORA, SHIRA = "LoRA (peft), AdamW fused", "SHiRA (peft), AdamW fused"
+LORA, SHIRA = ADAPTERS = "LoRA (peft), AdamW fused", "SHiRA (peft), AdamW fused"
 METHODS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     methods.FULL: methods.full,
     methods.LINEAR: methods.full_linear,
@@ -215,7 +216,8 @@ def time_method(run: Run, name: str, size: Size, tokens: Tensor, against: tuple[
     optimizer = METHODS[name](model)
 
     def step() -> Tensor:
-        loss = model(tokens)
+        with torch.autocast(run.device, BF16, enabled=name in ADAPTERS):
+            loss = model(tokens)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -163,17 +163,26 @@ def test_shira_has_the_masks_of_peft():
 
 
 def test_eigenproblems_and_rates(card, monkeypatch):
-    small = torch.linalg.eigh
-    monkeypatch.setattr(torch.linalg, "eigh", lambda gram: small(gram[:, :8, :8]))
+    solve = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda gram: solve(gram[:, :8, :8]))
+    monkeypatch.setattr(factorizations, "symmetric_eigen", lambda gram: solve(gram))
     factorizations.eigenproblems(card)
-    assert [row["shape"] for row in card.found()] == [
-        "1 of 4096 x 4096",
-        "1 of 256 x 256",
-        "32 of 256 x 256",
-        "32 of 128 x 128",
+    shapes = ["1 of 512 x 512", "1 of 256 x 256", "32 of 256 x 256", "32 of 128 x 128"]
+    assert [(row["variant"], row["shape"]) for row in card.found()] == [
+        ("torch.linalg.eigh", "1 of 4096 x 4096"),
+        *((name, shape) for shape in shapes for name in ("torch.linalg.eigh", "symmetric_eigen")),
     ]
-    assert all(row["eigh_cost"] > 0 for row in card.found())
+    assert all(row["eigh_cost"] > 0 for row in card.found()) and statuses(card) == {"ok": 9}
     assert Run.dry.fget(card) and not card.dry
+
+
+def test_wrong_eigenvectors_are_seen():
+    gram = torch.randn(3, 20, 40) @ torch.randn(3, 40, 20)
+    gram = gram @ gram.mT
+    values, vectors = torch.linalg.eigh(gram)
+    assert factorizations.not_eigen(gram, values, vectors) == ""
+    assert factorizations.not_eigen(gram, values, vectors.flip(-1)).startswith("off by ")
+    assert factorizations.not_eigen(gram, values, 2 * vectors).startswith("off by 3")
 
 
 def test_fp32_takes_the_layers_that_fit(card, monkeypatch):
