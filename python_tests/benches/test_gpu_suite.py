@@ -247,6 +247,17 @@ def test_bound_counts_bytes():
     assert SparseStep([weight], [grad], arena, master=True).roofline_bytes() == 3 * 64 * 3 + 4 * (4 + 16 + 8)
 
 
+def test_bound_counts_what_is_fetched():
+    """Where an entry is read, 128 bytes are fetched: two such lines hold the four entries."""
+    arena = Arena.of([torch.tensor([0, 1, 40, 99], dtype=torch.int32)])
+    weight, grad = torch.zeros(10, 10, dtype=torch.bfloat16), torch.zeros(10, 10, dtype=torch.bfloat16)
+    assert SparseStep([weight], [grad], arena).roofline_bytes(128) == 64 * 3 + 2 * 128 * 2 + 4 * (4 + 16)
+    packed = SparseStep([weight], [grad], arena, packed=True, master=True)
+    assert packed.roofline_bytes(128) == packed.roofline_bytes()
+    dense = SparseStep([weight], [grad], arena, master=True)
+    assert dense.roofline_bytes(128) == 2 * 64 * 3 + 128 * 2 + 4 * (4 + 16 + 8)
+
+
 def test_the_floor_is_the_longer_of_bytes_and_flops(tmp_path):
     (tmp_path / "rows").touch()
     run = Run("it", "cpu", tmp_path / "rows", math.inf, 3, {"copy": 1e6, "bf16": 1e9})
