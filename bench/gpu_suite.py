@@ -78,7 +78,7 @@ class Stage:
 STAGES = {
     "check": [
         Stage("build", "bench.gpu_parts.preflight:build", 45),
-        Stage("tests", "bench.gpu_parts.preflight:tests", 115),
+        Stage("tests", "bench.gpu_parts.preflight:tests", 180),
         Stage("sanitizer", "bench.gpu_parts.preflight:sanitizer", 80),
     ],
     "time": [

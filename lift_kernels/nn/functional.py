@@ -26,21 +26,20 @@ class LiftLinearFunction(torch.autograd.Function):
     the dtype ``compute``.
     """
 
+    # One function and no setup_context: torch would bind the arguments by their signature at every
+    # call, which takes longer than the product of a small layer.
     @staticmethod
-    def forward(x, values, weight, bias, indices, transposed, compute, backend):
-        weight = weight.to(compute)
-        return F.linear(x, weight.t() if transposed else weight, bias)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, values, weight, bias, indices, ctx.transposed, ctx.compute, ctx.backend = inputs
-        ctx.dtype = values.dtype
+    def forward(ctx, x, values, weight, bias, indices, transposed, compute, backend):
+        ctx.transposed, ctx.compute, ctx.backend, ctx.dtype = transposed, compute, backend, values.dtype
         needs_x, needs_values = ctx.needs_input_grad[:2]
         # Only what backward reads is saved. Autograd notices a refresh between the passes, because
         # the index list is among it.
         ctx.save_for_backward(
             x if needs_values else None, weight if needs_x else None, indices if needs_values else None
         )
+        if weight.dtype != compute:
+            weight = weight.to(compute)
+        return F.linear(x, weight.t() if transposed else weight, bias)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -60,10 +59,6 @@ class LiftLinearFunction(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             grad_bias = grad.sum(0)
         return grad_x, grad_values, None, grad_bias, None, None, None, None
-
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        raise RuntimeError(_NO_SECOND)
 
 
 def lift_linear(
@@ -97,8 +92,11 @@ def lift_linear(
     """
     if values.shape != indices.shape:
         raise ValueError(f"values has shape {tuple(values.shape)}, its index list {tuple(indices.shape)}")
-    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None:
-        raise RuntimeError(_NO_SECOND)  # A custom jvp that raises would break torch.compile.
+    if not torch.compiler.is_compiling():
+        # A custom jvp or vmap that raises would break torch.compile.
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        if transformed or forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(_NO_SECOND)
     device = x.device.type
     compute = weight.dtype
     if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:

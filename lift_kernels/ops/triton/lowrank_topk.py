@@ -18,8 +18,8 @@ from .bitmap_to_indices import list_bits, popcount, set_bits
 
 # Three TF32 products of split factors make one product: fp32 error on tensor cores.
 TILE = {"ROWS": 128, "COLUMNS": 64, "DEPTH": 16, "PRECISION": "tf32x3"}
-# Two programs fit on a multiprocessor, so that one multiplies while the other selects. A depth of 32
-# is faster by 17 % on an H100, but then some passes spill registers there, and all do on an A100.
+# Two programs fit on a multiprocessor, so that one multiplies while the other selects. A depth of
+# 32 is faster by 17 % on an H100, but some passes then spill registers there, and all on an A100.
 TILE_OPTIONS = {"num_warps": 8, "num_stages": 3, "maxnreg": 128, "enable_fp_fusion": False}
 
 

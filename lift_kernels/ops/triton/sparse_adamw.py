@@ -155,9 +155,10 @@ def sparse_adamw_triton(
         keys: (n,) int32, from `stochastic_keys`. Given, weights are rounded stochastically.
     """
     block = block_size()
-    # Without a master and without dense gradients, weights are all that a block waits for late.
-    # More warps hide it: on an H100, 5.7 ms and not 6.0 for LLaMA-2-7B with bf16 moments.
-    warps = 8 if master is None and packed_grads and weights[0].element_size() == 2 else 4
+    # Without a master, a block waits for the weights at last. Where its streams are short, more warps
+    # hide that: on an H100, 5.7 ms and not 6.0 for LLaMA-2-7B with bf16 moments and gradients.
+    late = master is None and weights[0].element_size() == 2
+    warps = 8 if late and (packed_grads or exp_avg.element_size() == 2) else 4
     with torch.cuda.device_of(indices):
         blocks, aligned = block_table(offsets, counts, indices.numel(), block, indices.device)
         if blocks.shape[0] == 0:
