@@ -23,8 +23,8 @@ _DEFAULT_DEVICE = {"native-cpu": "cpu", "native-cuda": "cuda", "triton": "cuda",
 
 OPS: dict[str, tuple[str, ...]] = {
     "sparse_adamw_": ("native-cpu", "triton", "reference"),
-    "packed_gather": ("native-cpu", "triton", "native-cuda", "reference"),
-    "packed_scatter_": ("native-cpu", "triton", "native-cuda", "reference"),
+    "packed_gather": ("native-cpu", "native-cuda", "triton", "reference"),
+    "packed_scatter_": ("native-cpu", "native-cuda", "triton", "reference"),
     "packed_migrate": ("native-cpu", "triton", "native-cuda", "reference"),
     "arena_migrate_": ("native-cpu", "triton", "reference"),
     "packed_l2_norm": ("native-cpu", "triton", "reference"),

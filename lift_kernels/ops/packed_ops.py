@@ -7,7 +7,9 @@ ops have in common.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +83,7 @@ def _gather(source, indices, dtype, validate, backend):
     if name == "reference":
         return reference.packed_gather_ref(source, indices, dtype)
     out = torch.empty(indices.shape, dtype=dtype, device=indices.device)
-    _kernel(name, "packed_gather")(source.contiguous(), indices, out)
+    kernel(name, "packed_gather")(source.contiguous(), indices, out)
     return out
 
 
@@ -140,7 +142,7 @@ def _scatter(dest, indices, values, validate, backend):
     if name == "reference":
         reference.packed_scatter_ref(dest, indices, values)
         return
-    _kernel(name, "packed_scatter_")(dest, indices, values.contiguous())
+    kernel(name, "packed_scatter_")(dest, indices, values.contiguous())
 
 
 def packed_migrate(
@@ -200,7 +202,7 @@ def _packed_migrate_op(values, old_indices, new_indices, fill_values=None, *, fi
         out = fill_values.clone(memory_format=torch.contiguous_format)
     else:
         out = torch.full(new_indices.shape, fill, dtype=values.dtype, device=values.device)
-    _kernel(name, "packed_migrate")(values.contiguous(), old_indices, new_indices, out)
+    kernel(name, "packed_migrate")(values.contiguous(), old_indices, new_indices, out)
     return out
 
 
@@ -284,14 +286,15 @@ def _norm(grads, indices, offsets, counts, packed_grads, validate, backend):
     if name == "reference" or not grads:
         return reference.packed_l2_norm_ref(grads, indices, offsets, counts, packed_grads)
     ordered = [row_major(g) for g in grads]
-    partials = _kernel(name, "packed_square_sums")(ordered, indices, offsets, counts, packed_grads)
+    partials = kernel(name, "packed_square_sums")(ordered, indices, offsets, counts, packed_grads)
     require(
         partials is not None, "internal error: the native norm rejected arguments that passed the checks", RuntimeError
     )
     return partials.sum(dtype=torch.float64).sqrt().float()
 
 
-def _kernel(backend: str, stem: str):
+@functools.cache
+def kernel(backend: str, stem: str) -> Callable[..., Any]:
     """Return the function that fills the outputs of the op ``stem``.
 
     It is a private native op, or a Triton launcher with the same arguments.
@@ -300,4 +303,4 @@ def _kernel(backend: str, stem: str):
         from .triton import packed_ops
 
         return getattr(packed_ops, f"{stem.rstrip('_')}_triton")
-    return getattr(torch.ops.lift_kernels_native, stem)
+    return getattr(torch.ops.lift_kernels_native, stem).default

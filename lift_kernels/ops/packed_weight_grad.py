@@ -11,6 +11,7 @@ from . import dispatch, reference
 from .checks import check_weight_grad
 from .dispatch import native_op
 from .eager import active_modes, skips_dispatcher
+from .packed_ops import kernel
 
 
 def packed_weight_grad(
@@ -26,8 +27,8 @@ def packed_weight_grad(
     """Compute selected entries of the weight gradient of a linear layer.
 
     The gradient is ``grad_output^T @ input``, of which only k entries are kept. On the CPU each
-    thread keeps a scratch buffer of at most 4 MiB, or of one row if that is larger. On a GPU the
-    scratch is one dense gradient, in a buffer that all layers on a stream share.
+    thread keeps a scratch buffer of at most 4 MiB, or of one row if that is larger. On a GPU one
+    dense gradient exists within a call.
 
     Args:
         grad_output: (t, m) float32, bfloat16 or float16, for t >= 0 tokens. Any strides.
@@ -99,11 +100,23 @@ def _weight_grad(grad_output, input, indices, dtype, fused, validate, backend):
     if name == "reference":
         return reference.packed_weight_grad_ref(grad_output, input, indices, dtype)
     out = torch.empty(indices.shape, dtype=dtype, device=indices.device)
-    if name == "triton":
-        from .triton import packed_weight_grad
+    if fused:
+        from .triton.packed_weight_grad import packed_weight_grad_triton
 
-        method = packed_weight_grad.packed_weight_grad_triton if fused else packed_weight_grad.product_and_gather
-        method(grad_output, input, indices, out)
+        packed_weight_grad_triton(grad_output, input, indices, out)
+    elif name == "triton":
+        _product_and_gather(grad_output, input, indices, out, backend)
     else:
         torch.ops.lift_kernels_native.packed_weight_grad.default(grad_output, input, indices, out)
     return out
+
+
+def _product_and_gather(grad_output: Tensor, input: Tensor, indices: Tensor, out: Tensor, backend: str | None) -> None:
+    """Fill ``out`` from torch's dense product, without changing a bit.
+
+    The allocator hands the memory of the product on to the next layer.
+    """
+    if indices.numel() == 0:
+        return
+    gather = kernel(dispatch.choose(backend, indices.device, "packed_gather"), "packed_gather")
+    gather(torch.mm(grad_output.t(), input), indices, out)

@@ -49,7 +49,7 @@ def _slow_in_torch(matrices: Tensor) -> bool:
         and 32 < matrices.shape[-1] <= _LARGEST
         and matrices.numel() > 0
         and torch.version.hip is None
-        and torch.torch_version.TorchVersion(torch.__version__) < (2, 12)
+        and torch.__version__ < "2.12"  # compared as versions, not as strings
     )
 
 

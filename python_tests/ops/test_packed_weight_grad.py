@@ -183,15 +183,3 @@ def test_packed_weight_grad_float64_is_for_the_reference():
     assert out.dtype == torch.float64 and torch.equal(out, (grad_output.t() @ input).view(-1)[index.long()])
     with pytest.raises(TypeError, match="grad_output must be one of .*float64"):
         ops.packed_weight_grad(grad_output, input, index)
-
-
-def test_packed_weight_grad_scratch_is_shared_and_grows():
-    from lift_kernels.ops.triton import packed_weight_grad
-
-    cpu = torch.device("cpu")
-    first = packed_weight_grad.scratch(100, FP32, cpu)
-    assert packed_weight_grad.scratch(100, BF16, cpu).data_ptr() == first.data_ptr()
-    larger = packed_weight_grad.scratch(first.numel() * 100, FP32, cpu)
-    assert larger.numel() == first.numel() * 100
-    assert packed_weight_grad.scratch(7, FP32, cpu).data_ptr() == larger.data_ptr()
-    packed_weight_grad._scratch.clear()

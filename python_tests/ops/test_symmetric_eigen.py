@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from lift_kernels.masks.lowrank import batched_factors
 from lift_kernels.ops import symmetric_eigen as module
@@ -137,7 +138,7 @@ def test_cpu_tensors_go_to_torch():
         assert all(torch.equal(a, b) for a, b in zip(symmetric_eigen(matrices), torch.linalg.eigh(matrices)))
 
 
-def test_torch_is_used_where_it_is_fast():
+def test_torch_is_used_where_it_is_fast(monkeypatch):
     class Cuda:  # what is asked of a tensor
         is_cuda, dtype = True, torch.float32
 
@@ -147,10 +148,11 @@ def test_torch_is_used_where_it_is_fast():
         def numel(self):
             return int(np.prod(self.shape))
 
-    old = torch.torch_version.TorchVersion(torch.__version__) < (2, 12)
-    assert module._slow_in_torch(Cuda(5, 256, 256)) == module._slow_in_torch(Cuda(33, 33)) == old
-    for shape in ((5, 32, 32), (1, 4096, 4096), (0, 64, 64)):
-        assert not module._slow_in_torch(Cuda(*shape))
+    for version, old in (("2.9.1", True), ("2.11.0+cu130", True), ("2.12.0", False), ("2.13.0+cpu", False)):
+        monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+        assert module._slow_in_torch(Cuda(5, 256, 256)) == module._slow_in_torch(Cuda(33, 33)) == old
+        for shape in ((5, 32, 32), (1, 4096, 4096), (0, 64, 64)):
+            assert not module._slow_in_torch(Cuda(*shape))
 
 
 @pytest.mark.gpu

@@ -1,7 +1,6 @@
-"""Weight gradients of linear layers at the selected entries.
+"""Weight gradients of linear layers at the selected entries, in one kernel.
 
-There are two methods: torch's product followed by a gather, or one kernel that keeps only the
-selected entries of its product.
+It keeps only the selected entries of its product.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from .. import dispatch
 from ..precision import tf32_allowed
-from .packed_ops import packed_gather_triton
 from .rounding import bits, narrow
 
 ROWS, COLUMNS, TOKENS, ENTRIES = 128, 128, 32, 8
@@ -131,35 +129,3 @@ def packed_weight_grad_triton(grad_output: Tensor, input: Tensor, indices: Tenso
             num_warps=WARPS,
             num_stages=STAGES,
         )
-
-
-def product_and_gather(grad_output: Tensor, input: Tensor, indices: Tensor, out: Tensor) -> None:
-    """Fill ``out`` (k,) from torch's dense product, without changing a bit.
-
-    The product is formed in a buffer that all layers share, and then gathered.
-    """
-    if indices.numel() == 0:
-        return
-    m, n = grad_output.shape[1], input.shape[1]
-    product = scratch(m * n, grad_output.dtype, grad_output.device).view(m, n)
-    torch.mm(grad_output.t(), input, out=product)
-    packed_gather_triton(product, indices, out)
-
-
-_scratch: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def scratch(entries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a vector whose contents nobody needs after the next call on this stream.
-
-    It grows to the largest request. Work on one stream runs in order, so layers cannot disturb each
-    other. Inside a CUDA-graph capture the memory must belong to the graph, so it is not kept.
-    """
-    size = entries * dtype.itemsize
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return torch.empty(entries, dtype=dtype, device=device)
-    key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    if key not in _scratch or _scratch[key].numel() < size:
-        _scratch.pop(key, None)  # freed before the larger one is made
-        _scratch[key] = torch.empty(size, dtype=torch.uint8, device=device)
-    return _scratch[key][:size].view(dtype)

@@ -155,7 +155,7 @@ def sparse_adamw_triton(
         keys: (n,) int32, from `stochastic_keys`. Given, weights are rounded stochastically.
     """
     block = block_size()
-    # Without a master, a block waits for the weights at last. Where its streams are short, more warps
+    # Without a master, a block waits for the weights last. Where its streams are short, more warps
     # hide that: on an H100, 5.7 ms and not 6.0 for LLaMA-2-7B with bf16 moments and gradients.
     late = master is None and weights[0].element_size() == 2
     warps = 8 if late and (packed_grads or exp_avg.element_size() == 2) else 4
