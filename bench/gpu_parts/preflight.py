@@ -95,6 +95,7 @@ def tests(run: Run) -> None:
 
     There is one row per file with a failure, and one for all.
     """
+    run.note_environment()
     shards = 1 if run.dry else max(1, min(14, (os.cpu_count() or 2) - 2))
     mode = ["--collect-only", "python_tests/ops/test_packed_ops.py"] if run.dry else ["python_tests"]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--tb=short", "-p", "no:cacheprovider"]

@@ -40,6 +40,7 @@ CARD_TABLES = {
             "result": "{row.status}",
             "details": "{row.shape}",
             "seconds": "{row.seconds:.0f} of {row.budget_s:.0f}||{row.seconds:.0f}",
+            "commit": "{row.commit}",
         },
         each=[{}],
         partial=True,
@@ -56,7 +57,12 @@ CARD_TABLES = {
         partial=True,
     ),
     "gpu_step": timed(
-        {"model": "{row.model}, {row.dtype}, {row.shape}||{row.stage}", "variant": "{row.variant}", **TIMES},
+        {
+            "model": "{row.model}, {row.dtype}, {row.shape}||{row.stage}",
+            "variant": "{row.variant}",
+            **TIMES,
+            "% with 64-byte fetches": "{row.share_of_fetched:.0%}",
+        },
         "step *",
     ),
     "gpu_packed_ops": timed(

@@ -139,6 +139,21 @@ def test_figures_in_the_readmes_sentences():
     assert f"delta takes {delta:.0f} MiB, its model {model:.0f} MiB" in text
 
 
+def test_the_readmes_figures_of_a_card():
+    with (ROOT / "bench/results/nvidia-h100-80gb-hbm3/gpu_time.csv").open(newline="") as file:
+        rows = {row["variant"]: row for row in csv.DictReader(file)}
+    text = " ".join((ROOT / "README.md").read_text().split())
+    ours = [f"{kind} gradients, fp32 moments and master" for kind in ("dense bf16", "packed fp32")]
+    dense, packed = (float(rows[name]["median_ms"]) for name in ours)
+    assert f"{dense:.2f} ms from dense and {packed:.2f} ms from packed gradients" in text
+    for state, suffix in (("bf16", ""), ("fp32", ", against fp32 AdamW")):
+        ratios = [f"{float(rows[name + suffix]['ratio']):.1f}" for name in ours]
+        assert all(rows[name + suffix]["baseline"] == f"AdamW fused, {state}" for name in ours)
+        assert f"{' and '.join(ratios)} x {'fused AdamW ' if state == 'bf16' else ''}with {state} state" in text
+    warm, cold = (float(rows[f"{start}, all matrices"]["median_ms"]) / 1e3 for start in ("warm", "cold"))
+    assert f"All its masks take {warm:.2f} s warm and {cold:.2f} s cold" in text
+
+
 def finetune_and_delta(tmp_path, model: Path, *options: str):
     """Train a few steps, make a delta against the given model and apply it, by the command line."""
     arguments = [
