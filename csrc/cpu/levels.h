@@ -36,8 +36,8 @@ struct ProductLoops {
   // `panel_columns` columns: element (p, j) is at (j / panel_columns * rank + p) * panel_columns +
   // j % panel_columns. A key is the bits of |x|.
   void (*compute_keys)(const float* const* rows, const float* panels, int64_t rank, uint32_t (*keys)[kWordBits]);
-  // Bit j of the result is set if keys[j] >= bound.
-  uint64_t (*at_least)(const uint32_t* keys, uint32_t bound);
+  // Bit j of words[i] is set if keys[j] >= bounds[i]. Keys are below 2^31, bounds are at most 2^31.
+  void (*at_least)(const uint32_t* keys, const uint32_t (&bounds)[2], uint64_t (&words)[2]);
   int panel_columns;
 };
 

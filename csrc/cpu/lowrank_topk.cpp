@@ -10,7 +10,6 @@
 #include <atomic>
 #include <bit>
 #include <cmath>
-#include <functional>
 #include <limits>
 #include <memory>
 #include <mutex>
@@ -18,6 +17,7 @@
 #include <vector>
 
 #include "../launchers.h"
+#include "candidates.h"
 #include "dtypes.h"
 #include "levels.h"
 #include "parallel.h"
@@ -108,9 +108,15 @@ class Product {
     return n_ - w * kWordBits >= kWordBits ? ~uint64_t{0} : (uint64_t{1} << (n_ - w * kWordBits)) - 1;
   }
 
-  // The columns of word w of which keys[j] >= bound, as bits.
-  uint64_t at_least(const uint32_t* keys, uint32_t bound, int64_t w) const {
-    return loops_.at_least(keys, bound) & valid_mask(w);
+  // The columns of word w whose keys are at least `high`, and those in [low, high), as bits.
+  struct Compared {
+    uint64_t above, inside;
+  };
+  Compared compare(const uint32_t* keys, uint32_t low, uint32_t high, int64_t w) const {
+    uint64_t words[2];
+    loops_.at_least(keys, {low, high}, words);
+    const uint64_t valid = valid_mask(w);
+    return {words[1] & valid, words[0] & ~words[1] & valid};
   }
 
   // Calls visit(context, row, word, keys) for every row and word. One thread visits all rows of a
@@ -141,14 +147,6 @@ class Product {
   const ProductLoops& loops_;
   std::unique_ptr<float[]> panels_;
 };
-
-// A key and a position in one number. Larger ones are chosen first: ties go to the lower position.
-constexpr uint32_t kLowerFirst = ~uint32_t{0};
-uint64_t candidate_of(uint32_t key, int64_t position) {
-  return uint64_t(key) << 32 | (uint32_t(position) ^ kLowerFirst);
-}
-uint32_t key_of_candidate(uint64_t candidate) { return uint32_t(candidate >> 32); }
-uint32_t position_of(uint64_t candidate) { return uint32_t(candidate) ^ kLowerFirst; }
 
 class Selection {
  public:
@@ -181,23 +179,22 @@ class Selection {
     };
     product_.sweep([&] { return ThreadCandidates{{}, lists, mutex, limit}; },
                    [&](ThreadCandidates& found, int64_t row, int64_t w, const uint32_t* keys) {
-                     const uint64_t chosen = product_.at_least(keys, high, w);
-                     bitmap_[row * product_.words_per_row() + w] = chosen;
+                     const auto [above, inside] = product_.compare(keys, low, high, w);
+                     bitmap_[row * product_.words_per_row() + w] = above;
                      if (found.list.size() > found.limit) return;
-                     for (uint64_t rest = product_.at_least(keys, low, w) & ~chosen; rest != 0; rest &= rest - 1) {
+                     for (uint64_t rest = inside; rest != 0; rest &= rest - 1) {
                        const int j = std::countr_zero(rest);
                        found.list.push_back(candidate_of(keys[j], row * n_ + w * kWordBits + j));
                      }
                    });
-    std::vector<uint64_t> candidates;
-    for (const auto& list : lists) candidates.insert(candidates.end(), list.begin(), list.end());
+    size_t inside = 0;
+    for (const auto& list : lists) inside += list.size();
     const int64_t missing = k_ - count();
-    if (missing < 1 || missing > int64_t(candidates.size()) || candidates.size() > limit) return false;
-    std::nth_element(candidates.begin(), candidates.begin() + (missing - 1), candidates.end(), std::greater<>());
-    const uint64_t smallest = candidates[size_t(missing - 1)];
+    if (missing < 1 || missing > int64_t(inside) || inside > limit) return false;
+    const uint64_t smallest = nth_largest(lists, missing, low, high);
     threshold = key_of_candidate(smallest);
     // The candidates of a list lie in bands of its own, so no two threads write to one word.
-    const bool serial = candidates.size() < size_t(kSerialSamples);
+    const bool serial = inside < size_t(kSerialSamples);
     for_ranges(serial ? nullptr : parallel_for_, int64_t(lists.size()), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
         for (const uint64_t candidate : lists[size_t(i)])
@@ -217,8 +214,9 @@ class Selection {
     product_.sweep([] { return 0; },
                    [&](int, int64_t row, int64_t w, const uint32_t* keys) {
                      const int64_t at = row * product_.words_per_row() + w;
-                     bitmap_[at] = product_.at_least(keys, threshold + 1, w);
-                     ties[size_t(at)] = product_.at_least(keys, threshold, w) & ~bitmap_[at];
+                     const auto [above, inside] = product_.compare(keys, threshold, threshold + 1, w);
+                     bitmap_[at] = above;
+                     ties[size_t(at)] = inside;
                    });
     int64_t missing = k_ - above;
     for (int64_t at = 0; missing > 0; ++at)

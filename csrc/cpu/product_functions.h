@@ -31,43 +31,52 @@ LIFT_TARGET void compute_keys(const float* const* rows, const float* panels, int
 
 #if defined(__x86_64__)
 
-// Bit j of the result is set if lane j of a and of b compare as a >= b.
-[[gnu::always_inline]] LIFT_TARGET inline uint64_t lanes_at_least(Keys a, Keys b) {
+// Bit j of the result is set if lane j of keys is at least the bound.
+[[gnu::always_inline]] LIFT_TARGET inline uint64_t lanes_at_least(Keys keys, uint32_t bound) {
 #if LIFT_LANES == 16
-  return _mm512_cmpge_epu32_mask(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b));
-#elif LIFT_LANES == 8
-  return uint64_t(_mm256_movemask_ps(reinterpret_cast<__m256>(a >= b)));
+  return _mm512_cmpge_epu32_mask(reinterpret_cast<__m512i>(keys), reinterpret_cast<__m512i>(bound - Keys{}));
 #else
-  return uint64_t(_mm_movemask_ps(reinterpret_cast<__m128>(a >= b)));
+  // These levels compare signed numbers alone.
+  using Signed = int32_t __attribute__((vector_size(4 * kLanes)));
+  const Signed above = reinterpret_cast<Signed>(keys) > int32_t(bound - 1) - Signed{};
+#if LIFT_LANES == 8
+  return uint64_t(_mm256_movemask_ps(reinterpret_cast<__m256>(above)));
+#else
+  return uint64_t(_mm_movemask_ps(reinterpret_cast<__m128>(above)));
+#endif
 #endif
 }
 
-LIFT_TARGET uint64_t at_least(const uint32_t* keys, uint32_t bound) {
-  uint64_t word = 0;
-  for (int j = 0; j < kWordBits; j += kLanes)
-    word |= lanes_at_least(*reinterpret_cast<const UnalignedKeys*>(keys + j), bound - Keys{}) << j;
-  return word;
+LIFT_TARGET void at_least(const uint32_t* keys, const uint32_t (&bounds)[2], uint64_t (&words)[2]) {
+  uint64_t first = 0, second = 0;
+  for (int j = 0; j < kWordBits; j += kLanes) {
+    const Keys now = *reinterpret_cast<const UnalignedKeys*>(keys + j);
+    first |= lanes_at_least(now, bounds[0]) << j;
+    second |= lanes_at_least(now, bounds[1]) << j;
+  }
+  words[0] = first, words[1] = second;
 }
 
 #else
 
 // A lane collects one bit of each of eight vectors. So lanes are joined twice and not sixteen times.
-LIFT_TARGET uint64_t at_least(const uint32_t* keys, uint32_t bound) {
+LIFT_TARGET void at_least(const uint32_t* keys, const uint32_t (&bounds)[2], uint64_t (&words)[2]) {
   constexpr int kHalf = kWordBits / 2;
-  uint64_t word = 0;
-  for (int half = 0; half < kWordBits; half += kHalf) {
-    Keys bits = {};
-    for (int j = 0; j < kHalf; j += kLanes) {
-      const Keys now = *reinterpret_cast<const UnalignedKeys*>(keys + half + j);
-      bits |= reinterpret_cast<Keys>(now >= bound - Keys{}) & (Keys{1, 2, 4, 8} << j);
-    }
+  for (int b = 0; b < 2; ++b) {
+    words[b] = 0;
+    for (int half = 0; half < kWordBits; half += kHalf) {
+      Keys bits = {};
+      for (int j = 0; j < kHalf; j += kLanes) {
+        const Keys now = *reinterpret_cast<const UnalignedKeys*>(keys + half + j);
+        bits |= reinterpret_cast<Keys>(now >= bounds[b] - Keys{}) & (Keys{1, 2, 4, 8} << j);
+      }
 #if defined(__aarch64__)
-    word |= uint64_t(vaddvq_u32(reinterpret_cast<uint32x4_t>(bits))) << half;
+      words[b] |= uint64_t(vaddvq_u32(reinterpret_cast<uint32x4_t>(bits))) << half;
 #else
-    word |= uint64_t((bits[0] | bits[1]) | (bits[2] | bits[3])) << half;
+      words[b] |= uint64_t((bits[0] | bits[1]) | (bits[2] | bits[3])) << half;
 #endif
+    }
   }
-  return word;
 }
 
 #endif

@@ -52,6 +52,7 @@ NATIVE, NATIVE_BLOCKS, NATIVE_PACKED = (
 )
 NATIVE_SCALARS, NATIVE_STEP = "csrc/cpu/adamw_update.h", "csrc/cpu/step_functions.h"
 NATIVE_PRODUCT = "csrc/cpu/product_functions.h"
+NATIVE_CANDIDATES = "csrc/cpu/candidates.h"
 NATIVE_SELECT, TRITON_SELECT = "csrc/cpu/lowrank_topk.cpp", "lift_kernels/ops/triton/lowrank_topk.py"
 TRITON_BITMAP = "lift_kernels/ops/triton/bitmap_to_indices.py"
 NATIVE_ARENA, TRITON_ARENA = "csrc/cpu/arena_migrate.cpp", "lift_kernels/ops/triton/arena_migrate.py"
@@ -179,7 +180,11 @@ MUTANTS = [
         "indices + k, row * n + 1, below",
     ),
     Mutant(
-        "ties to the higher position", "native-cpu", NATIVE_SELECT, "kLowerFirst = ~uint32_t{0};", "kLowerFirst = 0;"
+        "ties to the higher position",
+        "native-cpu",
+        NATIVE_CANDIDATES,
+        "kLowerFirst = ~uint32_t{0};",
+        "kLowerFirst = 0;",
     ),
     Mutant("the last candidate left out", "native-cpu", NATIVE_SELECT, ">= smallest) choose", "> smallest) choose"),
     Mutant(
@@ -192,16 +197,15 @@ MUTANTS = [
     Mutant("rows of the tile exchanged", "native-cpu", NATIVE_PRODUCT, "+= rows[i][p]", "+= rows[i ^ 1][p]"),
     Mutant("panel of the first columns for all", "native-cpu", NATIVE_PRODUCT, "panels + column * rank", "panels"),
     Mutant("signs kept", "native-cpu", NATIVE_PRODUCT, "& 0x7fffffffu", "& 0xffffffffu"),
-    Mutant(
-        "bound left out", "native-cpu", NATIVE_PRODUCT, "(keys + j), bound - Keys{}", "(keys + j), bound + 1 - Keys{}"
-    ),
+    Mutant("bound left out", "native-cpu", NATIVE_PRODUCT, "at_least(now, bounds[1])", "at_least(now, bounds[1] + 1)"),
     Mutant(
         "candidates in no order",
         "native-cpu",
-        NATIVE_SELECT,
-        "std::nth_element(candidates.begin(), candidates.begin() + (missing - 1), candidates.end(), std::greater<>());",
+        NATIVE_CANDIDATES,
+        "std::nth_element(near.begin(), near.begin() + (n - 1), near.end(), std::greater<>());",
         "",
     ),
+    Mutant("candidates of a higher bin too", "native-cpu", NATIVE_CANDIDATES, "bin_of(c) == bin", "bin_of(c) >= bin"),
     Mutant(
         "ties by the last bit",
         "native-cpu",
@@ -389,7 +393,7 @@ def run_core(copies: dict[Mutant, Path], interpret: str) -> None:
             files = ["python_tests/ops/test_bitmap_to_indices.py"]
         elif mutant.name.startswith("arena"):
             files = ["python_tests/ops/test_arena_migrate.py"]
-        elif mutant.file in (NATIVE_SELECT, NATIVE_PRODUCT, TRITON_SELECT):
+        elif mutant.file in (NATIVE_SELECT, NATIVE_CANDIDATES, NATIVE_PRODUCT, TRITON_SELECT):
             files = ["python_tests/ops/test_lowrank_topk.py"]
         elif mutant.file in (NATIVE_GRAD, TRITON_GRAD) or mutant.name == "sides exchanged":
             files = files[2:]
