@@ -66,6 +66,15 @@ def test_lowrank_topk_where_all_are_equal(backend, value):
         check(backend, left, right, k, (2 * value, 2 * value + 1))
 
 
+@pytest.mark.parametrize("bracket", [None, (5.0, 6.0), (0.5, 2.0)])
+def test_lowrank_topk_tells_neighbors_apart(backend, bracket):
+    """Entries of the next larger number come first, whatever their positions."""
+    left = torch.ones(70, 1)
+    left[50:] = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
+    for k in (60, 61, 90):
+        check(backend, left, torch.ones(3, 1), k, bracket)
+
+
 def test_lowrank_topk_orders_nan_above_infinity(backend):
     left, right = whole_factors(40, 30, 2)
     left[3, 0], left[5, 1] = float("nan"), float("inf")
