@@ -24,7 +24,8 @@ CORE = (
     "sparse_adamw_several_blocks or sparse_adamw_first_step or sparse_adamw_scaled_gradients or "
     "found_inf_changes_nothing or noise_is_the_specified_one or decay_touches or packed_migrate or "
     "packed_l2_norm or one_matrix_at_a_time or weight_grad_by_hand or weight_grad_in_several_panels or "
-    "lowrank_topk_of_whole or lowrank_topk_with_any or lowrank_topk_where_all or lowrank_topk_tells or bitmap_to_indices or arena_migrate"
+    "lowrank_topk_of_whole or lowrank_topk_with_any or lowrank_topk_where_all or lowrank_topk_tells or "
+    "bitmap_to_indices or arena_migrate"
 )
 
 
