@@ -32,12 +32,12 @@ def body(name: str, root, folders: str = "card", tables: dict[str, Table] = CARD
 
 def test_the_check_with_the_driver_of_its_log(root):
     assert body("gpu_check", root) == [
-        "| stage | what | result | details | seconds |",
-        "| --- | --- | --- | --- | --- |",
-        "| build | backend triton | ok |  | 21 |",
-        "|  | (whole stage) | ok |  | 28 of 45 |",
-        "| tests | ops/test_x.py | failed: 2 tests |  |  |",
-        "|  | gpu tests | failed | 2 failed, 862 passed |  |",
+        "| stage | what | result | details | seconds | commit |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| build | backend triton | ok |  | 21 | abc |",
+        "|  | (whole stage) | ok |  | 28 of 45 | abc |",
+        "| tests | ops/test_x.py | failed: 2 tests |  |  | abc |",
+        "|  | gpu tests | failed | 2 failed, 862 passed |  | abc |",
         "",
         "*A card 80GB; driver 580.1.2; CUDA 13.0; torch 2.11.0; triton 3.6.0; commit abc*",
     ]

@@ -101,7 +101,7 @@ def test_a_call_that_raises_is_a_row(card):
 @pytest.mark.parametrize(
     ("target", "expected"),
     [
-        ("step.llama2", {"ok": 10}),
+        ("step.llama2", {"ok": 14}),
         ("packed_ops.work", {"not usable": 2, "ok": 10}),  # Triton and native CUDA
         ("weight_grads.work", {"ok": 12, "refused, it is wrong": 3}),  # the fused product is a Triton kernel
         ("masks.selection", {"ok": 8}),
