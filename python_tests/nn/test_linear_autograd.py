@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from helpers.bits import BF16, FP16, FP32, random_indices
@@ -148,6 +150,14 @@ def test_compile_by_inductor():
     torch.compile(packed, fullgraph=True)(x).square().sum().backward()
     plain(x).square().sum().backward()
     assert_same_gradients(packed, plain, exact=False)
+
+
+def test_a_pass_looks_at_no_signature(monkeypatch):
+    """torch does for a Function with setup_context, which takes longer than a small product."""
+    packed, _ = packed_and_plain()
+    monkeypatch.setattr(inspect, "signature", lambda *_: pytest.fail("a signature was looked at"))
+    packed(data(5, 12)).sum().backward()
+    assert all(p.grad is not None for name, p in packed.named_parameters() if name.endswith("values"))
 
 
 def test_what_cannot_work_says_so():
