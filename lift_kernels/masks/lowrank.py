@@ -47,7 +47,8 @@ class LowRankFactors(NamedTuple):
     Attributes:
         left, right: (m, r) and (n, r), fp32.
         basis: (min(m, n), l) bf16, for the next warm start; None where the exact method is cheaper.
-        method: ``"gram"``, ``"svd"``, ``"chebyshev"``, ``"warm"`` or ``"cold after warm"``.
+        method: ``"gram"``, ``"svd"``, ``"chebyshev"``, ``"warm"``, ``"cold after warm"``, or
+            ``"full rank"`` where W itself and the identity are the factors.
         passes: products with W or its transpose.
         converged: False when the iteration ended before the Ritz energy stalled.
     """
@@ -123,6 +124,8 @@ def batched_factors(
         _check(weight, rank, start, name)
     shape = weights[0].shape
     units = _units(weights, names)
+    if method == "auto" and rank == min(shape):  # W_r is W: nothing is left out
+        return [_full(weight) for weight in weights]
     if method == "svd":
         return [_svd(weight, rank) for weight in weights]
     if method == "auto":
@@ -130,8 +133,10 @@ def batched_factors(
         method = cheapest_method(shape, rank, warm=all_warm, device=weights[0].device.type)
     if method == "gram" or block_width(shape, rank) == min(shape):  # a block of all directions has nothing to iterate
         if not weights[0].is_cuda:  # A batch would share out the cores of a CPU worse.
-            return [_gram(_tall(w, unit)[None], shape, rank, [unit])[0] for w, unit in zip(weights, units)]
-        return _gram(_tall_batch(weights, units), shape, rank, units)
+            return [_oriented(*_gram(_tall(w, unit), shape, rank), shape, unit) for w, unit in zip(weights, units)]
+        longs, shorts, bases = _gram(_tall_batch(weights, units), shape, rank)
+        every = bases if bases is not None else [None] * len(units)
+        return [_oriented(*three, shape, unit) for three, unit in zip(zip(longs, shorts, every), units)]
 
     results: dict[int, LowRankFactors] = {}
     for warm in (True, False):
@@ -207,9 +212,13 @@ def _units(weights: Sequence[Tensor], names: Sequence[str]) -> list[float]:
     So squares stay in range, and no digit changes. One pass over each matrix, one wait for the
     device.
     """
-    extremes = torch.stack([extreme for weight in weights for extreme in torch.aminmax(weight.detach())])
+    pairs = [torch.aminmax(weight.detach()) for weight in weights]
+    if weights[0].is_cpu:
+        extremes = [(float(low), float(high)) for low, high in pairs]
+    else:  # one wait for all
+        extremes = torch.stack([extreme for pair in pairs for extreme in pair]).float().view(-1, 2).tolist()
     units = []
-    for (low, high), weight, name in zip(extremes.float().view(-1, 2).tolist(), weights, names):
+    for (low, high), weight, name in zip(extremes, weights, names):
         largest = max(-low, high)
         if not math.isfinite(low) or not math.isfinite(high):
             check_finite(weight, name)
@@ -242,11 +251,19 @@ def _tall_batch(weights: Sequence[Tensor], units: Sequence[float]) -> Tensor:
     return out
 
 
-def _oriented(long, short, basis, shape, unit, method, passes, converged) -> LowRankFactors:
+def _oriented(long, short, basis, shape, unit, method="gram", passes=2, converged=True) -> LowRankFactors:
     """Factors of W from those of the tall A: ``long`` carries the singular values."""
     long = long if unit == 1.0 else long / unit
     left, right = (long, short) if shape[0] >= shape[1] else (short, long)
     return LowRankFactors(left.contiguous(), right.contiguous(), basis, method, passes, converged)
+
+
+def _full(weight: Tensor) -> LowRankFactors:
+    """W and the identity."""
+    short = torch.eye(min(weight.shape), dtype=torch.float32, device=weight.device)
+    long = weight.detach().float()
+    left, right = (long, short) if weight.shape[0] >= weight.shape[1] else (short, long.T)
+    return LowRankFactors(left.contiguous(), right.contiguous(), None, "full rank", 0, True)
 
 
 def _svd(weight: Tensor, rank: int) -> LowRankFactors:
@@ -254,12 +271,14 @@ def _svd(weight: Tensor, rank: int) -> LowRankFactors:
     return LowRankFactors((u[:, :rank] * s[:rank]).contiguous(), vh[:rank].T.contiguous(), None, "svd", 0, True)
 
 
-def _gram(tall: Tensor, shape: torch.Size, rank: int, units: Sequence[float]) -> list[LowRankFactors]:
-    """Exact factors of a batch (b, M, N)."""
+def _gram(tall: Tensor, shape: torch.Size, rank: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Exact factors of A, and the basis for a warm start where the iteration will be cheaper.
+
+    ``tall`` is A (M, N), or a batch of them.
+    """
     _, vectors = symmetric_eigen(exact_product(tall.mT, tall))  # ascending eigenvalues
     short = vectors[..., -rank:].contiguous()
-    long = exact_product(tall, short)
-    bases: Sequence[Tensor | None] = [None] * len(tall)
+    basis = None
     if cheapest_method(shape, rank, warm=True, device=tall.device.type) == "chebyshev":
-        bases = list(vectors[..., -block_width(shape, rank) :].to(torch.bfloat16))
-    return [_oriented(long[i], short[i], bases[i], shape, unit, "gram", 2, True) for i, unit in enumerate(units)]
+        basis = vectors[..., -block_width(shape, rank) :].to(torch.bfloat16)
+    return exact_product(tall, short), short, basis

@@ -21,8 +21,8 @@ class MatrixRefresh:
 
     Attributes:
         name: of the parameter.
-        method: ``"gram"``, ``"chebyshev"`` (cold), ``"warm"``, ``"cold after warm"`` (the warm
-            start did not converge) or the selection.
+        method: ``"gram"``, ``"full rank"``, ``"chebyshev"`` (cold), ``"warm"``, ``"cold after
+            warm"`` (the warm start did not converge) or the selection.
         entries: k.
         passes: products with the matrix or its transpose.
         converged: False when the iteration ended before its Ritz energy stalled.

@@ -13,6 +13,7 @@ from helpers.spectra import assert_index_list, assert_principal, stable_top, tru
 
 from lift_kernels import principal_indices
 from lift_kernels.masks.budget import entry_count
+from lift_kernels.masks.lowrank import low_rank_factors
 from lift_kernels.masks.principal import MaskRequest, principal_masks
 from lift_kernels.masks.selection import largest_indices, random_indices
 
@@ -75,6 +76,20 @@ def test_low_precision_weights(dtype):
     weight = with_spectrum(40, 30, [0.7**i for i in range(30)]).to(dtype)
     expected = stable_top(truncated(weight, 6).abs(), 100)
     assert torch.equal(principal_indices(weight, 6, 100), expected)
+
+
+@pytest.mark.parametrize("shape", [(40, 64), (64, 40), (300, 270)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_full_rank_is_the_matrix_itself(shape, dtype):
+    """The largest entries of W_r are those of W, and nothing is factored."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    factors = low_rank_factors(weight, min(shape))
+    assert (factors.method, factors.passes, factors.basis) == ("full rank", 0, None)
+    assert torch.equal(factors.left @ factors.right.T, weight.float())
+    k = weight.numel() // 20
+    assert torch.equal(principal_indices(weight, min(shape), k), stable_top(weight.float().abs(), k))
+    masks = principal_masks([MaskRequest(weight, min(shape), k), MaskRequest(2 * weight, min(shape), k)])
+    assert torch.equal(masks[0].indices, masks[1].indices) and masks[1].threshold == 2 * masks[0].threshold
 
 
 @pytest.mark.parametrize("shape", [(30, 50), (50, 30), (32, 32)])
