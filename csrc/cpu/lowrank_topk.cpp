@@ -32,6 +32,9 @@ constexpr int64_t kSerialCopies = 1 << 18, kSerialProducts = 1 << 21;
 // takes about as long as ten entries more in the bracket.
 constexpr int64_t kSampled = 128, kLeastSamples = 256, kMostSamples = 32768, kSerialSamples = 1024;
 constexpr double kDeviations = 3.0;  // half the bracket; one in four hundred is missed
+// A bracket is given up if it holds more candidates, and more than twice the selected entries: then
+// many entries tie. A bracket drawn for a small matrix holds more than there are selected entries.
+constexpr int64_t kLeastCandidates = 1 << 14;
 
 // All levels of x86-64 have an instruction that counts bits. Its baseline lacks it.
 #if defined(__x86_64__)
@@ -164,7 +167,7 @@ class Selection {
   // Otherwise returns false, and the bitmap holds nothing of use.
   bool select_in_bracket(uint32_t low, uint32_t high, uint32_t& threshold) {
     if (low >= high) return false;
-    const size_t limit = size_t(std::max<int64_t>(k_, 4096));
+    const size_t limit = size_t(std::max(2 * k_, kLeastCandidates));
     std::vector<std::vector<uint64_t>> lists;
     std::mutex mutex;
     struct ThreadCandidates {

@@ -123,6 +123,8 @@ def batched_factors(
     for weight, start, name in zip(weights, warm_starts, names):
         _check(weight, rank, start, name)
     shape = weights[0].shape
+    if method == "auto" and len(weights) == 1 and (found := small_factors(weights[0], rank)):
+        return [found]
     units = _units(weights, names)
     if method == "auto" and rank == min(shape):  # W_r is W: nothing is left out
         return [_full(weight) for weight in weights]
@@ -256,6 +258,27 @@ def _oriented(long, short, basis, shape, unit, method="gram", passes=2, converge
     long = long if unit == 1.0 else long / unit
     left, right = (long, short) if shape[0] >= shape[1] else (short, long)
     return LowRankFactors(left.contiguous(), right.contiguous(), basis, method, passes, converged)
+
+
+def small_factors(weight: Tensor, rank: int) -> LowRankFactors | None:
+    """`_gram` of one small matrix on the CPU, whose time is that of many small ops.
+
+    None for other matrices, and for entries that are not finite or whose squares may leave the
+    range: `_units` looks at those. The rank has been checked.
+    """
+    if not weight.is_cpu or not rank < min(weight.shape) <= _SMALL:
+        return None
+    tall = weight.detach().float()
+    if weight.shape[0] < weight.shape[1]:
+        tall = tall.T
+    gram = tall.T @ tall
+    energy = float(gram.trace())  # the sum of all squares
+    if not weight.numel() * 2.0**-48 <= energy <= 2.0**44:
+        return None
+    short = torch.linalg.eigh(gram).eigenvectors[:, -rank:].contiguous()  # ascending eigenvalues
+    long = tall @ short
+    left, right = (long, short) if weight.shape[0] >= weight.shape[1] else (short, long)
+    return LowRankFactors(left, right, None, "gram", 2, True)
 
 
 def _full(weight: Tensor) -> LowRankFactors:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import threshold_bracket
-from .budget import entry_count
-from .lowrank import TOLERANCE, LowRankFactors, batched_factors
+from .budget import check_rank, entry_count
+from .lowrank import TOLERANCE, LowRankFactors, batched_factors, small_factors
 
 MEMORY_BUDGET = 2**31
 """Bytes of fp32 copies of weights that are factored together on a GPU.
@@ -103,16 +103,20 @@ def principal_indices(
     if weight.dim() != 2:
         raise ValueError(f"{name}: a matrix is needed, got shape {tuple(weight.shape)}")
     k = entry_count(weight.shape, k=k, density=density, budget_rank=budget_rank, name=name)
+    check_rank(rank, weight.shape, name)
     with torch.no_grad():
-        (factors,) = batched_factors(
-            [weight],
-            rank,
-            method=method,
-            generator=generator,
-            warm_starts=[warm_start],
-            tolerance=tolerance,
-            names=[name],
-        )
+        usual = method == "auto" and warm_start is None and tolerance == TOLERANCE
+        factors = small_factors(weight, rank) if usual else None
+        if factors is None:
+            (factors,) = batched_factors(
+                [weight],
+                rank,
+                method=method,
+                generator=generator,
+                warm_starts=[warm_start],
+                tolerance=tolerance,
+                names=[name],
+            )
         return ops.lowrank_topk(factors.left, factors.right, k, backend=backend)[0]
 
 

@@ -101,7 +101,7 @@ def _native(left, right, k, bracket):
     low, high = (math.nan, math.nan) if bracket is None else bracket.tolist()
     indices = torch.empty(k, dtype=torch.int32)
     threshold = torch.ops.lift_kernels_native.lowrank_topk.default(left, right, low, high, indices)
-    return indices, torch.tensor(threshold, dtype=torch.float32)
+    return indices, torch.scalar_tensor(threshold, dtype=torch.float32)  # cheaper than torch.tensor
 
 
 def bitmap_to_indices(
