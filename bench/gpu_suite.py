@@ -79,7 +79,7 @@ STAGES = {
     "check": [
         Stage("build", "bench.gpu_parts.preflight:build", 45),
         Stage("tests", "bench.gpu_parts.preflight:tests", 180),
-        Stage("sanitizer", "bench.gpu_parts.preflight:sanitizer", 80),
+        Stage("sanitizer", "bench.gpu_parts.preflight:sanitizer", 75),
     ],
     "time": [
         Stage("machine", "bench.gpu_parts.machine:work", 15),
@@ -94,7 +94,7 @@ STAGES = {
         Stage("training", "bench.gpu_parts.training:work", 70),
     ],
 }
-LIMITS_S = {"check": 305, "time": 395}
+LIMITS_S = {"check": 300, "time": 395}
 SUMMARY = [
     "stage",
     "variant",

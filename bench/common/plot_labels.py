@@ -24,7 +24,6 @@ LABELS = {
     "AdamW foreach": "AdamW foreach",
     "AdamW for-loop": "AdamW for-loop",
     "full fine-tuning, AdamW fused": "Full fine-tuning, AdamW fused",
-    "full, AdamW fused": "Full fine-tuning, AdamW fused",
     "full fine-tuning of the linear layers, AdamW fused": "Full fine-tuning, linear layers",
     "packed vector: gather + AdamW fused + scatter": "Packed AdamW, dense gradients",
     "packed vector: AdamW fused + scatter": "Packed AdamW, packed gradients",

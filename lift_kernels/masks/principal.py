@@ -105,6 +105,7 @@ def principal_indices(
     k = entry_count(weight.shape, k=k, density=density, budget_rank=budget_rank, name=name)
     check_rank(rank, weight.shape, name)
     with torch.no_grad():
+        # Asked for first, because a small matrix notices the checks and lists of a batch.
         usual = method == "auto" and warm_start is None and tolerance == TOLERANCE
         factors = small_factors(weight, rank) if usual else None
         if factors is None:

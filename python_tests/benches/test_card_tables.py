@@ -71,9 +71,11 @@ def test_the_step_with_every_variant_and_its_status(root):
 
 def test_training_and_a_column_that_came_later(root):
     lines = [
-        "| random Llama, 1.1 B, bf16, 4 x 1024 tokens | full, AdamW fused | 16,384 | 250 ms |  |  | 20 GB | 4.4 GB "
+        "| random Llama, 1.1 B, bf16, 4 x 1024 tokens | full fine-tuning, AdamW fused"
+        " | 16,384 | 250 ms |  |  | 20 GB | 4.4 GB "
         "| 50 % (bytes) |",
-        "|  | LIFT, packed gradients | 20,480 | 200 ms | 1.25 x | full, AdamW fused | 8 GB | 0.5 GB | 75 % (bytes) |",
+        "|  | LIFT, packed gradients | 20,480 | 200 ms | 1.25 x | full fine-tuning, AdamW fused"
+        " | 8 GB | 0.5 GB | 75 % (bytes) |",
     ]
     assert body("gpu_training", root)[2:4] == lines
     rows = [row | ({"trained": 48.44e6} if row["stage"] == "training" else {}) for row in card_rows.time_rows()]
