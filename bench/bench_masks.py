@@ -111,7 +111,7 @@ class Machine(NamedTuple):
         for w, m in zip(weights, masks):
             exact = m.method in ("", "gram", "svd") and m.passes <= 2
             # A Gram matrix: 2 m n min(m, n) in two passes.
-            width = min(w.shape) / 2 if exact else block_width(w.shape, rank)
+            width = min(w.shape) / 2 if exact else block_width(w.shape, rank, warm=m.method == "warm")
             passes = max(m.passes, 2)
             total += passes * max(2 * w.numel() * width / self.flops, w.nbytes / self.bandwidth)
             total += 2 * w.numel() * rank / self.flops

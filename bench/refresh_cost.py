@@ -143,11 +143,12 @@ def reference_ops():
 def refresh(shape: tuple[int, int], rank: int, matrices: int, with_cuda: bool) -> Cost:
     """Cost of the warm factorization of a batch of matrices."""
     generator = torch.Generator().manual_seed(0)
-    width = lowrank.block_width(shape, rank)
+    width = lowrank.block_width(shape, rank, warm=True)
     # A few large directions over noise: the basis below has them, and one degree confirms it.
     left, right = (torch.randn(side, width, generator=generator) for side in shape)
     weight = left @ right.T + 0.01 * torch.randn(*shape, generator=generator)
-    basis = torch.linalg.qr(right if shape[0] >= shape[1] else left).Q.bfloat16()
+    u, _, v = torch.svd_lowrank(weight, q=width, niter=1)
+    basis = (v if shape[0] >= shape[1] else u).flip(1).bfloat16()  # in ascending order
     cost = Cost()
     counting = Counting(cost, weight.numel())
     with (

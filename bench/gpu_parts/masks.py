@@ -196,7 +196,10 @@ def refresh_rows(run: Run, model: Model, weights: list[Tensor], exact: Tensor, r
             op="principal_masks",
             model=model.name,
             dtype="bf16",
-            flops=sum(2.0 * w.numel() * (m.passes * block_width(w.shape, rank) + rank) for w, m in zip(weights, masks)),
+            flops=sum(
+                2.0 * w.numel() * (m.passes * block_width(w.shape, rank, warm=m.method == "warm") + rank)
+                for w, m in zip(weights, masks)
+            ),
             moved=float(sum(m.passes * w.nbytes for w, m in zip(weights, masks))),
             shape=f"{len(weights)} matrices, r = {rank}",
             **labels,

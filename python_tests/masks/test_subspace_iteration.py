@@ -106,6 +106,61 @@ def test_a_useless_warm_start_is_followed_by_a_cold_one():
     assert torch.equal(factors.left, cold.left) and torch.equal(factors.right, cold.right)
 
 
+def test_a_warm_start_solves_one_eigenproblem(monkeypatch):
+    """Rayleigh quotients of the basis take the place of the first Ritz values."""
+    weight = slow_spectrum(300, 200)
+    cold = low_rank_factors(weight, 24, method="chebyshev")
+    solved = []
+    solve = chebyshev.symmetric_eigen
+    monkeypatch.setattr(chebyshev, "symmetric_eigen", lambda gram: solved.append(gram.shape) or solve(gram))
+    warm = low_rank_factors(weight, 24, method="chebyshev", warm_start=cold.basis)
+    assert (warm.method, warm.passes, solved) == ("warm", 3, [(1, 36, 36)])
+
+
+def test_cutting_digits_off_stops_no_warm_start_early(monkeypatch):
+    """As TF32 does on some GPUs. All energies have the same error, the Rayleigh quotients' too."""
+
+    def cut(x):
+        return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+    def product(a, b):
+        return cut(a) @ cut(b)
+
+    def lengths(image):
+        return product(image.mT, image).diagonal(dim1=1, dim2=2)
+
+    weight = slow_spectrum(300, 200)
+    basis = low_rank_factors(weight, 24, method="chebyshev").basis
+    moved = weight + 0.008 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    passes = [low_rank_factors(w, 24, method="chebyshev", warm_start=basis).passes for w in (weight, moved)]
+    monkeypatch.setattr(chebyshev, "product", product)
+    monkeypatch.setattr(chebyshev, "squared_lengths", lengths)
+    assert passes == [3, 5]
+    assert [low_rank_factors(w, 24, method="chebyshev", warm_start=basis).passes for w in (weight, moved)] == [3, 5]
+
+
+def test_a_warm_start_may_be_wider_or_narrower_than_a_kept_basis():
+    """As in states that were saved when bases had 2 r columns. The next basis has 1.5 r at most."""
+    weight = slow_spectrum(300, 200)
+    exact = low_rank_factors(weight, 24, method="svd")
+    vectors = torch.linalg.svd(weight, full_matrices=False).Vh.T.flip(1).bfloat16()  # in ascending order
+    for columns in (48, 36, 24):
+        warm = low_rank_factors(weight, 24, method="chebyshev", warm_start=vectors[:, -columns:])
+        gap = warm.left @ warm.right.T - exact.left @ exact.right.T
+        assert (warm.method, warm.basis.shape) == ("warm", (200, min(columns, 36)))
+        assert float(gap.norm()) <= 0.01 * float((exact.left @ exact.right.T).norm())
+
+
+def test_a_basis_of_equal_columns_does_not_pass_for_a_converged_one():
+    """Their Rayleigh quotients would all be the largest, and their sum above the Ritz energy."""
+    weight = slow_spectrum(300, 200)
+    top = torch.linalg.svd(weight, full_matrices=False).Vh[:1].T.bfloat16()
+    factors = low_rank_factors(weight, 8, method="chebyshev", warm_start=top.repeat(1, 16))
+    exact = low_rank_factors(weight, 8, method="svd")
+    gap = factors.left @ factors.right.T - exact.left @ exact.right.T
+    assert factors.converged and float(gap.norm()) <= 0.02 * float((exact.left @ exact.right.T).norm())
+
+
 def test_an_iteration_that_cannot_settle_says_so(monkeypatch):
     monkeypatch.setattr(lowrank, "MAX_DEGREES", 1)
     factors = low_rank_factors(slow_spectrum(200, 120), 8, method="chebyshev", tolerance=1e-9)
