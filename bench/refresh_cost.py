@@ -95,6 +95,10 @@ class Counting(TorchDispatchMode):
         finally:
             self.tf32 = False
 
+    def squared_lengths(self, image: Tensor) -> Tensor:
+        """`chebyshev.squared_lengths` on a GPU."""
+        return self.product(image.mT, image).diagonal(dim1=1, dim2=2)
+
 
 def op_cost(cost: Cost, rows: int, width: int, blocks_read: int, multiplied: int) -> None:
     """Add one round of a CUDA op.
@@ -154,6 +158,7 @@ def refresh(shape: tuple[int, int], rank: int, matrices: int, with_cuda: bool) -
     with (
         counting,
         mock.patch.object(chebyshev, "product", counting.product),
+        mock.patch.object(chebyshev, "squared_lengths", counting.squared_lengths),
         cuda_ops(cost) if with_cuda else reference_ops(),
     ):
         factors = lowrank.batched_factors(

@@ -88,7 +88,7 @@ def subspace_iteration(
         if degree % _CYCLE == _CYCLE - 1:
             previous = None
     vectors = exact_product(block, rotation[:, :, -kept:])
-    short, basis = vectors[:, :, -rank:], vectors.to(torch.bfloat16)
+    short, basis = vectors[:, :, -rank:].contiguous(), vectors.to(torch.bfloat16)
     if tall.is_cuda:  # The image was formed in TF32. The factors need it in full fp32.
         return Iterated(exact_product(tall, short), short, basis, [p + 1 for p in passes], converged)
     return Iterated(image @ rotation[:, :, -rank:], short, basis, passes, converged)
