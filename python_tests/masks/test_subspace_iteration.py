@@ -106,6 +106,17 @@ def test_a_useless_warm_start_is_followed_by_a_cold_one():
     assert torch.equal(factors.left, cold.left) and torch.equal(factors.right, cold.right)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_basis_that_is_not_finite_is_followed_by_a_cold_start(value):
+    weight = slow_spectrum(300, 200)
+    cold = low_rank_factors(weight, 8, method="chebyshev")
+    broken = cold.basis.clone()
+    broken[3, 5] = value
+    factors = low_rank_factors(weight, 8, method="chebyshev", warm_start=broken)
+    assert factors.method == "cold after warm" and factors.converged
+    assert torch.equal(factors.left, cold.left) and torch.equal(factors.right, cold.right)
+
+
 def test_a_warm_start_solves_one_eigenproblem(monkeypatch):
     """Rayleigh quotients of the basis take the place of the first Ritz values."""
     weight = slow_spectrum(300, 200)
