@@ -41,8 +41,12 @@ def cold_block(tall: Tensor, width: int, generator: torch.Generator | None) -> T
 
 
 def warm_block(bases: list[Tensor], device: torch.device) -> Tensor:
-    """(b, N, l) orthonormal blocks from the bases (N, l) of earlier masks, which are rounded."""
-    return orthonormalized(torch.stack([basis.to(device).float() for basis in bases]))[0]
+    """(b, N, l) orthonormal blocks from the bases (N, l) of earlier masks, which are rounded.
+
+    An entry that is not finite counts as 0. The iteration finds out how good a start is.
+    """
+    block = torch.stack([basis.to(device).float() for basis in bases])
+    return orthonormalized(block.nan_to_num_(0.0, 0.0, 0.0))[0]
 
 
 def subspace_iteration(
