@@ -32,7 +32,7 @@ def test_finetune_keeps_no_bases(settings, monkeypatch):
     """
     monkeypatch.setattr(lowrank, "_SMALL", 0)
     monkeypatch.setitem(lowrank._EIGH_COST, "cpu", 1e6)
-    monkeypatch.setattr(lowrank, "block_width", lambda shape, rank: rank + 1)
+    monkeypatch.setattr(lowrank, "block_width", lambda shape, rank, warm=False: rank + 1)
     report = run(settings(name="bases", steps=6, eval_problems=2, refresh_drift=0))
     assert report["optimizer_state_bytes.measured"] < 16 * (report["entries"] + 65 * 14)
 
