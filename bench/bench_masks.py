@@ -67,7 +67,8 @@ from bench.common.mask_methods import (
 )
 from bench.common.matrices import REAL, trained, weights_of
 from lift_kernels.masks import lowrank
-from lift_kernels.masks.lowrank import LowRankFactors, block_width, low_rank_factors
+from lift_kernels.masks.costs import block_width
+from lift_kernels.masks.lowrank import LowRankFactors, low_rank_factors
 from lift_kernels.masks.principal import Mask
 
 Curves = dict[str, list[tuple[float, float]]]  # method -> (passes, mean overlap)

@@ -38,7 +38,7 @@ from torch.utils.flop_counter import flop_registry
 
 from bench.common import results
 from lift_kernels import ops
-from lift_kernels.masks import chebyshev, lowrank, principal
+from lift_kernels.masks import chebyshev, costs, lowrank, principal
 from lift_kernels.ops import cuda, reference
 
 SHAPES = {(4096, 4096): 128, (11008, 4096): 64, (4096, 11008): 32}
@@ -149,7 +149,7 @@ def reference_ops():
 def refresh(shape: tuple[int, int], rank: int, matrices: int, with_cuda: bool) -> Cost:
     """Cost of the warm factorization of a batch of matrices."""
     generator = torch.Generator().manual_seed(0)
-    width = lowrank.block_width(shape, rank, warm=True)
+    width = costs.block_width(shape, rank, warm=True)
     # A few large directions over noise: the basis below has them, and one degree confirms it.
     left, right = (torch.randn(side, width, generator=generator) for side in shape)
     weight = left @ right.T + 0.01 * torch.randn(*shape, generator=generator)

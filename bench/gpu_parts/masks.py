@@ -30,7 +30,7 @@ from bench.gpu_parts.models import BF16, DENSITY, LLAMA_2_7B, LLAMA_3_8B, Model
 from bench.gpu_parts.runner import Run
 from lift_kernels import ops
 from lift_kernels.masks import chebyshev
-from lift_kernels.masks.lowrank import block_width
+from lift_kernels.masks.costs import block_width
 from lift_kernels.masks.principal import Mask, MaskRequest, principal_masks
 
 RANK = 128

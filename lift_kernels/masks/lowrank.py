@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..ops.symmetric_eigen import symmetric_eigen
 from ..validation import check_finite, require
+from . import costs
 from .budget import check_rank
 from .chebyshev import cold_block, exact_product, subspace_iteration, warm_block
 
@@ -28,18 +29,7 @@ TOLERANCE = 3e-5
 
 On trained matrices about 0.3 % of a mask's entries are then still wrong, 2 % at worst.
 """
-OVERSAMPLING, WARM_OVERSAMPLING = 2.0, 1.5
-"""Vectors of the iterated block per rank, after a cold and a warm start.
-
-Spectra are flat, so a wide block converges in far fewer passes. A warm start needs one or two, and
-a narrower block makes them cheaper.
-"""
 MAX_DEGREES, MAX_WARM_DEGREES = 24, 3
-# Cost of an n x n eigenproblem, in flops of a product per n^3. Measured; on an H100 it is 600 for
-# one of 4096, and 900 to 7000 for each of a batch of 32 to 128 of sides 128 and 256.
-_EIGH_COST = {"cpu": 12.0, "cuda": 2000.0}
-_SMALL = 256  # Shorter sides up to here take the exact method: overheads decide there, not flops.
-_EXACT_BONUS = 1.5  # auto leaves the exact method only for a predicted cost this many times lower
 
 
 class LowRankFactors(NamedTuple):
@@ -133,8 +123,9 @@ def batched_factors(
         return [_svd(weight, rank) for weight in weights]
     if method == "auto":
         all_warm = all(start is not None for start in warm_starts)
-        method = cheapest_method(shape, rank, warm=all_warm, device=weights[0].device.type)
-    if method == "gram" or block_width(shape, rank) == min(shape):  # a block of all directions has nothing to iterate
+        method = costs.cheapest_method(shape, rank, warm=all_warm, device=weights[0].device.type)
+    # A block of all directions has nothing to iterate.
+    if method == "gram" or costs.block_width(shape, rank) == min(shape):
         if not weights[0].is_cuda:  # A batch would share out the cores of a CPU worse.
             return [_oriented(*_gram(_tall(w, unit), shape, rank), shape, unit) for w, unit in zip(weights, units)]
         longs, shorts, bases = _gram(_tall_batch(weights, units), shape, rank)
@@ -150,8 +141,8 @@ def batched_factors(
         if warm:
             block = warm_block([warm_starts[i] for i in members], tall.device)  # type: ignore[misc]
         else:
-            block = cold_block(tall, block_width(shape, rank), generator)
-        limit, kept = MAX_WARM_DEGREES if warm else MAX_DEGREES, block_width(shape, rank, warm=True)
+            block = cold_block(tall, costs.block_width(shape, rank), generator)
+        limit, kept = MAX_WARM_DEGREES if warm else MAX_DEGREES, costs.block_width(shape, rank, warm=True)
         ended = subspace_iteration(tall, block, rank, tolerance, limit, kept=kept, warm=warm)
         for at, i in enumerate(members):
             if ended.converged[at] or not warm:
@@ -169,27 +160,6 @@ def batched_factors(
                 )
         del tall  # The next round makes its own, which may be as large.
     return [results[i] for i in range(len(weights))]
-
-
-def cheapest_method(shape: Sequence[int], rank: int, *, warm: bool = False, device: str = "cpu") -> str:
-    """``"gram"`` or ``"chebyshev"``: the faster one for an m x n matrix, predicted from flops."""
-    long, short = max(shape), min(shape)
-    if short <= _SMALL:
-        return "gram"
-    width = block_width(shape, rank, warm=warm)
-    eigh = _EIGH_COST.get(device, _EIGH_COST["cuda"])
-    gram = 2.0 * long * short**2 + eigh * short**3 + 2.0 * long * short * rank
-    degrees = 1 if warm else 7
-    passes = 3 if warm else 17
-    # Gram matrix, orthonormalization, Ritz values.
-    small = 2.0 * long * width**2 + 6.0 * short * width**2 + eigh * width**3
-    chebyshev = passes * 2.0 * long * short * width + (degrees + 1) * small
-    return "chebyshev" if chebyshev * (1.0 if warm else _EXACT_BONUS) < gram else "gram"
-
-
-def block_width(shape: Sequence[int], rank: int, *, warm: bool = False) -> int:
-    """l, the vectors of the iterated block. For a warm start they are the columns of its basis."""
-    return min(min(shape), max(math.ceil((WARM_OVERSAMPLING if warm else OVERSAMPLING) * rank), rank + 8))
 
 
 def check_basis(basis: Tensor, shape: torch.Size, rank: int, name: str) -> None:
@@ -268,7 +238,7 @@ def small_factors(weight: Tensor, rank: int) -> LowRankFactors | None:
     None for other matrices, and for entries that are not finite or whose squares may leave the
     range: `_units` looks at those. The rank has been checked.
     """
-    if not weight.is_cpu or not rank < min(weight.shape) <= _SMALL:
+    if not weight.is_cpu or not rank < min(weight.shape) <= costs.SMALL_SIDE:
         return None
     tall = weight.detach().float()
     if weight.shape[0] < weight.shape[1]:
@@ -304,6 +274,6 @@ def _gram(tall: Tensor, shape: torch.Size, rank: int) -> tuple[Tensor, Tensor, T
     _, vectors = symmetric_eigen(exact_product(tall.mT, tall))  # ascending eigenvalues
     short = vectors[..., -rank:].contiguous()
     basis = None
-    if cheapest_method(shape, rank, warm=True, device=tall.device.type) == "chebyshev":
-        basis = vectors[..., -block_width(shape, rank, warm=True) :].to(torch.bfloat16)
+    if costs.cheapest_method(shape, rank, warm=True, device=tall.device.type) == "chebyshev":
+        basis = vectors[..., -costs.block_width(shape, rank, warm=True) :].to(torch.bfloat16)
     return exact_product(tall, short), short, basis

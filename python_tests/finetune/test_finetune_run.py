@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lift_kernels.finetune import evaluation, model_io, prompts, word_problems
 from lift_kernels.finetune.run import run
-from lift_kernels.masks import lowrank
+from lift_kernels.masks import costs
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +30,9 @@ def test_finetune_keeps_no_bases(settings, monkeypatch):
 
     The state still has the size of a run without bases.
     """
-    monkeypatch.setattr(lowrank, "_SMALL", 0)
-    monkeypatch.setitem(lowrank._EIGH_COST, "cpu", 1e6)
-    monkeypatch.setattr(lowrank, "block_width", lambda shape, rank, warm=False: rank + 1)
+    monkeypatch.setattr(costs, "SMALL_SIDE", 0)
+    monkeypatch.setitem(costs._EIGH_COST, "cpu", 1e6)
+    monkeypatch.setattr(costs, "block_width", lambda shape, rank, warm=False: rank + 1)
     report = run(settings(name="bases", steps=6, eval_problems=2, refresh_drift=0))
     assert report["optimizer_state_bytes.measured"] < 16 * (report["entries"] + 65 * 14)
 

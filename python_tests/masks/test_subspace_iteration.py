@@ -10,7 +10,7 @@ import torch
 from helpers.tensor_accounts import PeakBytes
 
 from lift_kernels import principal_indices
-from lift_kernels.masks import chebyshev, lowrank
+from lift_kernels.masks import chebyshev, costs, lowrank
 from lift_kernels.masks.chebyshev import orthonormalized
 from lift_kernels.masks.lowrank import batched_factors, low_rank_factors
 from lift_kernels.masks.principal import MaskRequest, principal_masks
@@ -249,11 +249,14 @@ def test_hard_matrices_with_a_known_answer(method):
 
 
 def test_auto_takes_what_is_predicted_to_be_faster():
-    assert lowrank.cheapest_method((192, 576), 64) == "gram"
-    assert lowrank.cheapest_method((4096, 11008), 64) == "chebyshev"
-    assert lowrank.cheapest_method((576, 576), 64) == "gram"
-    assert lowrank.cheapest_method((576, 576), 64, warm=True) == "chebyshev"
+    assert costs.cheapest_method((192, 576), 64) == "gram"
+    assert costs.cheapest_method((4096, 11008), 64) == "chebyshev"
+    assert costs.cheapest_method((576, 576), 64) == "gram"
+    assert costs.cheapest_method((576, 576), 64, warm=True) == "chebyshev"
     assert low_rank_factors(slow_spectrum(60, 50), 4).method == "gram"
+    # Eigenproblems are dear on a GPU, but a cold start would have a block of all 576 directions.
+    assert costs.cheapest_method((576, 576), 200, warm=True, device="cuda") == "chebyshev"
+    assert costs.cheapest_method((576, 576), 288, warm=True, device="cuda") == "gram"
 
 
 @pytest.mark.parametrize("shape", [(50, 3), (40, 8, 5), (7, 40)])

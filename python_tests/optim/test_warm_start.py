@@ -10,7 +10,7 @@ import torch
 from helpers.optimizers import set_gradients, train
 
 from lift_kernels import LiftAdamW, pack_gradients, principal_indices
-from lift_kernels.masks import lowrank
+from lift_kernels.masks import costs
 from lift_kernels.masks.principal import MaskRequest, principal_masks
 from lift_kernels.masks.selection import largest_indices
 from lift_kernels.optim.refresh import RefreshSchedule
@@ -97,7 +97,7 @@ def test_packed_gradients_refresh_from_the_basis_of_their_first_mask():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(520, 600, bias=False))
     groups = pack_gradients(model, rank=40, freeze_rest=True)
-    assert lowrank.cheapest_method((600, 520), 40, warm=True) == "chebyshev"
+    assert costs.cheapest_method((600, 520), 40, warm=True) == "chebyshev"
     optimizer = LiftAdamW(groups, lr=1e-4, refresh_interval=None)
     model(torch.randn(4, 520)).sum().backward()
     optimizer.step()
@@ -252,5 +252,5 @@ def test_basis_bytes_are_counted():
     )
     kept.refresh()
     dropped.refresh()
-    width = lowrank.block_width(WIDE, 16, warm=True)
+    width = costs.block_width(WIDE, 16, warm=True)
     assert kept.state_bytes() - dropped.state_bytes() == 280 * width * 2 + 4
