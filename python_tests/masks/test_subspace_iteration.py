@@ -340,5 +340,6 @@ def test_a_refresh_after_an_exact_mask_stays_warm():
     )
     [second] = principal_masks([MaskRequest(moved, 40, 4500, basis=first.basis, threshold=first.threshold)])
     assert (first.method, second.method, second.passes, second.converged) == ("gram", "warm", 3, True)
+    assert first.basis.shape == second.basis.shape == (300, 60)
     overlap, captured = quality(second.indices, moved, 40)
     assert overlap >= 0.99 and captured >= 0.9999
