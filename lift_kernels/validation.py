@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOMENT_DTYPES = (torch.float32, torch.bfloat16)
@@ -30,8 +31,22 @@ def check_matrix(weight: Tensor, name: str) -> None:
     """Raise, naming the weight, unless LIFT can train it.
 
     That is a contiguous strided matrix, or a 3-D batch of matrices, of dtype fp32, bf16 or fp16 and
-    with under 2^31 entries.
+    with under 2^31 entries. It has values, so it is not on the meta device, and they are its own:
+    it is neither quantized nor sharded.
     """
+    quantization = quantized_by(weight)
+    require(
+        quantization is None,
+        f"{name}: the weight is quantized ({quantization}), and LIFT trains float32, bfloat16 or float16; load the "
+        "model without quantization_config, or leave this weight out",
+        TypeError,
+    )
+    require(
+        not is_traceable_wrapper_subclass(weight),
+        f"{name}: the weight is a {type(weight).__name__}, and LIFT trains plain tensors; sharded weights "
+        "(fully_shard, tensor parallelism) are not supported yet, replicas (DDP) are",
+        TypeError,
+    )
     require(weight.layout == torch.strided, f"{name}: a dense (strided) weight is needed, got layout {weight.layout}")
     require(
         weight.dtype in WEIGHT_DTYPES,
@@ -51,6 +66,24 @@ def check_matrix(weight: Tensor, name: str) -> None:
         weight.is_contiguous(),
         f"{name}: the weight must be contiguous, got strides {weight.stride()}; call .contiguous()",
     )
+    require(
+        weight.device.type != "meta",
+        f"{name}: the weight is on the meta device and has no values; load the weights first (from_pretrained without "
+        "device_map offloading, or to_empty and load_state_dict)",
+    )
+
+
+def quantized_by(weight: Tensor) -> str | None:
+    """What a weight is quantized by, or None for an ordinary one.
+
+    The dtype alone does not tell: torchao's int8 weight calls itself float32.
+    """
+    library, dtype = type(weight).__module__.split(".")[0], weight.dtype
+    if library in ("bitsandbytes", "torchao"):
+        return f"{library} {type(weight).__name__}"
+    narrow = dtype.is_floating_point and dtype.itemsize == 1  # the float8 formats
+    codes = narrow or not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+    return str(dtype) if codes else None
 
 
 def check_gradient(grad: Tensor, weight: Tensor, name: str, sparse: bool = True) -> None:

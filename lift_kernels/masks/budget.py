@@ -57,12 +57,18 @@ def check_rank(rank: int, shape: torch.Size, name: str) -> None:
         raise ValueError(f"{name}: rank must be an integer from 1 to the smaller side, {small}, got {rank!r}")
 
 
-def default_rank(shape: torch.Size, rank: int | None) -> int:
-    """The LRA rank of a matrix, or of each matrix of a batch.
+def mask_rank(shape: torch.Size, rank: int | None, name: str) -> int:
+    """The LRA rank of a matrix, or of each matrix of a batch: ``rank``, or 64 where it is None.
 
-    None gives 64, or the smaller side where that is less.
+    It is at most the smaller side, so one rank serves all layers of a model. There the
+    approximation is the matrix itself.
+
+    Raises ValueError, naming the parameter and the value, for a rank below 1.
     """
-    return rank if rank is not None else min(DEFAULT_RANK, *shape[-2:])
+    rank = DEFAULT_RANK if rank is None else rank
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"{name}: rank must be an integer of at least 1 or None, got {rank!r}")
+    return min(rank, *shape[-2:])
 
 
 def trained_entries(shape: torch.Size, density: float, budget_rank: int | None, name: str) -> int:

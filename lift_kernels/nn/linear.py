@@ -207,7 +207,7 @@ class PackedLinear(nn.Module):
         if name == "values" and type(value).__name__ == "DTensor":
             raise RuntimeError(
                 f"{self.lift_name or type(self).__name__}: fully_shard cuts values into equal chunks, which do not "
-                "match the rows of the weight; unpack(model) and use LiftAdamW on the matrices (matrix mode)"
+                "match the rows of the weight; sharded weights are not supported yet, replicas (DDP) are"
             )
         super().__setattr__(name, value)
         if name == "weight":  # as load_state_dict(assign=True) does

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..masks.budget import check_rank, default_rank, trained_entries
+from ..masks.budget import mask_rank, trained_entries
 from ..masks.selection import SelectionRequest, check_selection, make_masks, warm_part
 from ..validation import check_matrix, require
 from . import trainable
@@ -44,8 +43,7 @@ def pack_gradients(
 
     Args:
         include, exclude, freeze_rest: of `lift_param_groups`.
-        extra: regular expression; further parameters whose names match get a hook. They may be
-            matrices or 3-D batches of matrices, such as stacked expert weights.
+        extra: of `lift_param_groups`. These weights get a hook.
         rank, density, budget_rank, selection, seed: of `LiftAdamW`.
         backend: of the layers' weight gradients; None for the fastest usable one.
 
@@ -62,8 +60,8 @@ def pack_gradients(
     )
     required = {p: p.requires_grad for p in model.parameters()}
     try:
-        chosen = dict(lift_param_groups(model, include, exclude, freeze_rest=freeze_rest)[0]["params"])
-        chosen |= _extra_parameters(model, extra, chosen)
+        group, *dense = lift_param_groups(model, include, exclude, extra=extra, freeze_rest=freeze_rest)
+        chosen = dict(group["params"])
         options = {"rank": rank, "density": density, "budget_rank": budget_rank}
         check_selection(selection)
         requests = [_selection_request(i, *item, rank, density, budget_rank) for i, item in enumerate(chosen.items())]
@@ -85,7 +83,7 @@ def pack_gradients(
             pack_on_accumulate(p.requires_grad_(True), masks[name].indices)
             trained.append((name, p))
         trainable.set_initial_mask(trained[-1][1], warm_part(masks[name]._asdict(), p, "device"))
-    return [{"params": trained, "lift": True, **options}]
+    return [{"params": trained, "lift": True, **options}, *dense]
 
 
 def unpack(model: nn.Module) -> nn.Module:
@@ -107,20 +105,9 @@ def _selection_request(
 ) -> SelectionRequest:
     """What `make_masks` needs of a parameter. Raises, naming it, unless LIFT can train it."""
     check_matrix(p, name)
-    used = default_rank(p.shape, rank)
-    check_rank(used, p.shape[-2:], name)
+    used = mask_rank(p.shape, rank, name)
     k = trained_entries(p.shape, density, budget_rank, name)
     return SelectionRequest(p.detach(), p.grad, used, k, name, number, {})
-
-
-def _extra_parameters(model: nn.Module, extra: str | None, chosen: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters whose names match ``extra``, without those that are chosen already."""
-    taken = {id(p) for p in chosen.values()}
-    found: dict[str, Tensor] = {
-        name: p for name, p in model.named_parameters() if extra and re.search(extra, name) and id(p) not in taken
-    }
-    require(bool(found) or not extra, f"extra={extra!r} matches no further parameter of {type(model).__name__}")
-    return found
 
 
 def _holders(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..masks.budget import check_rank, default_rank, trained_entries
+from ..masks.budget import mask_rank, trained_entries
 from ..masks.lowrank import METHODS
 from ..masks.selection import check_selection
 from ..nn.trainable import Trainable, trainable_of
@@ -131,8 +131,7 @@ def _check_parameter(parameter: Tensor, group: dict[str, Any], name: str, backen
         dispatch.choose(backend, parameter.device, "sparse_adamw_")
     matrix = trainable.matrix
     check_matrix(matrix, name)
-    rank, _ = mask_size(matrix, group, name)
-    check_rank(rank, matrix.shape[-2:], name)
+    mask_size(matrix, group, name)
     require(
         group["rounding"] == "nearest" or matrix.dtype != torch.float32,
         f"{name}: rounding='stochastic' is for bfloat16 and float16 weights, got {matrix.dtype}",
@@ -162,7 +161,7 @@ def is_sparse(trainable: Trainable, group: dict[str, Any]) -> bool:
 def mask_size(matrix: Tensor, group: dict[str, Any], name: str) -> tuple[int, int]:
     """The rank with which a group selects entries of a matrix, and how many: r and k.
 
-    Both are those of each matrix of a 3-D batch. Raises, naming the matrix, for a k out of range.
+    Both are those of each matrix of a 3-D batch. Raises, naming the matrix, for one out of range.
     """
     k = trained_entries(matrix.shape, group["density"], group["budget_rank"], name)
-    return default_rank(matrix.shape, group["rank"]), k
+    return mask_rank(matrix.shape, group["rank"], name), k

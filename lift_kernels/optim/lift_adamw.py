@@ -45,8 +45,8 @@ class LiftAdamW(Optimizer):
     Args:
         params: parameters, (name, parameter) pairs or groups, as in torch; see `lift_param_groups`.
         lr, betas, eps, weight_decay: as in torch.optim.AdamW. Decay acts on selected entries only.
-        rank: LRA rank r of the approximation whose largest entries are trained. None: 64, or the
-            smaller side where that is less.
+        rank: LRA rank r of the approximation whose largest entries are trained, at most the smaller
+            side of each matrix. None: 64.
         density: share of a matrix that is trained, in (0, 1].
         budget_rank: k = (m + n) * budget_rank. Given, it takes precedence over ``density``.
         refresh_interval: steps between masks. None keeps the first mask.

@@ -171,10 +171,13 @@ def test_fully_shard_is_refused_with_a_remedy(tmp_path):
     from torch import distributed
     from torch.distributed.fsdp import fully_shard
 
-    packed, _ = packed_and_plain()
+    packed, plain = packed_and_plain()
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
     try:
-        with pytest.raises(RuntimeError, match="up: fully_shard cuts values.*matrix mode"):
-            fully_shard(packed, mesh=distributed.device_mesh.init_device_mesh("cpu", (1,)))
+        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+        with pytest.raises(RuntimeError, match="up: fully_shard cuts values.*replicas"):
+            fully_shard(packed, mesh=mesh)
+        with pytest.raises(TypeError, match=r"up\.weight: the weight is a DTensor, .*replicas \(DDP\) are"):
+            LiftAdamW(lift_param_groups(fully_shard(plain, mesh=mesh)))
     finally:
         distributed.destroy_process_group()

@@ -1,0 +1,254 @@
+"""What `lift_param_groups` leaves out: counted and said once a kind, with the option for it."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from helpers.optimizers import set_gradients
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForTokenClassification,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+from lift_kernels import LiftAdamW, lift_param_groups, pack_gradients
+from lift_kernels.nn.param_groups import stacked_weights
+
+SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+MOE = SIZES | {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+def names(group):
+    return [name for name, _ in group["params"]]
+
+
+def said(caplog, action):
+    """What ``action`` returns, and the warnings that it logs."""
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "lift_kernels"):
+        result = action()
+    return result, [record.getMessage() for record in caplog.records]
+
+
+def llama(cls=LlamaForCausalLM, **options):
+    torch.manual_seed(0)
+    return cls(LlamaConfig(**SIZES, num_key_value_heads=2, pad_token_id=0, **options))
+
+
+def test_nothing_is_said_where_all_linear_layers_are_taken(caplog):
+    _, messages = said(caplog, lambda: lift_param_groups(llama(), freeze_rest=True))
+    assert messages == []
+
+
+def test_stacked_experts_are_counted_and_extra_takes_them(caplog):
+    """With ``freeze_rest`` most of the model would not be trained."""
+    model = MixtralForCausalLM(MixtralConfig(**MOE))
+    (group,), messages = said(caplog, lambda: lift_param_groups(model))
+    experts = ["model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"]
+    assert list(stacked_weights(model)) == experts
+    own = sum(p.numel() for _, p in group["params"])
+    stacked = sum(p.numel() for p in stacked_weights(model).values())
+    share = round(100 * stacked / (own + stacked + model.model.layers[0].mlp.gate.weight.numel()))
+    assert messages == [
+        f"2 stacks of matrices, such as experts, {share} % of the model's matrices, are left out, for example "
+        f"{experts[0]}; extra='experts.' trains them"
+    ]
+    (taken,), messages = said(caplog, lambda: lift_param_groups(model, extra="experts.", freeze_rest=True))
+    assert names(taken) == [*names(group), *experts] and messages == []
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(names(taken))
+    optimizer = LiftAdamW([taken], lr=0.1, rank=3, density=0.1)
+    before = model.model.layers[0].mlp.experts.down_proj.detach().clone()
+    set_gradients(stacked_weights(model).values(), 0)
+    optimizer.step()
+    moved = (model.model.layers[0].mlp.experts.down_proj != before).flatten(1).sum(1)
+    assert moved.tolist() == [round(0.1 * 32 * 48)] * 4, "each expert has a mask of its own"
+
+
+def test_experts_of_packed_gradients_are_said_too(caplog):
+    _, messages = said(caplog, lambda: pack_gradients(MixtralForCausalLM(MixtralConfig(**MOE)), rank=3))
+    assert len(messages) == 1 and "extra='experts.' trains them" in messages[0]
+
+
+def test_biases_of_experts_are_no_matrices():
+    """gpt-oss keeps a bias for each expert, (experts, n)."""
+    model = GptOssForCausalLM(GptOssConfig(**MOE, head_dim=8))
+    (group,) = lift_param_groups(model, extra="experts")
+    assert [name for name in names(group) if "experts" in name] == list(stacked_weights(model))
+    assert any(name.endswith("experts.down_proj_bias") for name, _ in model.named_parameters())
+
+
+def test_exclude_leaves_experts_out_without_a_word(caplog):
+    model = MixtralForCausalLM(MixtralConfig(**MOE))
+    (group,), messages = said(caplog, lambda: lift_param_groups(model, exclude="experts"))
+    assert messages == [] and not any("experts" in name for name in names(group))
+    (group,) = lift_param_groups(model, extra="experts", exclude="down_proj")
+    assert [name for name in names(group) if "experts" in name] == ["model.layers.0.mlp.experts.gate_up_proj"]
+
+
+def test_rules_that_leave_only_experts_name_extra():
+    model = MixtralForCausalLM(MixtralConfig(**MOE))
+    message = "no linear weight of MixtralForCausalLM is left with include='experts', exclude=None; extra=.* takes "
+    with pytest.raises(
+        ValueError, match=f"{message}model.layers.0.mlp.gate.weight, model.layers.0.mlp.experts.gate_up"
+    ):
+        lift_param_groups(model, include="experts")
+
+
+def test_matrices_of_other_layers(caplog):
+    """nn.MultiheadAttention holds q, k and v as a parameter of its own."""
+    model = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)
+    (group,), messages = said(caplog, lambda: lift_param_groups(model))
+    assert names(group) == ["self_attn.out_proj.weight", "linear1.weight", "linear2.weight"]
+    share = round(100 * 48 * 16 / (48 * 16 + 16 * 16 + 2 * 24 * 16))
+    assert messages == [
+        f"1 matrices outside linear layers, {share} % of the model's matrices, are left out, for example "
+        "self_attn.in_proj_weight; extra='self_attn.in_proj_weight' trains them"
+    ]
+    (taken,), messages = said(caplog, lambda: lift_param_groups(model, extra="in_proj_weight"))
+    assert names(taken) == [*names(group), "self_attn.in_proj_weight"] and messages == []
+
+
+def test_recurrent_layers(caplog):
+    model = nn.Sequential(nn.Linear(8, 8), nn.LSTM(8, 12))
+    (group,), messages = said(caplog, lambda: lift_param_groups(model))
+    assert names(group) == ["0.weight"]
+    assert len(messages) == 1 and "extra='weight_hh_l0|weight_ih_l0' trains them" in messages[0]
+
+
+@pytest.mark.parametrize(
+    "reparametrize",
+    [
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        parametrizations.orthogonal,
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+    ],
+    ids=["weight_norm", "spectral_norm", "orthogonal", "pruning"],
+)
+def test_computed_weights(caplog, reparametrize):
+    """Their ``weight`` is no parameter: a change of it would be lost."""
+    model = nn.Sequential(nn.Linear(8, 8), reparametrize(nn.Linear(8, 8)))
+    (group,), messages = said(caplog, lambda: lift_param_groups(model))
+    assert names(group) == ["0.weight"]
+    assert len(messages) == 1 and "50 % of the model's matrices, are left out" in messages[0]
+    assert "remove_parametrizations makes the layers plain" in messages[0]
+    pack_gradients(model, rank=2)
+    model(torch.randn(2, 8)).sum().backward()
+
+
+def test_convolutions(caplog):
+    model = nn.Sequential(nn.Conv1d(8, 8, 3), nn.Flatten(), nn.Linear(16, 8))
+    (group,), messages = said(caplog, lambda: lift_param_groups(model))
+    assert names(group) == ["2.weight"] and len(messages) == 1
+    assert "1 weights of convolutions, 60 % of the model's matrices, are left out, for example 0.weight" in messages[0]
+    assert "add them in a group with lift=False" in messages[0]
+
+
+@pytest.mark.parametrize("task", [None, "SEQ_CLS"])
+def test_adapters_are_no_matrices_of_the_model(caplog, task):
+    """LoRA's B is all zero at first. The layers that peft wraps are taken."""
+    from peft import LoraConfig, get_peft_model
+
+    model = llama() if task is None else llama(LlamaForSequenceClassification)
+    plain = names(lift_param_groups(llama())[0])
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type=task))
+    (group,), messages = said(caplog, lambda: lift_param_groups(model))
+    assert [n.removeprefix("base_model.model.").replace("base_layer.", "") for n in names(group)] == plain
+    assert len(messages) == 1 and "weights of adapters are left out, for example" in messages[0]
+    assert "merge_and_unload() them first" in messages[0]
+
+
+def test_adapters_in_a_layer_of_its_own():
+    """loralib keeps A and B beside the weight, in a subclass of nn.Linear."""
+    layer = nn.Linear(8, 8)
+    layer.lora_A, layer.lora_B = nn.Parameter(torch.randn(2, 8)), nn.Parameter(torch.zeros(8, 2))
+    assert names(lift_param_groups(nn.Sequential(layer))[0]) == ["0.weight"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_task_head_is_trained_densely(caplog, packed):
+    """Nothing pretrained is in it, so 5 % of it is not what its user wants."""
+    model = llama(LlamaForSequenceClassification, num_labels=2)
+    make = pack_gradients if packed else lift_param_groups
+    (group, head), messages = said(caplog, lambda: make(model, freeze_rest=True))
+    assert names(head) == ["score.weight"] and head["lift"] is False and len(group["params"]) == 7
+    assert len(messages) == 1 and messages[0].startswith("score.weight: a task head, ") and "densely" in messages[0]
+    assert model.score.weight.requires_grad and not model.model.embed_tokens.weight.requires_grad
+    optimizer = LiftAdamW([group, head], lr=0.1, rank=64)
+    before = model.score.weight.detach().clone()
+    model(input_ids=torch.arange(1, 9)[None], labels=torch.tensor([1])).loss.backward()
+    optimizer.step()
+    assert (model.score.weight != before).all()
+
+
+def test_rules_decide_about_a_task_head():
+    model = BertForTokenClassification(BertConfig(**SIZES, num_labels=3))
+    assert names(lift_param_groups(model)[1]) == ["classifier.weight", "classifier.bias"]
+    assert len(lift_param_groups(model, exclude="classifier", freeze_rest=True)) == 1
+    assert not model.classifier.weight.requires_grad
+    group, head = lift_param_groups(model, include="query|classifier")
+    assert [name.split(".")[-2] for name in names(group)] == ["query", "classifier"]
+    assert names(head) == ["classifier.bias"]
+
+
+def test_the_rest_of_a_language_models_head_is_pretrained():
+    """BERT transforms states before it predicts words. This layer is a matrix as all others."""
+    (group,) = lift_param_groups(BertForMaskedLM(BertConfig(**SIZES)))
+    assert names(group)[-1] == "cls.predictions.transform.dense.weight"
+
+
+def test_heads_inside_wrappers():
+    """Such as DDP and torch.compile, which hide transformers' accessors."""
+    model = nn.Sequential(llama(tie_word_embeddings=False))
+    model[0].lm_head, model[0].out = nn.Identity(), model[0].lm_head
+    model[0].get_output_embeddings = lambda: model[0].out
+    assert not any("out" in name.split(".") for name in names(lift_param_groups(model)[0]))
+
+
+def test_a_weight_that_a_linear_layer_and_another_module_hold():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.Linear(8, 6)
+            self.matrix = layer.weight
+            self.layer = layer
+
+    assert names(lift_param_groups(Both())[0]) == ["layer.weight"]
+
+
+def test_a_lazy_layer_is_named():
+    with pytest.raises(ValueError, match=r"1\.weight is not initialized; run the model once"):
+        lift_param_groups(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3)))
+
+
+def test_weights_on_meta_are_refused_by_name():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 6))
+    groups = lift_param_groups(model)
+    for action in (lambda: pack_gradients(model), lambda: LiftAdamW(groups)):
+        with pytest.raises(ValueError, match=r"0\.weight: the weight is on the meta device .* load the weights first"):
+            action()
+    assert type(model[0]) is nn.Linear
+
+
+def test_one_rank_serves_small_layers_too():
+    """A gate with one output among larger layers: its approximation of rank 1 is the gate."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 16), nn.Linear(16, 1), nn.Linear(1, 7))
+    optimizer = LiftAdamW(lift_param_groups(model), lr=0.1, rank=9, density=0.25)
+    packed = LiftAdamW(pack_gradients(model, rank=9, density=0.25), rank=9, density=0.25)
+    for of_one in (optimizer, packed):
+        of_one.refresh()
+        gate = list(of_one.state.values())[1]["indices"]
+        assert gate.tolist() == sorted(model[1].weight[0].abs().topk(4).indices.tolist())
