@@ -175,12 +175,10 @@ def _report_misplaced(indices: Tensor, numel: int, name: str) -> None:
     raise IndexError(f"{name}: index {low if low < 0 else high} is out of range for {numel} entries")
 
 
-def check_finite(tensor: Tensor, name: str) -> None:
+def check_finite(tensor: Tensor, name: str, what: str = "weights", remedy: str = "repair or reload the weight") -> None:
     """Raise for a NaN or an infinity. Waits for the device."""
     finite = torch.isfinite(tensor)
     if not bool(finite.all()):
         bad = int((~finite).sum())
         first = int((~finite).reshape(-1).nonzero()[0])
-        raise ValueError(
-            f"{name}: {bad} non-finite weights, the first at flat index {first}; repair or reload the weight"
-        )
+        raise ValueError(f"{name}: {bad} non-finite {what}, the first at flat index {first}; {remedy}")

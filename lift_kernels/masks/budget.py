@@ -41,8 +41,8 @@ def entry_count(
             raise ValueError(f"{name}: budget_rank must be an integer of at least 1, got {budget_rank!r}")
         return min((m + n) * budget_rank, m * n)
     if density is not None:
-        if not 0.0 < density <= 1.0:
-            raise ValueError(f"{name}: density must be in (0, 1], got {density}")
+        if not isinstance(density, (int, float)) or not 0.0 < density <= 1.0:
+            raise ValueError(f"{name}: density must be in (0, 1], got {density!r}")
         return max(1, round(density * m * n))
     assert k is not None
     if not isinstance(k, int) or not 1 <= k <= m * n:
@@ -66,7 +66,7 @@ def mask_rank(shape: torch.Size, rank: int | None, name: str) -> int:
     Raises ValueError, naming the parameter and the value, for a rank below 1.
     """
     rank = DEFAULT_RANK if rank is None else rank
-    if not isinstance(rank, int) or rank < 1:
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"{name}: rank must be an integer of at least 1 or None, got {rank!r}")
     return min(rank, *shape[-2:])
 

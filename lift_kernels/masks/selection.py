@@ -100,6 +100,11 @@ def check_selection(selection: str | Callable[[Tensor, int], Tensor]) -> None:
     )
 
 
+def check_seed(seed: int) -> None:
+    """Raise TypeError unless random masks can be drawn with this seed."""
+    require(isinstance(seed, int) and not isinstance(seed, bool), f"seed must be an integer, got {seed!r}", TypeError)
+
+
 def _principal_request(part: SelectionRequest) -> MaskRequest:
     # A basis narrower than a raised rank is of no use.
     useful = {key: t for key, t in part.kept.items() if key != "basis" or t.shape[1] >= part.rank}
@@ -158,7 +163,7 @@ def _selected(
             raise ValueError(
                 f"{name}: selection='gradient' needs a dense gradient when a mask is made; refresh after backward()"
             )
-        check_finite(grad, f"gradient of {name}")
+        check_finite(grad, name, "gradients", "no mask can be made from them: leave this step out")
         return largest_indices(grad.abs(), k)
     assert callable(selection)
     indices = selection(matrix, k)

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..masks.budget import mask_rank, trained_entries
-from ..masks.selection import SelectionRequest, check_selection, make_masks, warm_part
+from ..masks.selection import SelectionRequest, check_seed, check_selection, make_masks, warm_part
+from ..ops import dispatch
 from ..validation import check_matrix, require
 from . import trainable
 from .grad_hooks import hooked_parameters, pack_on_accumulate, remove_hook
@@ -58,12 +59,18 @@ def pack_gradients(
         "the model has packed gradients already; unpack(model) first",
         RuntimeError,
     )
+    usable = dispatch.OPS["packed_weight_grad"]
+    require(
+        backend is None or backend in usable,
+        f"backend {backend!r} computes no packed weight gradients; choose one of {', '.join(usable)}, or None",
+    )
+    check_selection(selection)
+    check_seed(seed)
     required = {p: p.requires_grad for p in model.parameters()}
     try:
         group, *dense = lift_param_groups(model, include, exclude, extra=extra, freeze_rest=freeze_rest)
         chosen = dict(group["params"])
         options = {"rank": rank, "density": density, "budget_rank": budget_rank}
-        check_selection(selection)
         requests = [_selection_request(i, *item, rank, density, budget_rank) for i, item in enumerate(chosen.items())]
         masks = dict(zip(chosen, make_masks(requests, selection=selection, seed=seed)))
         holders = _holders(model)

@@ -75,9 +75,12 @@ def lift_param_groups(
         ``[{"params": [(name, weight), ...], "lift": True}]``, and perhaps a group of a task head
         with ``"lift": False``.
 
-    Raises ValueError when a name matches both ``include`` and ``exclude``, when no weight is left,
-    when ``extra`` matches nothing, and for quantized layers, which it names.
+    Raises ValueError for a pattern that is no regular expression, when a name matches both
+    ``include`` and ``exclude``, when no weight is left, when ``extra`` matches nothing, and for
+    quantized layers, which it names.
     """
+    for option, pattern in (("include", include), ("exclude", exclude), ("extra", extra)):
+        _check_pattern(option, pattern)
     rules = _Rules(include, exclude)
     weights = weights_of(model)
     _refuse_quantized(model, rules)
@@ -100,6 +103,19 @@ def lift_param_groups(
 def stacked_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The 3-D stacks of matrices of a model, such as expert weights, by name."""
     return {w.name: w.parameter for w in weights_of(model) if w.kind == STACK}
+
+
+def _check_pattern(option: str, pattern: str | None) -> None:
+    """Raise ValueError or TypeError, naming option and value, unless it is a regular expression."""
+    require(
+        pattern is None or isinstance(pattern, str),
+        f"{option} must be a regular expression as a string or None, got {pattern!r}",
+        TypeError,
+    )
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        raise ValueError(f"{option}={pattern!r} is no regular expression: {error}") from error
 
 
 class _Rules(NamedTuple):

@@ -167,6 +167,32 @@ def test_a_weight_changed_behind_the_back_is_reported_by_unpack(caplog):
     assert [r.getMessage().split(" was")[0] for r in caplog.records] == ["up"]
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"include": "("}, ValueError, r"include='\(' is no regular expression: missing \)"),
+        ({"exclude": 3}, TypeError, "exclude must be a regular expression as a string or None, got 3"),
+        ({"extra": "[a"}, ValueError, r"extra='\[a' is no regular expression"),
+        (
+            {"backend": "cuda"},
+            ValueError,
+            "backend 'cuda' computes no packed weight gradients; choose one of native-cpu",
+        ),
+        ({"backend": "native-cuda"}, ValueError, "backend 'native-cuda' computes no packed weight gradients"),
+        ({"seed": 1.5}, TypeError, "seed must be an integer, got 1.5"),
+        ({"selection": "best"}, ValueError, "selection must be one of principal, .* got 'best'"),
+        ({"rank": True}, ValueError, r"up\.weight: rank must be an integer of at least 1 or None, got True"),
+        ({"density": "0.1"}, ValueError, r"up\.weight: density must be in \(0, 1\], got '0.1'"),
+        ({"budget_rank": 0}, ValueError, r"up\.weight: budget_rank must be an integer of at least 1, got 0"),
+    ],
+)
+def test_options_that_cannot_work(options, error, message):
+    packed, plain = packed_and_plain()
+    with pytest.raises(error, match=message):
+        pack_gradients(plain, **options, freeze_rest=True)
+    assert not isinstance(plain.up, LiftLinear) and all(p.requires_grad for p in plain.parameters())
+
+
 def test_fully_shard_is_refused_with_a_remedy(tmp_path):
     from torch import distributed
     from torch.distributed.fsdp import fully_shard

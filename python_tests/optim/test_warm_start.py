@@ -200,7 +200,7 @@ def test_selection_by_gradient_needs_one():
     with pytest.raises(ValueError, match="parameter 0 of group 0: selection='gradient' needs a dense gradient"):
         optimizer.refresh()
     weight.grad = torch.full_like(weight, float("nan"))
-    with pytest.raises(ValueError, match="gradient of parameter 0 of group 0: 1200 non-finite"):
+    with pytest.raises(ValueError, match="parameter 0 of group 0: 1200 non-finite gradients"):
         optimizer.refresh()
 
 
