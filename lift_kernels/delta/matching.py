@@ -56,12 +56,13 @@ def find_homes(delta: Delta, weights: Weights) -> Homes:
     weights.list_as(info.forms)
     own = {name: weights.ties.get(name, name) for name in info.forms}
     found = {name: home for name, home in own.items() if home in weights.forms}
-    if info.unchanged is None:
+    missing = own.keys() - found.keys()
+    if info.unchanged is None and not missing:
         found |= {name: name for name in weights.forms.keys() - found.values()}
     aliases = find_aliases(weights, found, delta.changes_alike)
     extra = weights.forms.keys() - found.values() - aliases.keys()
     expected = Side(label, info.forms)
-    require_same_names(label, weights.label, own.keys() - found.keys(), extra, remedies)
+    require_same_names(label, weights.label, missing, extra, remedies)
     present = {name: weights.forms[home] for name, home in found.items()}
     require_same_forms(expected, Side(weights.label, present), remedies)
     for name, home in found.items():

@@ -89,10 +89,9 @@ def _changed(name: str, form: Form, old: Tensor, new: Tensor) -> Tensor:
     changed = (bits(old) != bits(new)).nonzero().flatten()
     if not changed.numel():
         return changed
-    dtype, shape = form
     require(
-        has_name(dtype),
-        f"{name} changed and is of dtype {dtype}; a delta holds changes of the dtypes that torch and safetensors share",
+        has_name(form[0]),
+        f"{name} changed and is of dtype {form[0]}; a delta holds changes of dtypes that torch and safetensors share",
         FileError,
     )
     require(
@@ -101,7 +100,7 @@ def _changed(name: str, form: Form, old: Tensor, new: Tensor) -> Tensor:
         FileError,
     )
     # A tensor that did not change may hold any values, such as a mask of infinities.
-    bad = changed[~_finite(new.reshape(-1)[changed])]
+    bad = changed[~_finite(bits(new)[changed].view(new.dtype))]
     require(
         not bad.numel(),
         f"{name}: {bad.numel()} non-finite weights among those that changed, the first at flat index "
