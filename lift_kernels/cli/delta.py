@@ -70,7 +70,7 @@ def _apply(options: argparse.Namespace) -> int:
 
     def check(base: Path) -> None:
         with Delta(options.delta) as delta, CheckpointWeights(base) as weights:
-            find_homes(delta, weights)
+            find_homes(delta, weights, reverse=False)
 
     info = delta_info(options.delta)
     require_new(options.output)

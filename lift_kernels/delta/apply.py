@@ -51,7 +51,7 @@ def apply_delta(model: nn.Module | str | Path, path: str | Path, output: str | P
     """
     _check_target(model, output)
     with Delta(path) as delta, open_weights(model) as weights:
-        change = _Change(delta, False, find_homes(delta, weights))
+        change = _Change(delta, False, find_homes(delta, weights, reverse=False))
         _check_contents(change, weights)
         _write(model, weights, [change], output)
 
@@ -70,7 +70,7 @@ def revert_delta(model: nn.Module | str | Path, path: str | Path, output: str | 
     """
     _check_target(model, output)
     with Delta(path) as delta, open_weights(model) as weights:
-        change = _Change(delta, True, find_homes(delta, weights))
+        change = _Change(delta, True, find_homes(delta, weights, reverse=True))
         _check_contents(change, weights)
         _write(model, weights, [change], output)
 
@@ -93,7 +93,10 @@ def switch_delta(
     _check_target(model, output)
     with Delta(current) as old, Delta(wanted) as new, open_weights(model) as weights:
         _check_same_base(old, new)
-        changes = [_Change(old, True, find_homes(old, weights)), _Change(new, False, find_homes(new, weights))]
+        changes = [
+            _Change(old, True, find_homes(old, weights, True)),
+            _Change(new, False, find_homes(new, weights, True)),
+        ]
         _check_contents(changes[0], weights)
         for name in new.info.shapes:
             new.read(name)  # checks the index list; the fingerprints guarantee the values

@@ -26,7 +26,7 @@ class Side(NamedTuple):
 
 
 _STACKED = "transformers stacks experts in memory and stores them one by one"
-_TO_FOLDER = "apply the delta to the directory, apply_delta(folder, delta, output), and load the output"
+_TO_FOLDER = "give the directory and an output, as in apply_delta(folder, delta, output), and load the output"
 _ORIGINAL = "give the model that the delta was made for"
 _COMMON = {"quantized": "load the model without quantization"}
 
@@ -62,7 +62,12 @@ IN_FILES = _COMMON | {
     "dtypes": "save the model in {dtype} with save_pretrained, "
     "as `python -m lift_kernels delta apply --base BASE DELTA OUTPUT` does",
 }
-"""Ways out by reason, where a delta meets a checkpoint."""
+"""Ways out by reason, where a delta is applied to a checkpoint."""
+REVERTING_FILES = IN_FILES | {
+    "prefix": "save the model with the class that was fine-tuned",
+    "dtypes": "give the model in {dtype}, as it was fine-tuned",
+}
+"""Ways out by reason, where a delta is taken off a checkpoint."""
 
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _PEFT = re.compile(r"^base_model\.model\.|\.base_layer\.|\.lora_")

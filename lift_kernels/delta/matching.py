@@ -15,7 +15,7 @@ import torch
 from ..checkpoint.safetensors_file import tensor_bytes
 from ..errors import FileError
 from ..validation import require
-from .differences import IN_FILES, IN_MEMORY, SAVING, Side, require_same_forms, require_same_names
+from .differences import IN_FILES, IN_MEMORY, REVERTING_FILES, SAVING, Side, require_same_forms, require_same_names
 from .format import Delta, Homes, bits
 from .model_weights import Form, ModuleWeights, Weights
 
@@ -42,16 +42,22 @@ def common_forms(new: Weights, old: Weights) -> dict[str, Form]:
     return {name: old.forms[name] for name in common}
 
 
-def find_homes(delta: Delta, weights: Weights) -> Homes:
+def find_homes(delta: Delta, weights: Weights, reverse: bool) -> Homes:
     """Return for each tensor of a delta the names under which a model has it, sorted by name.
 
     A file of version 0.1 names changed tensors only. The model's other tensors then stand for the
     others.
 
+    Args:
+        delta: the delta.
+        weights: weights of the model.
+        reverse: whether the delta is to be reverted; messages then give another way out.
+
     Raises:
         FileError: when names, shapes or dtypes differ.
     """
-    info, remedies = delta.info, IN_MEMORY if isinstance(weights, ModuleWeights) else IN_FILES
+    info = delta.info
+    remedies = IN_MEMORY if isinstance(weights, ModuleWeights) else REVERTING_FILES if reverse else IN_FILES
     label = f"the model of {delta.path}"
     weights.list_as(info.forms)
     own = {name: weights.ties.get(name, name) for name in info.forms}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path, PurePosixPath
 
@@ -22,7 +23,8 @@ def weight_files(path: Path) -> list[Path]:
 
     Raises:
         FileError: for pickled weights, a damaged or unsafe index, a shard that is missing, and a
-            directory in which it is not clear which files are the weights.
+            path that does not exist or a directory in which it is not clear which files are the
+            weights.
     """
     if not path.is_dir():
         require(
@@ -30,6 +32,10 @@ def weight_files(path: Path) -> list[Path]:
             f"{path} holds pickled weights, which can run code when loaded; convert to safetensors",
             FileError,
         )
+        missing = (
+            f"cannot read {path}: no such file or directory; check the path (a model of the hub must be downloaded first)"
+        )
+        require(os.path.lexists(path), missing, FileError)
         return [path]
     if (path / "model.safetensors").is_file():  # transformers, too, looks for it before the index
         return [path / "model.safetensors"]

@@ -82,7 +82,7 @@ class Tied(nn.Module):
 @pytest.mark.parametrize("first", ["embed", "head"])
 @pytest.mark.parametrize("names", [("embed",), ("head",), ("embed", "head")])
 def test_a_module_that_ties_fits_files_under_either_name(tmp_path, first, names):
-    """The delta is made of files, of a module and files, and applied to the module."""
+    """The delta is made of files or of a module and files, and applied to both."""
 
     def under(seed):
         values = weights(seed)
@@ -100,6 +100,9 @@ def test_a_module_that_ties_fits_files_under_either_name(tmp_path, first, names)
     assert_same(load_file(tmp_path / "out" / "model.safetensors"), under(1))
     revert_delta(module, tmp_path / "a")
     assert torch.equal(module.embed, weights()["embed"])
+    save_delta(tmp_path / "model", module, tmp_path / "c")
+    apply_delta(base, tmp_path / "c", tmp_path / "again")
+    assert_same(load_file(tmp_path / "again" / "model.safetensors"), under(1))
 
 
 def test_an_alias_goes_along_with_a_switch(tmp_path):
@@ -115,7 +118,7 @@ def test_a_tensor_that_repeats_none_is_no_alias(tmp_path):
     save_delta(weights(1), weights(), tmp_path / "a")
     other = weights(0, "head")
     other["head"][0, 0] += 1
-    cast = weights() | {"head": weights()["embed"].to(BF16)}
+    cast = weights() | {"head": weights()["embed"].view(torch.int32)}
     for model in (other, cast):
         folder = stored(tmp_path / str(model["head"].dtype), model)
         with pytest.raises(FileError, match="has one tensor that .* lacks, the first head"):
@@ -123,15 +126,14 @@ def test_a_tensor_that_repeats_none_is_no_alias(tmp_path):
         with pytest.raises(FileError, match="has one tensor that the model lacks, the first head"):
             save_delta(weights(1), folder, tmp_path / "b")
     twins = {name: torch.ones(3) for name in ("one", "two")}
-    changed = twins | {"two": torch.zeros(3)}
-    save_delta(changed, twins, tmp_path / "c")
     folder = stored(tmp_path / "twins", twins | {"three": torch.ones(3)})
-    for call in (
-        lambda: apply_delta(folder, tmp_path / "c", tmp_path / "out"),
-        lambda: save_delta(changed, folder, "d"),
-    ):
+    for one, two in ((1.0, 0.0), (5.0, 0.0)):  # at other entries, and to other values
+        changed = {"one": torch.full((3,), one), "two": torch.full((3,), two)}
+        save_delta(changed, twins, tmp_path / "c")
         with pytest.raises(FileError, match="the first three"):
-            call()
+            apply_delta(folder, tmp_path / "c", tmp_path / "out")
+        with pytest.raises(FileError, match="the first three"):
+            save_delta(changed, folder, tmp_path / "d")
     same = {name: torch.zeros(3) for name in twins}
     save_delta(same, folder, tmp_path / "e")  # both change alike, so it does not matter which one is meant
     apply_delta(folder, tmp_path / "e", tmp_path / "out")
@@ -155,7 +157,7 @@ def test_only_what_changed_must_be_finite(tmp_path):
     changed = beside | {"layers.1": beside["layers.1"].clone()}
     changed["layers.1"][1, 2] = 3.0
     assert save_delta(changed, beside, tmp_path / "b").counts == {"layers.1": 1}
-    for dtype in (FP32, torch.float64, torch.float8_e5m2):
+    for dtype in (FP32, torch.float64, torch.float8_e5m2, torch.float8_e4m3fn):
         old, new = torch.ones(2, 3).to(dtype), torch.ones(2, 3)
         new[1, 1:] = torch.tensor([float("nan"), 2.0])
         with pytest.raises(
@@ -317,6 +319,8 @@ def test_files_of_other_kinds_are_named(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(FileError, match=text):
             save_delta(weights(1), tmp_path / name, tmp_path / "a")
+    with pytest.raises(FileError, match="cannot read owner/name: no such .*; check the path .a model of the hub must be"):
+        save_delta(weights(1), "owner/name", tmp_path / "a")
     for name in ("model.gguf", "pytorch_model.bin"):
         folder = tmp_path / f"only-{name}"
         folder.mkdir()

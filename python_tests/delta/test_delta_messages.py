@@ -84,8 +84,11 @@ def test_the_way_out_of_a_prefix_for_files_is_the_command(tmp_path):
     save_file(state(), tmp_path / "base.safetensors")
     text = message(save_delta, state(1, FP32, "transformer."), tmp_path / "base.safetensors", tmp_path / "a")
     assert "`python -m lift_kernels delta make MODEL DELTA --base BASE`" in text
-    text = message(apply_delta, tmp_path / "base.safetensors", made(tmp_path, "transformer."), tmp_path / "out")
+    path = made(tmp_path, "transformer.")
+    text = message(apply_delta, tmp_path / "base.safetensors", path, tmp_path / "out")
     assert "`python -m lift_kernels delta apply --base BASE DELTA OUTPUT`" in text
+    text = message(revert_delta, tmp_path / "base.safetensors", path, tmp_path / "out")
+    assert text.endswith("; save the model with the class that was fine-tuned")
 
 
 def test_real_wrappers_are_named(tmp_path):
@@ -172,6 +175,8 @@ def test_dtypes_are_said_with_the_one_to_load(tmp_path, made_in, met):
     save_file(state(0, met), tmp_path / "m.safetensors")
     text = message(apply_delta, tmp_path / "m.safetensors", path, tmp_path / "out")
     assert f"save the model in {made_in}" in text and "delta apply --base BASE DELTA OUTPUT`" in text
+    text = message(revert_delta, tmp_path / "m.safetensors", path, tmp_path / "out")
+    assert text.endswith(f"; give the model in {made_in}, as it was fine-tuned")  # no command makes it of a base
     text = message(save_delta, state(1, made_in), tmp_path / "m.safetensors", tmp_path / "b")
     assert f"is {made_in} in the model and {met} in {tmp_path}" in text
     assert "save both in one dtype, as `python -m lift_kernels delta make" in text
