@@ -32,10 +32,11 @@ def weight_files(path: Path) -> list[Path]:
             f"{path} holds pickled weights, which can run code when loaded; convert to safetensors",
             FileError,
         )
-        missing = (
-            f"cannot read {path}: no such file or directory; check the path (a model of the hub must be downloaded first)"
+        require(
+            os.path.lexists(path),
+            f"cannot read {path}: no such file or directory; check the path, and download a model of the hub first",
+            FileError,
         )
-        require(os.path.lexists(path), missing, FileError)
         return [path]
     if (path / "model.safetensors").is_file():  # transformers, too, looks for it before the index
         return [path / "model.safetensors"]
@@ -71,11 +72,11 @@ def _shards(path: Path) -> list[Path]:
         )
         require(plain, f"{index} names files outside its directory; do not use this checkpoint", FileError)
     missing = sorted(name for name in names if not (path / name).exists())
-    require(
-        not missing,
-        f"{index} names {len(missing)} files that are not there, the first {missing[:1]}; fetch them again",
-        FileError,
-    )
+    if missing:
+        raise FileError(
+            f"{index} names {missing[0]}, which is missing ({len(missing)} of {len(names)} files); "
+            "fetch the checkpoint again"
+        )
     return sorted(path / name for name in names)
 
 
