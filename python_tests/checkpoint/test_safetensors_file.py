@@ -93,7 +93,7 @@ def test_changes_of_every_dtype_of_torch_are_exact(tmp_path, dtype):
 def test_changes_of_a_dtype_that_torch_lacks_are_refused(tmp_path, dtype):
     base = write_raw(tmp_path / "base", {"a": (dtype, [4], b"abc")})
     model = write_raw(tmp_path / "model", {"a": (dtype, [4], b"abd")})
-    with pytest.raises(FileError, match=f"a changed and is of dtype {dtype}; a delta holds changes of the dtypes"):
+    with pytest.raises(FileError, match=f"a changed and is of dtype {dtype}; a delta holds changes of dtypes"):
         save_delta(model, base, tmp_path / "d")
     with pytest.raises(FileError, match="a changed and is of dtype torch.complex128"):
         save_delta({"a": torch.ones(2).cdouble()}, {"a": torch.zeros(2).cdouble()}, tmp_path / "d")
