@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import FileError
 from ..validation import require
 from .atomic_file import AtomicFile
-from .safetensors_file import DTYPE_NAMES, MAX_HEADER, TensorFile, tensor_bytes
+from .safetensors_file import MAX_HEADER, TensorFile, described, tensor_bytes
 
 VERSION = 1
 _CHUNK = 4 << 20
@@ -38,7 +38,9 @@ class ChecksummedFile(TensorFile):
         super().__init__(path)
         try:
             found, version = self.metadata.get("format", ""), self.metadata.get("version", "")
-            require(found == f"lift_kernels.{kind}", f"{path} is not a {kind} file of lift_kernels", FileError)
+            writer = {"delta": "save_delta or `python -m lift_kernels delta make`", "checkpoint": "save_checkpoint"}
+            other = f"{path} is not a {kind} file of lift_kernels; give one that {writer[kind]} wrote"
+            require(found == f"lift_kernels.{kind}", other, FileError)
             newer = f"{path} has version {version[:20]!r}, but this package reads {VERSION}; update lift_kernels"
             require(version == str(VERSION), newer, FileError)
             self._verify()
@@ -113,13 +115,17 @@ class ChecksummedWriter:
         return self
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Append a tensor under a name."""
+        """Append a tensor under a name.
+
+        Raises:
+            TypeError: for a dtype that safetensors lacks.
+        """
+        entry = described(name, tensor, self._offset)
         data = tensor_bytes(tensor)
         self._file.write(data)
         self._digest.update(data)
-        place = [self._offset, self._offset + data.nbytes]
-        self._entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
-        self._offset = place[1]
+        self._entries[name] = entry
+        self._offset = entry["data_offsets"][1]
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None:

@@ -7,7 +7,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,16 +24,34 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F4": torch.float4_e2m1fn_x2,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-"""The name of a dtype in safetensors."""
+_SMALL = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+"""Bits of an entry, where these are no whole bytes."""
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_OTHER_FILES = {
+    b"version https://git-lfs": "is a pointer of Git LFS and not the file itself; run `git lfs pull` in its directory",
+    b"GGUF": "is a GGUF file; load it with transformers, or give it to the command line as --base",
+    b"PK\x03\x04": "holds pickled weights, which can run code when loaded; convert to safetensors",
+}
+"""What files of other kinds begin with, and what to do about them."""
+
+Dtype: TypeAlias = "torch.dtype | str"
+"""A dtype, or the safetensors name of one that torch lacks."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +59,13 @@ class Entry:
     """Dtype, shape and place of a tensor in a file.
 
     Attributes:
-        dtype: dtype of the tensor.
-        shape: shape of the tensor.
+        dtype: dtype of the tensor; where torch lacks it, its name in the file.
+        shape: shape of the tensor. torch counts two entries of F4 as one.
         start: its first byte, counted from the end of the header.
         end: the byte behind its last one.
     """
 
-    dtype: torch.dtype
+    dtype: Dtype
     shape: tuple[int, ...]
     start: int
     end: int
@@ -75,7 +93,9 @@ class TensorFile:
         try:
             self._file = open(self.path, "rb")
         except OSError as error:
-            raise FileError(f"cannot read {path}: {error.strerror}; check the path") from error
+            lost = self.path.is_symlink() and not self.path.exists()
+            remedy = "it is a link to a missing file: fetch it again" if lost else "check the path"
+            raise FileError(f"cannot read {path}: {error.strerror}; {remedy}") from error
         try:
             self._header, self._data = self._read_header()
             self.entries, self.metadata = self._parse()
@@ -96,6 +116,8 @@ class TensorFile:
     def read(self, name: str) -> Tensor:
         """Return a tensor in new memory on the CPU.
 
+        A tensor of a dtype that torch lacks is returned as its bytes.
+
         Raises:
             FileError: when the file lacks the tensor or has become shorter.
         """
@@ -108,7 +130,7 @@ class TensorFile:
         except OSError as error:
             raise FileError(f"cannot read {self.path}: {error.strerror}") from error
         self._require(got == buffer.numel(), f"was cut off inside {name} while it was read")
-        return buffer.view(entry.dtype).reshape(entry.shape)
+        return buffer if isinstance(entry.dtype, str) else buffer.view(entry.dtype).reshape(entry.shape)
 
     def place(self, name: str) -> int:
         """Return the position of a tensor's first byte in the file."""
@@ -123,11 +145,15 @@ class TensorFile:
         """Return the header and the position behind it."""
         try:
             size = os.fstat(self._file.fileno()).st_size
-            length = int.from_bytes(self._file.read(8), "little")
+            start = self._file.read(24)
+            for beginning, remedy in _OTHER_FILES.items():
+                require(not start.startswith(beginning), f"{self.path} {remedy}", FileError)
+            length = int.from_bytes(start[:8], "little")
             self._require(size >= 8, f"has {size} bytes and is not a safetensors file")
             self._require(
                 0 < length <= min(size - 8, MAX_HEADER), f"claims a header of {length} bytes in a file of {size}"
             )
+            self._file.seek(8)
             header = self._file.read(length)
         except OSError as error:  # for example, the path is a directory
             raise FileError(f"cannot read {self.path}: {error.strerror}; give a safetensors file") from error
@@ -145,7 +171,8 @@ class TensorFile:
                 "it is damaged or of another kind: fetch or make it again"
             ) from error
         self._require(isinstance(parsed, dict), "has a header that is not a JSON object")
-        metadata = parsed.pop("__metadata__", {})
+        metadata = parsed.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata
         self._require(
             isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()),
             "has metadata that are not strings",
@@ -162,21 +189,26 @@ class TensorFile:
         """Return the entry that the header describes."""
         shown = name[:80]
         self._require(
-            isinstance(value, dict) and value.keys() == {"dtype", "shape", "data_offsets"},
+            isinstance(value, dict) and value.keys() >= {"dtype", "shape", "data_offsets"},
             f"describes the tensor {shown!r} wrongly",
         )
         dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-        self._require(isinstance(dtype, str) and dtype in _DTYPES, f"has the tensor {shown!r} of an unknown dtype")
+        self._require(isinstance(dtype, str) and dtype != "", f"has the tensor {shown!r} of a malformed dtype")
         for numbers in (shape, offsets):
             good = isinstance(numbers, list) and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
             self._require(good and len(numbers) < 64, f"has the tensor {shown!r} of a malformed shape or place")
-        self._require(len(offsets) == 2, f"has the tensor {shown!r} of a malformed place")
-        bytes_needed = math.prod(shape) * _DTYPES[dtype].itemsize
-        self._require(
-            offsets[1] - offsets[0] == bytes_needed,
-            f"has {offsets[1] - offsets[0]} bytes for the tensor {shown!r} of {bytes_needed}",
-        )
-        return Entry(_DTYPES[dtype], tuple(shape), *offsets)
+        self._require(len(offsets) == 2 and offsets[0] <= offsets[1], f"has the tensor {shown!r} of a malformed place")
+        if dtype in _DTYPES or dtype in _SMALL:
+            bits = math.prod(shape) * (_SMALL.get(dtype) or 8 * _DTYPES[dtype].itemsize)
+            self._require(
+                8 * (offsets[1] - offsets[0]) == bits,
+                f"has {offsets[1] - offsets[0]} bytes for the tensor {shown!r} of {-(-bits // 8)}",
+            )
+        if dtype == "F4" and shape[-1] % 2:
+            return Entry(dtype, tuple(shape), *offsets)  # torch counts pairs, and no row of pairs ends here
+        if dtype == "F4":
+            shape = [*shape[:-1], shape[-1] // 2]
+        return Entry(_DTYPES.get(dtype, dtype), tuple(shape), *offsets)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -195,19 +227,39 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
 
     Raises:
         FileError: when the disk is full or the file cannot be written.
+        TypeError: for a dtype that safetensors lacks.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in tensors.items():
-        end = offset + tensor.numel() * tensor.element_size()
-        entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
+        entries[name] = described(name, tensor, offset)
+        offset = entries[name]["data_offsets"][1]
     header = json.dumps(entries, separators=(",", ":")).encode()
     header = header.ljust(-(-len(header) // 8) * 8)
     with AtomicFile(path) as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for tensor in tensors.values():
             file.write(tensor_bytes(tensor))
+
+
+def described(name: str, tensor: Tensor, start: int) -> dict[str, Any]:
+    """Return what the header says about a tensor whose first byte is at ``start``.
+
+    Raises:
+        TypeError: for a dtype that safetensors lacks.
+    """
+    can_be_stored = tensor.dtype in _NAMES
+    require(can_be_stored, f"{name}: safetensors has no dtype {tensor.dtype}; convert the tensor", TypeError)
+    shape = list(tensor.shape)
+    if tensor.dtype == torch.float4_e2m1fn_x2:
+        shape[-1:] = [2 * n for n in shape[-1:]]
+    end = start + tensor.numel() * tensor.element_size()
+    return {"dtype": _NAMES[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
+
+
+def has_name(dtype: Dtype) -> bool:
+    """Return whether torch and safetensors both have a dtype."""
+    return dtype in _NAMES
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

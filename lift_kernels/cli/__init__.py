@@ -36,8 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except ModuleNotFoundError as error:
-        message = f"the package {error.name} is missing; run `pip install 'lift_kernels[finetune]'`"
-        print(f"error: {message}", file=sys.stderr)
+        package = str(error.name).partition(".")[0]
+        remedy = f"run `pip install {package}`, or `pip install --no-build-isolation '.[finetune]'` in a clone"
+        print(f"error: the package {package} is missing; {remedy} of lift_kernels for all at once", file=sys.stderr)
     except (UserError, OSError, *options.input_errors) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     except KeyboardInterrupt:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..errors import FileError
 
-_BASE_HELP = "model directory, safetensors or GGUF file, or hub id (default: the bundled SmolLM2-135M)"
+_BASE_HELP = (
+    "model directory, safetensors or GGUF file, or hub id (default: the bundled SmolLM2-135M). A base that is not "
+    "stored with the names and dtypes of the fine-tuned model is loaded with transformers, and takes its size on disk "
+    "beside the output while the command runs"
+)
 _TUNED_HELP = "the fine-tuned model: a directory with safetensors or one such file"
 
 
@@ -39,30 +47,35 @@ def add_parser(commands: Any) -> None:
 
 def _make(options: argparse.Namespace) -> int:
     from ..delta import save_delta
+    from ..delta.matching import common_forms
+    from ..delta.model_weights import CheckpointWeights
 
-    base, _ = _find_base(options.base, list(_floating_dtypes(options.model)))
-    info = save_delta(options.model, base, options.output, _settings(Path(options.model)), progress=True)
+    def check(base: Path) -> None:
+        with CheckpointWeights(options.model) as new, CheckpointWeights(base) as old:
+            common_forms(new, old)
+
+    with CheckpointWeights(options.model) as weights:
+        dtype = _main_dtype(weights.forms.values())
+    with _stored_base(options.base, Path(options.output), dtype, check) as base:
+        info = save_delta(options.model, base, options.output, _settings(Path(options.model)), progress=True)
     print(_describe(options.output, info))
     return 0
 
 
 def _apply(options: argparse.Namespace) -> int:
-    from ..delta import apply_delta, delta_info
+    from ..delta.apply import apply_delta, require_new
+    from ..delta.format import Delta, delta_info
+    from ..delta.matching import find_homes
+    from ..delta.model_weights import CheckpointWeights
+
+    def check(base: Path) -> None:
+        with Delta(options.delta) as delta, CheckpointWeights(base) as weights:
+            find_homes(delta, weights, reverse=False)
 
     info = delta_info(options.delta)
-    base, tokenizer = _find_base(options.base, list(set(info.dtypes.values())))
-    if isinstance(base, Path):
+    require_new(options.output)
+    with _stored_base(options.base, Path(options.output), _main_dtype(info.forms.values()), check) as base:
         apply_delta(base, options.delta, options.output)
-    else:
-        output = Path(options.output)
-        if output.exists():
-            raise FileError(f"{output} already exists; choose another output or remove it")
-        apply_delta(base, options.delta)
-        from ..finetune.model_io import save_model  # needs transformers
-
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as work:
-            save_model(base, tokenizer, Path(work) / output.name)
-            (Path(work) / output.name).rename(output)
     print(f"{options.output}: the base with {options.delta} applied ({info.entries:,} entries)")
     return 0
 
@@ -82,47 +95,73 @@ def _info(options: argparse.Namespace) -> int:
     return 0
 
 
-def _find_base(name: str | None, dtypes: list) -> tuple[Any, Any]:
-    """Locate the base model, and load it unless its tensors can be read from a file.
+@contextmanager
+def _stored_base(name: str | None, output: Path, dtype: Any, check: Callable[[Path], None]) -> Iterator[Path]:
+    """Yield a base in safetensors that has the names and dtypes of the fine-tuned model.
+
+    A base that is stored in another way is loaded with transformers and saved beside the output. It
+    is removed at the end.
 
     Args:
         name: a directory, safetensors or GGUF file, or hub id; None is the bundled model.
-        dtypes: floating-point dtypes of the fine-tuned model.
-
-    Returns:
-        A path with safetensors and None, or the model and tokenizer that transformers loads.
+        output: what the command writes.
+        dtype: dtype to load the base in.
+        check: raises StoredDifferently for a base with other names or dtypes.
 
     Raises:
-        FileError: when the base must be loaded but the fine-tuned model has several dtypes.
+        FileError: for a base that does not fit, and when it cannot be saved.
         UserError: for a base that cannot be found or loaded.
     """
+    from ..delta.differences import StoredDifferently
+
     path = None if name is None else Path(name).expanduser()
     if path is not None and (path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors")))):
-        # A base in bfloat16 of a model that was trained in float32 must be widened, as in training.
-        if path.is_file() or _floating_dtypes(path) == set(dtypes):
-            return path, None
-    from ..finetune.model_io import find_model, load_model
+        try:
+            check(path)
+        except StoredDifferently as error:
+            if not (path / "config.json").is_file():
+                raise
+            reason = str(error).partition(": ")[0]
+            print(f"{path} is loaded with transformers in {dtype}, because {reason}", flush=True)
+        else:
+            yield path
+            return
+    from safetensors import SafetensorError
 
-    if len(dtypes) != 1:
+    from ..finetune.model_io import find_model, load_model, save_model  # needs transformers
+
+    source = find_model(name)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as work:
+            base = Path(work) / "base"
+            save_model(*load_model(source, dtype), base)
+            try:
+                yield base
+            except FileError as error:
+                raise FileError(str(error).replace(str(base), f"the base ({source.description})")) from error
+    except (OSError, SafetensorError) as error:
         raise FileError(
-            f"the model has {len(dtypes)} dtypes, so its base must be in safetensors; "
-            "save the base with save_pretrained first"
-        )
-    return load_model(find_model(name), dtypes[0])
+            f"cannot save the base beside {output}: {error}; free some space or choose another place"
+        ) from error
 
 
-def _floating_dtypes(path: str | Path) -> set:
-    """Return the floating-point dtypes of a checkpoint."""
-    from ..delta.model_weights import CheckpointWeights
+def _main_dtype(forms: Iterable[tuple[Any, tuple[int, ...]]]) -> Any:
+    """Return the dtype of the most entries among those in which a model can be loaded."""
+    import torch
 
-    with CheckpointWeights(path) as weights:
-        return {dtype for dtype, _ in weights.forms.values() if dtype.is_floating_point}
+    from ..validation import WEIGHT_DTYPES
+
+    entries = Counter({torch.float32: 0})
+    for dtype, shape in forms:
+        if dtype in WEIGHT_DTYPES:
+            entries[dtype] += math.prod(shape)
+    return entries.most_common(1)[0][0]
 
 
 def _settings(model: Path) -> dict[str, Any]:
     """Return the settings in the ``report.json`` beside a model, or nothing without one."""
     try:
-        report = json.loads((model.parent / "report.json").read_text())
+        report = json.loads((model.parent / "report.json").read_text(encoding="utf-8"))
         return {key.removeprefix("settings."): value for key, value in report.items() if key.startswith("settings.")}
     except (OSError, ValueError, AttributeError):
         return {}

@@ -151,7 +151,10 @@ def _defaults() -> list[Line]:
         name = dispatch.choose(None, torch.device(device), "sparse_adamw_")
         problems = check_backend(name, device) or check_optimizer(device)
         if problems:
-            remedy = "reinstall (pip install --no-build-isolation .), or pass backend='reference' until it is fixed"
+            remedy = (
+                "reinstall (pip install --no-build-isolation . in a clone of lift_kernels), "
+                "or pass backend='reference' until it is fixed"
+            )
             text = f"{name} is the default and is broken: {'; '.join(problems)}; {remedy}"
             lines.append(Line(BROKEN, f"default on {device}", text, fatal=True))
             continue

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..checkpoint.safetensors_file import TensorFile, tensor_bytes
+from ..checkpoint.safetensors_file import Dtype, TensorFile, tensor_bytes
 from ..errors import FileError
 from ..validation import require
+from .weight_files import PICKLED, weight_files
+
+__all__ = [
+    "PICKLED",
+    "CheckpointWeights",
+    "Fingerprint",
+    "Form",
+    "Model",
+    "ModuleWeights",
+    "Weights",
+    "fingerprint",
+    "open_weights",
+]
 
 Model: TypeAlias = "nn.Module | Mapping[str, Tensor] | str | Path | Weights"
 """A module, a state dict, a directory with safetensors or one such file."""
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-INDEX = "model.safetensors.index.json"
+Form: TypeAlias = tuple[Dtype, tuple[int, ...]]
+"""Dtype and shape of a tensor."""
 
 
 class Weights:
@@ -29,11 +42,16 @@ class Weights:
     Attributes:
         label: name of the model for messages.
         forms: dtype and shape by name.
+        ties: for each further name of a tied tensor, the name under which it is listed.
     """
 
     def __init__(self, label: str) -> None:
         self.label = label
-        self.forms: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self.forms: dict[str, Form] = {}
+        self.ties: dict[str, str] = {}
+
+    def list_as(self, names: Collection[str]) -> None:
+        """List each tied tensor under its first name that is in ``names``, if one is."""
 
     def read(self, name: str) -> Tensor:
         """Return a tensor on the CPU, for reading only: it may share the model's memory.
@@ -56,19 +74,30 @@ class Weights:
 class ModuleWeights(Weights):
     """Weights of a module or of a state dict in memory."""
 
-    def __init__(self, model: nn.Module | Mapping[str, Tensor]) -> None:
-        super().__init__("the model")
+    def __init__(self, model: nn.Module | Mapping[str, Tensor], label: str = "the model") -> None:
+        super().__init__(label)
         state = model.state_dict() if isinstance(model, nn.Module) else model
-        seen: set[tuple] = set()
-        self.tensors: dict[str, Tensor] = {}
+        groups: dict[tuple, tuple[list[str], Tensor]] = {}
         for name, tensor in state.items():
             if not isinstance(tensor, Tensor):
                 continue  # the result of a module's get_extra_state()
+            plain = tensor.layout == torch.strided and not (tensor.is_meta or is_traceable_wrapper_subclass(tensor))
+            kind = "meta tensor" if tensor.is_meta else f"{type(tensor).__name__} of layout {tensor.layout}"
+            unusable = f"{name} of {label} is a {kind}, and a delta needs its plain values"
+            require(plain, f"{unusable}; load the model without sharding, quantization or the meta device", FileError)
             place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
-            if tensor.numel() and place in seen:
-                continue
-            seen.add(place)
-            self.tensors[name] = tensor
+            # Empty tensors have no memory of their own.
+            groups.setdefault(place if tensor.numel() else (name,), ([], tensor))[0].append(name)
+        self._groups = list(groups.values())
+        self.list_as(())
+
+    def list_as(self, names: Collection[str]) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.ties = {}
+        for group, tensor in self._groups:
+            listed = next((name for name in group if name in names), group[0])
+            self.tensors[listed] = tensor
+            self.ties |= {name: listed for name in group if name != listed}
         self.tensors = dict(sorted(self.tensors.items()))
         self.forms = {name: (t.dtype, tuple(t.shape)) for name, t in self.tensors.items()}
 
@@ -83,9 +112,12 @@ class CheckpointWeights(Weights):
     def __init__(self, path: str | Path) -> None:
         super().__init__(str(path))
         self.files = [TensorFile(file) for file in weight_files(Path(path))]
-        self.owners = {name: file for file in self.files for name in file.entries}
-        count = sum(len(file.entries) for file in self.files)
-        require(count == len(self.owners), f"{path} holds a tensor in two of its files; save it again", FileError)
+        self.owners: dict[str, TensorFile] = {}
+        for file in self.files:
+            for name in file.entries:
+                other = self.owners.setdefault(name, file)
+                twice = f"{name} is in {other.path} and in {file.path}; save the checkpoint again"
+                require(other is file, twice, FileError)
         self.owners = dict(sorted(self.owners.items()))
         self.forms = {name: (f.entries[name].dtype, f.entries[name].shape) for name, f in self.owners.items()}
 
@@ -98,52 +130,16 @@ class CheckpointWeights(Weights):
             file.close()
 
 
-def weight_files(path: Path) -> list[Path]:
-    """Return the safetensors files of a checkpoint.
+def open_weights(model: Model, label: str = "the model") -> Weights:
+    """Return the weights of a model, which the caller closes; Weights are returned unchanged.
 
     Args:
-        path: a directory, or one file, which is returned unread.
-
-    Raises:
-        FileError: for pickled weights, a damaged or unsafe index, and a directory in which it is
-            not clear which files are the weights.
+        model: the model.
+        label: what messages call a model in memory.
     """
-    if not path.is_dir():
-        require(
-            path.suffix not in PICKLED,
-            f"{path} holds pickled weights, which can run code when loaded; convert to safetensors",
-            FileError,
-        )
-        return [path]
-    if (path / INDEX).is_file():
-        try:
-            names = set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise FileError(f"{path / INDEX} is damaged; fetch or save the checkpoint again") from error
-        plain = all(isinstance(name, str) and Path(name).name == name for name in names)
-        require(
-            bool(names) and plain,
-            f"{path / INDEX} names files outside its directory; do not use this checkpoint",
-            FileError,
-        )
-        return sorted(path / name for name in names)
-    if (path / "model.safetensors").is_file():
-        return [path / "model.safetensors"]
-    found = sorted(path.glob("*.safetensors"))
-    require(
-        len(found) == 1,
-        f"{path} holds {len(found) or 'no'} *.safetensors files and no model.safetensors; "
-        "give a model directory in Hugging Face format, or one file",
-        FileError,
-    )
-    return found
-
-
-def open_weights(model: Model) -> Weights:
-    """Return the weights of a model, which the caller closes; Weights are returned unchanged."""
     if isinstance(model, Weights):
         return model
-    return CheckpointWeights(model) if isinstance(model, (str, Path)) else ModuleWeights(model)
+    return CheckpointWeights(model) if isinstance(model, (str, Path)) else ModuleWeights(model, label)
 
 
 class Fingerprint:
@@ -155,9 +151,9 @@ class Fingerprint:
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Include a tensor."""
-        self._digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+    def add(self, name: str, form: Form, tensor: Tensor) -> None:
+        """Include a tensor of a dtype and shape."""
+        self._digest.update(f"{name}\0{form[0]}\0{form[1]}\0".encode())
         self._digest.update(tensor_bytes(tensor))
 
     def hexdigest(self) -> str:
@@ -169,6 +165,6 @@ def fingerprint(model: Model) -> str:
     """Return the `Fingerprint` of a whole model as 64 hexadecimal digits."""
     digest = Fingerprint()
     with open_weights(model) as weights:
-        for name in weights.forms:
-            digest.add(name, weights.read(name))
+        for name, form in weights.forms.items():
+            digest.add(name, form, weights.read(name))
     return digest.hexdigest()

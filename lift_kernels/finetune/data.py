@@ -19,6 +19,8 @@ SHOTS = 4  # worked examples in an evaluation prompt; also the most problems in 
 def read_problems(path: str | Path) -> list[Problem]:
     """Read a JSONL file of objects with the strings "question" and "answer".
 
+    Lines end in LF or CRLF. The file may begin with a byte-order mark.
+
     Returns:
         The problems in the order of the file. A repeated question is kept once.
 
@@ -27,9 +29,12 @@ def read_problems(path: str | Path) -> list[Problem]:
             an object or whose answer has no number.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+        # Strings may hold U+2028 and others at which `str.splitlines` would split.
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check --data") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
     problems: dict[str, Problem] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.atomic_file import write_atomic
 from ..checkpoint.safetensors_file import TensorFile, save_tensors
+from ..delta.differences import SAVING, require_same_names
 from ..delta.format import Delta, DeltaInfo
 from ..delta.model_weights import Model, Weights, open_weights
 from ..delta.save import save_delta
@@ -23,6 +24,11 @@ from ..masks.principal import principal_indices
 from ..validation import MAX_ENTRIES, require
 
 _PREFIX = "base_model.model."
+_REMEDIES = SAVING | {
+    "names": "give the base of the adapter",
+    "prefix": "load the base with the class that the adapter was trained on, and give the module",
+    "peft": "give the base without an adapter, as model.unload() returns it",
+}
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -130,7 +136,7 @@ def import_shira(
     """
     source = Path(folder)
     try:
-        config = json.loads((source / _CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((source / _CONFIG).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise FileError(f"{source} holds no readable {_CONFIG}; give the folder of a saved adapter") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
@@ -145,7 +151,7 @@ def import_shira(
         f"{source} holds no {_WEIGHTS}; save the adapter with safe serialization",
         FileError,
     )
-    with TensorFile(source / _WEIGHTS) as adapter, open_weights(base) as old:
+    with TensorFile(source / _WEIGHTS) as adapter, open_weights(base, "the base") as old:
         with _Adapted(old, adapter, str(source)) as model:
             return save_delta(model, old, path, {"method": "shira", "r": config.get("r")} | dict(settings or {}))
 
@@ -156,17 +162,23 @@ class _Adapted(Weights):
     def __init__(self, base: Weights, adapter: TensorFile, label: str) -> None:
         super().__init__(label)
         self.base, self.adapter, self.forms = base, adapter, base.forms
+        names = set()
         for key in adapter.entries:
             stem, _, part = key.removeprefix(_PREFIX).rpartition(".")
             name = f"{stem}.weight"
-            fits = key.startswith(_PREFIX) and part in ("shira_weight", "shira_indices") and name in base.forms
-            require(fits, f"{label} changes {key}, which {base.label} lacks; give the base of the adapter", FileError)
+            names.add(name)
+            known = key.startswith(_PREFIX) and part in ("shira_weight", "shira_indices")
+            require(
+                known, f"{label} holds {key}, which is no part of a SHiRA adapter; save the adapter again", FileError
+            )
             require(
                 self._key(name, "shira_indices") in adapter.entries
                 and self._key(name, "shira_weight") in adapter.entries,
                 f"{label} lacks indices or values of {stem}; save the adapter again",
                 FileError,
             )
+        if missing := names - base.forms.keys():
+            require_same_names(label, base.label, missing, base.forms.keys() - names, _REMEDIES)
 
     @staticmethod
     def _key(name: str, part: str) -> str:

@@ -197,7 +197,7 @@ def _load_native() -> str:
     if library is None:
         return (
             "the compiled extension lift_kernels._C is missing; install with a C++ compiler: pip install "
-            "--no-build-isolation ."
+            "--no-build-isolation . in a clone of lift_kernels"
         )
     try:
         torch.ops.load_library(str(library))

@@ -154,14 +154,16 @@ def test_shards_and_foreign_files_of_a_directory(tmp_path):
 
 def test_another_base_is_refused_and_unchanged(tmp_path):
     save_delta(tuned(1), Small(), tmp_path / "a")
-    for other in (tuned(2), tuned(1)):  # another model, and one that has the delta already
+    for other, message in ((tuned(2), "made for another base"), (tuned(1), "is already applied")):
         before = fingerprint(other)
-        with pytest.raises(FileError, match="made for another base"):
+        with pytest.raises(FileError, match=message):
             apply_delta(other, tmp_path / "a")
         assert fingerprint(other) == before
     model = Small()
-    with pytest.raises(FileError, match="not what was applied"):
+    with pytest.raises(FileError, match="is not applied to the model"):
         revert_delta(model, tmp_path / "a")
+    with pytest.raises(FileError, match="not what was applied"):
+        revert_delta(tuned(2), tmp_path / "a")
     save_delta(tuned(4), tuned(3), tmp_path / "b")
     apply_delta(model, tmp_path / "a")
     with pytest.raises(FileError, match="different bases"):

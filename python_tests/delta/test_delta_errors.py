@@ -16,7 +16,7 @@ from helpers.files import alter, reseal, save
 from helpers.small_models import Small, assert_equal_models, tuned
 from safetensors.torch import load_file, save_file
 
-from lift_kernels import apply_delta, revert_delta, save_delta
+from lift_kernels import apply_delta, revert_delta, save_delta, switch_delta
 from lift_kernels.checkpoint.safetensors_file import TensorFile
 from lift_kernels.delta.model_weights import fingerprint
 from lift_kernels.errors import FileError
@@ -50,6 +50,9 @@ FORGERIES = {
     "unknown tensor": lambda h, d: h.update({f"x:{p}": h.pop(f"first.weight:{p}") for p in ("indices", "old", "new")}),
     "indices of another dtype": lambda h, d: h["first.weight:indices"].update(dtype="F32"),
     "values of another dtype": lambda h, d: [h[f"first.weight:{p}"].update(dtype="F16") for p in ("old", "new")],
+    "no forms": lambda h, d: h["__metadata__"].update(unchanged="[]"),
+    "a form without a dtype": lambda h, d: h["__metadata__"].update(unchanged='{"x": [[3]]}'),
+    "a form of a malformed shape": lambda h, d: h["__metadata__"].update(unchanged='{"x": ["torch.float32", ["3"]]}'),
     "another kind": lambda h, d: h["__metadata__"].update(format="lift_kernels.checkpoint"),
     "a newer version": lambda h, d: h["__metadata__"].update(version="2"),
 }
@@ -67,6 +70,17 @@ def test_forged_files_with_a_right_checksum_are_refused(tmp_path, forgery):
     with pytest.raises(FileError):
         apply_delta(copy, tmp_path / "a")
     assert_equal_models(copy, Small())
+
+
+@pytest.mark.parametrize("forgery", ["index behind the end", "unsorted"])
+def test_a_forged_delta_is_refused_before_a_switch_reverts_the_other(tmp_path, forgery):
+    for seed in (1, 2):
+        save_delta(tuned(seed), Small(), tmp_path / str(seed))
+    reseal(tmp_path / "2", FORGERIES[forgery])
+    model = tuned(1)
+    with pytest.raises(FileError, match="the file is damaged: make it again"):
+        switch_delta(model, tmp_path / "1", tmp_path / "2")
+    assert_equal_models(model, tuned(1))
 
 
 def leaves(tree, place=()):

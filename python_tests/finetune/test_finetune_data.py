@@ -7,7 +7,7 @@ from helpers.finetune_runs import refused
 
 from lift_kernels.errors import UserError
 from lift_kernels.finetune import prompts, word_problems
-from lift_kernels.finetune.data import choose_problems, training_sequences
+from lift_kernels.finetune.data import choose_problems, read_problems, training_sequences
 from lift_kernels.finetune.run import run
 
 
@@ -83,3 +83,33 @@ def test_finetune_refuses_data_that_is_missing_or_too_little(tmp_path, capsys, t
     data = tmp_path / "data.jsonl"
     data.write_text("".join(f'{{"question": "{i} and 1?", "answer": "{i + 1}"}}\n' for i in range(10)))
     assert "holds 10 different problems; give at least 17" in refused(capsys, "--model", str(tiny), "--data", str(data))
+
+
+SEPARATORS = {"U+2028": "\u2028", "U+2029": "\u2029", "U+0085": "\x85", "VT": "\\u000b", "FF": "\\f"}
+
+
+@pytest.mark.parametrize("separator", SEPARATORS)
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_lines_end_where_json_lines_say(tmp_path, separator, end, mark):
+    """Unicode has more line separators, which strings may hold. An editor may add a mark."""
+    rows = [f'{{"question": "{i}{SEPARATORS[separator]}?", "answer": "{i}"}}' for i in range(3)]
+    (tmp_path / "data.jsonl").write_bytes(mark + end.join([*rows, "", ""]).encode())
+    problems = read_problems(tmp_path / "data.jsonl")
+    inside = json.loads(f'"{SEPARATORS[separator]}"')
+    assert [(p.question, p.answer) for p in problems] == [(f"{i}{inside}?", str(i)) for i in range(3)]
+
+
+def test_a_wrong_line_is_counted_as_an_editor_counts(tmp_path):
+    rows = ['{"question": "a\u2028b", "answer": "1"}', '{"question": "c", "answer": "none"}']
+    (tmp_path / "data.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    with pytest.raises(UserError, match="line 2: the answer contains no number"):
+        read_problems(tmp_path / "data.jsonl")
+
+
+def test_a_file_that_is_not_utf_8_is_named_with_the_way_out(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"question": "a", "answer": "1"}', encoding="utf-16")
+    with pytest.raises(UserError, match="data.jsonl is not UTF-8 .* at byte 0.; save it as UTF-8"):
+        read_problems(tmp_path / "data.jsonl")
+    with pytest.raises(UserError, match="cannot read .*: Is a directory; check --data"):
+        read_problems(tmp_path)

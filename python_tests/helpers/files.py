@@ -63,3 +63,20 @@ def alter(raw: bytes, rng) -> bytes:
     else:
         del out[start : start + length]
     return bytes(out)
+
+
+def write_raw(path: Path, tensors: dict[str, tuple[str, list[int], bytes]], **more) -> Path:
+    """Write safetensors from dtype name, shape and bytes; ``more`` goes into each description."""
+    header, end = {}, 0
+    for name, (dtype, shape, data) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + len(data)]} | more
+        end += len(data)
+    encoded = json.dumps(header).encode()
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + b"".join(t[2] for t in tensors.values()))
+    return path
+
+
+def forget_unchanged(path: Path) -> Path:
+    """Turn a delta into one of version 0.1, which does not name the tensors that did not change."""
+    reseal(path, lambda header, data: header["__metadata__"].pop("unchanged"))
+    return path

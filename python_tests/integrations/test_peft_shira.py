@@ -196,7 +196,7 @@ def adapter(folder: Path, indices, values, name="first", config=None) -> Path:
         ({"indices": torch.tensor([[0, 1], [0, 40]])}, "lies outside"),
         ({"indices": torch.zeros(2, 3, dtype=torch.int32)}, "do not fit a matrix"),
         ({"values": None}, "lacks indices or values"),
-        ({"name": "third"}, "which the model lacks"),
+        ({"name": "third"}, "one tensor that the base lacks, the first third.weight"),
         ({"config": {"peft_type": "LORA"}}, "type LORA; only SHIRA"),
         ({"config": {"modules_to_save": ["head"]}}, "modules_to_save"),
     ],
