@@ -17,10 +17,11 @@ from ..ops import dispatch
 from .bucket import Sweep, any_infinite, gradient_factor
 from .dense_adamw import dense_adamw_
 from .hyperparameters import check_drift_bound, check_group, check_parameters, check_settings
-from .matrix_ref import names_of, parameters_of
+from .matrix_ref import MatrixRef, names_of, parameters_of
 from .matrix_table import MaskOptions, MatrixTable
 from .refresh import RefreshReport, RefreshSchedule, renew, report_on
 from .state_dict import before_load, check_fits, compact, in_own_order, load_dense, saved_form
+from .weight_check import check_loaded, differing, warn_of_stale_masks
 
 _SETTINGS = (  # optimizer-wide, not of a group
     "max_grad_norm",
@@ -168,8 +169,11 @@ class LiftAdamW(Optimizer):
         table, sweep = self._table, self._sweep
         table.follow(self.param_groups)
         sweep.collect(table)
+        if table.samples and not dispatch.capturing():
+            check_loaded(table.samples)
+            table.samples.clear()
         if table.missing:
-            self._make_first_masks()
+            warn_of_stale_masks(self._make_first_masks(), len(table.refs))
         if table.unseen and torch.distributed.is_available() and torch.distributed.is_initialized():
             table.compare_ranks(self._replicas)
         buckets, dense = sweep.buckets(table), sweep.dense()
@@ -215,18 +219,27 @@ class LiftAdamW(Optimizer):
         self._table.follow(self.param_groups)
         self._table.check_renewable(drop_gradients)
         self._schedule.subtract_skipped(self.param_groups)
-        old = [ref for ref in self._table.refs if ref.arena is not None]
+        self._table.samples.clear()  # The present weights are those that count.
+        due = [ref for ref in self._table.refs if ref.arena is not None]
         if self._table.missing:
-            self._make_first_masks()
-        if old:
-            self.last_refresh = renew(self._table, old, self._mask_options(), self.state, always=True)
+            due += self._make_first_masks()
+        if due:
+            self.last_refresh = renew(self._table, due, self._mask_options(), self.state, always=True)
             for group in self.param_groups:
                 group["steps_since_refresh"] = 0
         if any(group["capturable"] for group in self.param_groups):
             self._table.compare_ranks(self._replicas)  # A replayed step does not call this.
 
-    def _make_first_masks(self) -> None:
-        self.last_refresh = report_on(*self._table.make_first_masks(self._mask_options(), self.state), None)
+    def _make_first_masks(self) -> dict[MatrixRef, int]:
+        """Give every matrix a mask.
+
+        Returns the matrices whose mask came along, made from another weight than the present one.
+        """
+        table = self._table
+        self.last_refresh = report_on(*table.make_first_masks(self._mask_options(), self.state), None)
+        stale = differing(table.samples) if table.samples and not dispatch.capturing() else {}
+        table.samples.clear()
+        return stale
 
     def _mask_options(self) -> MaskOptions:
         return MaskOptions(self.selection, self.seed, self.mask_method, self.backend, self.warm_start)
@@ -239,7 +252,9 @@ class LiftAdamW(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """A state dict as torch's: compact copies in host memory, with their dtypes."""
         self._schedule.subtract_skipped(self.param_groups)
-        return saved_form(super().state_dict(), self._table.shapes(parameters_of(self.param_groups)), self.seed)
+        parameters = parameters_of(self.param_groups)
+        shapes, samples = self._table.shapes(parameters), self._table.weight_samples(parameters)
+        return saved_form(super().state_dict(), shapes, samples, self.seed)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict`. Its masks replace all masks made before.

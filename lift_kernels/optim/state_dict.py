@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..masks.lowrank import check_basis
+from ..nn import weight_sample
 from ..nn.trainable import trainable_of
 from ..validation import MOMENT_DTYPES, check_index_form, check_index_lists, require
 from . import drift
@@ -48,13 +49,20 @@ def _copied(tensor: Tensor, host: bool) -> Tensor:
     return tensor.to("cpu") if host and tensor.device.type != "cpu" else tensor.clone()
 
 
-def saved_form(state_dict: dict[str, Any], shapes: dict[int, torch.Size], seed: int) -> dict[str, Any]:
+def saved_form(
+    state_dict: dict[str, Any], shapes: dict[int, torch.Size], samples: dict[int, Tensor], seed: int
+) -> dict[str, Any]:
     """torch's state dict with copies of the state, and with the ``seed`` in its groups.
 
     Args:
         shapes: of the matrices that LIFT trains, by position.
+        samples: of their weights (`weight_sample`), by position.
     """
-    state_dict["state"] = {i: compact(entry, shapes.get(i), host=True) for i, entry in state_dict["state"].items()}
+    entries = {
+        i: {**entry, weight_sample.KEY: samples[i]} if i in samples else entry
+        for i, entry in state_dict["state"].items()
+    }
+    state_dict["state"] = {i: compact(entry, shapes.get(i), host=True) for i, entry in entries.items()}
     for group in state_dict["param_groups"]:
         if "param_names" in group:
             group["param_names"] = list(group["param_names"])  # torch shares the list with the optimizer.
@@ -245,6 +253,8 @@ def _check_sparse(entry: dict[str, Any], matrix: Tensor, name: str) -> None:
     drift.check_saved(entry, name)
     require("step" in entry, f"{name}: the state dict holds no step")
     _check_buffers(entry, name)
+    if weight_sample.KEY in entry:
+        weight_sample.check_sample(entry[weight_sample.KEY], entry["indices"].numel(), name)
 
 
 def _check_warm_start(entry: dict[str, Any], matrix: Tensor, name: str) -> None:
