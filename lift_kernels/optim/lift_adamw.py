@@ -14,13 +14,15 @@ from .._storage import storage_bytes
 from ..distributed.replicas import Replicas
 from ..nn import optimizer_hooks, trainable
 from ..ops import dispatch
-from .bucket import Sweep, any_infinite, gradient_factor
+from .bucket import Sweep, any_infinite, check_scaler, gradient_factor
+from .coverage import Coverage
 from .dense_adamw import dense_adamw_
 from .hyperparameters import check_drift_bound, check_group, check_parameters, check_settings
 from .matrix_ref import MatrixRef, names_of, parameters_of
 from .matrix_table import MaskOptions, MatrixTable
 from .refresh import RefreshReport, RefreshSchedule, renew, report_on
-from .state_dict import before_load, check_fits, compact, in_own_order, load_dense, saved_form
+from .state_dict import before_load, check_fits, compact, load_dense, saved_form
+from .state_order import in_own_order
 from .weight_check import check_loaded, differing, warn_of_stale_masks
 
 _SETTINGS = (  # optimizer-wide, not of a group
@@ -32,6 +34,7 @@ _SETTINGS = (  # optimizer-wide, not of a group
     "warm_start",
     "last_refresh",
     "_replicas",
+    "_coverage",
 )
 
 
@@ -117,7 +120,7 @@ class LiftAdamW(Optimizer):
         self.mask_method, self.warm_start = mask_method, warm_start
         self.last_refresh: RefreshReport | None = None
         self.grad_norm: Tensor | None = None
-        self._replicas = Replicas(process_group)
+        self._replicas, self._coverage = Replicas(process_group), Coverage()
         self._start_afresh()
         options: dict[str, Any] = dict(
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, density=density
@@ -161,6 +164,10 @@ class LiftAdamW(Optimizer):
                 loss = closure()
         try:
             self._update()
+        except Exception:  # A GradScaler removes these after a step alone, and multiplies by those that it finds.
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
+            raise
         finally:
             self._sweep.release()
         return loss
@@ -169,6 +176,11 @@ class LiftAdamW(Optimizer):
         table, sweep = self._table, self._sweep
         table.follow(self.param_groups)
         sweep.collect(table)
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)  # of a GradScaler
+        if found_inf is not None:
+            check_scaler(table.hooked, found_inf, scale)
+        if not self._coverage.done:
+            self._coverage.report([*table.refs, *table.dense], sweep.trained())
         if table.samples and not dispatch.capturing():
             check_loaded(table.samples)
             table.samples.clear()
@@ -177,9 +189,8 @@ class LiftAdamW(Optimizer):
         if table.unseen and torch.distributed.is_available() and torch.distributed.is_initialized():
             table.compare_ranks(self._replicas)
         buckets, dense = sweep.buckets(table), sweep.dense()
-        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)  # of a GradScaler
         if found_inf is not None:
-            found_inf = any_infinite(buckets, found_inf, scale, self.backend)
+            found_inf = any_infinite(buckets, found_inf, self.backend)
         for bucket in buckets:
             bucket.begin(found_inf)
         factor, norm = gradient_factor(buckets, dense, scale, self.max_grad_norm, self.backend)

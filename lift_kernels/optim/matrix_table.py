@@ -47,8 +47,8 @@ class MatrixTable:
         dense: the other parameters.
         missing: matrices that have no mask yet.
         unseen: matrices with an index list that other ranks have not seen, as keys.
-        samples: of the weights that loaded states and first masks belong to (`weight_sample`), until
-            they are compared with the present ones.
+        samples: of the weights of loaded states and first masks (`weight_sample`), until they are
+            compared with the present weights.
         arenas: by device, dtypes and form of state.
         version: numbers that rise when any of these change, or the layout of an arena.
     """

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import re
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +18,6 @@ from . import drift
 from .hyperparameters import OPTIONS, check_group, is_sparse
 from .matrix_table import MatrixTable
 
-logger = logging.getLogger("lift_kernels")
 VERSION = 1
 """Version of the saved form. It is stored with each matrix, where tools that move state keep it."""
 _DTYPES = {
@@ -70,111 +66,6 @@ def saved_form(
         if group.get("refresh_drift") is None:
             group.pop("refresh_drift", None)  # as in version 0.1, so that it can load the state
     return state_dict
-
-
-def in_own_order(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The state dict with groups and parameters in the order of the loading optimizer's ``groups``.
-
-    Parameters are matched by name where both sides have ``param_names``, else by position, as torch
-    does. Entries are found by the ids or names in the saved groups' ``params``, and are returned by
-    position. ``values`` of a packed layer and its ``weight`` count as the same name, so matrix mode
-    and packed mode load into each other. ``refresh_drift`` stays that of ``groups`` where none was
-    saved.
-
-    Raises ValueError, with the names that differ, for parameters of other names or in other groups.
-    """
-    require(
-        "state" in state_dict and "param_groups" in state_dict,
-        f"a state dict holds 'state' and 'param_groups', got {sorted(state_dict)}",
-    )
-    saved, ordered = state_dict["param_groups"], [dict(group) for group in state_dict["param_groups"]]
-    if saved and all("param_names" in group for group in (*saved, *groups)):
-        ordered = _by_name(saved, groups)
-    count, own = (sum(len(group["params"]) for group in side) for side in (saved, groups))
-    require(count == own, f"the state dict is of a model with {count} parameters, this optimizer has {own}")
-    ids = list(chain.from_iterable(group["params"] for group in ordered))
-    for key in state_dict["state"]:
-        require(key in ids, f"the state dict has an entry for parameter {key}, which is in none of its groups")
-    positions = iter(range(len(ids)))
-    for group in ordered:
-        group["params"] = [next(positions) for _ in group["params"]]
-    for group, own_group in zip(ordered, groups):
-        group.setdefault("refresh_drift", own_group.get("refresh_drift"))
-    entries = {i: state_dict["state"][key] for i, key in enumerate(ids) if key in state_dict["state"]}
-    return {**state_dict, "state": entries, "param_groups": ordered}
-
-
-def _by_name(saved: list[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Copies of the ``saved`` groups, with groups and parameters in the order of ``groups``."""
-    ours = [list(group["param_names"]) for group in groups]
-    own = set(chain(*ours))
-    theirs = [[_own_name(name, own) for name in group["param_names"]] for group in saved]
-    for group, names in zip(saved, theirs):
-        require(
-            len(names) == len(group["params"]),
-            f"a group of the state dict has {len(names)} param_names for {len(group['params'])} parameters",
-        )
-    if theirs == ours:
-        return [{**group, "param_names": names} for group, names in zip(saved, ours)]
-    _check_names(theirs, ours)
-    at: dict[frozenset[str], list[int]] = {}
-    for i, names in enumerate(theirs):
-        at.setdefault(frozenset(names), []).append(i)
-    places = [at[frozenset(names)].pop(0) for names in ours]  # Only groups without parameters have several.
-    if places != sorted(places) and any("initial_lr" in group for group in saved):
-        logger.warning(
-            "the groups of the state dict come in another order: options follow the names of their parameters, but a "
-            "learning rate scheduler's own state goes by position"
-        )
-    ordered = []
-    for place, names in zip(places, ours):
-        keys = dict(zip(theirs[place], saved[place]["params"]))
-        ordered.append({**saved[place], "params": [keys[name] for name in names], "param_names": names})
-    return ordered
-
-
-def _own_name(name: str, own: set[str]) -> str:
-    """The name of a saved parameter in this optimizer.
-
-    ``values`` of a packed layer may be its ``weight`` here, and the other way round.
-    """
-    other = re.sub(
-        r"(?<![^.])(values|weight)$", lambda found: {"values": "weight", "weight": "values"}[found[0]], str(name)
-    )
-    return other if name not in own and other in own else name
-
-
-def _check_names(theirs: list[list[str]], ours: list[list[str]]) -> None:
-    """Raise unless both sides have the same names, each once, in the same groups."""
-    for side, groups in (("the state dict", theirs), ("this optimizer", ours)):
-        repeated = [name for name, count in Counter(chain(*groups)).items() if count > 1]
-        require(
-            not repeated,
-            f"{side} has more than one parameter named {_some(repeated)}: parameters in another order can only "
-            "be matched by names that differ",
-        )
-    saved, own = set(chain(*theirs)), set(chain(*ours))
-    require(
-        saved == own,
-        f"the state dict is of other parameters: only it has {_some(saved - own)}, only this optimizer has "
-        f"{_some(own - saved)}; build the optimizer from the same named parameters, or rename those in the state "
-        "dict's param_names",
-    )
-    together = {name: set(names) for names in theirs for name in names}
-    for names in ours:
-        for name in names:
-            require(
-                together[name] == set(names),
-                f"{name} shares its group of the state dict with {_some(together[name] - {name})}, its group of this "
-                f"optimizer with {_some(set(names) - {name})}; build the optimizer with the groups that were saved",
-            )
-    require(len(theirs) == len(ours), f"the state dict has {len(theirs)} groups, this optimizer {len(ours)}")
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first few names, for a message."""
-    listed = sorted(map(str, names))
-    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "") if listed else "none"
 
 
 def check_state_dict(

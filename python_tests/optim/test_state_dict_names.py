@@ -91,9 +91,8 @@ RENAMED = [
         "only it has layers.2.weight, only this optimizer has layers.3.weight;",
     ),
     (
-        tuple(f"module.{name}" for name in NAMES),
-        r"only it has layers.0.weight, layers.1.weight, layers.2.weight and 1 more, only this optimizer "
-        r"has module.layers.0",
+        ("module.layers.0.weight", "module.layers.1.weight", "module.layers.3.weight", "module.norm.weight"),
+        "only it has layers.2.weight, only this optimizer has module.layers.3.weight;",
     ),
     (NAMES[:3], "only it has norm.weight, only this optimizer has none;"),
 ]
