@@ -202,16 +202,17 @@ def before_load(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, A
 
 
 def load_dense(optimizer: Optimizer, load: Callable[[dict[str, Any]], None], state_dict: dict[str, Any]) -> None:
-    """Let torch load the options, and the state of parameters that LIFT does not train.
+    """Let torch load the options, and a copy of the state of parameters that LIFT does not train.
 
-    torch would cast other floating state to the parameter's dtype. The load hooks of the optimizer
-    do not run: they see the whole state, before or after.
+    torch would train the tensors of the state dict itself, so a second load would get moments that
+    have moved. It would cast other floating state to the parameter's dtype. The load hooks of the
+    optimizer do not run: they see the whole state, before or after.
 
     Args:
         load: ``torch.optim.Optimizer.load_state_dict`` of the optimizer.
         state_dict: in own order.
     """
-    dense = {i: entry for i, entry in state_dict["state"].items() if "indices" not in entry}
+    dense = {i: compact(entry) for i, entry in state_dict["state"].items() if "indices" not in entry}
     hooks = optimizer._optimizer_load_state_dict_pre_hooks, optimizer._optimizer_load_state_dict_post_hooks
     optimizer._optimizer_load_state_dict_pre_hooks = OrderedDict()
     optimizer._optimizer_load_state_dict_post_hooks = OrderedDict()

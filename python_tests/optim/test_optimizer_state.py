@@ -69,6 +69,25 @@ def test_a_copy_is_independent():
             assert same, f"a saved state dict must not follow the training: {key}"
 
 
+@pytest.mark.parametrize("interval", [None, 2])
+def test_training_leaves_a_loaded_state_dict_alone(interval):
+    """A second load of it gives the same run, for dense parameters too."""
+    weights = make_weights(((24, 40), (17,)))
+    optimizer = LiftAdamW(weights, **OPTIONS, refresh_interval=interval)
+    train(optimizer, range(2))
+    saved, values = optimizer.state_dict(), [w.detach().clone() for w in weights]
+    results = []
+    for _ in range(2):
+        other = [torch.nn.Parameter(value.clone()) for value in values]
+        loaded = LiftAdamW(other, **OPTIONS)
+        loaded.load_state_dict(saved)
+        train(loaded, range(2, 5))
+        results.append(snapshot(loaded))
+    train(optimizer, range(2, 5))
+    for result in results:
+        assert_same(result, snapshot(optimizer))
+
+
 def test_state_is_shown_as_views():
     """The next step uses what is written into ``optimizer.state[p]``."""
     weights, copies = make_weights(), make_weights()
