@@ -53,7 +53,8 @@ class Coverage:
             logger.warning(
                 "%s%d of %d parameters of LiftAdamW, with %.3g %% of their weights, have no gradient at its first step "
                 "and stay as they are until they get one, e.g. %s; that is right for experts that no token has "
-                "reached, else look for a layer that the loss does not use or that is detached",
+                "reached, else look for a layer that the loss does not use, or for a parameter that was replaced in "
+                "the model after the optimizer was made",
                 effect,
                 len(unused),
                 len(refs),

@@ -156,7 +156,11 @@ class LiftAdamW(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient, and return the closure's loss.
 
-        Raises before anything is changed when a gradient cannot be used.
+        The first step warns of parameters without a gradient.
+
+        Raises before anything is changed when a gradient cannot be used. Raises RuntimeError in the
+        same way at the first step after `load_state_dict`, when the model has other weights than
+        those the state was saved with.
         """
         loss = None
         if closure is not None:
@@ -219,6 +223,7 @@ class LiftAdamW(Optimizer):
         """Compute every mask again from the present weights, and migrate the state.
 
         Entries that stay keep their moments. Entries that enter start at zero (paper section 3).
+        After `load_state_dict` the state goes on with the present weights, whatever they are.
 
         Args:
             drop_gradients: drop packed gradients, which belong to the entries of the old masks.
@@ -271,7 +276,8 @@ class LiftAdamW(Optimizer):
         """Continue from a `state_dict`. Its masks replace all masks made before.
 
         Parameters are matched by name where both sides have names, else by position. All state goes
-        to its parameter's device.
+        to its parameter's device. The model may be loaded before or after. The first step compares
+        both, by samples of the weights that the state holds.
 
         Raises ValueError, naming the parameter, for the state of another model or version. Nothing
         is changed then.

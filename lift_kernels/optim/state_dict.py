@@ -68,20 +68,24 @@ def saved_form(
     return state_dict
 
 
-def check_state_dict(
-    state_dict: dict[str, Any], parameters: list[Tensor], sparse: list[bool], names: list[str]
-) -> None:
-    """Raise ValueError, TypeError or IndexError unless the state fits the parameters.
-
-    The state is in the order that `in_own_order` gives. ``sparse`` says which parameters LIFT
-    trains. The content of the index lists is checked last, with one wait for all of them.
-    """
-    for group in state_dict["param_groups"]:
+def _check_groups(groups: list[dict[str, Any]]) -> None:
+    """Raise ValueError or TypeError unless groups have all options, in their range."""
+    for group in groups:
         missing = sorted(OPTIONS - group.keys())
         require(
             not missing, f"a group of the state dict lacks {', '.join(missing)}; was it saved by another optimizer?"
         )
         check_group(group)
+
+
+def check_state_dict(
+    state_dict: dict[str, Any], parameters: list[Tensor], sparse: list[bool], names: list[str]
+) -> None:
+    """Raise ValueError, TypeError or IndexError unless the state fits the parameters.
+
+    It is in the order that `in_own_order` gives. ``sparse`` says which parameters LIFT trains. The
+    content of the index lists is checked last, with one wait for all of them.
+    """
     state = state_dict["state"]
     for i, entry in state.items():
         _check_types(entry, names[i])
@@ -181,8 +185,7 @@ def check_fits(state_dict: dict[str, Any], parameters: Sequence[Tensor], table: 
     """Raise, naming the parameter, unless a state in own order fits an optimizer's parameters."""
     refs = {ref.parameter: ref for ref in table.refs}
     names = {ref.parameter: ref.name for ref in table.refs} | {ref.parameter: ref.name for ref in table.dense}
-    matrices = [refs[p].trainable.matrix if p in refs else p for p in parameters]
-    check_state_dict(state_dict, matrices, [p in refs for p in parameters], [names[p] for p in parameters])
+    _check_groups(state_dict["param_groups"])
     saved_groups = (group for group in state_dict["param_groups"] for _ in group["params"])
     for p, group in zip(parameters, saved_groups):
         require(
@@ -190,6 +193,8 @@ def check_fits(state_dict: dict[str, Any], parameters: Sequence[Tensor], table: 
             f"{names[p]}: lift={group['lift']} in the state dict, but this optimizer trains it "
             f"{'sparsely' if p in refs else 'densely'}; build the optimizer with the groups that were saved",
         )
+    matrices = [refs[p].trainable.matrix if p in refs else p for p in parameters]
+    check_state_dict(state_dict, matrices, [p in refs for p in parameters], [names[p] for p in parameters])
 
 
 def before_load(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

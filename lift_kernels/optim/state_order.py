@@ -31,13 +31,18 @@ def in_own_order(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -
     """
     require(
         "state" in state_dict and "param_groups" in state_dict,
-        f"a state dict holds 'state' and 'param_groups', got {sorted(state_dict)}",
+        f"a state dict holds 'state' and 'param_groups', got {sorted(map(str, state_dict))}; give what "
+        "LiftAdamW.state_dict() returned",
     )
     saved, ordered = state_dict["param_groups"], [dict(group) for group in state_dict["param_groups"]]
     if saved and all("param_names" in group for group in (*saved, *groups)):
         ordered = _by_name(saved, groups)
     count, own = (sum(len(group["params"]) for group in side) for side in (saved, groups))
-    require(count == own, f"the state dict is of a model with {count} parameters, this optimizer has {own}")
+    require(
+        count == own,
+        f"the state dict is of a model with {count} parameters, this optimizer has {own}; build the optimizer from the "
+        "same parameters, best with their names",
+    )
     ids = list(chain.from_iterable(group["params"] for group in ordered))
     for key in state_dict["state"]:
         require(key in ids, f"the state dict has an entry for parameter {key}, which is in none of its groups")
@@ -131,7 +136,11 @@ def _check_names(theirs: list[list[str]], ours: list[list[str]]) -> None:
                 f"{name} shares its group of the state dict with {_some(together[name] - {name})}, its group of this "
                 f"optimizer with {_some(set(names) - {name})}; build the optimizer with the groups that were saved",
             )
-    require(len(theirs) == len(ours), f"the state dict has {len(theirs)} groups, this optimizer {len(ours)}")
+    require(
+        len(theirs) == len(ours),
+        f"the state dict has {len(theirs)} groups, this optimizer {len(ours)}; build the optimizer with the groups "
+        "that were saved",
+    )
 
 
 def _some(names: Iterable[str]) -> str:
