@@ -253,7 +253,8 @@ class LiftAdamW(Optimizer):
         """
         table = self._table
         self.last_refresh = report_on(*table.make_first_masks(self._mask_options(), self.state), None)
-        stale = differing(table.samples) if table.samples and not dispatch.capturing() else {}
+        comparable = self.selection != "random" and not dispatch.capturing()  # Random masks fit every weight.
+        stale = differing(table.samples) if table.samples and comparable else {}
         table.samples.clear()
         return stale
 

@@ -116,7 +116,8 @@ def _check_dense(entry: dict[str, Any], p: Tensor, name: str) -> None:
     """Raise unless the entry is empty or fits a parameter that is trained densely."""
     require(
         "indices" not in entry,
-        f"{name}: the state dict holds a LIFT mask, but this parameter is trained densely",
+        f"{name}: the state dict holds a LIFT mask, but this parameter is trained densely; build the optimizer with "
+        "the groups that were saved",
     )
     for key in ("step", "exp_avg", "exp_avg_sq") if entry else ():
         require(key in entry, f"{name}: the state dict holds no {key}")
@@ -141,7 +142,8 @@ def _check_sparse(entry: dict[str, Any], matrix: Tensor, name: str) -> None:
     )
     require(
         tuple(shape) == tuple(matrix.shape),
-        f"{name}: the state dict is of a matrix of shape {tuple(shape)}, this one is {tuple(matrix.shape)}",
+        f"{name}: the state dict is of a matrix of shape {tuple(shape)}, this one is {tuple(matrix.shape)}; build the "
+        "optimizer from the model that was saved",
     )
     check_index_form(entry["indices"], name)
     _check_warm_start(entry, matrix, name)

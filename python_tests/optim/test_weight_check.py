@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.bits import BF16, FP16, FP32
 from helpers.optimizers import INTERRUPTIONS, OPTIONS, assert_same, make_weights, set_gradients, snapshot, train
-from helpers.packed_training import batch, dense_setup, loss_of, packed_setup
+from helpers.packed_training import MASK, batch, dense_setup, loss_of, packed_setup
 from helpers.packed_training import train as train_model
 from helpers.small_models import ThreeLinears
 from torch import nn
@@ -432,6 +432,14 @@ def test_a_mask_of_the_present_weights_says_nothing_and_stays(caplog):
     converted.to(BF16)
     train_model(converted, optimizer, [0])
     assert not caplog.records
+
+
+def test_random_masks_fit_all_weights(caplog):
+    random = {"selection": "random"}
+    model, optimizer = packed_setup(mask=MASK | random, **random)
+    model.load_state_dict(other_weights())
+    train_model(model, optimizer, [0])
+    assert not caplog.records and optimizer.state[model.a.values]["step"] == 1
 
 
 def test_a_resumed_packed_run_says_nothing(caplog):
