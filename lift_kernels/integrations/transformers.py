@@ -115,7 +115,9 @@ def _unwrap(optimizer: Any) -> LiftAdamW:
     while not isinstance(optimizer, LiftAdamW) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     require(
-        isinstance(optimizer, LiftAdamW), f"LiftCallback needs LiftAdamW as optimizer, got {type(optimizer).__name__}"
+        isinstance(optimizer, LiftAdamW),
+        f"LiftCallback needs LiftAdamW as optimizer, got {type(optimizer).__name__}; give Trainer "
+        "optimizer_cls_and_kwargs=(LiftAdamW, {...}) or optimizers=(optimizer, scheduler)",
     )
     return optimizer
 

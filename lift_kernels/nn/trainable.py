@@ -23,6 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..ops import dispatch
 from ..validation import require
+from . import weight_sample
 
 _layers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # values -> WeakSet of the layers that share them
 _first: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> what its first mask left for a warm start
@@ -55,8 +56,14 @@ def layers_of(parameter: Tensor) -> list[Any]:
 
 
 def set_initial_mask(parameter: Tensor, warm: dict[str, Tensor]) -> None:
-    """Keep ``basis`` and ``threshold`` of a mask that was made before there was an optimizer."""
-    _first[parameter] = warm
+    """Keep ``basis`` and ``threshold`` of a mask that was made before there was an optimizer.
+
+    A sample of the weight goes with them. It tells later whether the mask was made from the weight
+    that is trained.
+    """
+    kind = trainable_of(parameter)
+    assert kind.indices is not None
+    _first[parameter] = {**warm, weight_sample.KEY: weight_sample.sample_of(kind.matrix, kind.indices)}
 
 
 def trainable_of(parameter: Tensor) -> Trainable:

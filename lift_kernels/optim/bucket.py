@@ -125,6 +125,10 @@ class Sweep:
             self._check(table, grads)
         self._grads, self._packed, self._form = grads, packed, form
 
+    def trained(self) -> list[bool]:
+        """Whether each parameter has a gradient: the matrices, then the others."""
+        return [dtype is not False for dtype in self._form[1]]
+
     def buckets(self, table: MatrixTable) -> list[Bucket]:
         """The launches of the matrices that have a gradient, all of which have a mask."""
         if table.version != self._version:
@@ -173,22 +177,34 @@ class Sweep:
         self._dense = list(dense.values())
 
 
-def any_infinite(
-    buckets: Sequence[Bucket], flag: Tensor | None, scale: Tensor | None, backend: str | None
-) -> Tensor | None:
-    """GradScaler's ``flag``, raised also for packed gradients, which it cannot see.
+def check_scaler(hooked: Sequence[MatrixRef], found_inf: Tensor | int, scale: Tensor | None) -> None:
+    """Raise RuntimeError, naming a matrix, if a GradScaler cannot serve gradients that hooks pack.
 
-    None without a scaler.
+    Args:
+        found_inf: what the scaler passes; the number 0 where it has seen no gradient at all.
+        scale: the same; None after ``scaler.unscale_``.
     """
-    hooked = [bucket for bucket in buckets if bucket.hooked]
-    if flag is None or not hooked:
-        return flag
+    ref = next((ref for ref in hooked if ref.trainable.pending), None)
+    if ref is None:
+        return
     require(
-        scale is not None,
-        "scaler.unscale_ does not reach packed gradients p.lift_grad; leave it out and clip by max_grad_norm=",
+        isinstance(found_inf, Tensor),
+        f"{ref.name}: GradScaler looks for infinities in p.grad alone, and hooks have packed every gradient of this "
+        "step into p.lift_grad, so scaler.update() would fail; train in bf16 without a scaler, or unpack(model) and "
+        "use matrix mode, or let the optimizer train some linear layer or norm too",
         RuntimeError,
     )
-    for bucket in hooked:
+    require(
+        scale is not None,
+        f"{ref.name}: scaler.unscale_ does not reach packed gradients p.lift_grad; leave it out and clip by "
+        "max_grad_norm=",
+        RuntimeError,
+    )
+
+
+def any_infinite(buckets: Sequence[Bucket], flag: Tensor, backend: str | None) -> Tensor:
+    """GradScaler's ``flag``, raised also for gradients that hooks pack, which it cannot see."""
+    for bucket in [bucket for bucket in buckets if bucket.hooked]:
         flag = flag + (~bucket.norm(backend).isfinite()).float()
     return flag
 

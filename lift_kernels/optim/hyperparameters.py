@@ -6,6 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -52,10 +53,11 @@ def check_group(group: dict[str, Any]) -> None:
     if isinstance(lr, Tensor):
         require(lr.numel() == 1, f"a tensor lr must hold one number, got shape {tuple(lr.shape)}")
     else:
-        require(0.0 <= lr < math.inf, f"lr must be a finite number of at least 0, got {lr}")
-    require(len(betas) == 2 and all(0.0 <= b < 1.0 for b in betas), f"betas must be two numbers in [0, 1), got {betas}")
-    require(0.0 <= eps < math.inf, f"eps must be a finite number of at least 0, got {eps}")
-    require(0.0 <= decay < math.inf, f"weight_decay must be a finite number of at least 0, got {decay}")
+        require(_is_size(lr), f"lr must be a finite number of at least 0, got {lr!r}")
+    two = isinstance(betas, (tuple, list)) and len(betas) == 2
+    require(two and all(_is_size(b) and b < 1 for b in betas), f"betas must be two numbers in [0, 1), got {betas!r}")
+    require(_is_size(eps), f"eps must be a finite number of at least 0, got {eps!r}")
+    require(_is_size(decay), f"weight_decay must be a finite number of at least 0, got {decay!r}")
     interval = group["refresh_interval"]
     require(
         interval is None or (isinstance(interval, int) and interval >= 1),
@@ -63,7 +65,7 @@ def check_group(group: dict[str, Any]) -> None:
     )
     bound = group.get("refresh_drift")  # State dicts and pickles of version 0.1 lack it.
     require(
-        bound is None or (isinstance(bound, (int, float)) and not isinstance(bound, bool) and 0 <= bound <= 1),
+        bound is None or (_is_size(bound) and not isinstance(bound, bool) and bound <= 1),
         f"refresh_drift must be a share of entries from 0 to 1 or None, got {bound!r}",
     )
     schedule = group["refresh_schedule"]
@@ -86,6 +88,11 @@ def check_group(group: dict[str, Any]) -> None:
     require(group["lift"] in (True, False, None), f"lift must be True, False or None, got {group['lift']!r}")
 
 
+def _is_size(value: Any) -> bool:
+    """Whether an option is a finite number of at least 0. Files of settings may give text."""
+    return isinstance(value, Real) and 0 <= float(value) < math.inf
+
+
 def check_drift_bound(group: dict[str, Any], selection: Any) -> None:
     """Raise ValueError, naming option and value, if nothing predicts the drift of its masks."""
     bound = group.get("refresh_drift")
@@ -100,7 +107,10 @@ def check_settings(
 ) -> None:
     """Raise ValueError, naming option and value, for a setting of a whole optimizer."""
     check_selection(selection)
-    require(max_grad_norm is None or max_grad_norm > 0, f"max_grad_norm must be positive or None, got {max_grad_norm}")
+    require(
+        max_grad_norm is None or (isinstance(max_grad_norm, Real) and float(max_grad_norm) > 0),
+        f"max_grad_norm must be a positive number or None, got {max_grad_norm!r}",
+    )
     require(
         backend is None or backend in dispatch.NAMES,
         f"unknown backend {backend!r}; choose one of {', '.join(dispatch.NAMES)}",
@@ -134,7 +144,7 @@ def _check_parameter(parameter: Tensor, group: dict[str, Any], name: str, backen
     mask_size(matrix, group, name)
     require(
         group["rounding"] == "nearest" or matrix.dtype != torch.float32,
-        f"{name}: rounding='stochastic' is for bfloat16 and float16 weights, got {matrix.dtype}",
+        f"{name}: rounding='stochastic' is for bfloat16 and float16 weights, got {matrix.dtype}; use 'nearest'",
     )
     require(
         not trainable.packed or group["master"] is not None,

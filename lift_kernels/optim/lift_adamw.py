@@ -14,13 +14,16 @@ from .._storage import storage_bytes
 from ..distributed.replicas import Replicas
 from ..nn import optimizer_hooks, trainable
 from ..ops import dispatch
-from .bucket import Sweep, any_infinite, gradient_factor
+from .bucket import Sweep, any_infinite, check_scaler, gradient_factor
+from .coverage import Coverage
 from .dense_adamw import dense_adamw_
 from .hyperparameters import check_drift_bound, check_group, check_parameters, check_settings
-from .matrix_ref import names_of, parameters_of
+from .matrix_ref import MatrixRef, names_of, parameters_of
 from .matrix_table import MaskOptions, MatrixTable
 from .refresh import RefreshReport, RefreshSchedule, renew, report_on
-from .state_dict import before_load, check_fits, compact, in_own_order, load_dense, saved_form
+from .state_dict import before_load, check_fits, compact, load_dense, saved_form
+from .state_order import in_own_order
+from .weight_check import check_loaded, differing, warn_of_stale_masks
 
 _SETTINGS = (  # optimizer-wide, not of a group
     "max_grad_norm",
@@ -31,6 +34,7 @@ _SETTINGS = (  # optimizer-wide, not of a group
     "warm_start",
     "last_refresh",
     "_replicas",
+    "_coverage",
 )
 
 
@@ -116,7 +120,7 @@ class LiftAdamW(Optimizer):
         self.mask_method, self.warm_start = mask_method, warm_start
         self.last_refresh: RefreshReport | None = None
         self.grad_norm: Tensor | None = None
-        self._replicas = Replicas(process_group)
+        self._replicas, self._coverage = Replicas(process_group), Coverage()
         self._start_afresh()
         options: dict[str, Any] = dict(
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, density=density
@@ -152,7 +156,11 @@ class LiftAdamW(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient, and return the closure's loss.
 
-        Raises before anything is changed when a gradient cannot be used.
+        The first step warns of parameters without a gradient.
+
+        Raises before anything is changed when a gradient cannot be used. Raises RuntimeError in the
+        same way at the first step after `load_state_dict`, when the model has other weights than
+        those the state was saved with.
         """
         loss = None
         if closure is not None:
@@ -160,6 +168,10 @@ class LiftAdamW(Optimizer):
                 loss = closure()
         try:
             self._update()
+        except Exception:  # A GradScaler removes these after a step alone, and multiplies by those that it finds.
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
+            raise
         finally:
             self._sweep.release()
         return loss
@@ -168,14 +180,21 @@ class LiftAdamW(Optimizer):
         table, sweep = self._table, self._sweep
         table.follow(self.param_groups)
         sweep.collect(table)
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)  # of a GradScaler
+        if found_inf is not None:
+            check_scaler(table.hooked, found_inf, scale)
+        if not self._coverage.done:
+            self._coverage.report([*table.refs, *table.dense], sweep.trained())
+        if table.samples and not dispatch.capturing():
+            check_loaded(table.samples)
+            table.samples.clear()
         if table.missing:
-            self._make_first_masks()
+            warn_of_stale_masks(self._make_first_masks(), len(table.refs))
         if table.unseen and torch.distributed.is_available() and torch.distributed.is_initialized():
             table.compare_ranks(self._replicas)
         buckets, dense = sweep.buckets(table), sweep.dense()
-        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)  # of a GradScaler
         if found_inf is not None:
-            found_inf = any_infinite(buckets, found_inf, scale, self.backend)
+            found_inf = any_infinite(buckets, found_inf, self.backend)
         for bucket in buckets:
             bucket.begin(found_inf)
         factor, norm = gradient_factor(buckets, dense, scale, self.max_grad_norm, self.backend)
@@ -204,6 +223,7 @@ class LiftAdamW(Optimizer):
         """Compute every mask again from the present weights, and migrate the state.
 
         Entries that stay keep their moments. Entries that enter start at zero (paper section 3).
+        After `load_state_dict` the state goes on with the present weights, whatever they are.
 
         Args:
             drop_gradients: drop packed gradients, which belong to the entries of the old masks.
@@ -215,18 +235,28 @@ class LiftAdamW(Optimizer):
         self._table.follow(self.param_groups)
         self._table.check_renewable(drop_gradients)
         self._schedule.subtract_skipped(self.param_groups)
-        old = [ref for ref in self._table.refs if ref.arena is not None]
+        self._table.samples.clear()  # The present weights are those that count.
+        due = [ref for ref in self._table.refs if ref.arena is not None]
         if self._table.missing:
-            self._make_first_masks()
-        if old:
-            self.last_refresh = renew(self._table, old, self._mask_options(), self.state, always=True)
+            due += self._make_first_masks()
+        if due:
+            self.last_refresh = renew(self._table, due, self._mask_options(), self.state, always=True)
             for group in self.param_groups:
                 group["steps_since_refresh"] = 0
         if any(group["capturable"] for group in self.param_groups):
             self._table.compare_ranks(self._replicas)  # A replayed step does not call this.
 
-    def _make_first_masks(self) -> None:
-        self.last_refresh = report_on(*self._table.make_first_masks(self._mask_options(), self.state), None)
+    def _make_first_masks(self) -> dict[MatrixRef, int]:
+        """Give every matrix a mask.
+
+        Returns the matrices whose mask came along, made from another weight than the present one.
+        """
+        table = self._table
+        self.last_refresh = report_on(*table.make_first_masks(self._mask_options(), self.state), None)
+        comparable = self.selection != "random" and not dispatch.capturing()  # Random masks fit every weight.
+        stale = differing(table.samples) if table.samples and comparable else {}
+        table.samples.clear()
+        return stale
 
     def _mask_options(self) -> MaskOptions:
         return MaskOptions(self.selection, self.seed, self.mask_method, self.backend, self.warm_start)
@@ -239,13 +269,16 @@ class LiftAdamW(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """A state dict as torch's: compact copies in host memory, with their dtypes."""
         self._schedule.subtract_skipped(self.param_groups)
-        return saved_form(super().state_dict(), self._table.shapes(parameters_of(self.param_groups)), self.seed)
+        parameters = parameters_of(self.param_groups)
+        shapes, samples = self._table.shapes(parameters), self._table.weight_samples(parameters)
+        return saved_form(super().state_dict(), shapes, samples, self.seed)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict`. Its masks replace all masks made before.
 
         Parameters are matched by name where both sides have names, else by position. All state goes
-        to its parameter's device.
+        to its parameter's device. The model may be loaded before or after. The first step compares
+        both, by samples of the weights that the state holds.
 
         Raises ValueError, naming the parameter, for the state of another model or version. Nothing
         is changed then.

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..distributed.replicas import Replicas
 from ..masks.principal import Mask
 from ..masks.selection import make_masks, warm_part
-from ..nn import trainable
+from ..nn import trainable, weight_sample
 from ..ops import dispatch
 from ..validation import require
 from . import drift
@@ -47,6 +47,8 @@ class MatrixTable:
         dense: the other parameters.
         missing: matrices that have no mask yet.
         unseen: matrices with an index list that other ranks have not seen, as keys.
+        samples: of the weights of loaded states and first masks (`weight_sample`), until they are
+            compared with the present weights.
         arenas: by device, dtypes and form of state.
         version: numbers that rise when any of these change, or the layout of an arena.
     """
@@ -59,6 +61,7 @@ class MatrixTable:
         self.dense: list[DenseRef] = []
         self.missing: list[MatrixRef] = []
         self.unseen: dict[MatrixRef, None] = {}
+        self.samples: dict[MatrixRef, Tensor] = {}
         self.arenas: dict[tuple, PackedState] = {}
         self._changes = 0
         self._known: dict[Tensor, MatrixRef] = {}
@@ -180,6 +183,8 @@ class MatrixTable:
             for row, (ref, entry) in enumerate(members, start=first):
                 ref.arena, ref.row = arena, row
                 ref.warm = warm_part(entry, ref.parameter, warm_start)
+                if weight_sample.KEY in entry:
+                    self.samples[ref] = entry[weight_sample.KEY].to(device, copy=True)
         self.missing = [ref for ref in self.refs if ref.arena is None]
         self.unseen.update(dict.fromkeys(refs))
         self._changes += 1
@@ -261,6 +266,20 @@ class MatrixTable:
         """Shapes of the matrices with a mask, by the places of their parameters."""
         refs = [self._known.get(p) for p in parameters]
         return {i: ref.trainable.matrix.shape for i, ref in enumerate(refs) if ref is not None and ref.arena}
+
+    def weight_samples(self, parameters: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Samples of the matrices with a mask, by the places of their parameters.
+
+        Where a loaded state was not compared yet, the sample is that of the weight it belongs to.
+        """
+        refs = {i: self._known.get(p) for i, p in enumerate(parameters)}
+        return {
+            i: self.samples[ref]
+            if ref in self.samples
+            else weight_sample.sample_of(ref.trainable.matrix, ref.views()["indices"])
+            for i, ref in refs.items()
+            if ref is not None and ref.arena
+        }
 
     def tensors(self) -> list[Tensor]:
         """All buffers of the arenas."""

@@ -186,7 +186,7 @@ class PackedState:
         if same and all([w.is_contiguous() for w in weights]):
             if self.master is None or [w._version for w in weights] == counters:
                 return
-        self._check_weights(rows)
+        self.check_weights(rows)
         for row, weight in zip(rows, weights):
             seen, segment = (self._addresses[row], self._counters[row]), self.segment(row)
             if self.master is not None:
@@ -246,7 +246,7 @@ class PackedState:
         if "master" not in entry:  # A given master may be older than the weight. The next step compares them.
             self._mark([i])
 
-    def _check_weights(self, rows: Sequence[int]) -> None:
+    def check_weights(self, rows: Sequence[int]) -> None:
         """Raise, naming the parameter, for a weight that is not what it was when it came in."""
         for row in rows:
             weight, name, was = self.weights[row], self.names[row], (self._dtypes[row], self.indices.device)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import re
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +11,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..masks.lowrank import check_basis
+from ..nn import weight_sample
 from ..nn.trainable import trainable_of
 from ..validation import MOMENT_DTYPES, check_index_form, check_index_lists, require
 from . import drift
 from .hyperparameters import OPTIONS, check_group, is_sparse
 from .matrix_table import MatrixTable
 
-logger = logging.getLogger("lift_kernels")
 VERSION = 1
 """Version of the saved form. It is stored with each matrix, where tools that move state keep it."""
 _DTYPES = {
@@ -48,13 +45,20 @@ def _copied(tensor: Tensor, host: bool) -> Tensor:
     return tensor.to("cpu") if host and tensor.device.type != "cpu" else tensor.clone()
 
 
-def saved_form(state_dict: dict[str, Any], shapes: dict[int, torch.Size], seed: int) -> dict[str, Any]:
+def saved_form(
+    state_dict: dict[str, Any], shapes: dict[int, torch.Size], samples: dict[int, Tensor], seed: int
+) -> dict[str, Any]:
     """torch's state dict with copies of the state, and with the ``seed`` in its groups.
 
     Args:
         shapes: of the matrices that LIFT trains, by position.
+        samples: of their weights (`weight_sample`), by position.
     """
-    state_dict["state"] = {i: compact(entry, shapes.get(i), host=True) for i, entry in state_dict["state"].items()}
+    entries = {
+        i: {**entry, weight_sample.KEY: samples[i]} if i in samples else entry
+        for i, entry in state_dict["state"].items()
+    }
+    state_dict["state"] = {i: compact(entry, shapes.get(i), host=True) for i, entry in entries.items()}
     for group in state_dict["param_groups"]:
         if "param_names" in group:
             group["param_names"] = list(group["param_names"])  # torch shares the list with the optimizer.
@@ -64,109 +68,14 @@ def saved_form(state_dict: dict[str, Any], shapes: dict[int, torch.Size], seed: 
     return state_dict
 
 
-def in_own_order(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The state dict with groups and parameters in the order of the loading optimizer's ``groups``.
-
-    Parameters are matched by name where both sides have ``param_names``, else by position, as torch
-    does. Entries are found by the ids or names in the saved groups' ``params``, and are returned by
-    position. ``values`` of a packed layer and its ``weight`` count as the same name, so matrix mode
-    and packed mode load into each other. ``refresh_drift`` stays that of ``groups`` where none was
-    saved.
-
-    Raises ValueError, with the names that differ, for parameters of other names or in other groups.
-    """
-    require(
-        "state" in state_dict and "param_groups" in state_dict,
-        f"a state dict holds 'state' and 'param_groups', got {sorted(state_dict)}",
-    )
-    saved, ordered = state_dict["param_groups"], [dict(group) for group in state_dict["param_groups"]]
-    if saved and all("param_names" in group for group in (*saved, *groups)):
-        ordered = _by_name(saved, groups)
-    count, own = (sum(len(group["params"]) for group in side) for side in (saved, groups))
-    require(count == own, f"the state dict is of a model with {count} parameters, this optimizer has {own}")
-    ids = list(chain.from_iterable(group["params"] for group in ordered))
-    for key in state_dict["state"]:
-        require(key in ids, f"the state dict has an entry for parameter {key}, which is in none of its groups")
-    positions = iter(range(len(ids)))
-    for group in ordered:
-        group["params"] = [next(positions) for _ in group["params"]]
-    for group, own_group in zip(ordered, groups):
-        group.setdefault("refresh_drift", own_group.get("refresh_drift"))
-    entries = {i: state_dict["state"][key] for i, key in enumerate(ids) if key in state_dict["state"]}
-    return {**state_dict, "state": entries, "param_groups": ordered}
-
-
-def _by_name(saved: list[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Copies of the ``saved`` groups, with groups and parameters in the order of ``groups``."""
-    ours = [list(group["param_names"]) for group in groups]
-    own = set(chain(*ours))
-    theirs = [[_own_name(name, own) for name in group["param_names"]] for group in saved]
-    for group, names in zip(saved, theirs):
+def _check_groups(groups: list[dict[str, Any]]) -> None:
+    """Raise ValueError or TypeError unless groups have all options, in their range."""
+    for group in groups:
+        missing = sorted(OPTIONS - group.keys())
         require(
-            len(names) == len(group["params"]),
-            f"a group of the state dict has {len(names)} param_names for {len(group['params'])} parameters",
+            not missing, f"a group of the state dict lacks {', '.join(missing)}; was it saved by another optimizer?"
         )
-    if theirs == ours:
-        return [{**group, "param_names": names} for group, names in zip(saved, ours)]
-    _check_names(theirs, ours)
-    at: dict[frozenset[str], list[int]] = {}
-    for i, names in enumerate(theirs):
-        at.setdefault(frozenset(names), []).append(i)
-    places = [at[frozenset(names)].pop(0) for names in ours]  # Only groups without parameters have several.
-    if places != sorted(places) and any("initial_lr" in group for group in saved):
-        logger.warning(
-            "the groups of the state dict come in another order: options follow the names of their parameters, but a "
-            "learning rate scheduler's own state goes by position"
-        )
-    ordered = []
-    for place, names in zip(places, ours):
-        keys = dict(zip(theirs[place], saved[place]["params"]))
-        ordered.append({**saved[place], "params": [keys[name] for name in names], "param_names": names})
-    return ordered
-
-
-def _own_name(name: str, own: set[str]) -> str:
-    """The name of a saved parameter in this optimizer.
-
-    ``values`` of a packed layer may be its ``weight`` here, and the other way round.
-    """
-    other = re.sub(
-        r"(?<![^.])(values|weight)$", lambda found: {"values": "weight", "weight": "values"}[found[0]], str(name)
-    )
-    return other if name not in own and other in own else name
-
-
-def _check_names(theirs: list[list[str]], ours: list[list[str]]) -> None:
-    """Raise unless both sides have the same names, each once, in the same groups."""
-    for side, groups in (("the state dict", theirs), ("this optimizer", ours)):
-        repeated = [name for name, count in Counter(chain(*groups)).items() if count > 1]
-        require(
-            not repeated,
-            f"{side} has more than one parameter named {_some(repeated)}: parameters in another order can only "
-            "be matched by names that differ",
-        )
-    saved, own = set(chain(*theirs)), set(chain(*ours))
-    require(
-        saved == own,
-        f"the state dict is of other parameters: only it has {_some(saved - own)}, only this optimizer has "
-        f"{_some(own - saved)}; build the optimizer from the same named parameters, or rename those in the state "
-        "dict's param_names",
-    )
-    together = {name: set(names) for names in theirs for name in names}
-    for names in ours:
-        for name in names:
-            require(
-                together[name] == set(names),
-                f"{name} shares its group of the state dict with {_some(together[name] - {name})}, its group of this "
-                f"optimizer with {_some(set(names) - {name})}; build the optimizer with the groups that were saved",
-            )
-    require(len(theirs) == len(ours), f"the state dict has {len(theirs)} groups, this optimizer {len(ours)}")
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first few names, for a message."""
-    listed = sorted(map(str, names))
-    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "") if listed else "none"
+        check_group(group)
 
 
 def check_state_dict(
@@ -174,15 +83,9 @@ def check_state_dict(
 ) -> None:
     """Raise ValueError, TypeError or IndexError unless the state fits the parameters.
 
-    The state is in the order that `in_own_order` gives. ``sparse`` says which parameters LIFT
-    trains. The content of the index lists is checked last, with one wait for all of them.
+    It is in the order that `in_own_order` gives. ``sparse`` says which parameters LIFT trains. The
+    content of the index lists is checked last, with one wait for all of them.
     """
-    for group in state_dict["param_groups"]:
-        missing = sorted(OPTIONS - group.keys())
-        require(
-            not missing, f"a group of the state dict lacks {', '.join(missing)}; was it saved by another optimizer?"
-        )
-        check_group(group)
     state = state_dict["state"]
     for i, entry in state.items():
         _check_types(entry, names[i])
@@ -213,7 +116,8 @@ def _check_dense(entry: dict[str, Any], p: Tensor, name: str) -> None:
     """Raise unless the entry is empty or fits a parameter that is trained densely."""
     require(
         "indices" not in entry,
-        f"{name}: the state dict holds a LIFT mask, but this parameter is trained densely",
+        f"{name}: the state dict holds a LIFT mask, but this parameter is trained densely; build the optimizer with "
+        "the groups that were saved",
     )
     for key in ("step", "exp_avg", "exp_avg_sq") if entry else ():
         require(key in entry, f"{name}: the state dict holds no {key}")
@@ -238,13 +142,16 @@ def _check_sparse(entry: dict[str, Any], matrix: Tensor, name: str) -> None:
     )
     require(
         tuple(shape) == tuple(matrix.shape),
-        f"{name}: the state dict is of a matrix of shape {tuple(shape)}, this one is {tuple(matrix.shape)}",
+        f"{name}: the state dict is of a matrix of shape {tuple(shape)}, this one is {tuple(matrix.shape)}; build the "
+        "optimizer from the model that was saved",
     )
     check_index_form(entry["indices"], name)
     _check_warm_start(entry, matrix, name)
     drift.check_saved(entry, name)
     require("step" in entry, f"{name}: the state dict holds no step")
     _check_buffers(entry, name)
+    if weight_sample.KEY in entry:
+        weight_sample.check_sample(entry[weight_sample.KEY], entry["indices"].numel(), name)
 
 
 def _check_warm_start(entry: dict[str, Any], matrix: Tensor, name: str) -> None:
@@ -280,8 +187,7 @@ def check_fits(state_dict: dict[str, Any], parameters: Sequence[Tensor], table: 
     """Raise, naming the parameter, unless a state in own order fits an optimizer's parameters."""
     refs = {ref.parameter: ref for ref in table.refs}
     names = {ref.parameter: ref.name for ref in table.refs} | {ref.parameter: ref.name for ref in table.dense}
-    matrices = [refs[p].trainable.matrix if p in refs else p for p in parameters]
-    check_state_dict(state_dict, matrices, [p in refs for p in parameters], [names[p] for p in parameters])
+    _check_groups(state_dict["param_groups"])
     saved_groups = (group for group in state_dict["param_groups"] for _ in group["params"])
     for p, group in zip(parameters, saved_groups):
         require(
@@ -289,6 +195,8 @@ def check_fits(state_dict: dict[str, Any], parameters: Sequence[Tensor], table: 
             f"{names[p]}: lift={group['lift']} in the state dict, but this optimizer trains it "
             f"{'sparsely' if p in refs else 'densely'}; build the optimizer with the groups that were saved",
         )
+    matrices = [refs[p].trainable.matrix if p in refs else p for p in parameters]
+    check_state_dict(state_dict, matrices, [p in refs for p in parameters], [names[p] for p in parameters])
 
 
 def before_load(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -301,16 +209,17 @@ def before_load(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, A
 
 
 def load_dense(optimizer: Optimizer, load: Callable[[dict[str, Any]], None], state_dict: dict[str, Any]) -> None:
-    """Let torch load the options, and the state of parameters that LIFT does not train.
+    """Let torch load the options, and a copy of the state of parameters that LIFT does not train.
 
-    torch would cast other floating state to the parameter's dtype. The load hooks of the optimizer
-    do not run: they see the whole state, before or after.
+    torch would train the tensors of the state dict itself, so a second load would get moments that
+    have moved. It would cast other floating state to the parameter's dtype. The load hooks of the
+    optimizer do not run: they see the whole state, before or after.
 
     Args:
         load: ``torch.optim.Optimizer.load_state_dict`` of the optimizer.
         state_dict: in own order.
     """
-    dense = {i: entry for i, entry in state_dict["state"].items() if "indices" not in entry}
+    dense = {i: compact(entry) for i, entry in state_dict["state"].items() if "indices" not in entry}
     hooks = optimizer._optimizer_load_state_dict_pre_hooks, optimizer._optimizer_load_state_dict_post_hooks
     optimizer._optimizer_load_state_dict_pre_hooks = OrderedDict()
     optimizer._optimizer_load_state_dict_post_hooks = OrderedDict()

@@ -15,13 +15,31 @@ from helpers.bits import BF16, FP32, bits
 from helpers.language_model import METHOD, Tokens, make_model
 from helpers.optimizers import assert_same, snapshot
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments, get_linear_schedule_with_warmup
+from transformers import (
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_linear_schedule_with_warmup,
+)
 
-from lift_kernels import LiftAdamW, apply_delta, lift_param_groups, revert_delta, save_delta
+from lift_kernels import LiftAdamW, apply_delta, lift_param_groups, pack_gradients, revert_delta, save_delta, unpack
 from lift_kernels.integrations.transformers import LiftCallback
 
 STEPS, BATCH, WARMUP = 6, 4, 2
 OPTIONS = METHOD | {"max_grad_norm": 0.5, "refresh_interval": 2}
+
+
+MASK = {"rank": 4, "density": 0.1}
+
+
+def make_experts():
+    """A mixture of experts for the vocabulary of `Tokens`."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 32, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=64, num_hidden_layers=1, **sizes, **heads))
 
 
 def parts(dtype=FP32, **changes):
@@ -183,6 +201,57 @@ def test_trainer_resumes_just_before_at_and_after_a_refresh(tmp_path, form, at):
     assert_same(snapshot(other_optimizer), snapshot(optimizer))
 
 
+def experts_run(folder, model):
+    """A Trainer of a mixture of experts with packed gradients."""
+    groups = pack_gradients(model, extra="experts", freeze_rest=True, **MASK)
+    optimizer = LiftAdamW(groups, lr=1e-2, refresh_interval=None, **MASK)
+    return make_trainer(folder, model, optimizer, save_strategy="steps", save_steps=2, max_steps=4)
+
+
+def test_trainer_refuses_to_resume_from_the_experts_of_the_base(tmp_path):
+    """transformers saves experts one by one, and Trainer does not stack them when it resumes.
+
+    A model that is made from the checkpoint has them, and goes on to the bits of the whole run.
+    """
+    checkpoint = str(tmp_path / "checkpoint-2")
+    model = make_experts()
+    experts_run(tmp_path, model).train()
+    again = make_experts()
+    trainer = experts_run(tmp_path / "again", again)
+    with pytest.raises(
+        RuntimeError, match=r"2 of 6 matrices differ, first model\.layers\.0\.mlp\.experts\.gate_up_proj"
+    ):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    base = make_experts()
+    assert torch.equal(
+        bits(again.model.layers[0].mlp.experts.down_proj), bits(base.model.layers[0].mlp.experts.down_proj)
+    )
+    right = Qwen3MoeForCausalLM.from_pretrained(checkpoint, dtype=FP32)
+    experts_run(tmp_path / "right", right).train(resume_from_checkpoint=checkpoint)
+    assert_same_weights(unpack(right), unpack(model))
+
+
+def test_a_run_that_ends_with_its_best_model_resumes_from_its_last_one(tmp_path):
+    """load_best_model_at_end writes weights after the last step. Checkpoints stay what they are."""
+    arguments = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "greater_is_better": True,  # the loss, so the first checkpoint is the best
+        "metric_for_best_model": "loss",
+    }
+    model, optimizer = parts(BF16)
+    trainer = make_trainer(tmp_path, model, optimizer, **arguments)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    other, other_optimizer = parts(BF16)
+    resumed = make_trainer(tmp_path / "again", other, other_optimizer)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert_same_weights(other, by_loop(BF16))
+
+
 def test_accelerate_saves_and_loads_its_state_exactly(tmp_path):
     """`save_state` after the third step and `load_state` into a new start give the same bits."""
 
@@ -308,7 +377,7 @@ def test_lift_callback_warns_about_dense_clipping_and_refuses_other_optimizers(t
     with caplog.at_level(logging.WARNING, logger="lift_kernels"):
         make_trainer(tmp_path, model, optimizer, callbacks=[LiftCallback()], max_grad_norm=1.0, max_steps=1).train()
     assert "set it to 0 and give max_grad_norm to LiftAdamW" in caplog.text
-    with pytest.raises(ValueError, match="LiftCallback needs LiftAdamW as optimizer, got AdamW"):
+    with pytest.raises(ValueError, match=r"needs LiftAdamW as optimizer, got AdamW; give Trainer optimizer_cls"):
         make_trainer(tmp_path, make_model(FP32), callbacks=[LiftCallback()]).train()
 
 

@@ -355,6 +355,9 @@ def test_a_state_without_values_loads_and_is_refreshed_at_the_next_turn():
     saved = optimizer.state_dict()
     assert "refresh_drift" not in saved["param_groups"][0] and "drift_values" not in saved["state"][0]
     again, other = make(refresh_interval=3, refresh_drift=1.0)
+    with torch.no_grad():
+        for w, trained in zip(again, weights):
+            w.copy_(trained)
     other.load_state_dict(saved)
     assert other.param_groups[0]["refresh_drift"] == 1.0
     train(other, range(4, 6))

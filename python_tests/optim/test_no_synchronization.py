@@ -83,6 +83,19 @@ def test_a_step_under_a_scaler_never_waits(max_grad_norm, cuda, optimizers, with
     assert not events.waits, events.report()
 
 
+def test_the_first_step_after_a_load_compares_all_weights_with_one_wait(cuda):
+    optimizer = trained("matrix")
+    saved = optimizer.state_dict()
+    for entry in saved["state"].values():
+        entry["indices"] = torch.arange(len(entry["indices"]), dtype=torch.int32)
+    optimizer.load_state_dict(saved)
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.empty_like(p)
+    with cuda.recording() as events:
+        optimizer.step()
+    assert len(events.inside("optim/weight_check.py").waits) == 1, events.report()
+
+
 @pytest.mark.parametrize("name", ["matrix", "packed", "per entry"])
 def test_a_refresh_moves_all_matrices_with_two_waits_and_twenty_launches(name, cuda, optimizers):
     """Apart from the making of masks, which is another module's work."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy
 import pytest
 import torch
 from helpers.bits import BF16
@@ -29,6 +30,11 @@ def make_named(**options):
 OPTION_ERRORS = [
     ({"lr": -0.1}, ValueError, "lr must be .* got -0.1"),
     ({"lr": float("nan")}, ValueError, "lr must be .* got nan"),
+    ({"lr": "2e-4"}, ValueError, "lr must be .* got '2e-4'"),  # as YAML gives it
+    ({"betas": 0.9}, ValueError, "betas must be two numbers .* got 0.9"),
+    ({"betas": ("0.9", 0.95)}, ValueError, r"betas must be two numbers .* got \('0.9', 0.95\)"),
+    ({"eps": "1e-8"}, ValueError, "eps must be .* got '1e-8'"),
+    ({"weight_decay": None}, ValueError, "weight_decay must be .* got None"),
     ({"lr": torch.ones(2)}, ValueError, r"lr must hold one number, got shape \(2,\)"),
     ({"betas": (0.9, 1.0)}, ValueError, r"betas must be .* got \(0.9, 1.0\)"),
     ({"betas": (-0.1, 0.9)}, ValueError, r"betas must be .* got \(-0.1, 0.9\)"),
@@ -58,8 +64,9 @@ OPTION_ERRORS = [
     ({"lift": "yes"}, ValueError, "lift must be .* got 'yes'"),
 ]
 CONSTRUCTOR_ERRORS = [
-    ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm must be positive or None, got 0.0"),
-    ({"max_grad_norm": float("nan")}, ValueError, "max_grad_norm must be positive or None, got nan"),
+    ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm must be a positive number or None, got 0.0"),
+    ({"max_grad_norm": float("nan")}, ValueError, "max_grad_norm must be a positive number or None, got nan"),
+    ({"max_grad_norm": "1.0"}, ValueError, "max_grad_norm must be a positive number or None, got '1.0'"),
     ({"selection": "largest"}, ValueError, "selection must be one of principal, magnitude, .*, got 'largest'"),
     (
         {"backend": "cuda"},
@@ -84,6 +91,13 @@ def test_a_bad_option_of_a_group(options, error, message):
     if "lift" not in options:
         with pytest.raises(error, match=message):
             LiftAdamW(later, **OPTIONS | options)
+
+
+def test_numbers_of_numpy_are_numbers():
+    options = {"lr": numpy.float32(0.01), "betas": (numpy.float64(0.5), numpy.float32(0.5)), "eps": numpy.float32(1e-6)}
+    optimizer = LiftAdamW(make_weights(), **OPTIONS | options, max_grad_norm=numpy.float32(1))
+    train(optimizer, range(2))
+    assert optimizer.grad_norm > 0 and optimizer.param_groups[0]["lr"] == numpy.float32(0.01)
 
 
 @pytest.mark.parametrize(("options", "error", "message"), CONSTRUCTOR_ERRORS)
@@ -241,7 +255,16 @@ def swap_order(saved):
 
 
 BAD_STATES = [
-    (lambda saved: saved.pop("state"), ValueError, r"holds 'state' and 'param_groups', got \['param_groups'\]"),
+    (
+        lambda saved: saved.pop("state"),
+        ValueError,
+        r"holds 'state' and 'param_groups', got \['param_groups'\]; give what LiftAdamW.state_dict\(\) returned",
+    ),
+    (
+        lambda saved: [saved["param_groups"][0].update(lift=False), drop("indices")(saved)],
+        ValueError,
+        r"up\.weight: lift=False in the state dict, but this optimizer trains it sparsely",
+    ),
     (lambda saved: saved["param_groups"][0]["params"].pop(), ValueError, "has 3 param_names for 2 parameters"),
     (
         lambda saved: [saved["param_groups"][0].pop("param_names"), saved["param_groups"][0]["params"].pop()],

@@ -92,9 +92,8 @@ RENAMED = [
         "only it has layers.2.weight, only this optimizer has layers.3.weight;",
     ),
     (
-        tuple(f"module.{name}" for name in NAMES),
-        r"only it has layers.0.weight, layers.1.weight, layers.2.weight and 1 more, only this optimizer "
-        r"has module.layers.0",
+        ("module.layers.0.weight", "module.layers.1.weight", "module.layers.3.weight", "module.norm.weight"),
+        "only it has layers.2.weight, only this optimizer has module.layers.3.weight;",
     ),
     (NAMES[:3], "only it has norm.weight, only this optimizer has none;"),
 ]
@@ -109,6 +108,61 @@ def test_other_names_are_refused(names, message):
     with pytest.raises(ValueError, match=message):
         loaded.load_state_dict(optimizer.state_dict())
     assert_same(snapshot(loaded), before)
+
+
+WRAPPED = {
+    "DDP": lambda name: f"module.{name}",
+    "torch.compile": lambda name: f"_orig_mod.{name}",
+    "both": lambda name: f"_orig_mod.module.{name}",
+    "one layer": lambda name: name.replace("layers.1.", "layers.1._orig_mod."),
+    "checkpointed layers": lambda name: name.replace("layers.0.", "layers.0._checkpoint_wrapped_module."),
+    "FSDP": lambda name: f"_fsdp_wrapped_module.{name}",
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+@pytest.mark.parametrize("wrapped", ["saved", "loading"])
+def test_names_that_a_wrapper_changed_on_one_side(wrapper, wrapped):
+    """They match, in any order, and the optimizer keeps its own."""
+    weights, optimizer = saved_run()
+    saved, other = optimizer.state_dict(), copies(weights)
+    wrap = WRAPPED[wrapper]
+    if wrapped == "saved":
+        saved["param_groups"][0]["param_names"] = list(map(wrap, NAMES))
+    own = [(name if wrapped == "saved" else wrap(name), other[name]) for name in NAMES[::-1]]
+    loaded = LiftAdamW(own, **OPTIONS, refresh_interval=None)
+    loaded.load_state_dict(saved)
+    assert loaded.param_groups[0]["param_names"] == [name for name, _ in own]
+    same_state(weights, other, optimizer, loaded)
+    step_alike((weights, optimizer), (other, loaded))
+    same_state(weights, other, optimizer, loaded)
+
+
+def test_packed_layers_of_a_wrapped_model():
+    """``module.0.values`` is ``0.weight``."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 20))
+    plain = LiftAdamW(lift_param_groups(model), rank=3, density=0.2)
+    model(torch.ones(3, 20)).sum().backward()
+    plain.step()
+    (group,) = pack_gradients(model, rank=3, density=0.2)
+    names = [(f"module.{name}", values) for name, values in group["params"][::-1]]
+    packed = LiftAdamW([group | {"params": names}], rank=3, density=0.2)
+    packed.load_state_dict(plain.state_dict())
+    for i in (0, 2):
+        expected = plain.state_dict()["state"][i // 2]["exp_avg"]
+        assert torch.equal(packed.state[model[i].values]["exp_avg"], expected)
+
+
+def test_names_that_would_become_one_without_their_wrapper_are_not_matched():
+    """A user's own module may be called ``module``."""
+    names = ("module.a.weight", "a.weight")
+    weights = make_weights(SHAPES[:2])
+    optimizer = LiftAdamW(list(zip(names, weights)), **OPTIONS)
+    train(optimizer, [0])
+    loaded = LiftAdamW(list(zip(("a.weight", "b.weight"), make_weights(SHAPES[:2]))), **OPTIONS)
+    with pytest.raises(ValueError, match=r"only it has module\.a\.weight, only this optimizer has b\.weight"):
+        loaded.load_state_dict(optimizer.state_dict())
 
 
 def test_other_groups_are_refused():

@@ -1,0 +1,72 @@
+"""Which parameters of an optimizer get no gradient, said once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .matrix_ref import DenseRef, MatrixRef
+
+logger = logging.getLogger("lift_kernels")
+
+
+class Coverage:
+    """Looks at the first step for which some parameter has a gradient, and at the first of all.
+
+    Attributes:
+        done: whether that step has come.
+    """
+
+    def __init__(self) -> None:
+        self.done = False
+        self._said_idle = False
+
+    def report(self, refs: Sequence[MatrixRef | DenseRef], trained: Sequence[bool]) -> None:
+        """Warn of the parameters without a gradient, in one line a kind.
+
+        Args:
+            refs: all parameters.
+            trained: whether each has a gradient.
+        """
+        self.done, idle = any(trained) or not refs, not any(trained)
+        if idle and self._said_idle:
+            return
+        self._said_idle = idle
+        missing = [ref for ref, has in zip(refs, trained) if not has]
+        frozen = [ref for ref in missing if not ref.parameter.requires_grad]
+        unused = [ref for ref in missing if ref.parameter.requires_grad]
+        effect = "no parameter has a gradient, so this step changes nothing: " if idle else ""
+        if frozen:
+            logger.warning(
+                "%s%d of %d parameters of LiftAdamW, with %.3g %% of their weights, are frozen (requires_grad=False) "
+                "and stay as they are, e.g. %s; call requires_grad_(True) on them, or make the groups with "
+                "lift_param_groups(model, freeze_rest=True)",
+                effect,
+                len(frozen),
+                len(refs),
+                100 * _weights(frozen) / max(1, _weights(refs)),
+                frozen[0].name,
+            )
+        if unused:
+            logger.warning(
+                "%s%d of %d parameters of LiftAdamW, with %.3g %% of their weights, have no gradient at its first step "
+                "and stay as they are until they get one, e.g. %s; that is right for experts that no token has "
+                "reached, else look for a layer that the loss does not use, or for a parameter that was replaced in "
+                "the model after the optimizer was made",
+                effect,
+                len(unused),
+                len(refs),
+                100 * _weights(unused) / max(1, _weights(refs)),
+                unused[0].name,
+            )
+
+
+def _weights(refs: Sequence[MatrixRef | DenseRef]) -> int:
+    """How many weights these parameters have; of ``values``, those of their matrix."""
+    return sum(_matrix(ref).numel() for ref in refs)
+
+
+def _matrix(ref: MatrixRef | DenseRef) -> Tensor:
+    return ref.trainable.matrix if isinstance(ref, MatrixRef) else ref.parameter
