@@ -14,9 +14,13 @@ from . import trainable
 _hooks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # hooked parameter -> handle of its hook
 
 
-def pack_on_accumulate(p: Tensor, indices: Tensor) -> None:
-    """Pack the gradient of ``p`` from now on: its entries at ``indices`` go to ``p.lift_grad``."""
-    p.lift_indices, p.lift_grad = indices, None  # type: ignore[attr-defined]
+def pack_on_accumulate(p: Tensor, indices: Tensor, number: int | None = None) -> None:
+    """Pack the gradient of ``p`` from now on: its entries at ``indices`` go to ``p.lift_grad``.
+
+    ``number`` is what random masks of ``p`` are drawn by.
+    """
+    waiting = getattr(p, "lift_grad", None)  # Of a pickled parameter, which has lost its hook.
+    p.lift_indices, p.lift_grad, p.lift_number = indices, waiting, number  # type: ignore[attr-defined]
     _hooks[p] = p.register_post_accumulate_grad_hook(pack_gradient)
     trainable.note_change()
 

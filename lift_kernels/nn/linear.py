@@ -34,6 +34,7 @@ class PackedLinear(nn.Module):
         values: (k,) fp32 parameter, kept fp32 through ``.to(dtype)`` and ``.half()``.
         indices: (k,) int32; not a buffer, because DDP broadcasts buffers.
         lift_name: the layer's name for messages.
+        lift_number: what random masks are drawn by, given by `pack_gradients`.
         lift_backend: of the weight gradient; None for the fastest usable one.
         stepped_by: class of another optimizer that has stepped ``values``, or an empty string.
     """
@@ -43,6 +44,7 @@ class PackedLinear(nn.Module):
     indices: Tensor
     bias: nn.Parameter | None
     lift_name: str = ""
+    lift_number: int | None = None
     lift_backend: str | None = None
     stepped_by: str = ""
     _transposed = False
@@ -113,7 +115,16 @@ class PackedLinear(nn.Module):
         required, values, plain = self._required_grad, self.values, self._plain
         trainable.forget(values, self)
         del self.values
-        for name in ("_plain", "_required_grad", "_seen", "lift_name", "stepped_by", "lift_backend", "indices"):
+        for name in (
+            "_plain",
+            "_required_grad",
+            "_seen",
+            "lift_name",
+            "lift_number",
+            "stepped_by",
+            "lift_backend",
+            "indices",
+        ):
             self.__dict__.pop(name, None)
         self.__class__ = plain  # type: ignore[assignment]
         self.weight.requires_grad_(required)

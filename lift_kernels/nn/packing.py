@@ -81,13 +81,13 @@ def pack_gradients(
             p.requires_grad_(grad)
         raise
     trained = []
-    for name, p in chosen.items():
+    for number, (name, p) in enumerate(chosen.items()):
         if layers[name]:
             for _, module in layers[name]:
-                module.lift_backend = backend  # type: ignore[assignment]
+                module.lift_backend, module.lift_number = backend, number  # type: ignore[assignment]
             trained.append((f"{name.removesuffix('weight')}values", _pack_layers(layers[name], masks[name].indices)))
         else:
-            pack_on_accumulate(p.requires_grad_(True), masks[name].indices)
+            pack_on_accumulate(p.requires_grad_(True), masks[name].indices, number)
             trained.append((name, p))
         trainable.set_initial_mask(trained[-1][1], warm_part(masks[name]._asdict(), p, "device"))
     return [{"params": trained, "lift": True, **options}, *dense]

@@ -107,6 +107,11 @@ class Trainable:
         return None
 
     @property
+    def draw_number(self) -> int | None:
+        """What its first random mask was drawn by, if pack_gradients has made one."""
+        return None
+
+    @property
     def pending(self) -> bool:
         """Whether a packed gradient waits for a step."""
         return False
@@ -146,6 +151,10 @@ class HookedMatrix(Trainable):
     @property
     def indices(self) -> Tensor:
         return self.parameter.lift_indices
+
+    @property
+    def draw_number(self) -> int | None:
+        return self.parameter.lift_number
 
     @property
     def pending(self) -> bool:
@@ -199,6 +208,10 @@ class PackedValues(Trainable):
     @property
     def indices(self) -> Tensor:
         return self.layers[0].indices
+
+    @property
+    def draw_number(self) -> int | None:
+        return self.layers[0].lift_number
 
     @property
     def name(self) -> str | None:

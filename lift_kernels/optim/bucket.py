@@ -227,7 +227,7 @@ def gradient_factor(
         return inv_scale, None
     norms = [bucket.norm(backend) for bucket in buckets]
     norms += [
-        torch.linalg.vector_norm(p.grad, dtype=torch.float32)
+        torch.linalg.vector_norm(p.grad, dtype=torch.promote_types(p.grad.dtype, torch.float32)).float()
         for _, parameters in dense
         for p in parameters
         if p.grad is not None

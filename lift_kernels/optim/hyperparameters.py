@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..masks.budget import mask_rank, trained_entries
 from ..masks.lowrank import METHODS
-from ..masks.selection import check_selection
+from ..masks.selection import check_seed, check_selection
 from ..nn.trainable import Trainable, trainable_of
 from ..ops import dispatch
 from ..ops.bias_correction import last_age
@@ -52,8 +52,8 @@ def check_group(group: dict[str, Any]) -> None:
     lr, betas, eps, decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
     if isinstance(lr, Tensor):
         require(lr.numel() == 1, f"a tensor lr must hold one number, got shape {tuple(lr.shape)}")
-    else:
-        require(_is_size(lr), f"lr must be a finite number of at least 0, got {lr!r}")
+    number = lr.item() if isinstance(lr, Tensor) else lr
+    require(_is_size(number), f"lr must be a finite number of at least 0, got {number!r}")
     two = isinstance(betas, (tuple, list)) and len(betas) == 2
     require(two and all(_is_size(b) and b < 1 for b in betas), f"betas must be two numbers in [0, 1), got {betas!r}")
     require(_is_size(eps), f"eps must be a finite number of at least 0, got {eps!r}")
@@ -85,12 +85,30 @@ def check_group(group: dict[str, Any]) -> None:
         f"state_dtype must be torch.float32 or torch.bfloat16, got {group['state_dtype']}",
         TypeError,
     )
+    for option in ("maximize", "capturable"):
+        require(isinstance(group[option], bool), f"{option} must be True or False, got {group[option]!r}", TypeError)
     require(group["lift"] in (True, False, None), f"lift must be True, False or None, got {group['lift']!r}")
 
 
 def _is_size(value: Any) -> bool:
     """Whether an option is a finite number of at least 0. Files of settings may give text."""
     return isinstance(value, Real) and 0 <= float(value) < math.inf
+
+
+def warn_of_overridden(options: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
+    """Say which options of masks no group follows, because `pack_gradients` has given it others.
+
+    Args:
+        options: those of a whole optimizer.
+    """
+    for option, default in (("rank", None), ("density", 0.05), ("budget_rank", None)):
+        value, own = options[option], [group[option] for group in groups if group["lift"] is not False]
+        if value != default and own and value not in own:
+            logger.warning(
+                "%s=%r of LiftAdamW has no effect, because its groups have %s=%r of their own; give it to "
+                "pack_gradients, or in the groups",
+                *(option, value, option, own[0]),
+            )
 
 
 def check_drift_bound(group: dict[str, Any], selection: Any) -> None:
@@ -103,10 +121,16 @@ def check_drift_bound(group: dict[str, Any], selection: Any) -> None:
 
 
 def check_settings(
-    selection: Any, max_grad_norm: float | None, backend: str | None, mask_method: str, warm_start: str | None
+    selection: Any,
+    max_grad_norm: float | None,
+    backend: str | None,
+    mask_method: str,
+    warm_start: str | None,
+    seed: int,
 ) -> None:
-    """Raise ValueError, naming option and value, for a setting of a whole optimizer."""
+    """Raise, naming option and value, for a setting of a whole optimizer that cannot work."""
     check_selection(selection)
+    check_seed(seed)
     require(
         max_grad_norm is None or (isinstance(max_grad_norm, Real) and float(max_grad_norm) > 0),
         f"max_grad_norm must be a positive number or None, got {max_grad_norm!r}",

@@ -12,12 +12,12 @@ from torch.optim import Optimizer
 
 from .._storage import storage_bytes
 from ..distributed.replicas import Replicas
-from ..nn import optimizer_hooks, trainable
+from ..nn import grad_hooks, optimizer_hooks, trainable
 from ..ops import dispatch
 from .bucket import Sweep, any_infinite, check_scaler, gradient_factor
 from .coverage import Coverage
 from .dense_adamw import dense_adamw_
-from .hyperparameters import check_drift_bound, check_group, check_parameters, check_settings
+from .hyperparameters import check_drift_bound, check_group, check_parameters, check_settings, warn_of_overridden
 from .matrix_ref import MatrixRef, names_of, parameters_of
 from .matrix_table import MaskOptions, MatrixTable
 from .refresh import RefreshReport, RefreshSchedule, renew, report_on
@@ -115,7 +115,7 @@ class LiftAdamW(Optimizer):
         backend: str | None = None,
         process_group: torch.distributed.ProcessGroup | str | None = None,
     ) -> None:
-        check_settings(selection, max_grad_norm, backend, mask_method, warm_start)
+        check_settings(selection, max_grad_norm, backend, mask_method, warm_start, seed)
         self.max_grad_norm, self.selection, self.seed, self.backend = max_grad_norm, selection, seed, backend
         self.mask_method, self.warm_start = mask_method, warm_start
         self.last_refresh: RefreshReport | None = None
@@ -130,6 +130,7 @@ class LiftAdamW(Optimizer):
         options |= dict(bias_correction=bias_correction, master=master, rounding=rounding, state_dtype=state_dtype)
         options |= dict(capturable=capturable, maximize=maximize, lift=None, steps_since_refresh=0)
         super().__init__(params, options)
+        warn_of_overridden(options, self.param_groups)
 
     def _start_afresh(self) -> None:
         """No state and no masks."""
@@ -160,7 +161,8 @@ class LiftAdamW(Optimizer):
 
         Raises before anything is changed when a gradient cannot be used. Raises RuntimeError in the
         same way at the first step after `load_state_dict`, when the model has other weights than
-        those the state was saved with.
+        those the state was saved with. A refresh that is due comes last: if it raises, the update
+        is done and the masks are the old ones.
         """
         loss = None
         if closure is not None:
@@ -188,6 +190,8 @@ class LiftAdamW(Optimizer):
         if table.samples and not dispatch.capturing():
             check_loaded(table.samples)
             table.samples.clear()
+        if self.selection == "gradient" and found_inf is not None and bool(found_inf):
+            return  # No mask can be made from these gradients, and the step would be skipped.
         if table.missing:
             warn_of_stale_masks(self._make_first_masks(), len(table.refs))
         if table.unseen and torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -246,17 +250,25 @@ class LiftAdamW(Optimizer):
         if any(group["capturable"] for group in self.param_groups):
             self._table.compare_ranks(self._replicas)  # A replayed step does not call this.
 
-    def _make_first_masks(self) -> dict[MatrixRef, int]:
-        """Give every matrix a mask.
+    def _make_first_masks(self, only_given: bool = False) -> dict[MatrixRef, int]:
+        """Give every matrix a mask, or take only those that packed gradients have brought along.
 
         Returns the matrices whose mask came along, made from another weight than the present one.
         """
-        table = self._table
-        self.last_refresh = report_on(*table.make_first_masks(self._mask_options(), self.state), None)
+        table, loaded = self._table, self._table.samples.copy()
+        made = table.make_first_masks(self._mask_options(), self.state, only_given=only_given)
+        if not only_given:
+            self.last_refresh = report_on(*made, None)
+        given = {ref: sample for ref, sample in table.samples.items() if ref not in loaded}
+        table.samples = loaded
         comparable = self.selection != "random" and not dispatch.capturing()  # Random masks fit every weight.
-        stale = differing(table.samples) if table.samples and comparable else {}
-        table.samples.clear()
-        return stale
+        return differing(given) if given and comparable else {}
+
+    def _take_given_masks(self) -> None:
+        """Take the masks of packed gradients before the first step, so that a copy has them too."""
+        self._table.follow(self.param_groups)
+        if any(ref.trainable.indices is not None for ref in self._table.missing):
+            warn_of_stale_masks(self._make_first_masks(only_given=True), len(self._table.refs))
 
     def _mask_options(self) -> MaskOptions:
         return MaskOptions(self.selection, self.seed, self.mask_method, self.backend, self.warm_start)
@@ -266,8 +278,10 @@ class LiftAdamW(Optimizer):
         shown = [t for entry in self.state.values() for t in entry.values() if isinstance(t, Tensor)]
         return storage_bytes([*self._table.tensors(), *shown])
 
+    @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """A state dict as torch's: compact copies in host memory, with their dtypes."""
+        self._take_given_masks()
         self._schedule.subtract_skipped(self.param_groups)
         parameters = parameters_of(self.param_groups)
         shapes, samples = self._table.shapes(parameters), self._table.weight_samples(parameters)
@@ -301,12 +315,16 @@ class LiftAdamW(Optimizer):
         self._table.restore(self.param_groups, entries, self.warm_start, self.state)
         self._replicas.announce(ref.name for ref in self._table.refs)  # The state may have brought names.
 
+    @torch.no_grad()
     def __getstate__(self) -> dict[str, Any]:
+        self._take_given_masks()
         self._schedule.subtract_skipped(self.param_groups)
         config = {key: getattr(self, key) for key in _SETTINGS}
         state = defaultdict(dict, {p: compact(entry) for p, entry in self.state.items()})
         layers = {p: layers for p in parameters_of(self.param_groups) if (layers := trainable.layers_of(p))}
-        return {**super().__getstate__(), **config, "state": state, "grad_norm": None, "_packed_layers": layers}
+        hooked = {ref.parameter: ref.draw_number for ref in self._table.hooked}
+        packed = {"_packed_layers": layers, "_hooked": hooked}
+        return {**super().__getstate__(), **config, "state": state, "grad_norm": None, **packed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -314,5 +332,7 @@ class LiftAdamW(Optimizer):
             for p, layers in self.__dict__.pop("_packed_layers", {}).items():
                 for layer in layers:
                     trainable.register(p, layer)  # A copied parameter does not know.
+            for p, number in self.__dict__.pop("_hooked", {}).items():
+                grad_hooks.pack_on_accumulate(p, self.state[p]["indices"], number)  # torch copies no hooks.
             optimizer_hooks.claim(parameters_of(self.param_groups), self)
             self._restore(self.state)

@@ -21,6 +21,7 @@ class MatrixRef:
 
     Attributes:
         number: its place among all parameters that LIFT trains.
+        draw_number: what random masks are drawn by: its place in `pack_gradients`, else ``number``.
         parameter, group, name: the parameter, its group, and its name for messages.
         trainable: where its gradient is, and its matrix.
         arena, row: where its state is; None and -1 before the first mask.
@@ -35,6 +36,7 @@ class MatrixRef:
     trainable: trainable.Trainable
     arena: PackedState | None = None
     row: int = -1
+    draw_number: int = 0
     warm: dict[str, Tensor] = field(default_factory=dict)
     drift: dict[str, Tensor] = field(default_factory=dict)
 
@@ -43,7 +45,7 @@ class MatrixRef:
         matrix = self.trainable.matrix.detach()
         grad = self.parameter.grad if self.parameter.shape == matrix.shape else None
         rank, k = mask_size(matrix, self.group, self.name)
-        return SelectionRequest(matrix, grad, rank, k, self.name, self.number, self.warm)
+        return SelectionRequest(matrix, grad, rank, k, self.name, self.draw_number, self.warm)
 
     def check_renewable(self, drop_gradients: bool) -> None:
         """Raise if another optimizer, or a packed gradient that is kept, forbids a new mask."""

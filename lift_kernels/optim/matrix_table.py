@@ -114,14 +114,18 @@ class MatrixTable:
                 RuntimeError,
             )
         ref.number, ref.group, ref.name, ref.trainable = len(self.refs), group, name, kind
+        ref.draw_number = ref.number if kind.draw_number is None else kind.draw_number
         self.refs.append(ref)
 
-    def make_first_masks(self, options: MaskOptions, state: dict[Tensor, Any]) -> tuple[list[MatrixRef], list[Mask]]:
+    def make_first_masks(
+        self, options: MaskOptions, state: dict[Tensor, Any], *, only_given: bool = False
+    ) -> tuple[list[MatrixRef], list[Mask]]:
         """Give every matrix without a mask its first one, and show it in ``state``.
 
-        Packed gradients have brought theirs along. Returns the other matrices, and their masks.
+        Packed gradients have brought theirs along. ``only_given`` leaves the other matrices without
+        one. Returns the other matrices, and their masks.
         """
-        missing = self.missing
+        missing = [ref for ref in self.missing if not only_given or ref.trainable.indices is not None]
         new = [ref for ref in missing if not (ref.trainable.packed or ref.trainable.hooked)]
         masks = options.make(new)
         made = {ref: mask._asdict() for ref, mask in zip(new, masks)}

@@ -213,3 +213,31 @@ def test_a_refresh_sees_outside_changes(backend):
     optimizer.refresh()
     entry = optimizer.state[weight]
     assert torch.equal(entry["master"], weight.detach().flatten()[entry["indices"].long()].float())
+
+
+@pytest.mark.parametrize("schedule", ["all", "spread"])
+def test_an_overflow_makes_no_mask_of_its_gradients(schedule):
+    """GradScaler starts at a scale of 2^16, so its first steps often overflow. They are skipped."""
+    weight = torch.nn.Parameter(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))
+    optimizer = LiftAdamW([weight], selection="gradient", refresh_interval=1, refresh_schedule=schedule, density=0.25)
+    scaler, before = torch.amp.GradScaler("cpu"), weight.detach().clone()
+    for first in (True, False):
+        grads = [torch.inf, 1.0] if first else [torch.inf]
+        for value in grads:
+            scaler.scale(torch.ones(()))
+            weight.grad = torch.arange(64.0).view(8, 8) * value + value
+            scaler.step(optimizer)
+            scaler.update()
+        if first:
+            assert optimizer.state[weight]["indices"].tolist() == list(range(48, 64))
+            before = weight.detach().clone()
+    assert torch.equal(weight.detach(), before) and optimizer.state[weight]["step"] == 1
+
+
+def test_the_norm_takes_double_precision_too():
+    """Dense parameters may be fp64."""
+    weight, vector = torch.nn.Parameter(torch.zeros(4, 4)), torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    optimizer = LiftAdamW([weight, vector], max_grad_norm=1.0, density=1.0)
+    weight.grad, vector.grad = torch.full((4, 4), 2.0), torch.full((3,), 4.0, dtype=torch.float64)
+    optimizer.step()
+    assert float(optimizer.grad_norm) == pytest.approx((16 * 4 + 3 * 16) ** 0.5)
