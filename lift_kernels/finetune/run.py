@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 
 import torch
 import transformers
-from torch import nn
 from transformers import TrainingArguments
 
 from ..checkpoint.atomic_file import write_atomic
@@ -19,8 +18,11 @@ from ..optim.lift_adamw import LiftAdamW
 from . import evaluation, prompts, report, run_dir
 from .config import DTYPES, Settings
 from .data import SHOTS, choose_problems, encode_short, training_sequences
+from .decoding import greedy_answers
+from .forward import form_of
 from .methods import CLIP_NORM, prepare, state_bytes, trained_entries
-from .model_io import Source, find_model, load_model
+from .model_io import Source, find_model, load_model, stored_dtype
+from .model_kinds import check_tokens
 from .prompts import Example
 from .timing import Clock, PhaseTimer
 from .trainer import AnswerTrainer
@@ -73,13 +75,15 @@ class Method:
 
     Attributes:
         optimizer: optimizer of the trained parameters.
-        covered: weight matrices that the method adapts, in whole or in part.
+        covered: weights that the method adapts, in whole or in part.
+        share: their share of the model's matrices outside embeddings and head.
         identity: fingerprints of the frozen weights and the training data (`run_dir.identity`).
         checkpoint: state of the interrupted run, or None at the start.
     """
 
     optimizer: torch.optim.Optimizer
-    covered: list[nn.Parameter]
+    covered: list[torch.Tensor]
+    share: float
     identity: dict[str, str]
     checkpoint: dict[str, Any] | None
 
@@ -126,13 +130,18 @@ def _load(settings: Settings, resumed: bool) -> Run:
     device = "cuda" if settings.device == "auto" and torch.cuda.is_available() else settings.device
     model.to(torch.device("cpu" if device == "auto" else device))
     print(f"model: {source.description}, {settings.dtype}, on {model.device}\ndata: {data}")
+    stored = stored_dtype(source)
+    if stored not in (None, DTYPES[settings.dtype]):
+        name = str(stored).removeprefix("torch.")
+        print(
+            f"dtype: stored as {name}, trained and saved as {settings.dtype}; --dtype {name} trains it as it is. To "
+            f"apply a delta of this run in Python, load the base with dtype=torch.{settings.dtype}"
+        )
+    form_of(model)  # refuses a model that cannot be called, before the run has a directory
     _, examples = encode_short(tokenizer, problems, settings.max_length, "training")
     heldout, encoded = encode_short(tokenizer, heldout, settings.max_length, "held-out")
     _, shown = encode_short(tokenizer, shots, settings.max_length, "few-shot")
-    longest = (SHOTS + 1) * max(len(e["input_ids"]) for e in [*examples, *encoded, *shown])
-    limit = getattr(model.config, "max_position_embeddings", None) or longest
-    if longest > limit:
-        raise UserError(f"a few-shot prompt may need {longest} tokens, but the model takes {limit}; lower --max-length")
+    check_tokens(model, tokenizer, [e["input_ids"] for e in [*examples, *encoded, *shown]], SHOTS + 1)
     sequences, batch_rows = training_sequences(tokenizer, examples, settings.batch_size)
     folder = Path(settings.output) / str(settings.name) if resumed else run_dir.make_folder(settings)
     if resumed:
@@ -158,14 +167,15 @@ def _load(settings: Settings, resumed: bool) -> Run:
 def _prepare(job: Run, resumed: bool) -> Method:
     """Set up the method with its masks, and find the checkpoint of a resumed run."""
     try:
-        job.model, optimizer, covered = prepare(job.model, job.settings, job.clock)
+        ready = prepare(job.model, job.settings, job.clock)
+        job.model = ready.model
         identity = run_dir.identity(job.model, job.sequences)
         checkpoint = run_dir.find_checkpoint(job.folder, identity) if resumed else None
     except ValueError as error:  # an option that does not fit this model's matrices, or weights that are not finite
         raise UserError(str(error)) from error
     if checkpoint is not None:
         print(f"resuming after step {checkpoint['step']}", flush=True)
-    return Method(optimizer, covered, identity, checkpoint)
+    return Method(ready.optimizer, ready.covered, ready.share, identity, checkpoint)
 
 
 def _measure_before(job: Run) -> Measurement:
@@ -189,9 +199,7 @@ def _measure(job: Run, when: str) -> Measurement:
         model, tokenizer, evaluation.neutral_examples(tokenizer), EVAL_BATCH, f"neutral loss {when}"
     )
     questions = [problem.question for problem in job.heldout]
-    answers = evaluation.greedy_answers(
-        model, tokenizer, questions, job.prefix, longest + 8, GENERATION_BATCH, f"answers {when}"
-    )
+    answers = greedy_answers(model, tokenizer, questions, job.prefix, longest + 8, GENERATION_BATCH, f"answers {when}")
     correct = sum(evaluation.same_number(a, p.answer) for a, p in zip(answers, job.heldout, strict=True))
     low, high = evaluation.wilson_interval(correct, len(job.heldout))
     figures = {
@@ -258,6 +266,7 @@ def _save(job: Run, method: Method) -> dict[str, Any]:
     return {
         "entries": entries,
         "covered_weights": weights,
+        "covered_share": method.share,
         "density": entries / weights,
         "optimizer_state_bytes.measured": state,
         "optimizer_state_bytes.dense": 8 * weights,  # two fp32 moments

@@ -77,7 +77,6 @@ def test_finetune_damaged_weights_are_one_line(tmp_path, capsys, tiny):
         (["--refresh-drift", "nan"], "refresh_drift is nan"),
         (["--name", "a/b"], "name 'a/b'"),
         (["--max-length", "5"], "at most 5 tokens"),
-        (["--rank", "4096"], "4096"),
         (["--lr", "1e30", "--refresh-interval", "0"], "choose a lower --lr"),
     ],
 )

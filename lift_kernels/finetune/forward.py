@@ -1,0 +1,115 @@
+"""How the forward pass of a model is called, whatever its architecture.
+
+Architectures take different arguments, and some read padding as input. Both are asked of the model
+itself: its signature, and one short text that is run with and without padding.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..errors import UserError
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
+"""By dtype: how far logits may lie apart, relative to the largest, and still count as the same."""
+PROBE = 16  # tokens of the short text, and of its padding
+
+_forms: WeakIdKeyDictionary = WeakIdKeyDictionary()  # model -> its Form
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a model is called.
+
+    Attributes:
+        arguments: names of the arguments of its forward pass.
+        padding: whether masked tokens in front of a text change nothing. Some recurrent models
+            read them as input.
+    """
+
+    arguments: frozenset[str]
+    padding: bool = True
+
+    def accepted(self, **arguments: Any) -> dict[str, Any]:
+        """Return the arguments that the model takes."""
+        return {name: value for name, value in arguments.items() if name in self.arguments}
+
+    @property
+    def cache(self) -> str | None:
+        """The model's name for its cache argument, or None without one."""
+        # transformers is renaming the argument, so that both names have to work.
+        return next((name for name in ("cache", "past_key_values") if name in self.arguments), None)
+
+
+def base_of(model: Any) -> Any:
+    """Return the model itself, or the one inside a peft wrapper, which hides its signature."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def form_of(model: Any) -> Form:
+    """Return how a model is called. It is asked once.
+
+    Raises:
+        UserError: for a model that does not predict the next token of a text.
+    """
+    base = base_of(model)
+    if base not in _forms:
+        _forms[base] = _ask(base)
+    return _forms[base]
+
+
+def positions_of(mask: torch.Tensor) -> torch.Tensor:
+    """Return the position of each token from an attention mask (rows, tokens); 0 for padding."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def logits_at(model: Any, ids: torch.Tensor, mask: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return logits (rows, columns, vocabulary) of a batch that is padded on the left.
+
+    The head runs only on those columns, where the model allows that.
+
+    Args:
+        model: a causal language model.
+        ids: token ids, (rows, tokens).
+        mask: attention mask, (rows, tokens).
+        columns: positions in the batch, int64.
+    """
+    return _logits(model, form_of(model), ids, mask, columns)
+
+
+def _logits(model: Any, form: Form, ids: torch.Tensor, mask: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    options = {"position_ids": positions_of(mask), "logits_to_keep": columns, "use_cache": False}
+    logits = model(input_ids=ids, **form.accepted(attention_mask=mask, **options)).logits
+    return logits if "logits_to_keep" in form.arguments else logits[:, columns]
+
+
+@torch.no_grad()
+def _ask(model: Any) -> Form:
+    """Run a short text with and without padding, and compare the logits."""
+    form = Form(frozenset(inspect.signature(model.forward).parameters))
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    text = torch.arange(PROBE, device=model.device)[None] % vocabulary
+    mask = torch.cat([torch.zeros_like(text), torch.ones_like(text)], 1)
+    columns = torch.arange(PROBE, device=model.device)
+    training = model.training
+    model.eval()
+    try:
+        alone = _logits(model, form, text, torch.ones_like(text), columns)
+        padded = _logits(model, form, torch.cat([text.flip(1), text], 1), mask, columns + PROBE)
+        if alone.shape != padded.shape or alone.shape[:2] != text.shape:
+            raise ValueError(f"logits of shape {tuple(alone.shape)}")
+    except Exception as error:  # whatever an unknown architecture may raise
+        raise UserError(
+            f"the forward pass of {type(model).__name__} gives no next-token logits for token ids alone "
+            f"({type(error).__name__}); give a causal language model of transformers, or train this one with "
+            "LiftAdamW in a loop of your own"
+        ) from error
+    finally:
+        model.train(training)
+    apart, largest = (alone - padded).abs().max(), alone.abs().max()
+    return Form(form.arguments, bool(apart <= TOLERANCE[alone.dtype] * largest))
