@@ -1,7 +1,8 @@
-"""How the forward pass of a model is called, whatever its architecture.
+"""How the forward pass of a model is called, and what it does, whatever its architecture.
 
-Architectures take different arguments, and some read padding as input. Both are asked of the model
-itself: its signature, and one short text that is run with and without padding.
+Architectures take different arguments, some read padding as input, and some read the weights of
+layers that they never call. All of it is asked of the model itself: its signature, and one short
+text that it reads.
 """
 
 from __future__ import annotations
@@ -89,11 +90,43 @@ def _logits(model: Any, form: Form, ids: torch.Tensor, mask: torch.Tensor, colum
 
 
 @torch.no_grad()
+def bypassed_layers(model: Any) -> list[str]:
+    """Return the names of linear layers that a training pass never calls.
+
+    Mamba's code reads the weights of such layers itself, so a packed layer would get no gradient.
+    """
+    layers = {name: m for name, m in model.named_modules() if is_linear(m)}
+    called: set[str] = set()
+    handles = [m.register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name, m in layers.items()]
+    text = _text(model)
+    training = model.training
+    model.train()
+    try:
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):  # dropout draws numbers
+            logits_at(model, text, torch.ones_like(text), torch.arange(1, device=model.device))
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return [name for name in layers if name not in called]
+
+
+def is_linear(module: torch.nn.Module) -> bool:
+    """Return whether a module is nn.Linear or transformers' Conv1D."""
+    return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _text(model: Any) -> torch.Tensor:
+    """Return the short text: ids (1, PROBE)."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return torch.arange(PROBE, device=model.device)[None] % vocabulary
+
+
+@torch.no_grad()
 def _ask(model: Any) -> Form:
     """Run a short text with and without padding, and compare the logits."""
     form = Form(frozenset(inspect.signature(model.forward).parameters))
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    text = torch.arange(PROBE, device=model.device)[None] % vocabulary
+    text = _text(model)
     mask = torch.cat([torch.zeros_like(text), torch.ones_like(text)], 1)
     columns = torch.arange(PROBE, device=model.device)
     training = model.training

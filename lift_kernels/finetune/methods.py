@@ -16,6 +16,7 @@ from ..nn.param_groups import lift_param_groups, stacked_weights
 from ..nn.trainable import trainable_of
 from ..optim.lift_adamw import LiftAdamW
 from .config import LEARNING_RATES, Settings
+from .forward import bypassed_layers
 from .timing import Clock
 
 BETAS = (0.9, 0.95)  # as in the LIFT paper
@@ -84,7 +85,11 @@ def _lift(model, settings: Settings, lr: float, clock: Clock) -> LiftAdamW:
     chosen: dict[str, Any] = {"extra": extra or None, "freeze_rest": True}
     if settings.gradients == "packed":
         options = {"rank": settings.rank, "selection": selection, "seed": settings.seed, **budget, **chosen}
+        bypassed = _bypassed_weights(model)
+        options["exclude"] = _names(bypassed) or None
         groups = clock.first_mask(lambda: pack_gradients(model, **options))
+        if bypassed:
+            groups.append({"params": [(n, p.requires_grad_(True)) for n, p in bypassed.items()], "lift": True})
     else:
         groups = lift_param_groups(model, **chosen)
     optimizer = LiftAdamW(
@@ -105,6 +110,19 @@ def _lift(model, settings: Settings, lr: float, clock: Clock) -> LiftAdamW:
     else:
         optimizer.refresh()  # adopts the existing masks
     return optimizer
+
+
+def _bypassed_weights(model) -> dict[str, torch.nn.Parameter]:
+    """Return the weights of linear layers that the model never calls, by name, and say so."""
+    matrices = {id(p) for p in matrices_of(model)}
+    weights = {f"{name}.weight": model.get_submodule(name).weight for name in bypassed_layers(model)}
+    found = {name: p for name, p in weights.items() if id(p) in matrices}
+    if found:
+        print(
+            f"the model reads the weights of {len(found)} linear layers and never calls them, for example "
+            f"{next(iter(found))}; their gradients stay dense"
+        )
+    return found
 
 
 def _names(weights: Iterable[str]) -> str:
