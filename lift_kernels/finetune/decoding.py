@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .forward import Form, base_of, form_of, positions_of
+from .forward import Form, base_of, explained, form_of, positions_of
 from .prompts import collate, prompt
 
 
@@ -166,7 +166,8 @@ def _generate(
     )
     try:
         mask = form.accepted(attention_mask=batch["attention_mask"].to(base.device))
-        out = base.generate(batch["input_ids"].to(base.device), **mask)
+        with explained(model):
+            out = base.generate(batch["input_ids"].to(base.device), **mask)
     finally:
         base.generation_config = kept
     return out[:, batch["input_ids"].shape[1] :]

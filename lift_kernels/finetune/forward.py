@@ -8,6 +8,8 @@ text that it reads.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,24 +97,45 @@ def bypassed_layers(model: Any) -> list[str]:
 
     Mamba's code reads the weights of such layers itself, so a packed layer would get no gradient.
     """
-    layers = {name: m for name, m in model.named_modules() if is_linear(m)}
+    layers = {name: m for name, m in model.named_modules() if _is_linear(m)}
     called: set[str] = set()
     handles = [m.register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name, m in layers.items()]
     text = _text(model)
-    training = model.training
-    model.train()
+    devices = [model.device] if model.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):  # dropout draws numbers
+        with _mode(model, training=True), torch.random.fork_rng(devices), explained(model):  # dropout draws numbers
             logits_at(model, text, torch.ones_like(text), torch.arange(1, device=model.device))
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     return [name for name in layers if name not in called]
 
 
-def is_linear(module: torch.nn.Module) -> bool:
-    """Return whether a module is nn.Linear or transformers' Conv1D."""
+@contextmanager
+def explained(model: Any) -> Iterator[None]:
+    """Turn whatever the code of an unknown architecture raises into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{type(base_of(model)).__name__} cannot be run as a causal language model ({type(error).__name__}); give "
+            "another model, or train this one with LiftAdamW in a loop of your own"
+        ) from error
+
+
+@contextmanager
+def _mode(model: Any, training: bool) -> Iterator[None]:
+    before = model.training
+    model.train(training)
+    try:
+        yield
+    finally:
+        model.train(before)
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
 
 
@@ -124,25 +147,25 @@ def _text(model: Any) -> torch.Tensor:
 
 @torch.no_grad()
 def _ask(model: Any) -> Form:
-    """Run a short text with and without padding, and compare the logits."""
+    """Run a short text with another last token, and with padding, and compare the logits."""
     form = Form(frozenset(inspect.signature(model.forward).parameters))
-    text = _text(model)
-    mask = torch.cat([torch.zeros_like(text), torch.ones_like(text)], 1)
-    columns = torch.arange(PROBE, device=model.device)
-    training = model.training
-    model.eval()
-    try:
-        alone = _logits(model, form, text, torch.ones_like(text), columns)
+    with explained(model), _mode(model, training=False):
+        text = _text(model)
+        ones, columns = torch.ones_like(text), torch.arange(PROBE, device=model.device)
+        alone = _logits(model, form, text, ones, columns)
+        changed = _logits(model, form, torch.cat([text[:, :-1], text[:, :1]], 1), ones, columns)
+        mask = torch.cat([torch.zeros_like(text), ones], 1)
         padded = _logits(model, form, torch.cat([text.flip(1), text], 1), mask, columns + PROBE)
-        if alone.shape != padded.shape or alone.shape[:2] != text.shape:
-            raise ValueError(f"logits of shape {tuple(alone.shape)}")
-    except Exception as error:  # whatever an unknown architecture may raise
+        padding = _close(padded, alone)
+        causal = _close(changed[:, :-1], alone[:, :-1])
+    if not causal and alone.isfinite().all():
         raise UserError(
-            f"the forward pass of {type(model).__name__} gives no next-token logits for token ids alone "
-            f"({type(error).__name__}); give a causal language model of transformers, or train this one with "
-            "LiftAdamW in a loop of your own"
-        ) from error
-    finally:
-        model.train(training)
-    apart, largest = (alone - padded).abs().max(), alone.abs().max()
-    return Form(form.arguments, bool(apart <= TOLERANCE[alone.dtype] * largest))
+            f"{type(model).__name__} sees later tokens, so it cannot be trained to predict them; give a causal "
+            "language model"
+        )
+    return Form(form.arguments, padding)
+
+
+def _close(logits: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Return whether logits are the same up to rounding."""
+    return bool((logits - expected).abs().max() <= TOLERANCE[expected.dtype] * expected.abs().max())

@@ -128,7 +128,13 @@ def load_model(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
         check_kind(_read(source, AutoConfig), source.description)
     tokenizer = _read(source, AutoTokenizer, **options)
     model, found = _read(
-        source, AutoModelForCausalLM, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        source,
+        AutoModelForCausalLM,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # check_weights refuses them by name
+        **options,
     )
     check_weights(found, source.description)
     if tokenizer.eos_token_id is None:
@@ -168,8 +174,11 @@ def _why_not_loaded(source: Source, error: Exception) -> str:
     reason = " ".join(str(error).split())
     if "trust_remote_code" in reason:
         return f"{source.description} needs code of its own, which is never run; give a model that transformers has"
+    if isinstance(error, KeyError):
+        reason = f"its configuration has the unknown value {reason}"
     reason = reason.split(". ")[0][:300] or type(error).__name__  # the first sentence; some errors have many
-    remedy = "check the name and the network" if source.on_hub else "give undamaged files of a causal language model"
+    files = "give undamaged files of a causal language model that transformers has"
+    remedy = "check the name and the network" if source.on_hub else files
     return f"cannot load {source.description}: {reason}; {remedy}"
 
 

@@ -47,7 +47,7 @@ def check_kind(config: PreTrainedConfig, description: str) -> None:
 
 
 def check_weights(found: Any, description: str) -> None:
-    """Refuse a checkpoint that lacks weights of the model. transformers makes up random ones.
+    """Refuse a checkpoint that lacks weights of the model, which would be random.
 
     Args:
         found: what ``from_pretrained(output_loading_info=True)`` says.
@@ -56,6 +56,11 @@ def check_weights(found: Any, description: str) -> None:
     Raises:
         UserError: naming one of the weights.
     """
+    for name, stored, needed in sorted(found["mismatched_keys"]):
+        raise UserError(
+            f"{description}: {name} has the shape {tuple(stored)}, and its configuration asks for {tuple(needed)}; "
+            "give weights and configuration of one model"
+        )
     missing = sorted(found["missing_keys"])
     if missing:
         raise UserError(
@@ -86,12 +91,15 @@ def check_tokens(model: Any, tokenizer: Any, ids: Iterable[list[int]], problems:
         )
     limit = position_limit(model.config)
     if limit is not None and longest > limit:
-        raise UserError(f"a few-shot prompt may need {longest} tokens, but the model takes {limit}; lower --max-length")
+        raise UserError(
+            f"a few-shot prompt may need {longest} tokens, and the model takes {limit}; lower --max-length to "
+            f"{limit // problems}, or give a model that takes more"
+        )
 
 
 def position_limit(config: PreTrainedConfig) -> int | None:
     """Return the most tokens that a model takes, or None where it has no limit."""
     for name in ("max_position_embeddings", "max_seq_len"):  # the second is MPT's
-        if getattr(config, name, None):
+        if (getattr(config, name, None) or 0) > 0:  # -1 where there is none
             return getattr(config, name)
     return None
