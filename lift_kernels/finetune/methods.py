@@ -60,13 +60,19 @@ def prepare(model, settings: Settings, clock: Clock) -> Prepared:
         optimizer = _lift(model, settings, lr, clock)
         covered = [trainable_of(p).matrix for group in optimizer.param_groups for p in group["params"]]
         share = sum(p.numel() for p in covered) / matrices
-        print(_training_line(covered, trained_entries(optimizer), share), flush=True)
+        entries, weights = trained_entries(optimizer), sum(p.numel() for p in covered)
+        print(
+            f"training {100 * entries / weights:.3g} % of {_count(covered)} matrices: {entries:,} of {weights:,} "
+            f"weights, {_of_the_model(share)}; --extra names further weights",
+            flush=True,
+        )
         return Prepared(model, optimizer, covered, share)
     if settings.method == "lora":
         covered = [p for _, p in lift_param_groups(model, freeze_rest=True)[0]["params"]]
         model = _with_lora(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         share = sum(p.numel() for p in covered) / matrices
+        print(f"adapting {_count(covered)} matrices of linear layers, {_of_the_model(share)}", flush=True)
     else:
         trained, share = list(model.parameters()), 1.0
         covered = list(trained)
@@ -136,7 +142,12 @@ def _with_lora(model) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise UserError("method lora needs the package peft; run `pip install peft`") from error
-    return get_peft_model(model, LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear"))
+    config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear")
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:  # such as for Mamba
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise UserError(f"peft cannot adapt a {type(model).__name__}: {reason}; use --method lift") from error
 
 
 def matrices_of(model) -> list[torch.nn.Parameter]:
@@ -147,13 +158,13 @@ def matrices_of(model) -> list[torch.nn.Parameter]:
     return [p for p in model.parameters() if p.dim() in (2, 3) and id(p) not in outside]
 
 
-def _training_line(covered: Sequence[torch.Tensor], entries: int, share: float) -> str:
-    """Return what is trained, in one line. A stack counts as its matrices."""
-    matrices, weights = sum(p.shape[:-2].numel() for p in covered), sum(p.numel() for p in covered)
-    return (
-        f"training {100 * entries / weights:.3g} % of {matrices} matrices: {entries:,} of {weights:,} weights, "
-        f"{100 * share:.1f} % of the model's matrices outside embeddings and head"
-    )
+def _count(weights: Sequence[torch.Tensor]) -> int:
+    """Return the number of matrices; a stack counts as its matrices."""
+    return sum(p.shape[:-2].numel() for p in weights)
+
+
+def _of_the_model(share: float) -> str:
+    return f"{100 * share:.1f} % of the model's matrices outside embeddings and head"
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
