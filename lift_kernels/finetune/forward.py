@@ -17,6 +17,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import UserError
+from ..nn.weight_kinds import is_linear
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 """By dtype: how far logits may lie apart, relative to the largest, and still count as the same."""
@@ -97,7 +98,7 @@ def bypassed_layers(model: Any) -> list[str]:
 
     Mamba's code reads the weights of such layers itself, so a packed layer would get no gradient.
     """
-    layers = {name: m for name, m in model.named_modules() if _is_linear(m)}
+    layers = {name: m for name, m in model.named_modules() if is_linear(m)}
     called: set[str] = set()
     handles = [m.register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name, m in layers.items()]
     text = _text(model)
@@ -133,10 +134,6 @@ def _mode(model: Any, training: bool) -> Iterator[None]:
         yield
     finally:
         model.train(before)
-
-
-def _is_linear(module: torch.nn.Module) -> bool:
-    return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def _text(model: Any) -> torch.Tensor:

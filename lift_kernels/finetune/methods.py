@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..nn.packing import pack_gradients
 from ..nn.param_groups import lift_param_groups, stacked_weights
 from ..nn.trainable import trainable_of
+from ..nn.weight_kinds import LINEAR, MATRICES, weights_of
 from ..optim.lift_adamw import LiftAdamW
 from .config import LEARNING_RATES, Settings
 from .forward import bypassed_layers
@@ -55,29 +56,20 @@ def prepare(model, settings: Settings, clock: Clock) -> Prepared:
         UserError: when a package is missing.
     """
     lr = settings.lr or LEARNING_RATES[settings.method]
-    matrices = sum(p.numel() for p in matrices_of(model))
+    weights = weights_of(model)
     if settings.method in ("lift", "random"):
-        optimizer = _lift(model, settings, lr, clock)
+        optimizer: torch.optim.Optimizer = _lift(model, settings, lr, clock)
         covered = [trainable_of(p).matrix for group in optimizer.param_groups for p in group["params"]]
-        share = sum(p.numel() for p in covered) / matrices
-        entries, weights = trained_entries(optimizer), sum(p.numel() for p in covered)
-        print(
-            f"training {100 * entries / weights:.3g} % of {_count(covered)} matrices: {entries:,} of {weights:,} "
-            f"weights, {_of_the_model(share)}; --extra names further weights",
-            flush=True,
-        )
-        return Prepared(model, optimizer, covered, share)
-    if settings.method == "lora":
-        covered = [p for _, p in lift_param_groups(model, freeze_rest=True)[0]["params"]]
-        model = _with_lora(model)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        share = sum(p.numel() for p in covered) / matrices
-        print(f"adapting {_count(covered)} matrices of linear layers, {_of_the_model(share)}", flush=True)
     else:
-        trained, share = list(model.parameters()), 1.0
-        covered = list(trained)
-    dense = torch.optim.AdamW(trained, lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
-    return Prepared(model, dense, covered, share)
+        covered = [w.parameter for w in weights if settings.method == "full" or w.kind == LINEAR]
+        if settings.method == "lora":
+            model = _with_lora(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
+    matrices = {id(w.parameter): w.numel for w in weights if w.kind in MATRICES}
+    share = sum(matrices.get(id(p), 0) for p in covered) / sum(matrices.values())
+    print(_training_line(settings.method, covered, trained_entries(optimizer), share), flush=True)
+    return Prepared(model, optimizer, covered, share)
 
 
 def _lift(model, settings: Settings, lr: float, clock: Clock) -> LiftAdamW:
@@ -120,9 +112,8 @@ def _lift(model, settings: Settings, lr: float, clock: Clock) -> LiftAdamW:
 
 def _bypassed_weights(model) -> dict[str, torch.nn.Parameter]:
     """Return the weights of linear layers that the model never calls, by name, and say so."""
-    matrices = {id(p) for p in matrices_of(model)}
-    weights = {f"{name}.weight": model.get_submodule(name).weight for name in bypassed_layers(model)}
-    found = {name: p for name, p in weights.items() if id(p) in matrices}
+    layers = set(bypassed_layers(model))
+    found = {w.name: w.parameter for w in weights_of(model) if w.kind == LINEAR and w.name.rpartition(".")[0] in layers}
     if found:
         print(
             f"the model reads the weights of {len(found)} linear layers and never calls them, for example "
@@ -150,21 +141,19 @@ def _with_lora(model) -> Any:
         raise UserError(f"peft cannot adapt a {type(model).__name__}: {reason}; use --method lift") from error
 
 
-def matrices_of(model) -> list[torch.nn.Parameter]:
-    """Return the matrices and stacks of matrices of a model, outside embeddings and head."""
-    outside = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    head = model.get_output_embeddings()
-    outside |= {id(head.weight)} if head is not None else set()
-    return [p for p in model.parameters() if p.dim() in (2, 3) and id(p) not in outside]
-
-
-def _count(weights: Sequence[torch.Tensor]) -> int:
-    """Return the number of matrices; a stack counts as its matrices."""
-    return sum(p.shape[:-2].numel() for p in weights)
-
-
-def _of_the_model(share: float) -> str:
-    return f"{100 * share:.1f} % of the model's matrices outside embeddings and head"
+def _training_line(method: str, covered: Sequence[torch.Tensor], entries: int, share: float) -> str:
+    """Return what is trained, in one line. A stack counts as its matrices."""
+    matrices, weights = sum(p.shape[:-2].numel() for p in covered if p.dim() > 1), sum(p.numel() for p in covered)
+    of_model = f"{100 * share:.1f} % of the model's matrices outside embeddings and head"
+    if method == "full":
+        return f"training all {weights:,} weights"
+    if method == "lora":
+        return f"adapting {matrices} matrices of linear layers by {entries:,} numbers, {of_model}"
+    further = "" if share == 1 else "; --extra REGEX trains further ones"
+    return (
+        f"training {100 * entries / weights:.3g} % of {matrices} matrices: {entries:,} of {weights:,} weights, "
+        f"{of_model}{further}"
+    )
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
