@@ -86,6 +86,8 @@ class Settings:
         for field in ("refresh_interval", "seed", "save_steps"):
             if getattr(self, field) < 0:
                 raise UserError(f"{field} is {getattr(self, field)}; it must not be negative")
+        if self.seed >= 2**32:
+            raise UserError(f"seed is {self.seed}; it must be below 2^32")
         if not 0 < self.density <= 1:
             raise UserError(f"density is {self.density}; it must be above 0 and at most 1")
         if not 0 <= self.refresh_drift <= 1:
@@ -100,7 +102,7 @@ class Settings:
             raise UserError(f"extra is {self.extra!r}, no regular expression: {error}; correct --extra") from error
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("device is cuda, but PyTorch sees no CUDA device; use --device cpu")
-        if self.name is not None and Path(self.name).name != self.name:
+        if self.name is not None and (Path(self.name).name != self.name or self.name == ".."):
             raise UserError(
                 f"name {self.name!r} must be a plain directory name; choose its parent directory with --output"
             )

@@ -117,7 +117,7 @@ def explained(model: Any) -> Iterator[None]:
     """Turn whatever the code of an unknown architecture raises into one line."""
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise UserError(

@@ -101,6 +101,16 @@ def run(settings: Settings, resumed: bool = False) -> report.Report:
     Raises:
         UserError: for input that cannot be used.
     """
+    try:
+        return _run(settings, resumed)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the memory of the device does not suffice; lower --batch-size ({settings.batch_size}) or --max-length "
+            f"({settings.max_length}), or take --dtype bfloat16"
+        ) from error
+
+
+def _run(settings: Settings, resumed: bool) -> report.Report:
     timer = PhaseTimer()
     timer.begin("load", "loading the model")
     job = _load(settings, resumed)
@@ -248,7 +258,7 @@ def _train(job: Run, method: Method) -> list[float]:
     )
     try:
         trainer.train_from(method.checkpoint)
-    except UserError:
+    except Exception:
         trainer.callback_handler.on_train_end(arguments, trainer.state, trainer.control)  # closes the progress bar
         raise
     job.clock.separate_refreshes()
@@ -312,10 +322,10 @@ def _write_report(
     """Write answers, plot and report, and print the table."""
     rows = zip(job.heldout, before[1], after[1], strict=True)
     report.write_answers(
-        job.folder / "answers.jsonl",
+        job.folder / run_dir.ANSWERS,
         [{"question": p.question, "expected": p.answer, "before": b, "after": a} for p, b, a in rows],
     )
-    report.plot_losses(results, losses, list(job.clock.refreshes), job.folder / "loss.png")
+    report.plot_losses(results, losses, list(job.clock.refreshes), job.folder / run_dir.PLOT)
     report.write_json(results, job.folder / run_dir.REPORT)  # written last: a run with a report is finished
     run_dir.finish(job.folder)
     print(f"\n{report.table(results)}\n\nwritten to {job.folder}: report.json, answers.jsonl, loss.png, model/")

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from helpers.finetune_runs import refused
 from transformers import (
     BartConfig,
@@ -21,6 +22,7 @@ from lift_kernels.cli import main
 from lift_kernels.errors import UserError
 from lift_kernels.finetune import model_io
 from lift_kernels.finetune.model_kinds import position_limit
+from lift_kernels.finetune.trainer import AnswerTrainer
 
 
 def test_modelio_bundled_model_is_found_without_importing_its_package(tmp_path, monkeypatch):
@@ -96,6 +98,8 @@ def test_finetune_damaged_weights_are_one_line(tmp_path, capsys, tiny):
             ["--extra", "proj", "--method", "full"],
             "extra is 'proj', and method full has no use for it; leave out --extra",
         ),
+        (["--seed", "4294967296"], "seed is 4294967296; it must be below 2^32"),
+        (["--name", ".."], "name '..' must be a plain directory name"),
         (["--name", "a/b"], "name 'a/b'"),
         (["--max-length", "5"], "at most 5 tokens"),
         (["--lr", "1e30", "--refresh-interval", "0"], "choose a lower --lr"),
@@ -186,6 +190,18 @@ def test_finetune_never_overwrites_a_run(capsys, tiny, tmp_path):
     assert (tmp_path / "mine" / "report.json").read_text() == "precious"
     (tmp_path / "file").touch()
     assert "cannot create" in refused(capsys, "--model", str(tiny), "--output", str(tmp_path / "file"))
+
+
+def test_finetune_out_of_memory_is_one_line(capsys, tiny, tmp_path, monkeypatch):
+    def compute_loss(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(AnswerTrainer, "compute_loss", compute_loss)
+    message = refused(capsys, "--model", str(tiny), "--output", str(tmp_path), "--eval-problems", "2", "--rank", "8")
+    assert message == (
+        "error: the memory of the device does not suffice; lower --batch-size (8) or --max-length (512), or take "
+        "--dtype bfloat16"
+    )
 
 
 def test_command_line_needs_a_known_command(capsys):
