@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: setup finetune test cross bench report lint wheel clean
+.PHONY: setup finetune test architectures cross bench report lint wheel clean
 setup: $(VENV)/.native
 
 $(VENV)/.packages: .ci/requirements.txt
@@ -32,6 +32,13 @@ test: setup
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -p no:cacheprovider -m interpreter $(ARGS); interpreted=$$?; \
 	wait $$slow; slow=$$?; cat $(VENV)/slow.log; \
 	exit $$((plain ? plain : interpreted ? interpreted : slow))
+
+# Fine-tunes tiny random models of twelve architectures, makes their deltas and applies them; a minute.
+architectures: export OMP_WAIT_POLICY ?= passive
+architectures: export GOMP_SPINCOUNT ?= 0
+architectures: setup
+	@PYTHONPATH=.:python_tests $(BIN)/python -m helpers.architecture_runs $(ARGS) 2> $(VENV)/architectures.log \
+	|| { tail $(VENV)/architectures.log; exit 1; }
 
 # Other machines: the extension compiled for aarch64, and the CPU kernels in emulation. As root it installs the tools; a minute.
 cross: setup

@@ -35,6 +35,12 @@ def add_parser(commands: Any) -> None:
     add("--density", type=float, help="share of each matrix that is trained (default: 0.05)")
     add("--rank", type=int, help="rank of the approximation that selects the entries (default: 64)")
     add("--budget-rank", type=int, help="train (rows + columns) x this many entries per matrix, instead of --density")
+    add(
+        "--extra",
+        metavar="REGEX",
+        help="further weights to train beside the linear layers, by name (default: stacked expert weights (3-D); "
+        "'' for none)",
+    )
     add("--refresh-interval", type=int, metavar="STEPS", help="steps between mask refreshes, 0 for none (default: 25)")
     add(
         "--refresh-drift",

@@ -58,7 +58,7 @@ def write_report(model_name: str | None, density: float, rank: int, budget_rank:
     require(not existing.exists(), f"{folder} already holds a report; choose another --output", FileError)
     source = find_model(model_name)
     model, _ = load_model(source, torch.float32)
-    (group,) = lift_param_groups(model)
+    group = lift_param_groups(model)[0]
     rows, picture = report_of(dict(group["params"]), density, rank, budget_rank)
     try:
         folder.mkdir(parents=True, exist_ok=True)

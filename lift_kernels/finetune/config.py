@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,8 @@ class Settings:
         density: share of each matrix that is trained.
         rank: rank of the approximation that selects the entries.
         budget_rank: train (rows + columns) x budget_rank entries per matrix, in place of density.
+        extra: regular expression; weights outside linear layers whose names match are trained too.
+            None trains stacks of matrices (3-D), such as experts; "" trains none.
         refresh_interval: steps between mask refreshes; 0 for none.
         refresh_drift: a mask is refreshed when this share of its entries would change, by
             prediction; 0 refreshes every mask. Method random has no drift.
@@ -56,6 +59,7 @@ class Settings:
     density: float = 0.05
     rank: int = 64
     budget_rank: int | None = None
+    extra: str | None = None
     refresh_interval: int = 25
     refresh_drift: float = REFRESH_DRIFT
     steps: int = 60
@@ -82,15 +86,23 @@ class Settings:
         for field in ("refresh_interval", "seed", "save_steps"):
             if getattr(self, field) < 0:
                 raise UserError(f"{field} is {getattr(self, field)}; it must not be negative")
+        if self.seed >= 2**32:
+            raise UserError(f"seed is {self.seed}; it must be below 2^32")
         if not 0 < self.density <= 1:
             raise UserError(f"density is {self.density}; it must be above 0 and at most 1")
         if not 0 <= self.refresh_drift <= 1:
             raise UserError(f"refresh_drift is {self.refresh_drift}; it must be at least 0 and at most 1")
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise UserError(f"lr is {self.lr}; it must be a positive number")
+        if self.extra is not None and self.method not in ("lift", "random"):
+            raise UserError(f"extra is {self.extra!r}, and method {self.method} has no use for it; leave out --extra")
+        try:
+            re.compile(self.extra or "")
+        except re.error as error:
+            raise UserError(f"extra is {self.extra!r}, no regular expression: {error}; correct --extra") from error
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("device is cuda, but PyTorch sees no CUDA device; use --device cpu")
-        if self.name is not None and Path(self.name).name != self.name:
+        if self.name is not None and (Path(self.name).name != self.name or self.name == ".."):
             raise UserError(
                 f"name {self.name!r} must be a plain directory name; choose its parent directory with --output"
             )

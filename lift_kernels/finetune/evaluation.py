@@ -1,20 +1,17 @@
-"""Losses, greedy answers and exact match of a model on question/answer problems."""
+"""Losses of a model on question/answer problems, and the numbers in its answers."""
 
 from __future__ import annotations
 
-import copy
-import inspect
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import DynamicCache
 
-from .prompts import IGNORE, Example, collate, opening, prompt
+from .forward import form_of, logits_at
+from .prompts import IGNORE, Example, collate, opening
 
 # Prose without arithmetic. A rise of its loss shows how much the model forgot in fine-tuning.
 NEUTRAL_TEXT = (
@@ -79,7 +76,7 @@ def answer_loss(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, in
     """Return the summed cross-entropy of the labelled tokens of a batch, and their number.
 
     The head runs only on columns that some label needs. With a large vocabulary the head is a large
-    part of the work.
+    part of the work. A model that reads padding as input gets one row at a time, without padding.
 
     Args:
         model: a causal language model.
@@ -89,14 +86,12 @@ def answer_loss(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, in
         The loss in nats, a scalar with a gradient, and the number of labelled tokens.
     """
     mask, labels = batch["attention_mask"], batch["labels"]
+    if not form_of(model).padding and not mask.all():
+        rows = [{key: value[i : i + 1, mask[i] == 1] for key, value in batch.items()} for i in range(len(mask))]
+        losses, counts = zip(*(answer_loss(model, row) for row in rows), strict=True)
+        return torch.stack(losses).sum(), sum(counts)
     columns = (labels != IGNORE).any(0).nonzero()[:, 0]
-    logits = model(
-        input_ids=batch["input_ids"],
-        attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        logits_to_keep=columns - 1,
-        use_cache=False,
-    ).logits
+    logits = logits_at(model, batch["input_ids"], mask, columns - 1)
     target = labels[:, columns].flatten()
     loss = cross_entropy(logits.flatten(0, 1).float(), target, ignore_index=IGNORE, reduction="sum")
     return loss, int((target != IGNORE).sum())
@@ -128,114 +123,3 @@ def neutral_examples(tokenizer) -> list[Example]:
     start = opening(tokenizer)
     encoded = [start + tokenizer(text, add_special_tokens=False)["input_ids"] for text in NEUTRAL_TEXT]
     return [{"input_ids": ids, "labels": [IGNORE, *ids[1:]]} for ids in encoded]
-
-
-@dataclass(frozen=True)
-class _PrefixCache:
-    """Key-value cache of a token prefix that every batch of prompts continues."""
-
-    length: int
-    cache: DynamicCache
-    argument: str  # the model's name for its cache argument
-
-    def repeat(self, rows: int) -> dict[str, DynamicCache]:
-        """Return a copy for a batch of so many rows, as an argument of the model."""
-        cache = copy.deepcopy(self.cache)
-        cache.batch_repeat_interleave(rows)
-        return {self.argument: cache}
-
-
-def _cache_prefix(model, prefix: list[int]) -> _PrefixCache:
-    """Run a prefix (token ids) through the model once."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft hides the signature
-    # transformers is renaming the argument, so that both names have to work.
-    argument = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
-    cache = DynamicCache(config=model.config)
-    ids = torch.tensor([prefix], device=model.device)
-    model(input_ids=ids, use_cache=True, logits_to_keep=1, **{argument: cache})
-    return _PrefixCache(len(prefix), cache, argument)
-
-
-def _stop_tokens(tokenizer, device: torch.device) -> torch.Tensor:
-    """Return the ids of the end-of-text token and of every token with a newline."""
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    newlines = [i for i, text in enumerate(texts) if "\n" in text]
-    return torch.tensor([*newlines, tokenizer.eos_token_id], device=device)
-
-
-def _continue_greedily(
-    model, batch: dict[str, torch.Tensor], prefix: _PrefixCache, stops: torch.Tensor, pad: int, max_new_tokens: int
-) -> torch.Tensor:
-    """Continue the prompts of a batch until each row has a stop token.
-
-    Args:
-        model: a causal language model.
-        batch: prompts without the prefix, padded on the left, as from `collate`.
-        prefix: cache of the tokens in front of every prompt.
-        stops: ids of the tokens that end a row.
-        pad: id of the token that fills a row after its end.
-        max_new_tokens: most tokens of a row.
-
-    Returns:
-        The new token ids, (rows, new tokens).
-    """
-    device, rows = model.device, len(batch["input_ids"])
-    ids = batch["input_ids"].to(device)
-    mask = torch.cat([torch.ones(rows, prefix.length, dtype=torch.long), batch["attention_mask"]], 1).to(device)
-    positions = (mask.cumsum(-1) - 1)[:, prefix.length :]
-    cache = prefix.repeat(rows)
-    done = torch.zeros(rows, dtype=torch.bool, device=device)
-    written = []
-    for _ in range(max_new_tokens):
-        out = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions.clamp(min=0),
-            use_cache=True,
-            logits_to_keep=1,
-            **cache,
-        )
-        ids = out.logits[:, -1].argmax(-1, keepdim=True).masked_fill(done[:, None], pad)
-        done |= torch.isin(ids[:, 0], stops)
-        written.append(ids)
-        if done.all():
-            break
-        mask = torch.cat([mask, mask.new_ones(rows, 1)], 1)
-        positions = positions[:, -1:] + 1
-    return torch.cat(written, 1)
-
-
-@torch.no_grad()
-def greedy_answers(
-    model, tokenizer, questions: Sequence[str], prefix: list[int], max_new_tokens: int, batch_size: int, title: str
-) -> list[str]:
-    """Answer questions by greedy decoding after a common prefix.
-
-    The prefix runs through the model once. Every batch continues a copy of its key-value cache.
-
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        questions: questions to answer.
-        prefix: token ids in front of every prompt.
-        max_new_tokens: most tokens of an answer.
-        batch_size: questions per batch.
-        title: text of the progress bar.
-
-    Returns:
-        One answer per question, up to the first newline.
-    """
-    model.eval()
-    cached, stops = _cache_prefix(model, prefix), _stop_tokens(tokenizer, model.device)
-    encoded = [tokenizer(prompt(q), add_special_tokens=False)["input_ids"] for q in questions]
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    answers = [""] * len(encoded)
-    with tqdm(total=len(encoded), desc=title, unit="problem") as bar:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = collate([{"input_ids": encoded[i], "labels": encoded[i]} for i in chosen], tokenizer.pad_token_id)
-            new = _continue_greedily(model, batch, cached, stops, tokenizer.pad_token_id, max_new_tokens)
-            for i, text in zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-                answers[i] = text.split("\n")[0].strip()
-            bar.update(len(chosen))
-    return answers

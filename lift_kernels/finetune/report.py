@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.atomic_file import write_atomic
+from ..checkpoint.atomic_file import AtomicFile, write_atomic
 
 Report = dict[str, Any]  # flat, with dotted keys such as "heldout_loss.before"
 
@@ -77,7 +77,7 @@ def write_json(report: Report, path: Path) -> None:
 
 def write_answers(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write questions with their answers before and after training, one JSON object per line."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def plot_losses(report: Report, losses: Sequence[float], refresh_steps: Sequence[int], path: Path) -> None:
@@ -110,4 +110,5 @@ def plot_losses(report: Report, losses: Sequence[float], refresh_steps: Sequence
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(bottom=0)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    with AtomicFile(path) as file:
+        figure.savefig(file, format="png", dpi=150)

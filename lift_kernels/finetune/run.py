@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 
 import torch
 import transformers
-from torch import nn
 from transformers import TrainingArguments
 
 from ..checkpoint.atomic_file import write_atomic
@@ -19,8 +18,11 @@ from ..optim.lift_adamw import LiftAdamW
 from . import evaluation, prompts, report, run_dir
 from .config import DTYPES, Settings
 from .data import SHOTS, choose_problems, encode_short, training_sequences
+from .decoding import greedy_answers
+from .forward import form_of
 from .methods import CLIP_NORM, prepare, state_bytes, trained_entries
-from .model_io import Source, find_model, load_model
+from .model_io import Source, find_model, load_model, stored_dtype
+from .model_kinds import check_tokens
 from .prompts import Example
 from .timing import Clock, PhaseTimer
 from .trainer import AnswerTrainer
@@ -73,13 +75,15 @@ class Method:
 
     Attributes:
         optimizer: optimizer of the trained parameters.
-        covered: weight matrices that the method adapts, in whole or in part.
+        covered: weights that the method adapts, in whole or in part.
+        share: their share of the model's matrices outside embeddings and head.
         identity: fingerprints of the frozen weights and the training data (`run_dir.identity`).
         checkpoint: state of the interrupted run, or None at the start.
     """
 
     optimizer: torch.optim.Optimizer
-    covered: list[nn.Parameter]
+    covered: list[torch.Tensor]
+    share: float
     identity: dict[str, str]
     checkpoint: dict[str, Any] | None
 
@@ -97,6 +101,16 @@ def run(settings: Settings, resumed: bool = False) -> report.Report:
     Raises:
         UserError: for input that cannot be used.
     """
+    try:
+        return _run(settings, resumed)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the memory of the device does not suffice; lower --batch-size ({settings.batch_size}) or --max-length "
+            f"({settings.max_length}), or take --dtype bfloat16"
+        ) from error
+
+
+def _run(settings: Settings, resumed: bool) -> report.Report:
     timer = PhaseTimer()
     timer.begin("load", "loading the model")
     job = _load(settings, resumed)
@@ -126,13 +140,18 @@ def _load(settings: Settings, resumed: bool) -> Run:
     device = "cuda" if settings.device == "auto" and torch.cuda.is_available() else settings.device
     model.to(torch.device("cpu" if device == "auto" else device))
     print(f"model: {source.description}, {settings.dtype}, on {model.device}\ndata: {data}")
+    stored = stored_dtype(source)
+    if stored not in (None, DTYPES[settings.dtype]):
+        name = str(stored).removeprefix("torch.")
+        print(
+            f"dtype: stored as {name}, trained and saved as {settings.dtype}; --dtype {name} trains it as it is. To "
+            f"apply a delta of this run in Python, load the base with dtype=torch.{settings.dtype}"
+        )
+    form_of(model)  # refuses a model that cannot be called, before the run has a directory
     _, examples = encode_short(tokenizer, problems, settings.max_length, "training")
     heldout, encoded = encode_short(tokenizer, heldout, settings.max_length, "held-out")
     _, shown = encode_short(tokenizer, shots, settings.max_length, "few-shot")
-    longest = (SHOTS + 1) * max(len(e["input_ids"]) for e in [*examples, *encoded, *shown])
-    limit = getattr(model.config, "max_position_embeddings", None) or longest
-    if longest > limit:
-        raise UserError(f"a few-shot prompt may need {longest} tokens, but the model takes {limit}; lower --max-length")
+    check_tokens(model, tokenizer, [e["input_ids"] for e in [*examples, *encoded, *shown]], SHOTS + 1)
     sequences, batch_rows = training_sequences(tokenizer, examples, settings.batch_size)
     folder = Path(settings.output) / str(settings.name) if resumed else run_dir.make_folder(settings)
     if resumed:
@@ -158,14 +177,15 @@ def _load(settings: Settings, resumed: bool) -> Run:
 def _prepare(job: Run, resumed: bool) -> Method:
     """Set up the method with its masks, and find the checkpoint of a resumed run."""
     try:
-        job.model, optimizer, covered = prepare(job.model, job.settings, job.clock)
+        ready = prepare(job.model, job.settings, job.clock)
+        job.model = ready.model
         identity = run_dir.identity(job.model, job.sequences)
         checkpoint = run_dir.find_checkpoint(job.folder, identity) if resumed else None
     except ValueError as error:  # an option that does not fit this model's matrices, or weights that are not finite
         raise UserError(str(error)) from error
     if checkpoint is not None:
         print(f"resuming after step {checkpoint['step']}", flush=True)
-    return Method(optimizer, covered, identity, checkpoint)
+    return Method(ready.optimizer, ready.covered, ready.share, identity, checkpoint)
 
 
 def _measure_before(job: Run) -> Measurement:
@@ -189,9 +209,7 @@ def _measure(job: Run, when: str) -> Measurement:
         model, tokenizer, evaluation.neutral_examples(tokenizer), EVAL_BATCH, f"neutral loss {when}"
     )
     questions = [problem.question for problem in job.heldout]
-    answers = evaluation.greedy_answers(
-        model, tokenizer, questions, job.prefix, longest + 8, GENERATION_BATCH, f"answers {when}"
-    )
+    answers = greedy_answers(model, tokenizer, questions, job.prefix, longest + 8, GENERATION_BATCH, f"answers {when}")
     correct = sum(evaluation.same_number(a, p.answer) for a, p in zip(answers, job.heldout, strict=True))
     low, high = evaluation.wilson_interval(correct, len(job.heldout))
     figures = {
@@ -240,7 +258,7 @@ def _train(job: Run, method: Method) -> list[float]:
     )
     try:
         trainer.train_from(method.checkpoint)
-    except UserError:
+    except Exception:
         trainer.callback_handler.on_train_end(arguments, trainer.state, trainer.control)  # closes the progress bar
         raise
     job.clock.separate_refreshes()
@@ -258,6 +276,7 @@ def _save(job: Run, method: Method) -> dict[str, Any]:
     return {
         "entries": entries,
         "covered_weights": weights,
+        "covered_share": method.share,
         "density": entries / weights,
         "optimizer_state_bytes.measured": state,
         "optimizer_state_bytes.dense": 8 * weights,  # two fp32 moments
@@ -303,10 +322,10 @@ def _write_report(
     """Write answers, plot and report, and print the table."""
     rows = zip(job.heldout, before[1], after[1], strict=True)
     report.write_answers(
-        job.folder / "answers.jsonl",
+        job.folder / run_dir.ANSWERS,
         [{"question": p.question, "expected": p.answer, "before": b, "after": a} for p, b, a in rows],
     )
-    report.plot_losses(results, losses, list(job.clock.refreshes), job.folder / "loss.png")
+    report.plot_losses(results, losses, list(job.clock.refreshes), job.folder / run_dir.PLOT)
     report.write_json(results, job.folder / run_dir.REPORT)  # written last: a run with a report is finished
     run_dir.finish(job.folder)
     print(f"\n{report.table(results)}\n\nwritten to {job.folder}: report.json, answers.jsonl, loss.png, model/")

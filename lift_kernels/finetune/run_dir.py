@@ -25,6 +25,7 @@ from .model_io import save_model
 from .prompts import Example
 
 CHECKPOINT, SETTINGS, BEFORE, REPORT = "checkpoint.safetensors", "settings.json", "before.json", "report.json"
+ANSWERS, PLOT = "answers.jsonl", "loss.png"
 
 
 def make_folder(settings: Settings) -> Path:
@@ -150,7 +151,7 @@ def save_once(model, tokenizer, folder: Path) -> None:
 
 def clean(folder: Path) -> None:
     """Remove the temporary files of a killed run, which were not complete."""
-    for name in (CHECKPOINT, SETTINGS, BEFORE, REPORT, "model"):
+    for name in (CHECKPOINT, SETTINGS, BEFORE, REPORT, ANSWERS, PLOT, "model"):
         for path in folder.glob(f".{name}.*"):
             if path.is_dir():
                 shutil.rmtree(path)

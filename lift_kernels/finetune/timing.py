@@ -80,7 +80,9 @@ class Clock(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         middle = self.now()
         self.forward_backward.append(middle - self.start)
-        self.gradient_bytes = storage_bytes(p.grad for p in kwargs["model"].parameters() if p.grad is not None)
+        # A hook packs the gradient of a stack of matrices into ``lift_grad``.
+        held = (getattr(p, name, None) for p in kwargs["model"].parameters() for name in ("grad", "lift_grad"))
+        self.gradient_bytes = storage_bytes(gradient for gradient in held if gradient is not None)
         self.start = middle
 
     def on_optimizer_step(self, args, state, control, **kwargs):

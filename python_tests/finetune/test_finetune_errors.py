@@ -1,11 +1,28 @@
 """What the fine-tuning command refuses: models, options and output folders."""
 
+import copy
+import json
+import shutil
+
 import pytest
+import torch
 from helpers.finetune_runs import refused
+from transformers import (
+    BartConfig,
+    BloomConfig,
+    Gemma3Config,
+    GPT2Config,
+    LlamaConfig,
+    MptConfig,
+    ViTConfig,
+    XLNetConfig,
+)
 
 from lift_kernels.cli import main
 from lift_kernels.errors import UserError
 from lift_kernels.finetune import model_io
+from lift_kernels.finetune.model_kinds import position_limit
+from lift_kernels.finetune.trainer import AnswerTrainer
 
 
 def test_modelio_bundled_model_is_found_without_importing_its_package(tmp_path, monkeypatch):
@@ -75,15 +92,94 @@ def test_finetune_damaged_weights_are_one_line(tmp_path, capsys, tiny):
         (["--refresh-drift", "-0.1"], "refresh_drift is -0.1"),
         (["--refresh-drift", "1.5"], "refresh_drift is 1.5"),
         (["--refresh-drift", "nan"], "refresh_drift is nan"),
+        (["--extra", "("], "extra is '(', no regular expression: "),
+        (["--extra", "none"], "extra='none' matches no further matrix of LlamaForCausalLM"),
+        (
+            ["--extra", "proj", "--method", "full"],
+            "extra is 'proj', and method full has no use for it; leave out --extra",
+        ),
+        (["--seed", "4294967296"], "seed is 4294967296; it must be below 2^32"),
+        (["--name", ".."], "name '..' must be a plain directory name"),
         (["--name", "a/b"], "name 'a/b'"),
         (["--max-length", "5"], "at most 5 tokens"),
-        (["--rank", "4096"], "4096"),
         (["--lr", "1e30", "--refresh-interval", "0"], "choose a lower --lr"),
     ],
 )
 def test_finetune_refuses_bad_options(capsys, tiny, tmp_path, arguments, message):
     short = ["--model", str(tiny), "--output", str(tmp_path), "--eval-problems", "2", "--rank", "8"]
     assert message in refused(capsys, *short, *arguments)
+
+
+KINDS = {
+    "quantized": (
+        LlamaConfig,
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        "is quantized (gptq), and",
+    ),
+    "translator": (BartConfig, {}, "is an encoder-decoder (bart); give a causal language model for text"),
+    "pictures": (ViTConfig, {}, "is a vit model, which does not generate text; give a causal language model"),
+    "pictures and text": (Gemma3Config, {}, "is a gemma3 model, which takes more than text; give a causal"),
+    "reward": (
+        LlamaConfig,
+        {"architectures": ["LlamaForSequenceClassification"]},
+        "holds a LlamaForSequenceClassification, which does not generate text; give a causal language model",
+    ),
+    "own code": (
+        LlamaConfig,
+        {"model_type": "martian", "auto_map": {"AutoConfig": "code.Config"}},
+        "needs code of its own, which is never run; give a model that transformers has",
+    ),
+    "unknown value": (
+        LlamaConfig,
+        {"hidden_act": "wiggle"},
+        "its configuration has the unknown value 'wiggle'; give undamaged files",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_finetune_refuses_other_kinds_of_models_before_it_reads_their_weights(tmp_path, capsys, tokenizer, kind):
+    config, changes, message = KINDS[kind]
+    tokenizer.save_pretrained(tmp_path)
+    saved = {"model_type": config.model_type, **config(num_hidden_layers=1).to_dict(), **changes}
+    (tmp_path / "config.json").write_text(json.dumps(saved, default=str))
+    (tmp_path / "model.safetensors").touch()
+    said = refused(capsys, "--model", str(tmp_path))
+    assert f"{tmp_path} (safetensors)" in said and message in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 3}, "lacks 9 weights of the model, for example model.layers.2.input_layernorm.weight"),
+        ({"vocab_size": 300}, "lm_head.weight has the shape (258, 32), and its configuration asks for (300, 32)"),
+        ({"max_position_embeddings": 40}, "tokens, and the model takes 40; lower --max-length to 8, or give"),
+    ],
+)
+def test_finetune_refuses_weights_that_do_not_fit(tmp_path, capsys, tiny, changes, message):
+    """transformers would make up random weights where they are missing or have another shape."""
+    shutil.copytree(tiny, tmp_path / "model")
+    config = json.loads((tiny / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | changes))
+    assert message in refused(capsys, "--model", str(tmp_path / "model"), "--output", str(tmp_path / "runs"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_finetune_refuses_a_tokenizer_of_another_model(tmp_path, capsys, tiny, tokenizer):
+    shutil.copytree(tiny, tmp_path / "model")
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["Question"])
+    other.save_pretrained(tmp_path / "model")
+    message = refused(capsys, "--model", str(tmp_path / "model"), "--output", str(tmp_path / "runs"))
+    assert "the tokenizer gives token 258, and the model has 258 embeddings" in message
+
+
+def test_the_limit_of_positions_has_several_names():
+    assert position_limit(LlamaConfig(max_position_embeddings=77)) == 77
+    assert position_limit(GPT2Config(n_positions=88)) == 88
+    assert position_limit(MptConfig(max_seq_len=99)) == 99
+    assert position_limit(BloomConfig()) is None
+    assert position_limit(XLNetConfig()) is None, "XLNet says -1"
 
 
 def test_finetune_never_overwrites_a_run(capsys, tiny, tmp_path):
@@ -94,6 +190,18 @@ def test_finetune_never_overwrites_a_run(capsys, tiny, tmp_path):
     assert (tmp_path / "mine" / "report.json").read_text() == "precious"
     (tmp_path / "file").touch()
     assert "cannot create" in refused(capsys, "--model", str(tiny), "--output", str(tmp_path / "file"))
+
+
+def test_finetune_out_of_memory_is_one_line(capsys, tiny, tmp_path, monkeypatch):
+    def compute_loss(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(AnswerTrainer, "compute_loss", compute_loss)
+    message = refused(capsys, "--model", str(tiny), "--output", str(tmp_path), "--eval-problems", "2", "--rank", "8")
+    assert message == (
+        "error: the memory of the device does not suffice; lower --batch-size (8) or --max-length (512), or take "
+        "--dtype bfloat16"
+    )
 
 
 def test_command_line_needs_a_known_command(capsys):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lift_kernels.finetune import evaluation, prompts, word_problems
+from lift_kernels.finetune import decoding, evaluation, prompts, word_problems
 
 
 def test_evaluation_answer_loss_is_the_mean_over_answer_tokens_whatever_the_padding(tiny, tokenizer):
@@ -25,7 +25,7 @@ def test_evaluation_greedy_answers_with_a_shared_prefix_equal_generate(tiny, tok
     shots = [prompts.encode(tokenizer, p) for p in word_problems.generate(2, "train")]
     prefix = prompts.join(tokenizer, shots)["input_ids"]
     questions = [p.question for p in word_problems.generate(5, "heldout")]
-    answers = evaluation.greedy_answers(model, tokenizer, questions, prefix, 12, 2, "answers")
+    answers = decoding.greedy_answers(model, tokenizer, questions, prefix, 12, 2, "answers")
     for question, answer in zip(questions, answers, strict=True):
         ids = torch.tensor([prefix + tokenizer(prompts.prompt(question))["input_ids"]])
         out = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]

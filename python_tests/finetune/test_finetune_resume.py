@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from helpers.bits import HANG_S
 from helpers.finetune_runs import assert_same_end, make_runs_cheap, make_settings
+from helpers.interrupted_runs import interrupted
 from helpers.tiny_llama import save_tiny
 from safetensors.torch import load_file, save_file
 
@@ -21,10 +22,8 @@ from lift_kernels.checkpoint import load_checkpoint
 from lift_kernels.cli import main
 from lift_kernels.errors import UserError
 from lift_kernels.finetune import run_dir, trainer, word_problems
-from lift_kernels.finetune.config import Settings
 from lift_kernels.finetune.run import run
 from lift_kernels.finetune.run_dir import settings_of
-from lift_kernels.finetune.trainer import AnswerTrainer
 
 
 @pytest.fixture(scope="module")
@@ -35,21 +34,6 @@ def tiny(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def cheap_runs(monkeypatch):
     make_runs_cheap(monkeypatch.setattr)
-
-
-def interrupted(monkeypatch, settings: Settings, after: int, resumed: bool = False) -> None:
-    """Run and stop in the forward pass that follows step ``after``."""
-    original = AnswerTrainer.compute_loss
-
-    def compute_loss(self, *args, **kwargs):
-        if len(self.losses) == after:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(AnswerTrainer, "compute_loss", compute_loss)
-        with pytest.raises(KeyboardInterrupt):
-            run(settings, resumed)
 
 
 FORMS = {
