@@ -85,7 +85,9 @@ def pack_gradients(
         if layers[name]:
             for _, module in layers[name]:
                 module.lift_backend, module.lift_number = backend, number  # type: ignore[assignment]
-            trained.append((f"{name.removesuffix('weight')}values", _pack_layers(layers[name], masks[name].indices)))
+            trained.append(
+                (f"{name.removesuffix('weight')}values", _pack_layers(layers[name], masks[name].indices, required[p]))
+            )
         else:
             pack_on_accumulate(p.requires_grad_(True), masks[name].indices, number)
             trained.append((name, p))
@@ -149,11 +151,13 @@ def _check_layers(layers: dict[str, list[tuple[str, nn.Module]]]) -> None:
             PackedLinear.check(module, name)
 
 
-def _pack_layers(members: list[tuple[str, nn.Module]], indices: Tensor) -> nn.Parameter:
-    """Convert the layers that share one weight, and return the values that they share."""
+def _pack_layers(members: list[tuple[str, nn.Module]], indices: Tensor, required: bool) -> nn.Parameter:
+    """Convert the layers that share one weight, and return the values that they share.
+
+    ``required`` is the weight's ``requires_grad`` before anything was frozen.
+    """
     values: nn.Parameter | None = None
     weight = members[0][1].get_parameter("weight")
-    required = weight.requires_grad
     for name, module in members:
         cls = _class_of(module)
         assert cls is not None

@@ -167,6 +167,15 @@ def test_a_weight_changed_behind_the_back_is_reported_by_unpack(caplog):
     assert [r.getMessage().split(" was")[0] for r in caplog.records] == ["up"]
 
 
+@pytest.mark.parametrize("freeze_rest", [False, True])
+def test_unpack_gives_a_frozen_weight_its_flag_back(freeze_rest):
+    _, plain = packed_and_plain()
+    plain.up.weight.requires_grad_(False)
+    groups = pack_gradients(plain, freeze_rest=freeze_rest)
+    assert all(values.requires_grad for _, values in groups[0]["params"])
+    assert not unpack(plain).up.weight.requires_grad and plain.down.weight.requires_grad
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
