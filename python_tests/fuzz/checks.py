@@ -15,6 +15,7 @@ from . import simulation
 from .combination import Combination, by_column
 from .models import Model
 from .simulation import Entries, Hyper
+from .spoils import SPOILS
 from .trained import Trained
 
 CALLABLES = {"callable": by_column}
@@ -40,6 +41,7 @@ class Checks:
         twin: a plain model, whose dense gradients are right.
         trained: the parameters of the optimizer.
         masters: by name, the fp32 masters of the entries of a mask.
+        touched: names of weights that changed from outside; their masters follow at the next step.
         counts: by number of the group, its steps since the last refresh.
     """
 
@@ -51,6 +53,7 @@ class Checks:
     checked: bool
     trained: list[Trained]
     masters: dict[str, Tensor]
+    touched: set[str]
     counts: dict[int, int]
 
     def start_twin(self) -> None:
@@ -119,6 +122,7 @@ class Checks:
                 assert torch.equal(bits(p.detach()), bits(b.weights[name])), f"{name} is not trained, but changed"
         for t in self.trained:
             g = t.gradient()
+            assert g is None or not t.hooked, f"{t.name}: a packed gradient was used, but stays"
             if not t.packed and t.name in grads:
                 assert g is not None and torch.equal(bits(g), bits(grads[t.name])), f"{t.name}: gradient changed"
 
@@ -170,6 +174,8 @@ class Checks:
         master = entry.get("master")
         keeps = bool(t.layers) or (t.group["master"] is not None and now.dtype != torch.float32)
         assert (master is not None) == keeps, f"{name}: master is {master}"
+        if stepped or due:
+            self.follow(t, before)
         outside = torch.ones(now.numel(), dtype=torch.bool)
         outside[old] = False
         assert torch.equal(bits(now)[outside], bits(before)[outside]), f"{name}: an entry outside the mask changed"
@@ -188,7 +194,7 @@ class Checks:
             assert torch.equal(bits(now), bits(before)), f"{name} had no gradient, but changed"
         if not due:
             assert torch.equal(old, new), f"{name}: the mask changed, but no refresh was due"
-        elif t.group["refresh_drift"] is None or not torch.equal(old, new):
+        elif not t.group["refresh_drift"] or not torch.equal(old, new):  # A bound of 0 keeps no mask.
             self.check_mask(t, entry["indices"], t.matrix, None if t.packed else self.grad_of(t))
         # Where each entry of the new mask was in the old one.
         at = torch.full((now.numel(),), -1)
@@ -200,7 +206,7 @@ class Checks:
             assert not bool(have[~stays].any()), f"{name}: {key} of an entry that came in is not zero"
             error = torch.zeros_like(want) if error is None else error
             simulation.check_rounded(have[stays], want[place], error[place], f"{name}: {key}")
-        if keeps:
+        if keeps and name not in self.touched:
             error = torch.zeros_like(truth.w) if bound is None else bound.w
             simulation.check_rounded(master[stays], truth.w[place], error[place], f"{name}: master")
             assert torch.equal(bits(master.to(now.dtype)), bits(now[new])), f"{name}: a weight is not its master"
@@ -261,7 +267,7 @@ class Checks:
             return
         for t in self.trained:
             if t.packed:
-                size = self.c.pack | {"mask_method": "auto"}
+                size = self.c.pack | ((SPOILS[self.c.spoil].pack or {}) if self.c.spoil else {})
                 self.check_mask(t, t.mask, self.twin.get_parameter(t.name).detach(), None, size)
                 self.note_masters(t, t.matrix.flatten())
 
@@ -270,6 +276,13 @@ class Checks:
         t.mask = indices.clone()
         t.births[t.mask.long()] = t.steps
         self.note_masters(t, weight.flatten())
+
+    def follow(self, t: Trained, weight: Tensor) -> None:
+        """Masters that do not round to a weight from outside take its value; the others stay."""
+        if t.name in self.touched and t.name in self.masters:
+            now, master = weight[t.mask.long()], self.masters[t.name]
+            self.masters[t.name] = torch.where(master.to(now.dtype) != now, now.float(), master)
+        self.touched.discard(t.name)
 
     def note_masters(self, t: Trained, weight: Tensor) -> None:
         self.masters[t.name] = weight[t.mask.long()].float()
@@ -316,6 +329,7 @@ class Checks:
                 self.check_first_mask(t, entry["indices"], t.matrix, self.grad_of(t))
                 continue
             if t.name in had:
+                self.follow(t, flat)
                 self.check_mask(t, entry["indices"], t.matrix, self.grad_of(t))
             else:
                 assert torch.equal(entry["indices"], t.mask), f"{t.name}: its first mask is not the layer's"
@@ -326,7 +340,7 @@ class Checks:
             for key, mine in (("exp_avg", t.m), ("exp_avg_sq", t.v)):
                 assert torch.equal(entry[key][stays].double(), mine[new][stays]), f"{t.name}: {key} at a refresh"
                 assert not bool(entry[key][~stays].any()), f"{t.name}: {key} of an entry that came in is not zero"
-            if "master" in entry:
+            if "master" in entry and t.name not in self.touched:
                 want = flat[new].float()
                 want[stays] = self.masters[t.name][place]
                 assert torch.equal(bits(entry["master"]), bits(want)), f"{t.name}: master at a refresh"

@@ -30,8 +30,10 @@ class Combination:
         zero: who clears gradients after a step: ``optimizer``, ``model``, ``fill`` (with zeros)
             or ``none``.
         scaler: None, ``plain``, ``unscale``; ``overflow`` is the step with an infinite gradient.
+        cold: a parameter that is frozen from the start.
         late: a parameter that joins in a group of its own at step ``joins``.
         frozen, freezes, thaws: a parameter without gradient from one step to another.
+        touches: the step before which some entries of all weights are changed from outside.
         resume, resumes: how, and before which step.
         spoil: the one thing that cannot work (`spoils`).
     """
@@ -55,18 +57,23 @@ class Combination:
     scheduler: str | None = None
     tensor_lr: bool = False
     refreshes: tuple[int, ...] = ()
+    cold: str | None = None
     late: str | None = None
     joins: int = -1
     frozen: str | None = None
     freezes: int = -1
     thaws: int = -1
+    touches: int = -1
     resume: str | None = None
     resumes: int = -1
     unpack: bool = False
     spoil: str | None = None
 
     def model(self) -> Model:
-        return build(self.seed, self.width, self.blocks, self.words)
+        model = build(self.seed, self.width, self.blocks, self.words)
+        if self.cold is not None:
+            model.get_parameter(self.cold).requires_grad_(False)
+        return model
 
 
 def simpler(c: Combination) -> list[Combination]:
@@ -123,6 +130,10 @@ def draw(seed: int) -> Combination:
     if r.random() < 0.2 and mode != "packed":
         steps = sorted(r.sample(range(c.steps + 1), 2))
         c = replace(c, frozen=r.choice([*shapes]), freezes=steps[0], thaws=steps[1])
+    if r.random() < 0.15:
+        c = replace(c, cold=r.choice([*shapes]))
+    if r.random() < 0.15:
+        c = replace(c, touches=r.randrange(c.steps))
     c = _consistent(c)
     return _spoiled(r, c) if r.random() < SPOILED else c
 
@@ -148,7 +159,18 @@ def _spoiled(r, c: Combination) -> Combination:
         options.pop("refresh_drift", None)
         pack["selection"], options["refresh_interval"], options["refresh_schedule"] = "magnitude", None, "all"
     choice = {key: value for key, value in c.choice.items() if key == "freeze_rest"}
-    c = replace(c, spoil=name, groups=groups, late=None, joins=-1, frozen=None, resume=None, choice=choice)
+    c = replace(
+        c,
+        spoil=name,
+        groups=groups,
+        cold=None,
+        touches=-1,
+        late=None,
+        joins=-1,
+        frozen=None,
+        resume=None,
+        choice=choice,
+    )
     return replace(c, pack=pack, options=options, zero="optimizer", scaler=None, closure=False, tensor_lr=False)
 
 
@@ -306,6 +328,6 @@ def _consistent(c: Combination) -> Combination:
             c = replace(c, resume="checkpoint")
     if c.options["selection"] == "gradient":
         c = replace(c, overflow=-1)  # KNOWN fault 5
-        if c.freezes >= 0 or any(b.kind == "unused" for b in c.blocks):
+        if c.freezes >= 0 or c.cold or any(b.kind == "unused" for b in c.blocks):
             return replace(c, options={**c.options, "selection": "magnitude"})
     return c

@@ -44,10 +44,11 @@ class Run(Checks):
         if self.spoil and self.spoil.model:
             self.spoil.model(self.model)
         self.plain = {name: (type(m), m) for name, m in self.model.named_modules()}
-        self.twin = copy.deepcopy(self.model)
+        self.twin = copy.deepcopy(self.model).requires_grad_(True) if not self.spoil else copy.deepcopy(self.model)
         self.required = {name: p.requires_grad for name, p in self.model.named_parameters()}
         self.joined = False
         self.masters: dict[str, Tensor] = {}
+        self.touched: set[str] = set()
         self.counts: dict[int, int] = {}
         self.optimizer: LiftAdamW | None = None
         self.optimizer = self.make_optimizer(self.model)
@@ -172,10 +173,19 @@ class Run(Checks):
             known = c.mode == "packed" and not self.optimizer.state  # KNOWN fault 4
             if self.interrupted and c.resume is not None and not known:
                 self.resume()
+        if t == c.touches:
+            self.touch()
         if t in c.refreshes and c.options["selection"] != "gradient" and not self.pending():
             self.refresh()
         elif self.unseen_masks() and c.options["selection"] != "gradient" and not self.pending():
             self.refresh()
+
+    @torch.no_grad()
+    def touch(self) -> None:
+        """Change some entries of all trained weights. Their masters must follow, and no others."""
+        for t in self.trained:
+            (t.layers[0].weight if t.layers else t.p).view(-1)[::3].mul_(1.25)
+            self.touched.add(t.name)
 
     def pending(self) -> bool:
         return any(t.packed and t.gradient() is not None for t in self.trained)
@@ -293,7 +303,10 @@ class Run(Checks):
             fresh = replace(c, seed=c.seed + 1).model()
             self.model = fresh
             self.optimizer = None
+            other = {"seed": c.options["seed"] ^ 1, "lr": 0.5}
+            self.c = replace(c, options=c.options | other)  # The state brings its own.
             self.optimizer = self.make_optimizer(fresh)
+            self.c = c
             if self.joined:
                 self.join(fresh, self.optimizer)
             if c.frozen and self.required_of(c.frozen, state["frozen"]) is not None:
@@ -335,10 +348,15 @@ class Run(Checks):
 
     def unpack(self) -> None:
         weights = {name: t.clone() for name, t in self.model.state_dict().items()}
+        packed = {t.name for t in self.trained if t.layers}
         self.attempt(lambda: unpack(self.model))
         if not self.checked:
             return
         assert {n: type(m) for n, m in self.model.named_modules()} == {n: kind for n, (kind, _) in self.plain.items()}
+        for name, p in self.model.named_parameters():
+            if name in packed:
+                required = self.required[name] or self.c.choice.get("freeze_rest", False)  # which turns it on
+                assert p.requires_grad == required, f"{name}: requires_grad is {p.requires_grad}"
         after = dict(self.model.state_dict())
         assert list(after) == list(weights)
         for name, t in after.items():

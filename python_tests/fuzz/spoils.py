@@ -183,6 +183,13 @@ def _sparse_gradient(run: Any) -> None:
     run.attempt(run.optimizer.step)
 
 
+def _bad_group(run: Any) -> None:
+    group = {"params": [nn.Parameter(torch.ones(3, 4))], "density": 1.5, "rank": 2}
+    if run.named:
+        group["params"] = [("blocks.9.weight", group["params"][0])]
+    run.attempt(lambda: run.optimizer.add_param_group(group))
+
+
 def _twice(run: Any) -> None:
     p = run.trained[0].p
     run.attempt(lambda: run.optimizer.add_param_group({"params": [("again", p)] if run.named else [p]}))
@@ -236,6 +243,7 @@ SPOILS |= {
     "state in fp64": Spoil((MATRIX, "exp_avg", "float64"), midway=_changed_entry("exp_avg", lambda t: t.double())),
     "other dtype": Spoil((MATRIX, "float16"), midway=_other_dtype),
     "sparse gradient": Spoil((MATRIX, "layout"), midway=_sparse_gradient),
+    "bad group": Spoil((MATRIX, "density", "1.5"), midway=_bad_group),
     "twice": Spoil(("param",), midway=_twice),
 }
 KNOWN = {
