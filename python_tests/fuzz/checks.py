@@ -194,8 +194,11 @@ class Checks:
             assert torch.equal(bits(now), bits(before)), f"{name} had no gradient, but changed"
         if not due:
             assert torch.equal(old, new), f"{name}: the mask changed, but no refresh was due"
-        elif not t.group["refresh_drift"] or not torch.equal(old, new):  # A bound of 0 keeps no mask.
+        elif not t.group["refresh_drift"] or not torch.equal(old, new):  # A bound of 0 keeps none.
             self.check_mask(t, entry["indices"], t.matrix, None if t.packed else self.grad_of(t))
+        else:
+            k = simulation.promised_entries(t.matrix.shape, t.group["density"], t.group["budget_rank"])
+            assert len(new) == k * (len(t.matrix) if t.matrix.dim() == 3 else 1), f"{name}: kept, but too short"
         # Where each entry of the new mask was in the old one.
         at = torch.full((now.numel(),), -1)
         at[old] = torch.arange(len(old))

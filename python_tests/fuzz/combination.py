@@ -130,7 +130,7 @@ def draw(seed: int) -> Combination:
     if r.random() < 0.2 and mode != "packed":
         steps = sorted(r.sample(range(c.steps + 1), 2))
         c = replace(c, frozen=r.choice([*shapes]), freezes=steps[0], thaws=steps[1])
-    if r.random() < 0.15:
+    if r.random() < 0.3:
         c = replace(c, cold=r.choice([*shapes]))
     if r.random() < 0.15:
         c = replace(c, touches=r.randrange(c.steps))
@@ -267,8 +267,8 @@ def _draw_group(r, c, selection, smallest, halves) -> dict[str, Any]:
         out["refresh_interval"] = r.choice([None, 1, 1, 2, 2, 3, 4])
     if r.random() < 0.3:
         out["refresh_schedule"] = r.choice(["all", "spread"])
-    if selection == "principal" and r.random() < 0.25:
-        out["refresh_drift"] = r.choice([0, 0.03, 0.3, 1.0, None])
+    if selection == "principal" and r.random() < 0.35:
+        out["refresh_drift"] = r.choice([0, 0, 0.03, 0.3, 1.0])
     if r.random() < 0.4:
         out["bias_correction"] = r.choice(["global", "per_entry"])
     if r.random() < 0.3:

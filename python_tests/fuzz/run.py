@@ -20,7 +20,7 @@ from lift_kernels.checkpoint import load_checkpoint, save_checkpoint
 
 from .checks import CALLABLES, Checks
 from .combination import Combination
-from .refusal import Refused, check_refusal
+from .refusal import Refused, check_refusal, check_words
 from .spoils import SPOILS
 from .trained import Trained, assert_same, snapshot
 
@@ -110,6 +110,15 @@ class Run(Checks):
         group = self.with_tensor_lr({"params": [entry], "lift": True, "lr": 0.02})
         self.attempt(lambda: optimizer.add_param_group(group))
 
+    def refuse_group(self) -> None:
+        """A group that cannot work is not added."""
+        try:
+            SPOILS["bad group"].midway(self)
+        except Refused as refused:
+            check_words(str(refused), "bad group")
+        else:
+            raise AssertionError("bad group: nothing was refused")
+
     def make_scheduler(self) -> Any:
         if self.c.scheduler == "step":
             return torch.optim.lr_scheduler.StepLR(self.optimizer, 1, gamma=0.5)
@@ -147,6 +156,8 @@ class Run(Checks):
         c = self.c
         self.look()
         self.check_packed_masks()
+        if self.checked and not self.spoil:
+            self.refuse_group()
         for t in range(c.steps):
             self.events(t)
             if t == c.steps - 1 and self.spoil and self.spoil.midway:

@@ -184,7 +184,7 @@ def _sparse_gradient(run: Any) -> None:
 
 
 def _bad_group(run: Any) -> None:
-    group = {"params": [nn.Parameter(torch.ones(3, 4))], "density": 1.5, "rank": 2}
+    group = {"params": [nn.Parameter(torch.ones(3, 4))], "density": 1.5, "budget_rank": None, "rounding": "nearest"}
     if run.named:
         group["params"] = [("blocks.9.weight", group["params"][0])]
     run.attempt(lambda: run.optimizer.add_param_group(group))
