@@ -304,6 +304,8 @@ def _draw_options(r, c, selection, smallest, halves) -> dict[str, Any]:
 
 def _consistent(c: Combination) -> Combination:
     """The combination without what cannot go together in any training loop."""
+    if c.touches == c.resumes:
+        c = replace(c, touches=-1)  # A weight that differs right after a load is refused.
     if c.closure and (c.scaler or c.zero == "none"):
         c = replace(c, scaler=None, zero="optimizer")
     if c.resume in ("deepcopy", "pickle") and c.scheduler in ("step", "cycle"):

@@ -195,6 +195,8 @@ class Run(Checks):
     def touch(self) -> None:
         """Change some entries of all trained weights. Their masters must follow, and no others."""
         for t in self.trained:
+            if t.packed and not self.optimizer.state.get(t.p):
+                continue  # The mask was made from other weights then, and may be made again.
             (t.layers[0].weight if t.layers else t.p).view(-1)[::3].mul_(1.25)
             self.touched.add(t.name)
 
