@@ -242,6 +242,7 @@ class Checks:
         if t.group["bias_correction"] == "per_entry":
             assert torch.equal(entry["births"].double(), t.births[new]), f"{t.name}: births"
         t.mask = entry["indices"].clone()
+        self.masters.pop(t.name, None)
         if "master" in entry:
             self.masters[t.name] = entry["master"].detach().clone()
 

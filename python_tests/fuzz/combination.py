@@ -304,8 +304,8 @@ def _draw_options(r, c, selection, smallest, halves) -> dict[str, Any]:
 
 def _consistent(c: Combination) -> Combination:
     """The combination without what cannot go together in any training loop."""
-    if c.touches == c.resumes:
-        c = replace(c, touches=-1)  # A weight that differs right after a load is refused.
+    if c.resume and c.touches >= c.resumes:
+        c = replace(c, touches=-1)  # A weight that differs from a loaded state is refused.
     if c.closure and (c.scaler or c.zero == "none"):
         c = replace(c, scaler=None, zero="optimizer")
     if c.resume in ("deepcopy", "pickle") and c.scheduler in ("step", "cycle"):
@@ -316,8 +316,6 @@ def _consistent(c: Combination) -> Combination:
         c = replace(c, scaler="plain")  # torch refuses to unscale fp16 gradients.
     if c.options.get("max_grad_norm") and any(b.dtype == "fp64" for b in c.blocks):  # KNOWN fault 6
         c = replace(c, options={k: v for k, v in c.options.items() if k != "max_grad_norm"})
-    if c.scaler == "unscale" and ("extra" in c.choice or any(b.kind in ("sub", "attention") for b in c.blocks)):
-        c = replace(c, scaler="plain")  # KNOWN fault 7
     if c.mode == "packed":  # KNOWN faults 1 to 4
         if c.options["selection"] == "random":
             c = replace(c, groups=c.groups[:1])

@@ -17,7 +17,7 @@ TORCH_OPTIM = str(Path(torch.optim.__file__).parent)
 ALLOWED = (
     r"unscale_ does not reach packed gradients",
     r"no linear weight of Model is left with include=.* exclude=",
-    r"extra=.* matches no further parameter",
+    r"extra=.* matches no further",
 )
 """What may be refused although nothing is spoiled."""
 

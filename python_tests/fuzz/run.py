@@ -322,8 +322,8 @@ class Run(Checks):
             self.c = c
             if self.joined:
                 self.join(fresh, self.optimizer)
-            if c.frozen and self.required_of(c.frozen, state["frozen"]) is not None:
-                fresh.get_parameter(c.frozen).requires_grad_(False)
+            for name, p in fresh.named_parameters():
+                p.requires_grad_(name not in state["frozen"])
             self.scheduler = self.make_scheduler()
             loads = [lambda: fresh.load_state_dict(state["model"]), lambda: self.load(state["optimizer"])]
             for load in loads[:: 1 if c.seed % 2 else -1]:
@@ -339,10 +339,6 @@ class Run(Checks):
 
     def load(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state)
-
-    @staticmethod
-    def required_of(name: str, frozen: list[str]) -> str | None:
-        return name if name in frozen else None
 
     def through_file(self) -> dict[str, Any]:
         frozen = [name for name, p in self.model.named_parameters() if not p.requires_grad]

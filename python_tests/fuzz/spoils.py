@@ -225,7 +225,7 @@ SPOILS |= {
     "extra bias": Spoil(("embed|norm|bias", "shape|extra"), choice={"extra": r"bias"}),
     "nan": Spoil((MATRIX, "finite"), model=_with(_number(NAN))),
     "inf": Spoil((MATRIX, "finite"), model=_with(_number(INF))),
-    "strided": Spoil((MATRIX, "contiguous"), model=_with(_strided)),
+    "strided": Spoil((MATRIX, "contiguous"), model=_with(_strided), may_work=True),  # n x 1 is contiguous
     "fp64": Spoil((MATRIX, "float64"), model=_with(lambda w: w.double())),
     "meta": Spoil((MATRIX, "meta"), model=_with(lambda w: w.to("meta"))),
     "int8": Spoil((MATRIX, "int8"), model=_with(lambda w: w.to(torch.int8), required=False)),
