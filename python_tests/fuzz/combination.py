@@ -314,20 +314,7 @@ def _consistent(c: Combination) -> Combination:
         c = replace(c, groups=tuple({k: v for k, v in g.items() if k != "betas"} for g in c.groups))
     if c.scaler == "unscale" and any(block.dtype == "fp16" for block in c.blocks):
         c = replace(c, scaler="plain")  # torch refuses to unscale fp16 gradients.
-    if c.options.get("max_grad_norm") and any(b.dtype == "fp64" for b in c.blocks):  # KNOWN fault 6
-        c = replace(c, options={k: v for k, v in c.options.items() if k != "max_grad_norm"})
-    if c.mode == "packed":  # KNOWN faults 1 to 4
-        if c.options["selection"] == "random":
-            c = replace(c, groups=c.groups[:1])
-        if c.resumes == 0:
-            c = replace(c, resumes=1)
-        if ("extra" in c.choice or any(b.kind in ("sub", "attention") for b in c.blocks)) and c.resume in (
-            "deepcopy",
-            "pickle",
-        ):
-            c = replace(c, resume="checkpoint")
     if c.options["selection"] == "gradient":
-        c = replace(c, overflow=-1)  # KNOWN fault 5
         if c.freezes >= 0 or c.cold or any(b.kind == "unused" for b in c.blocks):
             return replace(c, options={**c.options, "selection": "magnitude"})
     return c

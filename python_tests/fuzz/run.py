@@ -181,8 +181,7 @@ class Run(Checks):
             self.look()
         if t == c.resumes:
             self.clear()
-            known = c.mode == "packed" and not self.optimizer.state  # KNOWN fault 4
-            if self.interrupted and c.resume is not None and not known:
+            if self.interrupted and c.resume is not None:
                 self.resume()
         if t == c.touches:
             self.touch()

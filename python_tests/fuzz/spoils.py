@@ -246,10 +246,7 @@ SPOILS |= {
     "bad group": Spoil((MATRIX, "density", "1.5"), midway=_bad_group),
     "twice": Spoil(("param",), midway=_twice),
 }
-KNOWN = {
-    *("capturable 0", "capturable 1", "maximize 0", "maximize 1", "seed 0", "seed 1", "seed 2", "seed 3"),
-    *("int8", "meta", "pack triton"),
-}
+KNOWN = {"int8", "meta", "pack triton"}
 """Not refused well yet. They are not drawn."""
 PACKED_ONLY = {name for name, s in SPOILS.items() if s.pack or name.startswith("extra") or name == "forward"}
 MATRIX_ONLY = {name for name, s in SPOILS.items() if s.options and callable(s.options.get("selection"))}
