@@ -315,6 +315,7 @@ def _consistent(c: Combination) -> Combination:
     if c.scaler == "unscale" and any(block.dtype == "fp16" for block in c.blocks):
         c = replace(c, scaler="plain")  # torch refuses to unscale fp16 gradients.
     if c.options["selection"] == "gradient":
+        c = replace(c, overflow=-1)  # An overflow makes no mask then, which the simulation does not know.
         if c.freezes >= 0 or c.cold or any(b.kind == "unused" for b in c.blocks):
             return replace(c, options={**c.options, "selection": "magnitude"})
     return c
