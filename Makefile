@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: setup finetune test architectures cross bench report lint wheel clean
+.PHONY: setup finetune test fuzz architectures cross bench report lint wheel clean
 setup: $(VENV)/.native
 
 $(VENV)/.packages: .ci/requirements.txt
@@ -39,6 +39,10 @@ architectures: export GOMP_SPINCOUNT ?= 0
 architectures: setup
 	@PYTHONPATH=.:python_tests $(BIN)/python -m helpers.architecture_runs $(ARGS) 2> $(VENV)/architectures.log \
 	|| { tail $(VENV)/architectures.log; exit 1; }
+
+# Combinations of options, drawn from seeds; make test tries the first 100. ARGS="--seed 123" runs one, with its traceback.
+fuzz: setup
+	PYTHONPATH=python_tests $(BIN)/python -m fuzz $(ARGS)
 
 # Other machines: the extension compiled for aarch64, and the CPU kernels in emulation. As root it installs the tools; a minute.
 cross: setup
