@@ -81,6 +81,7 @@ def _lift(model, settings: Settings, lr: float, clock: Clock) -> LiftAdamW:
     )
     extra = _names(stacked_weights(model)) if settings.extra is None else settings.extra
     chosen: dict[str, Any] = {"extra": extra or None, "freeze_rest": True}
+    bypassed: dict[str, torch.nn.Parameter] = {}
     if settings.gradients == "packed":
         options = {"rank": settings.rank, "selection": selection, "seed": settings.seed, **budget, **chosen}
         bypassed = _bypassed_weights(model)
@@ -105,8 +106,8 @@ def _lift(model, settings: Settings, lr: float, clock: Clock) -> LiftAdamW:
     )
     if settings.gradients == "dense":
         clock.first_mask(optimizer.refresh)
-    else:
-        optimizer.refresh()  # adopts the existing masks
+    elif bypassed:
+        optimizer.refresh()  # makes the masks of those whose gradients stay dense
     return optimizer
 
 
@@ -167,5 +168,6 @@ def trained_entries(optimizer: torch.optim.Optimizer) -> int:
     """Return the number of entries that an optimizer changes."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if isinstance(optimizer, LiftAdamW):
-        return sum(optimizer.state[p]["indices"].numel() for p in parameters)
+        given = {p: trainable_of(p).indices for p in parameters}  # of packed gradients, from the start
+        return sum((optimizer.state[p]["indices"] if i is None else i).numel() for p, i in given.items())
     return sum(p.numel() for p in parameters)

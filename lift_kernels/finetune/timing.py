@@ -88,7 +88,7 @@ class Clock(TrainerCallback):
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.steps.append(self.now() - self.start)
         report, number = _last_refresh(kwargs["optimizer"]), len(self.steps)
-        if report is self._seen:
+        if report is self._seen or not (report.matrices or report.skipped):  # The first step may take given masks.
             return
         if report.matrices:
             self.refreshes[number] = self.steps[-1]

@@ -240,9 +240,9 @@ class LiftAdamW(Optimizer):
         self._table.check_renewable(drop_gradients)
         self._schedule.subtract_skipped(self.param_groups)
         self._table.samples.clear()  # The present weights are those that count.
-        due = [ref for ref in self._table.refs if ref.arena is not None]
+        due = [ref for ref in self._table.refs if ref.arena is not None or ref.trainable.indices is not None]
         if self._table.missing:
-            due += self._make_first_masks()
+            self._make_first_masks()
         if due:
             self.last_refresh = renew(self._table, due, self._mask_options(), self.state, always=True)
             for group in self.param_groups:
@@ -256,9 +256,9 @@ class LiftAdamW(Optimizer):
         Returns the matrices whose mask came along, made from another weight than the present one.
         """
         table, loaded = self._table, self._table.samples.copy()
-        made = table.make_first_masks(self._mask_options(), self.state, only_given=only_given)
+        new, masks = table.make_first_masks(self._mask_options(), self.state, only_given=only_given)
         if not only_given:
-            self.last_refresh = report_on(*made, None)
+            self.last_refresh = report_on(new, masks, None)
         given = {ref: sample for ref, sample in table.samples.items() if ref not in loaded}
         table.samples = loaded
         comparable = self.selection != "random" and not dispatch.capturing()  # Random masks fit every weight.

@@ -196,6 +196,8 @@ class Run(Checks):
         for t in self.trained:
             if t.packed and not self.optimizer.state.get(t.p):
                 continue  # The mask was made from other weights then, and may be made again.
+            if t.sparse and not any(entry["step"] for p, entry in self.optimizer.state.items() if p is t.p):
+                continue  # A matrix without a gradient keeps an old master until it gets one.
             (t.layers[0].weight if t.layers else t.p).view(-1)[::3].mul_(1.25)
             self.touched.add(t.name)
 
