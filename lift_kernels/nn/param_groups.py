@@ -160,8 +160,9 @@ def _further(
     ]
     require(
         bool(found),
-        f"extra={extra!r} matches no further matrix of {type(model).__name__}; its stacks of matrices and matrices "
-        f"outside linear layers are {_some([w.name for w in weights if w.kind in (STACK, MATRIX)])}",
+        f"extra={extra!r} with exclude={rules.exclude!r} matches no further matrix of {type(model).__name__}; "
+        "its stacks of matrices and matrices outside linear layers are "
+        f"{_some([w.name for w in weights if w.kind in (STACK, MATRIX)])}",
     )
     return found
 

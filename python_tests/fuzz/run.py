@@ -49,6 +49,7 @@ class Run(Checks):
         self.joined = False
         self.masters: dict[str, Tensor] = {}
         self.touched: set[str] = set()
+        self.masked: set[str] = set()  # whose masks a step or a refresh has taken or made
         self.counts: dict[int, int] = {}
         self.optimizer: LiftAdamW | None = None
         self.optimizer = self.make_optimizer(self.model)
@@ -194,8 +195,6 @@ class Run(Checks):
     def touch(self) -> None:
         """Change some entries of all trained weights. Their masters must follow, and no others."""
         for t in self.trained:
-            if t.packed and not self.optimizer.state.get(t.p):
-                continue  # The mask was made from other weights then, and may be made again.
             if t.sparse and not any(entry["step"] for p, entry in self.optimizer.state.items() if p is t.p):
                 continue  # A matrix without a gradient keeps an old master until it gets one.
             (t.layers[0].weight if t.layers else t.p).view(-1)[::3].mul_(1.25)
@@ -207,7 +206,7 @@ class Run(Checks):
     def unseen_masks(self) -> bool:
         """Whether a first mask would be replaced in the step that makes it."""
         fast = any(g["refresh_interval"] == 1 or g["refresh_schedule"] == "spread" for g in self.optimizer.param_groups)
-        return fast and any(t.sparse and not self.optimizer.state.get(t.p) for t in self.trained)
+        return fast and any(t.sparse and t.name not in self.masked for t in self.trained)
 
     def clear(self) -> None:
         self.model.zero_grad()
@@ -281,6 +280,7 @@ class Run(Checks):
         self.schedule(t)
 
     def schedule(self, t: int) -> None:
+        self.masked |= {t.name for t in self.trained}
         if self.scheduler is not None:
             self.scheduler.step()
         elif self.c.scheduler == "manual":
@@ -297,6 +297,7 @@ class Run(Checks):
         weights = {t.name: t.matrix.clone() for t in self.trained}
         had = {t.name for t in self.trained if t.sparse and self.optimizer.state.get(t.p)}
         self.attempt(self.optimizer.refresh)
+        self.masked |= {t.name for t in self.trained}
         if had or any(t.packed for t in self.trained):
             self.counts = {}
         if self.checked:
@@ -365,8 +366,7 @@ class Run(Checks):
         assert {n: type(m) for n, m in self.model.named_modules()} == {n: kind for n, (kind, _) in self.plain.items()}
         for name, p in self.model.named_parameters():
             if name in packed:
-                required = self.required[name] or self.c.choice.get("freeze_rest", False)  # which turns it on
-                assert p.requires_grad == required, f"{name}: requires_grad is {p.requires_grad}"
+                assert p.requires_grad == self.required[name], f"{name}: requires_grad is {p.requires_grad}"
         after = dict(self.model.state_dict())
         assert list(after) == list(weights)
         for name, t in after.items():

@@ -246,8 +246,8 @@ SPOILS |= {
     "bad group": Spoil((MATRIX, "density", "1.5"), midway=_bad_group),
     "twice": Spoil(("param",), midway=_twice),
 }
-KNOWN = {"int8", "meta", "pack triton"}
-"""Not refused well yet. They are not drawn."""
+KNOWN = {"pack triton"}
+"""Not drawn: the model may move to a GPU before it trains, so only the backward pass refuses it."""
 PACKED_ONLY = {name for name, s in SPOILS.items() if s.pack or name.startswith("extra") or name == "forward"}
 MATRIX_ONLY = {name for name, s in SPOILS.items() if s.options and callable(s.options.get("selection"))}
 CHOSEN_ONLY = {name for name, s in SPOILS.items() if s.choice and name not in PACKED_ONLY}
