@@ -52,13 +52,13 @@ def write_report(model_name: str | None, density: float, rank: int, budget_rank:
     from ..checkpoint.atomic_file import AtomicFile, write_atomic
     from ..finetune.model_io import find_model, load_model
     from ..masks.report import draw, report_of, table
-    from ..nn.param_groups import lift_param_groups
+    from ..nn.param_groups import lift_param_groups, pattern_of, stacked_weights
 
     existing = folder / "report.json"
     require(not existing.exists(), f"{folder} already holds a report; choose another --output", FileError)
     source = find_model(model_name)
     model, _ = load_model(source, torch.float32)
-    group = lift_param_groups(model)[0]
+    group = lift_param_groups(model, extra=pattern_of(stacked_weights(model)))[0]
     rows, picture = report_of(dict(group["params"]), density, rank, budget_rank)
     try:
         folder.mkdir(parents=True, exist_ok=True)

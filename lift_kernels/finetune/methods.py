@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from .._storage import storage_bytes
 from ..errors import UserError
 from ..nn.packing import pack_gradients
-from ..nn.param_groups import lift_param_groups, stacked_weights
+from ..nn.param_groups import lift_param_groups, pattern_of, stacked_weights
 from ..nn.trainable import trainable_of
 from ..nn.weight_kinds import LINEAR, MATRICES, weights_of
 from ..optim.lift_adamw import LiftAdamW
@@ -79,13 +78,13 @@ def _lift(model, settings: Settings, lr: float, clock: Clock) -> LiftAdamW:
     budget: dict[str, Any] = (
         {"budget_rank": settings.budget_rank} if settings.budget_rank else {"density": settings.density}
     )
-    extra = _names(stacked_weights(model)) if settings.extra is None else settings.extra
+    extra = pattern_of(stacked_weights(model)) if settings.extra is None else settings.extra
     chosen: dict[str, Any] = {"extra": extra or None, "freeze_rest": True}
     bypassed: dict[str, torch.nn.Parameter] = {}
     if settings.gradients == "packed":
         options = {"rank": settings.rank, "selection": selection, "seed": settings.seed, **budget, **chosen}
         bypassed = _bypassed_weights(model)
-        options["exclude"] = _names(bypassed) or None
+        options["exclude"] = pattern_of(bypassed) or None
         groups = clock.first_mask(lambda: pack_gradients(model, **options))
         if bypassed:
             groups.append({"params": [(n, p.requires_grad_(True)) for n, p in bypassed.items()], "lift": True})
@@ -121,11 +120,6 @@ def _bypassed_weights(model) -> dict[str, torch.nn.Parameter]:
             f"{next(iter(found))}; their gradients stay dense"
         )
     return found
-
-
-def _names(weights: Iterable[str]) -> str:
-    """Return a regular expression that matches these names alone; "" for none."""
-    return "|".join(f"^{re.escape(name)}$" for name in weights)
 
 
 def _with_lora(model) -> Any:

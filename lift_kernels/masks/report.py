@@ -67,7 +67,7 @@ def matrix_report(name: str, weight: Tensor, rank: int, k: int) -> MatrixReport:
     return MatrixReport(
         name=name,
         layer=int(found[1]) if found else None,
-        projection=re.sub(r"^\d+\.", "", name[found.end() - 1 :] if found else name).removesuffix(".weight"),
+        projection=re.sub(r"^\d+\.|(\.weight)?(\[\d+\])?$", "", name[found.end() - 1 :] if found else name),
         entries=k,
         density=k / (m * n),
         rows=_concentration(counts.sum(1)),
@@ -88,15 +88,27 @@ def density_map(weight: Tensor, rank: int, k: int, size: int = 96) -> Tensor:
 def report_of(
     weights: Mapping[str, Tensor], density: float, rank: int, budget_rank: int | None = None
 ) -> tuple[list[MatrixReport], Tensor]:
-    """Figures of every matrix, and the `density_map` of the one with the most uneven mask."""
+    """Figures of every matrix, and the `density_map` of the one with the most uneven mask.
+
+    A 3-D stack counts as its matrices, named ``name[i]``.
+    """
     require(0 < density <= 1, f"density is {density}; it must be above 0 and at most 1")
     require(rank >= 1, f"rank is {rank}; it must be at least 1")
-    rows = []
-    for name, weight in with_progress(weights.items(), "matrices"):
+    rows, matrices = [], _matrices(weights)
+    for name, weight in with_progress(matrices.items(), "matrices"):
         k = trained_entries(weight.shape, density, budget_rank, name)
         rows.append(matrix_report(name, weight, rank, k))
     uneven = most_uneven(rows)
-    return rows, density_map(weights[uneven.name].detach(), rank, uneven.entries)
+    return rows, density_map(matrices[uneven.name].detach(), rank, uneven.entries)
+
+
+def _matrices(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All matrices by name, those of stacks one by one."""
+    found: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        stack = weight.dim() == 3
+        found |= {f"{name}[{i}]": matrix for i, matrix in enumerate(weight)} if stack else {name: weight}
+    return found
 
 
 def most_uneven(rows: list[MatrixReport]) -> MatrixReport:
@@ -120,7 +132,8 @@ def table(rows: list[MatrixReport]) -> str:
 def draw(rows: list[MatrixReport], picture: Tensor, title: str) -> Figure:
     """One map per figure of `PANELS`, and one matrix's mask itself.
 
-    Layers go from left to right, projections from top to bottom.
+    Layers go from left to right, projections from top to bottom. A cell is the mean of the matrices
+    of a stack.
     """
     from matplotlib.figure import Figure
 
@@ -132,11 +145,12 @@ def draw(rows: list[MatrixReport], picture: Tensor, title: str) -> Figure:
     figure.suptitle(title)
     panels = figure.subplots(3, 2, squeeze=False).flatten()
     for axes, (key, label) in zip(panels, PANELS.items()):
-        values = torch.full((len(kinds), len(layers)), float("nan"))
+        values, counts = torch.zeros(2, len(kinds), len(layers))
         for row in rows:
-            values[kinds.index(row.projection), layers.index(-1 if row.layer is None else row.layer)] = getattr(
-                row, key
-            )
+            place = kinds.index(row.projection), layers.index(-1 if row.layer is None else row.layer)
+            values[place] += getattr(row, key)
+            counts[place] += 1
+        values /= counts  # NaN, which is not drawn, where there is no matrix
         image = axes.imshow(values.numpy(), aspect="auto", cmap="viridis", vmin=0)
         axes.set_yticks(range(len(kinds)), kinds)
         every = max(1, len(layers) // 10)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -116,6 +116,11 @@ def _check_pattern(option: str, pattern: str | None) -> None:
         re.compile(pattern or "")
     except re.error as error:
         raise ValueError(f"{option}={pattern!r} is no regular expression: {error}") from error
+
+
+def pattern_of(names: Iterable[str]) -> str:
+    """A regular expression that matches these parameter names alone; "" for none."""
+    return "|".join(f"^{re.escape(name)}$" for name in names)
 
 
 class _Rules(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from helpers.tiny_llama import save_tiny
 
 from lift_kernels.cli import main
-from lift_kernels.masks.report import density_map, matrix_report, table
+from lift_kernels.masks.report import density_map, draw, matrix_report, report_of, table
 
 
 def test_figures_of_a_matrix_of_rank_one():
@@ -98,3 +98,19 @@ def test_command_line_refuses_in_one_line(tmp_path, capsys, monkeypatch):
     assert main(["mask", str(tiny), "--output", str(tmp_path / "out")]) == 2
     assert "model.layers.0.mlp.up_proj.weight: 1 non-finite weights" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_stack_of_experts_counts_as_its_matrices():
+    torch.manual_seed(0)
+    stack, matrix = torch.randn(3, 8, 12), torch.randn(6, 5)
+    weights = {"layers.0.experts.up_proj": stack, "layers.0.q_proj.weight": matrix}
+    rows, picture = report_of(weights, density=0.25, rank=2)
+    assert [row.name for row in rows] == [
+        *(f"layers.0.experts.up_proj[{i}]" for i in range(3)),
+        "layers.0.q_proj.weight",
+    ]
+    assert [row.projection for row in rows] == ["experts.up_proj"] * 3 + ["q_proj"]
+    assert rows[1] == matrix_report("layers.0.experts.up_proj[1]", stack[1], rank=2, k=24)
+    captured = draw(rows, picture, "title").axes[2].images[0].get_array()
+    assert captured[0, 0] == pytest.approx(sum(row.captured for row in rows[:3]) / 3)
+    assert len({row.captured for row in rows[:3]}) == 3 and captured[1, 0] == pytest.approx(rows[3].captured)
