@@ -44,6 +44,8 @@ OPTIONS = frozenset(
 )
 """What every group holds beside its parameters."""
 
+_STACK_SIDE = 16
+"""The least side of stacked matrices. The kernels of convolutions are smaller."""
 _EMBEDDING = re.compile(r"(^|\.)(embed\w*|wte|wpe|lm_head|word_embeddings|shared)(\.|$)")
 
 
@@ -150,6 +152,13 @@ def check_parameters(group: dict[str, Any], names: Sequence[str], backend: str |
     """
     for p, name in zip(group["params"], names):
         _check_parameter(p, group, name, backend)
+    stacks = [name for p, name in zip(group["params"], names) if _is_dense_stack(p, group)]
+    if stacks:
+        logger.warning(
+            "%d 3-D parameters, for example %s, are trained densely; a group with lift=True trains the principal "
+            "weights of each of their matrices, and one with lift=False keeps them dense",
+            *(len(stacks), stacks[0]),
+        )
     return [name for p, name in zip(group["params"], names) if is_sparse(trainable_of(p), group)]
 
 
@@ -180,6 +189,13 @@ def _check_parameter(parameter: Tensor, group: dict[str, Any], name: str, backen
             "lift=True or lift=False in its group",
             name,
         )
+
+
+def _is_dense_stack(parameter: Tensor, group: dict[str, Any]) -> bool:
+    """Whether a parameter looks like stacked experts that no one has asked to train densely."""
+    sides = parameter.shape
+    stack = len(sides) == 3 and sides[0] > 1 and min(sides[1:]) >= _STACK_SIDE
+    return stack and group["lift"] is None and not trainable_of(parameter).hooked
 
 
 def is_sparse(trainable: Trainable, group: dict[str, Any]) -> bool:

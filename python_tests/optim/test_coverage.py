@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -129,3 +130,15 @@ def test_a_copy_does_not_say_it_again(interrupt, caplog):
     loss_of(model, 1).backward()
     optimizer.step()
     assert len(messages(caplog)) == 1
+
+
+def test_stacks_that_are_trained_densely_are_said(caplog):
+    """As by ``LiftAdamW(model.parameters())`` of a mixture of experts."""
+    experts, kernel = nn.Parameter(torch.ones(4, 16, 20)), nn.Parameter(torch.ones(16, 16, 3))
+    with caplog.at_level(logging.WARNING, "lift_kernels"):
+        LiftAdamW([{"params": [("experts", experts), ("conv.weight", kernel)], "lift": False}])
+        LiftAdamW([{"params": [("experts", experts)], "lift": True}])
+        assert not caplog.records
+        LiftAdamW([("experts", experts), ("conv.weight", kernel)])
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("1 3-D parameters, for example experts, are trained densely; a group with lift=True ")
