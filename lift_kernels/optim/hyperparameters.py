@@ -172,7 +172,8 @@ def _check_parameter(parameter: Tensor, group: dict[str, Any], name: str, backen
     )
     require(
         not trainable.packed or group["master"] is not None,
-        f"{name}: values of a packed layer are kept in fp32, so master=None cannot work; use matrix mode",
+        f"{name}: values of a packed layer are kept in fp32, so master=None cannot work; leave it out, or "
+        "use lift_param_groups",
     )
     if group["lift"] is None and _EMBEDDING.search(name) is not None:
         logger.warning(

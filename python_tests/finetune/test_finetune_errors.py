@@ -45,7 +45,7 @@ def test_finetune_refuses_pickled_weights(tmp_path, capsys, name):
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch " + str(trap).encode() + b"'\ntR.")
     for model in (tmp_path, tmp_path / name):
         message = refused(capsys, "--model", str(model))
-        assert "pickled weights" in message and name in message and "safetensors" in message
+        assert f"{name} holds pickled weights" in message and "write safetensors by save_pretrained" in message
     assert not trap.exists()
 
 
@@ -65,7 +65,7 @@ def test_finetune_refuses_models_that_are_not_there(tmp_path, capsys):
 def test_finetune_unreachable_hub_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = refused(capsys, "--model", "nobody/no-such-model")
-    assert "nobody/no-such-model" in message and "check the name and the network" in message
+    assert "there is no directory nobody/no-such-model here, so check the name and the network" in message
 
 
 def test_finetune_damaged_weights_are_one_line(tmp_path, capsys, tiny):
