@@ -150,7 +150,15 @@ def check_parameters(group: dict[str, Any], names: Sequence[str], backend: str |
     """
     for p, name in zip(group["params"], names):
         _check_parameter(p, group, name, backend)
-    return [name for p, name in zip(group["params"], names) if is_sparse(trainable_of(p), group)]
+    sparse = [name for p, name in zip(group["params"], names) if is_sparse(trainable_of(p), group)]
+    suspects = [name for name in sparse if group["lift"] is None and _EMBEDDING.search(name) is not None]
+    if suspects:
+        logger.warning(
+            "%d matrices look like embeddings or heads, which the paper leaves out, for example %s; use "
+            "lift_param_groups(model), or say lift=True or lift=False in their group",
+            *(len(suspects), suspects[0]),
+        )
+    return sparse
 
 
 def _check_parameter(parameter: Tensor, group: dict[str, Any], name: str, backend: str | None) -> None:
@@ -175,12 +183,6 @@ def _check_parameter(parameter: Tensor, group: dict[str, Any], name: str, backen
         f"{name}: values of a packed layer are kept in fp32, so master=None cannot work; leave it out, or "
         "use lift_param_groups",
     )
-    if group["lift"] is None and _EMBEDDING.search(name) is not None:
-        logger.warning(
-            "%s looks like an embedding or a head, which LIFT leaves out; use lift_param_groups(model), or say "
-            "lift=True or lift=False in its group",
-            name,
-        )
 
 
 def is_sparse(trainable: Trainable, group: dict[str, Any]) -> bool:
