@@ -142,13 +142,10 @@ class MatrixTable:
         self._masks_took = sum(mask.seconds for mask in masks)
         return new, masks
 
-    def check_packing(self) -> None:
-        """Raise RuntimeError, naming it, for a parameter that packing has taken away."""
-        require(not self.lost, self.lost, RuntimeError)
-
     def check_renewable(self, drop_gradients: bool) -> None:
         """Raise, naming the matrix, if one must not get a new mask; or drop packed gradients."""
-        self.check_packing()
+        if self.lost:
+            raise RuntimeError(self.lost)
         for ref in self.refs:
             ref.check_renewable(drop_gradients)
         if drop_gradients:
