@@ -50,13 +50,15 @@ def check_matrix(weight: Tensor, name: str) -> None:
     require(weight.layout == torch.strided, f"{name}: a dense (strided) weight is needed, got layout {weight.layout}")
     require(
         weight.dtype in WEIGHT_DTYPES,
-        f"{name}: weights must be float32, bfloat16 or float16, got {weight.dtype}",
+        f"{name}: weights must be float32, bfloat16 or float16, got {weight.dtype}; convert the model, or give this "
+        "weight in a group with lift=False",
         TypeError,
     )
+    values = ", or make groups of pack_gradients again whose model was unpacked or is gone" if weight.dim() == 1 else ""
     require(
         weight.dim() in (2, 3),
         f"{name}: LIFT trains matrices and 3-D batches, got shape {tuple(weight.shape)}; "
-        "pass lift=False for dense AdamW",
+        f"pass lift=False for dense AdamW{values}",
     )
     require(
         0 < weight.numel() <= MAX_ENTRIES,
@@ -64,7 +66,7 @@ def check_matrix(weight: Tensor, name: str) -> None:
     )
     require(
         weight.is_contiguous(),
-        f"{name}: the weight must be contiguous, got strides {weight.stride()}; call .contiguous()",
+        f"{name}: the weight must be contiguous, got strides {weight.stride()}; set p.data = p.data.contiguous()",
     )
     require(
         weight.device.type != "meta",
@@ -96,7 +98,7 @@ def check_gradient(grad: Tensor, weight: Tensor, name: str, sparse: bool = True)
         return  # The usual case. The messages below take longer to build than all checks.
     require(
         grad.layout == torch.strided,
-        f"{name}: sparse gradients are not supported, got layout {grad.layout}",
+        f"{name}: sparse gradients are not supported, got layout {grad.layout}; make embeddings with sparse=False",
         RuntimeError,
     )
     require(not grad.is_complex(), f"{name}: complex gradients are not supported, got {grad.dtype}", TypeError)

@@ -46,7 +46,8 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _OTHER_FILES = {
     b"version https://git-lfs": "is a pointer of Git LFS and not the file itself; run `git lfs pull` in its directory",
     b"GGUF": "is a GGUF file; load it with transformers, or give it to the command line as --base",
-    b"PK\x03\x04": "holds pickled weights, which can run code when loaded; convert to safetensors",
+    b"PK\x03\x04": "holds pickled weights, which can run code when loaded; load the model with transformers, if you "
+    "trust it, and save it with save_pretrained",
 }
 """What files of other kinds begin with, and what to do about them."""
 

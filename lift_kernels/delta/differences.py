@@ -38,7 +38,7 @@ SAVING = _COMMON | {
     "experts": f"{_STACKED}: save the model with save_pretrained and give both directories",
     "names": "give two checkpoints of one architecture, both saved in the same way",
     "shapes": "give two checkpoints of one architecture",
-    "dtypes": "save both in one dtype, as `python -m lift_kernels delta make MODEL DELTA --base BASE` does",
+    "dtypes": "load or save both in one dtype, as `python -m lift_kernels delta make MODEL DELTA --base BASE` does",
 }
 """Ways out by reason, where a delta is made."""
 IN_MEMORY = _COMMON | {

@@ -136,9 +136,16 @@ def open_weights(model: Model, label: str = "the model") -> Weights:
     Args:
         model: the model.
         label: what messages call a model in memory.
+
+    Raises TypeError for anything else.
     """
     if isinstance(model, Weights):
         return model
+    require(
+        isinstance(model, (str, Path, nn.Module, Mapping)),
+        f"{label} must be a module, a state dict, a model directory or a safetensors file, got {type(model).__name__}",
+        TypeError,
+    )
     return CheckpointWeights(model) if isinstance(model, (str, Path)) else ModuleWeights(model, label)
 
 

@@ -47,7 +47,12 @@ def save_delta(
         ValueError: for values that became non-finite.
         TypeError: for settings that JSON cannot hold.
     """
-    described = json.dumps(dict(settings or {}))
+    try:
+        described = json.dumps(dict(settings or {}))
+    except TypeError as error:
+        raise TypeError(
+            f"settings must hold JSON values: {error}; give text, numbers, lists or dictionaries"
+        ) from error
     with open_weights(model) as new, open_weights(base, "the base") as old:
         forms = common_forms(new, old)
         # Stand-ins for the metadata, at least as long as these will be.

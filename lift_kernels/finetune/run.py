@@ -104,9 +104,10 @@ def run(settings: Settings, resumed: bool = False) -> report.Report:
     try:
         return _run(settings, resumed)
     except torch.OutOfMemoryError as error:
+        smaller = ", or take --dtype bfloat16" if settings.dtype == "float32" else ""
         raise UserError(
             f"the memory of the device does not suffice; lower --batch-size ({settings.batch_size}) or --max-length "
-            f"({settings.max_length}), or take --dtype bfloat16"
+            f"({settings.max_length}){smaller}"
         ) from error
 
 

@@ -142,7 +142,8 @@ class AnswerTrainer(Trainer):
         loss = total / count
         self.losses.append(loss.item())
         if not math.isfinite(self.losses[-1]):
-            raise UserError(f"the loss is {self.losses[-1]} at step {len(self.losses)}; choose a lower --lr")
+            other = ", or --dtype bfloat16, for float16 overflows easily" if model.dtype == torch.float16 else ""
+            raise UserError(f"the loss is {self.losses[-1]} at step {len(self.losses)}; choose a lower --lr{other}")
         return loss
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:

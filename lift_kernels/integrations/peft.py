@@ -148,7 +148,7 @@ def import_shira(
     )
     require(
         (source / _WEIGHTS).is_file(),
-        f"{source} holds no {_WEIGHTS}; save the adapter with safe serialization",
+        f"{source} holds no {_WEIGHTS}; save the adapter with save_pretrained(..., safe_serialization=True)",
         FileError,
     )
     with TensorFile(source / _WEIGHTS) as adapter, open_weights(base, "the base") as old:

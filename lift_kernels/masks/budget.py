@@ -73,5 +73,7 @@ def mask_rank(shape: torch.Size, rank: int | None, name: str) -> int:
 
 def trained_entries(shape: torch.Size, density: float, budget_rank: int | None, name: str) -> int:
     """k of a matrix, or of each matrix of a batch. ``budget_rank`` takes precedence."""
+    if density is None and budget_rank is None:
+        raise ValueError(f"{name}: density must be in (0, 1], got None; give it, or budget_rank")
     share = density if budget_rank is None else None
     return entry_count(shape[-2:], density=share, budget_rank=budget_rank, name=name)

@@ -158,9 +158,7 @@ class PackedLinear(nn.Module):
         A warning names the layer when values changed.
         """
         name = self.lift_name or "a layer"
-        self._seen = follow_weight(
-            self._seen, self.values, self.weight, self.indices, name, "values follow the new weight"
-        )
+        self._seen = follow_weight(self._seen, self.values, self.weight, self.indices, name)
 
     def _register(self) -> None:
         """Make ``values`` known to optimizers."""

@@ -36,7 +36,8 @@ _LEFT_OUT = {
     CONVOLUTION: "weights of convolutions",
 }
 _REMEDIES = {
-    COMPUTED: "torch.nn.utils.parametrize.remove_parametrizations makes the layers plain",
+    COMPUTED: "torch.nn.utils.parametrize.remove_parametrizations makes the layers plain (for the older functions: "
+    "remove_weight_norm, remove_spectral_norm, prune.remove)",
     CONVOLUTION: "LIFT trains matrices alone; add them in a group with lift=False",
 }
 
@@ -163,11 +164,15 @@ def _further(
     found = [
         w for w in matching if w.parameter.dim() > 1 and not w.name.endswith("bias") and id(w.parameter) not in taken
     ]
+    further = [w.name for w in weights if w.kind in (STACK, MATRIX)]
+    hidden = [name for name in further if re.search(extra, name) and rules.excludes(name)]
+    remedy = (
+        "leave out extra=" if not further else f"its stacks and matrices outside linear layers are {_some(further)}"
+    )
     require(
         bool(found),
-        f"extra={extra!r} with exclude={rules.exclude!r} matches no further matrix of {type(model).__name__}; "
-        "its stacks of matrices and matrices outside linear layers are "
-        f"{_some([w.name for w in weights if w.kind in (STACK, MATRIX)])}",
+        f"extra={extra!r} matches no further matrix of {type(model).__name__}; "
+        + (f"exclude={rules.exclude!r} takes {_some(hidden)} away" if hidden else remedy),
     )
     return found
 
@@ -194,7 +199,15 @@ def _refuse_quantized(model: nn.Module, rules: _Rules) -> None:
 def _nothing_left(model: nn.Module, weights: Sequence[Weight], rules: _Rules) -> str:
     """The message for a model of which nothing would be trained."""
     further = [w.name for w in weights if w.kind in (STACK, MATRIX)]
-    remedy = f"extra={_pattern(further)!r} takes {_some(further)}" if further else "change these rules"
+    asked = [name for name in further if rules.includes(name) and not rules.excludes(name)]
+    linear = [w.name for w in weights if w.kind == LINEAR]
+    computed = any(w.kind == COMPUTED for w in weights)
+    if linear and not asked:
+        remedy = f"change these rules; the linear weights are {_some(linear)}"
+    elif further:
+        remedy = f"extra={_pattern(asked or further)!r} takes {_some(asked or further)}"
+    else:
+        remedy = _REMEDIES[COMPUTED] if computed else "LIFT has nothing to train there; use torch.optim.AdamW"
     return f"no linear weight of {type(model).__name__} is left with {rules}; {remedy}"
 
 

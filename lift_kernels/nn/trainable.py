@@ -55,6 +55,11 @@ def layers_of(parameter: Tensor) -> list[Any]:
     return list(_layers.get(parameter, ()))
 
 
+def packed_weights() -> dict[int, Tensor]:
+    """The ``values`` of all packed layers, by the id of the layers' weight."""
+    return {id(layer.weight): values for values, layers in _layers.items() for layer in layers}
+
+
 def set_initial_mask(parameter: Tensor, warm: dict[str, Tensor]) -> None:
     """Keep ``basis`` and ``threshold`` of a mask that was made before there was an optimizer.
 

@@ -34,14 +34,13 @@ def regather(values: Tensor, weight: Tensor, indices: Tensor) -> bool:
 
 
 def follow_weight(
-    seen: tuple[int, int] | None, values: Tensor, weight: Tensor, indices: Tensor, name: str, what: str
+    seen: tuple[int, int] | None, values: Tensor, weight: Tensor, indices: Tensor, name: str
 ) -> tuple[int, int]:
-    """`regather` if the weight was written since it was ``seen``.
+    """`regather` the values of a packed layer if its weight was written since it was ``seen``.
 
-    If values change, a warning names the weight and says ``what`` follows it. Returns what is seen
-    now.
+    If they change, a warning names the layer. Returns what is seen now.
     """
     now = weight_version(weight)
     if now != seen and regather(values, weight, indices):
-        logger.warning("%s was changed outside the optimizer; its %s", name, what)
+        logger.warning("%s was changed outside the optimizer; its values follow the new weight", name)
     return now

@@ -16,6 +16,8 @@ from . import cpu_levels
 
 logger = logging.getLogger("lift_kernels")
 
+_INSTALL = "install with a C++ compiler: pip install --no-build-isolation . in a clone of lift_kernels"
+
 NAMES = ("native-cpu", "native-cuda", "triton", "reference")
 
 # The device type for which a backend can be the default. The reference runs on every device.
@@ -93,7 +95,7 @@ def choose(requested: str | None, device: torch.device, op: str) -> str:
         raise ValueError(f"unknown backend {requested!r}; choose one of {', '.join(NAMES)}")
     problem = _problem(requested, device.type)
     if requested not in OPS[op]:
-        problem = f"{op} is only available for {', '.join(OPS[op])}"
+        problem = f"the op has {', '.join(OPS[op])}; choose one of these, or None"
     if problem:
         raise RuntimeError(f"backend {requested!r} cannot run {op} on {device.type} tensors here: {problem}")
     return requested
@@ -195,14 +197,11 @@ def _load_native() -> str:
     """
     library = native_library()
     if library is None:
-        return (
-            "the compiled extension lift_kernels._C is missing; install with a C++ compiler: pip install "
-            "--no-build-isolation . in a clone of lift_kernels"
-        )
+        return f"the compiled extension lift_kernels._C is missing; {_INSTALL}"
     try:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:  # an extension built for a newer torch, or a damaged file
-        return f"{library.name} does not load under torch {torch.__version__}: {error}"
+        return f"{library.name} does not load under torch {torch.__version__}: {error}; {_INSTALL}"
     if not cpu_levels.problem():
         cpu_levels.take()
     return ""
@@ -220,7 +219,10 @@ def _native_cuda() -> Backend:
         return Backend(False, problem)
     runtime = torch.ops.lift_kernels_native.cuda_runtime_version()
     if runtime == 0:
-        return Backend(False, "the extension was built without CUDA; nvcc was not found at build time")
+        return Backend(
+            False,
+            "the extension was built without CUDA; nvcc was not found at build time; install nvcc, and build again",
+        )
     if not torch.cuda.is_available():
         return Backend(False, "torch sees no CUDA device")
     driver = torch.ops.lift_kernels_native.cuda_driver_version()

@@ -1,4 +1,4 @@
-"""Which parameters of an optimizer get no gradient, said once."""
+"""Which parameters of an optimizer get no gradient: said once, or refused where packing is why."""
 
 from __future__ import annotations
 
@@ -7,9 +7,41 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..nn import trainable
 from .matrix_ref import DenseRef, MatrixRef
 
 logger = logging.getLogger("lift_kernels")
+
+
+_NO_BACKWARD = (
+    "call loss.backward() before step() and zero_grad() after it, or make the optimizer from the parameters that the "
+    "model has now"
+)
+_UNUSED = (
+    "that is right for experts that no token has reached, else look for a layer that the loss does not use, or for a "
+    "parameter that was replaced in the model after the optimizer was made"
+)
+
+
+def packing_problem(refs: Sequence[MatrixRef | DenseRef]) -> str:
+    """Which parameter lost its gradient when its model was packed or unpacked; empty if none did.
+
+    Args:
+        refs: all parameters of an optimizer.
+    """
+    held, values = {id(ref.parameter) for ref in refs}, trainable.packed_weights()
+    for ref in refs:
+        if id(ref.parameter) in values and id(values[id(ref.parameter)]) not in held:
+            return (
+                f"{ref.name} got packed gradients after the optimizer was made, which would train it no more; call "
+                "pack_gradients first and make the optimizer from the groups that it returns"
+            )
+        if isinstance(ref, MatrixRef) and ref.trainable.matrix.dim() == 1:
+            return (
+                f"{ref.name} is no longer of a packed layer, because unpack was called or the model is gone; make "
+                "another optimizer from the parameters that the model has now"
+            )
+    return ""
 
 
 class Coverage:
@@ -38,6 +70,7 @@ class Coverage:
         frozen = [ref for ref in missing if not ref.parameter.requires_grad]
         unused = [ref for ref in missing if ref.parameter.requires_grad]
         effect = "no parameter has a gradient, so this step changes nothing: " if idle else ""
+        remedy = _NO_BACKWARD if idle else _UNUSED
         if frozen:
             logger.warning(
                 "%s%d of %d parameters of LiftAdamW, with %.3g %% of their weights, are frozen (requires_grad=False) "
@@ -52,14 +85,13 @@ class Coverage:
         if unused:
             logger.warning(
                 "%s%d of %d parameters of LiftAdamW, with %.3g %% of their weights, have no gradient at its first step "
-                "and stay as they are until they get one, e.g. %s; that is right for experts that no token has "
-                "reached, else look for a layer that the loss does not use, or for a parameter that was replaced in "
-                "the model after the optimizer was made",
+                "and stay as they are until they get one, e.g. %s; %s",
                 effect,
                 len(unused),
                 len(refs),
                 100 * _weights(unused) / max(1, _weights(refs)),
                 unused[0].name,
+                remedy,
             )
 
 

@@ -152,14 +152,25 @@ def check_parameters(group: dict[str, Any], names: Sequence[str], backend: str |
     """
     for p, name in zip(group["params"], names):
         _check_parameter(p, group, name, backend)
-    stacks = [name for p, name in zip(group["params"], names) if _is_dense_stack(p, group)]
-    if stacks:
-        logger.warning(
-            "%d 3-D parameters, for example %s, are trained densely; a group with lift=True trains the principal "
+    sparse = [name for p, name in zip(group["params"], names) if is_sparse(trainable_of(p), group)]
+    if group["lift"] is None:
+        _warn(
+            [name for p, name in zip(group["params"], names) if _is_dense_stack(p)],
+            "3-D parameters are trained densely, for example %s; a group with lift=True trains the principal "
             "weights of each of their matrices, and one with lift=False keeps them dense",
-            *(len(stacks), stacks[0]),
         )
-    return [name for p, name in zip(group["params"], names) if is_sparse(trainable_of(p), group)]
+        _warn(
+            [name for name in sparse if _EMBEDDING.search(name) is not None],
+            "matrices look like embeddings or heads, which the paper leaves out, for example %s; use "
+            "lift_param_groups(model), or say lift=True or lift=False in their group",
+        )
+    return sparse
+
+
+def _warn(names: Sequence[str], text: str) -> None:
+    """One line about some parameters, with their number and an example."""
+    if names:
+        logger.warning(f"%d {text}", len(names), names[0])
 
 
 def _check_parameter(parameter: Tensor, group: dict[str, Any], name: str, backend: str | None) -> None:
@@ -181,21 +192,15 @@ def _check_parameter(parameter: Tensor, group: dict[str, Any], name: str, backen
     )
     require(
         not trainable.packed or group["master"] is not None,
-        f"{name}: values of a packed layer are kept in fp32, so master=None cannot work; use matrix mode",
+        f"{name}: values of a packed layer are kept in fp32, so master=None cannot work; leave it out, or "
+        "use lift_param_groups",
     )
-    if group["lift"] is None and _EMBEDDING.search(name) is not None:
-        logger.warning(
-            "%s looks like an embedding or a head, which LIFT leaves out; use lift_param_groups(model), or say "
-            "lift=True or lift=False in its group",
-            name,
-        )
 
 
-def _is_dense_stack(parameter: Tensor, group: dict[str, Any]) -> bool:
-    """Whether a parameter looks like stacked experts that no one has asked to train densely."""
+def _is_dense_stack(parameter: Tensor) -> bool:
+    """Whether a parameter with an ordinary gradient looks like stacked experts."""
     sides = parameter.shape
-    stack = len(sides) == 3 and sides[0] > 1 and min(sides[1:]) >= _STACK_SIDE
-    return stack and group["lift"] is None and not trainable_of(parameter).hooked
+    return len(sides) == 3 and sides[0] > 1 and min(sides[1:]) >= _STACK_SIDE and not trainable_of(parameter).hooked
 
 
 def is_sparse(trainable: Trainable, group: dict[str, Any]) -> bool:

@@ -181,6 +181,8 @@ class LiftAdamW(Optimizer):
     def _update(self) -> None:
         table, sweep = self._table, self._sweep
         table.follow(self.param_groups)
+        if table.lost:
+            raise RuntimeError(table.lost)
         sweep.collect(table)
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)  # of a GradScaler
         if found_inf is not None:

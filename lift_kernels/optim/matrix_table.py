@@ -17,6 +17,7 @@ from ..nn import trainable, weight_sample
 from ..ops import dispatch
 from ..validation import require
 from . import drift
+from .coverage import packing_problem
 from .hyperparameters import is_sparse
 from .matrix_ref import DenseRef, MatrixRef, names_of
 from .packed_state import PackedState
@@ -47,6 +48,7 @@ class MatrixTable:
         dense: the other parameters.
         missing: matrices that have no mask yet.
         unseen: matrices with an index list that other ranks have not seen, as keys.
+        lost: which parameter packing has taken from the optimizer (`packing_problem`), or empty.
         samples: of the weights of loaded states and first masks (`weight_sample`), until they are
             compared with the present weights.
         arenas: by device, dtypes and form of state.
@@ -61,6 +63,7 @@ class MatrixTable:
         self.dense: list[DenseRef] = []
         self.missing: list[MatrixRef] = []
         self.unseen: dict[MatrixRef, None] = {}
+        self.lost = ""
         self.samples: dict[MatrixRef, Tensor] = {}
         self.arenas: dict[tuple, PackedState] = {}
         self._changes = 0
@@ -93,6 +96,7 @@ class MatrixTable:
         self.parameters, self.packed = [ref.parameter for ref in self.refs], [ref.trainable.packed for ref in self.refs]
         self.hooked = [ref for ref in self.refs if ref.trainable.hooked]
         self.missing = [ref for ref in self.refs if ref.arena is None]
+        self.lost = packing_problem([*self.refs, *self.dense])
         self._layers = [layer for ref in self.refs for layer in ref.trainable.layers[:1]]
         self._weights = self._present()
         self._kinds, self._changes = trainable.version, self._changes + 1
@@ -140,6 +144,8 @@ class MatrixTable:
 
     def check_renewable(self, drop_gradients: bool) -> None:
         """Raise, naming the matrix, if one must not get a new mask; or drop packed gradients."""
+        if self.lost:
+            raise RuntimeError(self.lost)
         for ref in self.refs:
             ref.check_renewable(drop_gradients)
         if drop_gradients:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..nn.weight_version import follow_weight, weight_version
+from ..nn.weight_version import regather, weight_version
 from ..validation import ALIGNMENT, check_index_lists, check_matrix, require
+
+logger = logging.getLogger("lift_kernels")
 
 
 class PackedState:
@@ -187,12 +190,19 @@ class PackedState:
             if self.master is None or [w._version for w in weights] == counters:
                 return
         self.check_weights(rows)
+        changed = []
         for row, weight in zip(rows, weights):
             seen, segment = (self._addresses[row], self._counters[row]), self.segment(row)
-            if self.master is not None:
-                follows = self.master[segment], weight, self.indices[segment], self.names[row]
-                follow_weight(seen, *follows, "fp32 master follows the new values")
+            if self.master is not None and weight_version(weight) != seen:
+                if regather(self.master[segment], weight, self.indices[segment]):
+                    changed.append(self.names[row])
             self._addresses[row], self._counters[row] = weight_version(weight)
+        if changed:
+            logger.warning(
+                "%d weights were changed outside the optimizer, for example %s; their fp32 masters follow "
+                "the new values",
+                *(len(changed), changed[0]),
+            )
 
     def _columns(self, rows: Sequence[int]) -> Sequence[list[Any]]:
         """Weights, and their dtypes, addresses and version counters when they were last seen."""

@@ -20,6 +20,7 @@ from .matrix_table import MatrixTable
 
 VERSION = 1
 """Version of the saved form. It is stored with each matrix, where tools that move state keep it."""
+_OURS = "give what LiftAdamW.state_dict() returned"
 _DTYPES = {
     "exp_avg": MOMENT_DTYPES,
     "exp_avg_sq": MOMENT_DTYPES,
@@ -73,7 +74,8 @@ def _check_groups(groups: list[dict[str, Any]]) -> None:
     for group in groups:
         missing = sorted(OPTIONS - group.keys())
         require(
-            not missing, f"a group of the state dict lacks {', '.join(missing)}; was it saved by another optimizer?"
+            not missing,
+            f"a group of the state dict lacks {', '.join(missing)}, so another optimizer has saved it; {_OURS}",
         )
         check_group(group)
 
@@ -104,12 +106,12 @@ def _check_types(entry: dict[str, Any], name: str) -> None:
         number = key in ("step", "version") and isinstance(value, (int, float))
         require(
             isinstance(value, Tensor) or number or key == "shape",
-            f"{name}: {key} of the state dict must be a tensor, got {type(value).__name__}",
+            f"{name}: {key} of the state dict must be a tensor, got {type(value).__name__}; {_OURS}",
             TypeError,
         )
     if "step" in entry:
         step = torch.as_tensor(entry["step"])
-        require(step.numel() == 1, f"{name}: step must be one number, got shape {tuple(step.shape)}")
+        require(step.numel() == 1, f"{name}: step of the state dict must be one number, got {tuple(step.shape)}")
 
 
 def _check_dense(entry: dict[str, Any], p: Tensor, name: str) -> None:
@@ -120,17 +122,20 @@ def _check_dense(entry: dict[str, Any], p: Tensor, name: str) -> None:
         "the groups that were saved",
     )
     for key in ("step", "exp_avg", "exp_avg_sq") if entry else ():
-        require(key in entry, f"{name}: the state dict holds no {key}")
+        require(key in entry, f"{name}: the state dict holds no {key}; {_OURS}")
         held = tuple(p.shape) if key == "step" else tuple(entry[key].shape)
         require(
             held == tuple(p.shape),
-            f"{name}: {key} of the state dict has shape {held}, this parameter {tuple(p.shape)}",
+            f"{name}: {key} of the state dict has shape {held}, this parameter {tuple(p.shape)}; build the optimizer "
+            "from the model that was saved",
         )
 
 
 def _check_sparse(entry: dict[str, Any], matrix: Tensor, name: str) -> None:
     """Raise unless the entry fits a matrix, but for the content of its index list."""
-    require("indices" in entry, f"{name}: the state dict holds no index list; was it saved by another optimizer?")
+    require(
+        "indices" in entry, f"{name}: the state dict holds no index list, so another optimizer has saved it; {_OURS}"
+    )
     version = entry.get("version", VERSION)
     require(
         version == VERSION,
@@ -148,7 +153,7 @@ def _check_sparse(entry: dict[str, Any], matrix: Tensor, name: str) -> None:
     check_index_form(entry["indices"], name)
     _check_warm_start(entry, matrix, name)
     drift.check_saved(entry, name)
-    require("step" in entry, f"{name}: the state dict holds no step")
+    require("step" in entry, f"{name}: the state dict holds no step; {_OURS}")
     _check_buffers(entry, name)
     if weight_sample.KEY in entry:
         weight_sample.check_sample(entry[weight_sample.KEY], entry["indices"].numel(), name)
@@ -162,7 +167,8 @@ def _check_warm_start(entry: dict[str, Any], matrix: Tensor, name: str) -> None:
     numbers = 1 if matrix.dim() == 2 else len(matrix)
     require(
         threshold is None or threshold.numel() == numbers,
-        f"{name}: threshold must hold {numbers} numbers, got {getattr(threshold, 'shape', threshold)}",
+        f"{name}: threshold of the state dict must hold {numbers} numbers, got "
+        f"{getattr(threshold, 'shape', threshold)}",
     )
 
 
@@ -170,15 +176,17 @@ def _check_buffers(entry: dict[str, Any], name: str) -> None:
     """Raise unless moments, masters and ages have the index list's length and a right dtype."""
     for key, dtypes in _DTYPES.items():
         value = entry.get(key)
-        require(value is not None or key in ("master", "births"), f"{name}: the state dict holds no {key}")
+        require(value is not None or key in ("master", "births"), f"{name}: the state dict holds no {key}; {_OURS}")
         if value is not None:
             require(
                 value.shape == entry["indices"].shape,
-                f"{name}: {key} has {value.numel()} entries, its index list {entry['indices'].numel()}",
+                f"{name}: {key} of the state dict has {value.numel()} entries, its index list "
+                f"{entry['indices'].numel()}; {_OURS}",
             )
             require(
                 value.dtype in dtypes,
-                f"{name}: {key} must be one of {', '.join(map(str, dtypes))}, got {value.dtype}",
+                f"{name}: {key} of the state dict must be one of {', '.join(map(str, dtypes))}, got {value.dtype}; "
+                f"{_OURS}",
                 TypeError,
             )
 

@@ -201,3 +201,11 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "base.safetensors", "small.safetensors"]
+
+
+def test_a_model_or_settings_of_another_kind_are_named(tmp_path):
+    with pytest.raises(TypeError, match="the base must be a module, a state dict, a model directory or .*, got list"):
+        save_delta(tuned(1), [Small()], tmp_path / "a")
+    with pytest.raises(TypeError, match="settings must hold JSON values: Object of type Small is not .*; give text"):
+        save_delta(tuned(1), Small(), tmp_path / "a", {"model": Small()})
+    assert not (tmp_path / "a").exists()

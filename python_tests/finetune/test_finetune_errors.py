@@ -45,7 +45,7 @@ def test_finetune_refuses_pickled_weights(tmp_path, capsys, name):
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch " + str(trap).encode() + b"'\ntR.")
     for model in (tmp_path, tmp_path / name):
         message = refused(capsys, "--model", str(model))
-        assert "pickled weights" in message and name in message and "safetensors" in message
+        assert f"{name} holds pickled weights" in message and "write safetensors by save_pretrained" in message
     assert not trap.exists()
 
 
@@ -65,7 +65,7 @@ def test_finetune_refuses_models_that_are_not_there(tmp_path, capsys):
 def test_finetune_unreachable_hub_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = refused(capsys, "--model", "nobody/no-such-model")
-    assert "nobody/no-such-model" in message and "check the name and the network" in message
+    assert "there is no directory nobody/no-such-model here, so check the name and the network" in message
 
 
 def test_finetune_damaged_weights_are_one_line(tmp_path, capsys, tiny):
@@ -197,11 +197,19 @@ def test_finetune_out_of_memory_is_one_line(capsys, tiny, tmp_path, monkeypatch)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(AnswerTrainer, "compute_loss", compute_loss)
-    message = refused(capsys, "--model", str(tiny), "--output", str(tmp_path), "--eval-problems", "2", "--rank", "8")
-    assert message == (
-        "error: the memory of the device does not suffice; lower --batch-size (8) or --max-length (512), or take "
-        "--dtype bfloat16"
-    )
+    options = ("--model", str(tiny), "--output", str(tmp_path), "--eval-problems", "2", "--rank", "8")
+    message = "error: the memory of the device does not suffice; lower --batch-size (8) or --max-length (512)"
+    assert refused(capsys, *options, "--name", "fp32") == f"{message}, or take --dtype bfloat16"
+    assert refused(capsys, *options, "--name", "bf16", "--dtype", "bfloat16") == message
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_finetune_stops_at_a_loss_that_is_not_finite(capsys, tiny, tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr("lift_kernels.finetune.evaluation.answer_loss", lambda *_: (torch.tensor(float("nan")), 1))
+    options = ("--model", str(tiny), "--output", str(tmp_path), "--eval-problems", "2", "--rank", "8")
+    other = ", or --dtype bfloat16, for float16 overflows easily" if dtype == "float16" else ""
+    expected = f"error: the loss is nan at step 1; choose a lower --lr{other}"
+    assert refused(capsys, *options, "--dtype", dtype) == expected
 
 
 def test_command_line_needs_a_known_command(capsys):

@@ -99,10 +99,35 @@ def test_exclude_leaves_experts_out_without_a_word(caplog):
 def test_rules_that_leave_only_experts_name_extra():
     model = MixtralForCausalLM(MixtralConfig(**MOE))
     message = "no linear weight of MixtralForCausalLM is left with include='experts', exclude=None; extra=.* takes "
-    with pytest.raises(
-        ValueError, match=f"{message}model.layers.0.mlp.gate.weight, model.layers.0.mlp.experts.gate_up"
-    ):
+    with pytest.raises(ValueError, match=f"{message}model.layers.0.mlp.experts.gate_up_proj, "):
         lift_param_groups(model, include="experts")
+
+
+@pytest.mark.parametrize(
+    ("model", "rules", "remedy"),
+    [
+        (nn.Sequential(nn.Linear(4, 4)), {"include": "attn"}, r"change these rules; the linear weights are 0\.weight"),
+        (nn.Sequential(nn.Embedding(8, 4)), {}, r"LIFT has nothing to train there; use torch\.optim\.AdamW"),
+        (
+            nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 8))),
+            {},
+            r"torch\.nn\.utils\.parametrize\.remove_parametrizations",
+        ),
+        (nn.MultiheadAttention(4, 2), {"exclude": "out_proj"}, "extra='in_proj_weight' takes in_proj_weight"),
+    ],
+)
+def test_a_model_of_which_nothing_is_left_gets_its_own_way_out(model, rules, remedy):
+    with pytest.raises(ValueError, match=f"no linear weight of .* is left with include=.*; {remedy}"):
+        lift_param_groups(model, **rules)
+
+
+def test_extra_that_matches_nothing_blames_the_right_option():
+    model = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2))
+    taken = r"extra='in_proj' matches no further matrix of Sequential; exclude='in_' takes 1\.in_proj_weight away"
+    with pytest.raises(ValueError, match=taken):
+        lift_param_groups(model, extra="in_proj", exclude="in_")
+    with pytest.raises(ValueError, match="matches no further matrix of Sequential; leave out extra="):
+        lift_param_groups(model[:1], extra="experts")
 
 
 def test_matrices_of_other_layers(caplog):
@@ -246,9 +271,8 @@ def test_one_rank_serves_small_layers_too():
     """A gate with one output among larger layers: its approximation of rank 1 is the gate."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 16), nn.Linear(16, 1), nn.Linear(1, 7))
-    optimizer = LiftAdamW(lift_param_groups(model), lr=0.1, rank=9, density=0.25)
-    packed = LiftAdamW(pack_gradients(model, rank=9, density=0.25), rank=9, density=0.25)
-    for of_one in (optimizer, packed):
+    for make in (lambda: lift_param_groups(model), lambda: pack_gradients(model, rank=9, density=0.25)):
+        of_one = LiftAdamW(make(), lr=0.1, rank=9, density=0.25)
         of_one.refresh()
         gate = list(of_one.state.values())[1]["indices"]
         assert gate.tolist() == sorted(model[1].weight[0].abs().topk(4).indices.tolist())

@@ -98,7 +98,8 @@ def test_a_weight_changed_behind_the_layers_back(dtype, caplog):
     with caplog.at_level(logging.WARNING, logger="lift_kernels"):
         train(model, optimizer, range(2, 4))
     assert torch.equal(model.b.weight, changed) and model.b.values.eq(0.25).all()
-    assert [r.getMessage().split(" was changed")[0] for r in caplog.records] == ["b.values"]
+    (record,) = caplog.records
+    assert "1 weights were changed outside the optimizer, for example b.values;" in record.getMessage()
 
 
 def test_loading_a_model_between_steps(caplog):

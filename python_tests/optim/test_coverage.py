@@ -13,7 +13,7 @@ from helpers.packed_training import train as train_model
 from helpers.small_models import ThreeLinears
 from torch import nn
 
-from lift_kernels import LiftAdamW, lift_param_groups
+from lift_kernels import LiftAdamW, lift_param_groups, pack_gradients, unpack
 
 IDLE = "no parameter has a gradient, so this step changes nothing: "
 
@@ -67,6 +67,7 @@ def test_a_first_step_without_any_gradient_does_not_hide_the_next_one(caplog):
     optimizer.step()
     (message,) = messages(caplog)
     assert message.startswith(f"{IDLE}2 of 2 parameters") and "have no gradient" in message
+    assert "call loss.backward() before step()" in message and "experts" not in message
     set_gradients(weights[:1], 0)
     optimizer.step()
     assert messages(caplog)[1].startswith("1 of 2 parameters") and "e.g. parameter 1 of group 0" in messages(caplog)[1]
@@ -141,4 +142,49 @@ def test_stacks_that_are_trained_densely_are_said(caplog):
         assert not caplog.records
         LiftAdamW([("experts", experts), ("conv.weight", kernel)])
     (message,) = [record.getMessage() for record in caplog.records]
-    assert message.startswith("1 3-D parameters, for example experts, are trained densely; a group with lift=True ")
+    assert message.startswith("1 3-D parameters are trained densely, for example experts; a group with lift=True ")
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_model_that_is_packed_after_its_optimizer_is_refused(steps):
+    """Its weights would get no gradient any more, and no step would change anything."""
+    model = ThreeLinears()
+    optimizer = LiftAdamW(lift_param_groups(model), **OPTIONS)
+    train_model(model, optimizer, range(steps))
+    pack_gradients(model, rank=4)
+    before = copy.deepcopy(model.state_dict())
+    loss_of(model, 0).backward()
+    refusal = "a.weight got packed gradients after the optimizer was made, .*; call pack_gradients first"
+    for call in (optimizer.step, lambda: optimizer.refresh(drop_gradients=True)):
+        with pytest.raises(RuntimeError, match=refusal):
+            call()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    unpack(model)
+    train_model(model, optimizer, [steps])
+    assert not torch.equal(model.a.weight, before["a.weight"])
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_model_that_is_unpacked_before_its_last_step_is_refused(steps):
+    model = ThreeLinears()
+    groups = pack_gradients(model, rank=4)
+    optimizer = LiftAdamW(groups, **OPTIONS)
+    train_model(model, optimizer, range(steps))
+    unpack(model)
+    loss_of(model, 0).backward()
+    with pytest.raises(RuntimeError, match="a.values is no longer of a packed layer, because unpack was called"):
+        optimizer.step()
+    with pytest.raises(
+        ValueError, match="a.values: LIFT trains .*; pass lift=False .*, or make groups of pack_gradients"
+    ):
+        LiftAdamW([{"params": [("a.values", torch.nn.Parameter(torch.zeros(9)))], "lift": True}])
+    assert len(optimizer.state_dict()["state"]) == (3 if steps else 0)
+
+
+def test_the_parameters_of_a_packed_model_may_all_be_given():
+    """The weights of packed layers are among them, and their values are too."""
+    model = ThreeLinears()
+    pack_gradients(model, rank=4)
+    before = model.a.weight.detach().clone()
+    train_model(model, LiftAdamW(model.named_parameters(), **OPTIONS), [0])
+    assert not torch.equal(model.a.weight, before)

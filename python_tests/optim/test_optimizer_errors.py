@@ -156,7 +156,7 @@ BAD_GRADIENTS = [
         0,
         torch.zeros(24, 40).to_sparse(),
         RuntimeError,
-        "sparse gradients are not supported, got layout torch.sparse_coo",
+        "sparse gradients are not supported, got layout torch.sparse_coo; make embeddings with sparse=False",
     ),
     (2, torch.zeros(17).to_sparse(), RuntimeError, "sparse gradients are not supported, got layout torch.sparse_coo"),
     (
@@ -277,7 +277,11 @@ BAD_STATES = [
         ValueError,
         "of a model with 2 parameters, this .* has 3",
     ),
-    (lambda saved: saved["state"][2].pop("step"), ValueError, r"norm\.weight: the state dict holds no step"),
+    (
+        lambda saved: saved["state"][2].pop("step"),
+        ValueError,
+        r"norm\.weight: the state dict holds no step; give what LiftAdamW",
+    ),
     (lambda saved: saved["state"].update({7: {}}), ValueError, "entry for parameter 7, which is in none of its groups"),
     (entry_change("exp_avg", lambda x: x.tolist()), TypeError, r"down\.weight: exp_avg .* must be a tensor, got list"),
     (
@@ -294,7 +298,7 @@ BAD_STATES = [
     (
         lambda saved: saved["state"][2].update(step=torch.zeros(3)),
         ValueError,
-        r"norm\.weight: step must be one number, .* \(3,\)",
+        r"norm\.weight: step of the state dict must be one number, .* \(3,\)",
     ),
     (
         lambda saved: saved["param_groups"][0].update(lift=False),
@@ -304,16 +308,32 @@ BAD_STATES = [
     (swap_order, ValueError, r"up\.weight: .* matrix of shape \(33, 17\), this one is \(24, 40\)"),
     (entry_change("shape", lambda s: [17, 33]), ValueError, r"down\.weight: .* shape \(17, 33\), this one is \(33, "),
     (entry_change("version", lambda v: 2), ValueError, r"down\.weight: .* version 2, this package reads 1"),
-    (drop("indices"), ValueError, r"down\.weight: .* no index list; was it saved by another optimizer"),
+    (
+        drop("indices"),
+        ValueError,
+        r"down\.weight: .* no index list, so another optimizer has saved it; give what LiftAdamW",
+    ),
     (drop("exp_avg_sq"), ValueError, r"down\.weight: .* holds no exp_avg_sq"),
     (drop("step"), ValueError, r"down\.weight: .* holds no step"),
     (entry_change("step", lambda s: torch.zeros(2)), ValueError, r"down\.weight: step .* \(2,\)"),
     (entry_change("indices", lambda x: x.long()), TypeError, r"down\.weight: .* must be int32, got torch.int64"),
     (entry_change("indices", lambda x: x.flip(0)), ValueError, r"down\.weight: .* sorted without duplicates"),
     (entry_change("indices", lambda x: x + 561), IndexError, r"down\.weight: index \d+ is out of range for 561"),
-    (entry_change("indices", lambda x: x[:-1]), ValueError, r"down\.weight: exp_avg has 56 entries, its index list 55"),
-    (entry_change("exp_avg", lambda x: x[:-2]), ValueError, r"down\.weight: exp_avg has 54 entries, its index list 56"),
-    (entry_change("exp_avg", lambda x: x.double()), TypeError, r"down\.weight: exp_avg must be .* got torch.float64"),
+    (
+        entry_change("indices", lambda x: x[:-1]),
+        ValueError,
+        r"down\.weight: exp_avg .* has 56 entries, its index list 55",
+    ),
+    (
+        entry_change("exp_avg", lambda x: x[:-2]),
+        ValueError,
+        r"down\.weight: exp_avg .* has 54 entries, its index list 56",
+    ),
+    (
+        entry_change("exp_avg", lambda x: x.double()),
+        TypeError,
+        r"down\.weight: exp_avg .* must be .* got torch.float64",
+    ),
     (
         lambda saved: saved["state"][2].update(exp_avg=torch.zeros(16)),
         ValueError,
@@ -347,7 +367,9 @@ def test_the_state_of_torch_adamw(steps):
     optimizer, _ = make_named()
     other = torch.optim.AdamW(make_weights(SHAPES))
     train(other, range(steps))
-    message = "a group of the state dict lacks .*density.*; was it saved by another optimizer?"
+    message = (
+        "a group of the state dict lacks .*density.*, so another optimizer has saved it; give what LiftAdamW.state_dict"
+    )
     assert_refused(optimizer, ValueError, message, lambda: optimizer.load_state_dict(other.state_dict()))
 
 

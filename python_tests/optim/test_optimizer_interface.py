@@ -150,7 +150,9 @@ def test_a_group_that_cannot_work_is_not_added():
 def test_an_embedding_chosen_by_default_is_warned_about(name, caplog):
     weight = make_weights(((12, 8),))[0]
     LiftAdamW([(name, weight)], rank=2)
-    assert len(caplog.records) == 1 and caplog.records[0].getMessage().startswith(f"{name} looks like an embedding")
+    (record,) = caplog.records
+    assert "1 matrices look like embeddings or heads" in record.getMessage()
+    assert f"leaves out, for example {name};" in record.getMessage()
     caplog.clear()
     LiftAdamW([{"params": [(name, weight)], "lift": True}], rank=2)
     LiftAdamW([{"params": [(name, weight)], "lift": False}], rank=2)

@@ -199,6 +199,13 @@ def test_selection_by_gradient_needs_one():
     optimizer = LiftAdamW([weight], lr=1e-3, selection="gradient")
     with pytest.raises(ValueError, match="parameter 0 of group 0: selection='gradient' needs a dense gradient"):
         optimizer.refresh()
+    layer = torch.nn.Linear(40, 30)
+    layer.weight.grad = weight.detach().clone()
+    packed = LiftAdamW(pack_gradients(layer, selection="gradient"), selection="gradient")
+    with pytest.raises(
+        ValueError, match="packed gradient will not do: .* refresh_interval=None, or use lift_param_groups"
+    ):
+        packed.refresh()
     weight.grad = torch.full_like(weight, float("nan"))
     with pytest.raises(ValueError, match="parameter 0 of group 0: 1200 non-finite gradients"):
         optimizer.refresh()
