@@ -15,6 +15,7 @@ from . import trainable
 from .grad_hooks import hooked_parameters, pack_on_accumulate, remove_hook
 from .linear import LiftConv1D, LiftLinear, PackedLinear
 from .param_groups import lift_param_groups
+from .weight_kinds import is_conv1d
 
 
 def pack_gradients(
@@ -142,7 +143,7 @@ def _plain_layers(holders: list[tuple[str, nn.Module, str]], p: Tensor) -> list[
 def _class_of(module: nn.Module) -> type[PackedLinear] | None:
     if type(module) is nn.Linear:
         return LiftLinear
-    return LiftConv1D if type(module).__name__ == "Conv1D" else None
+    return LiftConv1D if is_conv1d(module) else None
 
 
 def _check_layers(layers: dict[str, list[tuple[str, nn.Module]]]) -> None:

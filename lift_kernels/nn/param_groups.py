@@ -32,11 +32,12 @@ SMALL_SHARE = 0.01
 _LEFT_OUT = {
     STACK: "stacks of matrices, such as experts",
     MATRIX: "matrices outside linear layers",
-    COMPUTED: "weights that linear layers compute others from (weight_norm, spectral_norm, pruning)",
+    COMPUTED: "weights that layers compute others from (weight_norm, spectral_norm, pruning)",
     CONVOLUTION: "weights of convolutions",
 }
 _REMEDIES = {
-    COMPUTED: "torch.nn.utils.parametrize.remove_parametrizations makes the layers plain",
+    COMPUTED: "torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm or prune.remove makes the layers "
+    "plain",
     CONVOLUTION: "LIFT trains matrices alone; add them in a group with lift=False",
 }
 
