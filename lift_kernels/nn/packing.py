@@ -16,6 +16,7 @@ from .grad_hooks import hooked_parameters, pack_on_accumulate, remove_hook
 from .linear import LiftConv1D, LiftLinear, PackedLinear
 from .param_groups import lift_param_groups
 from .weight_kinds import is_conv1d
+from .weight_version import warn_of_changed
 
 
 def pack_gradients(
@@ -102,9 +103,11 @@ def unpack(model: nn.Module) -> nn.Module:
     Layers get their own classes and weights their ``requires_grad`` back, hooks go, and gradients
     are dropped. An optimizer that was made for the packed model has nothing left to train.
     """
-    for module in list(model.modules()):
-        if isinstance(module, PackedLinear):
-            module.unpack()
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    changed = [layer.lift_name or "a layer" for layer in layers if layer.follow_weight()]
+    warn_of_changed(changed, "the plain layers keep the new weights")
+    for layer in layers:
+        layer.unpack()
     for p in hooked_parameters(model):
         remove_hook(p)
     return model

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..nn.weight_version import follow_weight, weight_version
+from ..nn.weight_version import follow_weight, warn_of_changed, weight_version
 from ..validation import ALIGNMENT, check_index_lists, check_matrix, require
 
 
@@ -187,12 +187,13 @@ class PackedState:
             if self.master is None or [w._version for w in weights] == counters:
                 return
         self.check_weights(rows)
+        changed = []
         for row, weight in zip(rows, weights):
             seen, segment = (self._addresses[row], self._counters[row]), self.segment(row)
-            if self.master is not None:
-                follows = self.master[segment], weight, self.indices[segment], self.names[row]
-                follow_weight(seen, *follows, "fp32 master follows the new values")
+            if self.master is not None and follow_weight(seen, self.master[segment], weight, self.indices[segment])[1]:
+                changed.append(self.names[row])
             self._addresses[row], self._counters[row] = weight_version(weight)
+        warn_of_changed(changed, "fp32 masters follow the new values")
 
     def _columns(self, rows: Sequence[int]) -> Sequence[list[Any]]:
         """Weights, and their dtypes, addresses and version counters when they were last seen."""

@@ -288,10 +288,17 @@ def test_regather_follows_outside_changes_alone(caplog):
     before[5:7] = weights[0].flatten()[index[5:7]].float()
     assert torch.equal(state.master, before)
     assert [record.getMessage() for record in caplog.records] == [
-        "layer.0 was changed outside the optimizer; its fp32 master follows the new values"
+        "layer.0 was changed outside the optimizer; fp32 masters follow the new values"
     ]
     state.regather_masters([0])
     assert len(caplog.records) == 1
+    with torch.no_grad():
+        weights[0].add_(1)
+        weights[1].add_(1)
+    state.regather_masters([0, 1])
+    assert [record.getMessage() for record in caplog.records[1:]] == [
+        "layer.0 and 1 more weights were changed outside the optimizer; fp32 masters follow the new values"
+    ]
 
 
 def test_masters_follow_changed_weights_before_they_move(caplog):
