@@ -62,10 +62,10 @@ def weights_of(model: nn.Module) -> list[Weight]:
                 f"{name} is not initialized; run the model once on an input, which gives lazy layers their shape",
             )
             matrix: Tensor = module.weight if packed and own == "values" else parameter  # type: ignore[assignment]
-            if id(matrix) in embeddings:
-                kind = EMBEDDING
-            elif id(module) in adapters or own.startswith(("lora_A", "lora_B")):
+            if id(module) in adapters or own.startswith(("lora_A", "lora_B")):
                 kind = ADAPTER
+            elif id(matrix) in embeddings:
+                kind = EMBEDDING
             elif id(module) in task_heads:
                 kind = TASK_HEAD
             else:
@@ -146,7 +146,8 @@ def _adapters(model: nn.Module) -> set[int]:
     """ids of the modules that peft has put into a model, beside the layers that they wrap.
 
     peft's layers hold the wrapped layer as ``base_layer``. Its copies of whole modules
-    (``modules_to_save``) and the ones they replace count too.
+    (``modules_to_save``) and the ones they replace count too, and so do tables and encoders of
+    virtual tokens.
     """
     return {id(part) for module in model.modules() for part in _adapter_parts(module)}
 
@@ -157,3 +158,6 @@ def _adapter_parts(module: nn.Module) -> Iterator[nn.Module]:
         yield from (part for part in module.modules() if id(part) not in inside)
     elif any(cls.__name__ == "AuxiliaryTrainingWrapper" for cls in type(module).__mro__):
         yield from module.modules()
+    elif any(cls.__name__ == "PeftModel" for cls in type(module).__mro__):
+        prompts = getattr(module, "prompt_encoder", None)
+        yield from prompts.modules() if isinstance(prompts, nn.Module) else ()

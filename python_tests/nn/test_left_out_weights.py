@@ -173,6 +173,20 @@ def test_adapters_are_no_matrices_of_the_model(caplog, task):
     assert "merge_and_unload() them first" in messages[0]
 
 
+@pytest.mark.parametrize("encoder", [False, True])
+def test_virtual_tokens_are_adapters(caplog, encoder):
+    """Theirs are an embedding table and linear layers, which nothing has trained yet."""
+    from peft import PromptEncoderConfig, PromptTuningConfig, get_peft_model
+
+    options = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    config = PromptEncoderConfig(**options, encoder_hidden_size=16) if encoder else PromptTuningConfig(**options)
+    plain = names(lift_param_groups(llama())[0])
+    model = get_peft_model(llama(), config)
+    (group,), messages = said(caplog, lambda: lift_param_groups(model))
+    assert [n.removeprefix("base_model.") for n in names(group)] == plain
+    assert len(messages) == 1 and messages[0].startswith(f"{7 if encoder else 1} weights of adapters are left out")
+
+
 def test_adapters_in_a_layer_of_its_own():
     """loralib keeps A and B beside the weight, in a subclass of nn.Linear."""
     layer = nn.Linear(8, 8)
