@@ -161,7 +161,8 @@ def _selected(
     if selection == "gradient":
         if grad is None:
             raise ValueError(
-                f"{name}: selection='gradient' needs a dense gradient when a mask is made; refresh after backward()"
+                f"{name}: selection='gradient' needs a dense gradient when a mask is made; refresh after "
+                "backward(), without pack_gradients"
             )
         check_finite(grad, name, "gradients", "no mask can be made from them: leave this step out")
         return largest_indices(grad.abs(), k)

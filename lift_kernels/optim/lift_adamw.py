@@ -202,6 +202,8 @@ class LiftAdamW(Optimizer):
         if table.unseen and torch.distributed.is_available() and torch.distributed.is_initialized():
             table.compare_ranks(self._replicas)
         buckets, dense = sweep.buckets(table), sweep.dense()
+        if not (buckets or dense):  # As after `unpack`, which leaves an optimizer nothing to train.
+            self._coverage.report([*table.refs, *table.dense], sweep.trained())
         if found_inf is not None:
             found_inf = any_infinite(buckets, found_inf, self.backend)
         for bucket in buckets:

@@ -12,7 +12,7 @@ from helpers.packed_training import train as train_model
 from helpers.small_models import ThreeLinears
 from torch import nn
 
-from lift_kernels import LiftAdamW, lift_param_groups
+from lift_kernels import LiftAdamW, lift_param_groups, unpack
 
 IDLE = "no parameter has a gradient, so this step changes nothing: "
 
@@ -55,7 +55,7 @@ def test_some_frozen_and_some_unused_parameters_get_a_line_each(caplog):
     assert frozen.startswith("1 of 6 parameters of LiftAdamW") and "are frozen" in frozen and "e.g. a.weight;" in frozen
     assert f"with {100 * 960 / total:.3g} % of their weights" in frozen
     assert without.startswith("1 of 6 parameters of LiftAdamW") and "e.g. left_out.weight;" in without
-    assert f"with {100 * 160 / total:.3g} % of their weights, have no gradient at its first step" in without
+    assert f"with {100 * 160 / total:.3g} % of their weights, have no gradient at this step" in without
 
 
 def test_a_first_step_without_any_gradient_does_not_hide_the_next_one(caplog):
@@ -129,3 +129,27 @@ def test_a_copy_does_not_say_it_again(interrupt, caplog):
     loss_of(model, 1).backward()
     optimizer.step()
     assert len(messages(caplog)) == 1
+
+
+def test_an_optimizer_of_an_unpacked_model_is_said_to_train_nothing(caplog):
+    """Its parameters are in no layer any more."""
+    model, optimizer = packed_setup()
+    train_model(model, optimizer, range(2))
+    unpack(model)
+    before = copy.deepcopy(model.state_dict())
+    train_model(model, optimizer, range(2, 5))
+    (message,) = messages(caplog)
+    assert message.startswith(f"{IDLE}3 of 3 parameters of LiftAdamW") and "as by unpack" in message
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_that_values_train_are_not_missed(caplog):
+    """As of ``LiftAdamW(model.named_parameters())`` for a packed model."""
+    model, _ = packed_setup()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = LiftAdamW(model.named_parameters(), **OPTIONS)
+    model.b.values.requires_grad_(False)
+    train_model(model, optimizer, range(2))
+    (message,) = messages(caplog)
+    assert message.startswith("3 of 5 parameters") and "e.g. b.values; " in message  # two frozen biases and b
+    assert torch.equal(model.b.weight, before["b.weight"]) and not torch.equal(model.a.weight, before["a.weight"])
