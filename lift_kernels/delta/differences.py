@@ -137,9 +137,14 @@ def _reason(missing: Collection[str], extra: Collection[str]) -> tuple[str, str]
         prefix = next((prefix for name in names for prefix in _prefixes(name, others)), None)
         if prefix is not None:
             return "prefix", f" by the prefix {prefix!r}"
-    singly = {name.partition(".experts.")[0] for name in (*missing, *extra) if re.search(r"\.experts\.\d+\.", name)}
-    stacked = {name.partition(".experts.")[0] for name in (*missing, *extra) if re.search(r"\.experts\.[^\d]", name)}
+    singly = {_layer(name) for name in (*missing, *extra) if re.search(r"\.experts\.\d+\.", name)}
+    stacked = {_layer(name) for name in (*missing, *extra) if re.search(r"\.experts\.[^\d]", name)}
     return ("experts", " where experts are stacked") if singly & stacked else ("names", "")
+
+
+def _layer(name: str) -> str:
+    """Return the layer that holds an expert. Checkpoints may give the block in it another name."""
+    return name.partition(".experts.")[0].rpartition(".")[0]
 
 
 def _unwrapped(name: str) -> str:

@@ -111,7 +111,6 @@ class PackedLinear(nn.Module):
 
     def unpack(self) -> nn.Module:
         """Convert back to the plain layer, in place, with the present weight."""
-        self.follow_weight()
         required, values, plain = self._required_grad, self.values, self._plain
         trainable.forget(values, self)
         del self.values
@@ -152,13 +151,13 @@ class PackedLinear(nn.Module):
         return changed
 
     @torch.no_grad()
-    def follow_weight(self) -> None:
+    def follow_weight(self) -> bool:
         """`regather` if the weight was written since ``values`` last agreed with it.
 
-        A warning names the layer when values changed.
+        Returns whether any value changed.
         """
-        name = self.lift_name or "a layer"
-        self._seen = follow_weight(self._seen, self.values, self.weight, self.indices, name)
+        self._seen, changed = follow_weight(self._seen, self.values, self.weight, self.indices)
+        return changed
 
     def _register(self) -> None:
         """Make ``values`` known to optimizers."""

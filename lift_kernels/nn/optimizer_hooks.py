@@ -33,6 +33,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import trainable
+from .weight_version import warn_of_changed
 
 _watches: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # values -> handle of `_on_gradient`, None once removed
 _owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # values -> token of the last LiftAdamW that took them
@@ -105,8 +106,8 @@ def _layers(optimizer: Optimizer) -> Iterator[Any]:
 
 
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for layer in _layers(optimizer):
-        layer.follow_weight()
+    changed = [layer.lift_name or "a layer" for layer in _layers(optimizer) if layer.follow_weight()]
+    warn_of_changed(changed, "the values of packed layers follow them")
 
 
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

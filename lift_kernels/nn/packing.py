@@ -15,6 +15,8 @@ from . import trainable
 from .grad_hooks import hooked_parameters, pack_on_accumulate, remove_hook
 from .linear import LiftConv1D, LiftLinear, PackedLinear
 from .param_groups import lift_param_groups
+from .weight_kinds import is_conv1d
+from .weight_version import warn_of_changed
 
 
 def pack_gradients(
@@ -101,9 +103,11 @@ def unpack(model: nn.Module) -> nn.Module:
     Layers get their own classes and weights their ``requires_grad`` back, hooks go, and gradients
     are dropped. An optimizer that was made for the packed model has nothing left to train.
     """
-    for module in list(model.modules()):
-        if isinstance(module, PackedLinear):
-            module.unpack()
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    changed = [layer.lift_name or "a layer" for layer in layers if layer.follow_weight()]
+    warn_of_changed(changed, "the plain layers keep the new weights")
+    for layer in layers:
+        layer.unpack()
     for p in hooked_parameters(model):
         remove_hook(p)
     return model
@@ -142,7 +146,7 @@ def _plain_layers(holders: list[tuple[str, nn.Module, str]], p: Tensor) -> list[
 def _class_of(module: nn.Module) -> type[PackedLinear] | None:
     if type(module) is nn.Linear:
         return LiftLinear
-    return LiftConv1D if type(module).__name__ == "Conv1D" else None
+    return LiftConv1D if is_conv1d(module) else None
 
 
 def _check_layers(layers: dict[str, list[tuple[str, nn.Module]]]) -> None:

@@ -32,7 +32,7 @@ SMALL_SHARE = 0.01
 _LEFT_OUT = {
     STACK: "stacks of matrices, such as experts",
     MATRIX: "matrices outside linear layers",
-    COMPUTED: "weights that linear layers compute others from (weight_norm, spectral_norm, pruning)",
+    COMPUTED: "weights that layers compute others from (weight_norm, spectral_norm, pruning)",
     CONVOLUTION: "weights of convolutions",
 }
 _REMEDIES = {

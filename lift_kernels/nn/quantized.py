@@ -13,8 +13,8 @@ from ..validation import quantized_by
 
 _LIBRARIES = ("bitsandbytes", "hqq", "optimum", "gptqmodel", "auto_gptq", "awq", "compressed_tensors")
 """Packages whose linear layers are quantized."""
-_CODES = ("qweight", "W_q", "weight_packed", "codebooks")
-"""Names of codes in a layer: GPTQ and AWQ, HQQ, compressed-tensors, AQLM."""
+_CODES = ("qweight", "W_q", "weight_packed")
+"""Names of codes in a layer: GPTQ and AWQ, HQQ, compressed-tensors."""
 
 
 def quantized_layer(module: nn.Module) -> str | None:
@@ -26,6 +26,7 @@ def quantized_layer(module: nn.Module) -> str | None:
     held = {name: t for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
     for name in held:
         pair = name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in held  # mxfp4
+        pair |= name == "codebooks" and "codes" in held  # AQLM. Vector quantizers of activations have no codes.
         if name in _CODES or pair:
             return f"{type(module).__name__}.{name}"
     matrices = [

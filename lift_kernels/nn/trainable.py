@@ -29,11 +29,11 @@ _layers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # values -> WeakSe
 _first: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> what its first mask left for a warm start
 _versions = itertools.count(1)
 version = 0
-"""Rises whenever a parameter may have become another kind, or a layer got another weight."""
+"""Rises when a parameter may have become another kind or got an index list, or a layer a weight."""
 
 
 def note_change() -> None:
-    """Say that some parameter became another kind, or that a packed layer got another weight."""
+    """Say that a parameter became another kind or got an index list, or a layer another weight."""
     global version
     version = next(_versions)
 
@@ -192,6 +192,7 @@ class HookedMatrix(Trainable):
 
     def bind(self, views: dict[str, Tensor]) -> None:
         self.parameter.lift_indices = views["indices"]
+        note_change()
 
     def is_bound(self, views: dict[str, Tensor]) -> bool:
         return self.indices is views["indices"]
@@ -245,6 +246,7 @@ class PackedValues(Trainable):
         if p.grad is not None and p.grad.shape != indices.shape:
             p.grad = None
         p.data = views["master"]
+        note_change()
 
     def is_bound(self, views: dict[str, Tensor]) -> bool:
         return self.parameter.data_ptr() == views["master"].data_ptr() and all(

@@ -62,10 +62,10 @@ def weights_of(model: nn.Module) -> list[Weight]:
                 f"{name} is not initialized; run the model once on an input, which gives lazy layers their shape",
             )
             matrix: Tensor = module.weight if packed and own == "values" else parameter  # type: ignore[assignment]
-            if id(matrix) in embeddings:
-                kind = EMBEDDING
-            elif id(module) in adapters or own.startswith(("lora_A", "lora_B")):
+            if id(module) in adapters or own.startswith(("lora_A", "lora_B")):
                 kind = ADAPTER
+            elif id(matrix) in embeddings:
+                kind = EMBEDDING
             elif id(module) in task_heads:
                 kind = TASK_HEAD
             else:
@@ -77,7 +77,12 @@ def weights_of(model: nn.Module) -> list[Weight]:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is nn.Linear, a subclass, transformers' Conv1D or a packed layer."""
-    return isinstance(module, (nn.Linear, PackedLinear)) or type(module).__name__ == "Conv1D"
+    return isinstance(module, (nn.Linear, PackedLinear)) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D, a linear layer, and no convolution of that name."""
+    return type(module).__name__ == "Conv1D" and not isinstance(module, nn.modules.conv._ConvNd)
 
 
 def _kind(module: nn.Module, own: str, p: Tensor) -> str:
@@ -100,22 +105,30 @@ def _embeddings_and_heads(model: nn.Module) -> set[int]:
 
 
 def output_heads(model: nn.Module) -> list[nn.Module]:
-    """The modules that give a model's logits, by transformers' accessor or by their usual names."""
-    heads = [head for module in model.modules() if (head := _output_head(module)) is not None]
-    return heads + [module for name, module in model.named_modules() if name.split(".")[-1] in ("lm_head", "embed_out")]
+    """The modules that give a model's logits, by transformers' accessor or by their usual names.
+
+    A task head is none, whatever its name: that of a model for CTC is a new ``lm_head``.
+    """
+    heads, new = [head for module in model.modules() if (head := _output_head(module)) is not None], _task_heads(model)
+    named = [module for name, module in model.named_modules() if name.split(".")[-1] in ("lm_head", "embed_out")]
+    return heads + [module for module in named if id(module) not in new]
 
 
 def _task_heads(model: nn.Module) -> set[int]:
     """ids of the modules outside the pretrained part of transformers' models for other tasks.
 
     Such a model has a ``base_model`` and no output head, as a classifier does. Pretraining has not
-    shaped these modules: they are random at first.
+    shaped these modules: they are random at first. Some classifiers, of Whisper and CLIP, hold the
+    pretrained models of their parts instead.
     """
     found: set[int] = set()
-    for module in model.modules():
-        base: Any = getattr(module, "base_model", module) if _is_pretrained_model(module) else module
-        if base is not module and isinstance(base, nn.Module) and _output_head(module) is None:
-            found |= set(map(id, module.modules())) - set(map(id, base.modules()))
+    for module in filter(_is_pretrained_model, model.modules()):
+        base: Any = getattr(module, "base_model", module)
+        parts = [base] if base is not module and isinstance(base, nn.Module) else []
+        if not parts and type(module).__name__.endswith("Classification"):
+            parts = [part for part in module.children() if _is_pretrained_model(part)]
+        if parts and _output_head(module) is None:
+            found |= set(map(id, module.modules())) - {id(m) for part in parts for m in part.modules()}
     return found
 
 
@@ -133,7 +146,8 @@ def _adapters(model: nn.Module) -> set[int]:
     """ids of the modules that peft has put into a model, beside the layers that they wrap.
 
     peft's layers hold the wrapped layer as ``base_layer``. Its copies of whole modules
-    (``modules_to_save``) and the ones they replace count too.
+    (``modules_to_save``) and the ones they replace count too, and so do tables and encoders of
+    virtual tokens.
     """
     return {id(part) for module in model.modules() for part in _adapter_parts(module)}
 
@@ -144,3 +158,6 @@ def _adapter_parts(module: nn.Module) -> Iterator[nn.Module]:
         yield from (part for part in module.modules() if id(part) not in inside)
     elif any(cls.__name__ == "AuxiliaryTrainingWrapper" for cls in type(module).__mro__):
         yield from module.modules()
+    elif any(cls.__name__ == "PeftModel" for cls in type(module).__mro__):
+        prompts = getattr(module, "prompt_encoder", None)
+        yield from prompts.modules() if isinstance(prompts, nn.Module) else ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,13 +35,18 @@ def regather(values: Tensor, weight: Tensor, indices: Tensor) -> bool:
 
 
 def follow_weight(
-    seen: tuple[int, int] | None, values: Tensor, weight: Tensor, indices: Tensor, name: str
-) -> tuple[int, int]:
-    """`regather` the values of a packed layer if its weight was written since it was ``seen``.
+    seen: tuple[int, int] | None, values: Tensor, weight: Tensor, indices: Tensor
+) -> tuple[tuple[int, int], bool]:
+    """`regather` if the weight was written since it was ``seen``.
 
-    If they change, a warning names the layer. Returns what is seen now.
+    Returns what is seen now, and whether values changed.
     """
     now = weight_version(weight)
-    if now != seen and regather(values, weight, indices):
-        logger.warning("%s was changed outside the optimizer; its values follow the new weight", name)
-    return now
+    return now, now != seen and regather(values, weight, indices)
+
+
+def warn_of_changed(names: Sequence[str], what: str) -> None:
+    """Say in one line which weights were changed outside, and that ``what`` of them follow."""
+    if names:
+        others = f" and {len(names) - 1} more weights were" if len(names) > 1 else " was"
+        logger.warning("%s%s changed outside the optimizer; %s", names[0], others, what)

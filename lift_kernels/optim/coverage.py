@@ -45,7 +45,7 @@ def packing_problem(refs: Sequence[MatrixRef | DenseRef]) -> str:
 
 
 class Coverage:
-    """Looks at the first step for which some parameter has a gradient, and at the first of all.
+    """Looks at the first step for which some parameter has a gradient, and at one where none has.
 
     Attributes:
         done: whether that step has come.
@@ -62,11 +62,14 @@ class Coverage:
             refs: all parameters.
             trained: whether each has a gradient.
         """
-        self.done, idle = any(trained) or not refs, not any(trained)
+        idle = not any(trained)
+        self.done |= not idle or not refs
         if idle and self._said_idle:
             return
         self._said_idle = idle
-        missing = [ref for ref, has in zip(refs, trained) if not has]
+        matrices = {id(_matrix(ref)) for ref in refs if _matrix(ref) is not ref.parameter}  # trained by their values
+        looked_at = [(ref, has) for ref, has in zip(refs, trained) if id(ref.parameter) not in matrices]
+        refs, missing = [ref for ref, _ in looked_at], [ref for ref, has in looked_at if not has]
         frozen = [ref for ref in missing if not ref.parameter.requires_grad]
         unused = [ref for ref in missing if ref.parameter.requires_grad]
         effect = "no parameter has a gradient, so this step changes nothing: " if idle else ""
@@ -84,7 +87,7 @@ class Coverage:
             )
         if unused:
             logger.warning(
-                "%s%d of %d parameters of LiftAdamW, with %.3g %% of their weights, have no gradient at its first step "
+                "%s%d of %d parameters of LiftAdamW, with %.3g %% of their weights, have no gradient at this step "
                 "and stay as they are until they get one, e.g. %s; %s",
                 effect,
                 len(unused),

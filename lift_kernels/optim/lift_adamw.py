@@ -18,24 +18,16 @@ from .bucket import Sweep, any_infinite, check_scaler, gradient_factor
 from .coverage import Coverage
 from .dense_adamw import dense_adamw_
 from .hyperparameters import check_drift_bound, check_group, check_parameters, check_settings, warn_of_overridden
-from .matrix_ref import MatrixRef, names_of, parameters_of
+from .matrix_ref import names_of, parameters_of
 from .matrix_table import MaskOptions, MatrixTable
 from .refresh import RefreshReport, RefreshSchedule, renew, report_on
 from .state_dict import before_load, check_fits, compact, load_dense, saved_form
 from .state_order import in_own_order
 from .weight_check import check_loaded, differing, warn_of_stale_masks
 
-_SETTINGS = (  # optimizer-wide, not of a group
-    "max_grad_norm",
-    "selection",
-    "seed",
-    "backend",
-    "mask_method",
-    "warm_start",
-    "last_refresh",
-    "_replicas",
-    "_coverage",
-)
+_OPTIONS = ("max_grad_norm", "selection", "seed", "backend", "mask_method", "warm_start")
+_KEPT = (*_OPTIONS, "last_refresh", "_replicas", "_coverage", "_stale_masks")
+"""Attributes of the whole optimizer, and not of a group, that a copy keeps."""
 
 
 class LiftAdamW(Optimizer):
@@ -121,6 +113,7 @@ class LiftAdamW(Optimizer):
         self.last_refresh: RefreshReport | None = None
         self.grad_norm: Tensor | None = None
         self._replicas, self._coverage = Replicas(process_group), Coverage()
+        self._stale_masks: list[str] = []  # names of first masks that were made from other weights
         self._start_afresh()
         options: dict[str, Any] = dict(
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, density=density
@@ -195,10 +188,15 @@ class LiftAdamW(Optimizer):
         if self.selection == "gradient" and found_inf is not None and bool(found_inf):
             return  # No mask can be made from these gradients, and the step would be skipped.
         if table.missing:
-            warn_of_stale_masks(self._make_first_masks(), len(table.refs))
+            self._make_first_masks()
+        if self._stale_masks:
+            warn_of_stale_masks(self._stale_masks, len(table.refs))
+            self._stale_masks = []
         if table.unseen and torch.distributed.is_available() and torch.distributed.is_initialized():
             table.compare_ranks(self._replicas)
         buckets, dense = sweep.buckets(table), sweep.dense()
+        if not (buckets or dense):  # As after `unpack`, which leaves an optimizer nothing to train.
+            self._coverage.report([*table.refs, *table.dense], sweep.trained())
         if found_inf is not None:
             found_inf = any_infinite(buckets, found_inf, self.backend)
         for bucket in buckets:
@@ -245,6 +243,7 @@ class LiftAdamW(Optimizer):
         due = [ref for ref in self._table.refs if ref.arena is not None or ref.trainable.indices is not None]
         if self._table.missing:
             self._make_first_masks()
+        self._stale_masks = []
         if due:
             self.last_refresh = renew(self._table, due, self._mask_options(), self.state, always=True)
             for group in self.param_groups:
@@ -252,10 +251,11 @@ class LiftAdamW(Optimizer):
         if any(group["capturable"] for group in self.param_groups):
             self._table.compare_ranks(self._replicas)  # A replayed step does not call this.
 
-    def _make_first_masks(self, only_given: bool = False) -> dict[MatrixRef, int]:
+    def _make_first_masks(self, only_given: bool = False) -> None:
         """Give every matrix a mask, or take only those that packed gradients have brought along.
 
-        Returns the matrices whose mask came along, made from another weight than the present one.
+        Notes which of these were made from another weight than the present one. The next step says
+        so, if no refresh and no loaded state has replaced them.
         """
         table, loaded = self._table, self._table.samples.copy()
         new, masks = table.make_first_masks(self._mask_options(), self.state, only_given=only_given)
@@ -264,13 +264,13 @@ class LiftAdamW(Optimizer):
         given = {ref: sample for ref, sample in table.samples.items() if ref not in loaded}
         table.samples = loaded
         comparable = self.selection != "random" and not dispatch.capturing()  # Random masks fit every weight.
-        return differing(given) if given and comparable else {}
+        self._stale_masks += [ref.name for ref in differing(given)] if given and comparable else []
 
     def _take_given_masks(self) -> None:
         """Take the masks of packed gradients before the first step, so that a copy has them too."""
         self._table.follow(self.param_groups)
         if any(ref.trainable.indices is not None for ref in self._table.missing):
-            warn_of_stale_masks(self._make_first_masks(only_given=True), len(self._table.refs))
+            self._make_first_masks(only_given=True)
 
     def _mask_options(self) -> MaskOptions:
         return MaskOptions(self.selection, self.seed, self.mask_method, self.backend, self.warm_start)
@@ -307,7 +307,10 @@ class LiftAdamW(Optimizer):
         for group in self.param_groups:
             self.seed = group.pop("seed", self.seed)
         self._table.drop_packed_gradients()  # They belong to other entries.
-        self._restore({parameters[i]: entry for i, entry in state_dict["state"].items() if "indices" in entry})
+        entries = {parameters[i]: entry for i, entry in state_dict["state"].items() if "indices" in entry}
+        if any(float(entry["step"]) for entry in entries.values()):  # accelerate loads our own state before any step.
+            self._stale_masks = []
+        self._restore(entries)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
@@ -321,7 +324,7 @@ class LiftAdamW(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._take_given_masks()
         self._schedule.subtract_skipped(self.param_groups)
-        config = {key: getattr(self, key) for key in _SETTINGS}
+        config = {key: getattr(self, key) for key in _KEPT}
         state = defaultdict(dict, {p: compact(entry) for p, entry in self.state.items()})
         layers = {p: layers for p in parameters_of(self.param_groups) if (layers := trainable.layers_of(p))}
         hooked = {ref.parameter: ref.draw_number for ref in self._table.hooked}

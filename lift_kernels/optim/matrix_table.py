@@ -110,11 +110,20 @@ class MatrixTable:
         ref = self._known.setdefault(p, MatrixRef(0, p, group, name, kind))
         if ref.arena is not None and kind.layers:
             ref.arena.weights[ref.row] = kind.matrix  # load_state_dict(assign=True) brings a new one.
-        if ref.arena is not None and kind.hooked and kind.indices is not None:
+        if ref.arena is not None and kind.indices is not None:
+            own, present = ref.views()["indices"], kind.indices
             require(
-                kind.indices.data_ptr() == ref.views()["indices"].data_ptr(),
-                f"{name} got packed gradients after the optimizer had chosen its entries, and these may be others; "
-                "call pack_gradients first and make the optimizer from the groups that it returns",
+                present.device != own.device or present.data_ptr() == own.data_ptr(),
+                f"{name} got packed gradients after the optimizer had chosen its entries, by pack_gradients or from "
+                "another LiftAdamW, and these may be others; call pack_gradients first and make one optimizer from the "
+                "groups that it returns",
+                RuntimeError,
+            )
+        for layer in kind.layers:
+            require(
+                layer._parameters.get("weight") is kind.layers[0]._parameters.get("weight"),
+                f"{name}: {layer.lift_name or 'a layer'} shared its weight with {kind.layers[0].lift_name or 'another'}"
+                ", and now has one of its own, which this optimizer would not train; tie both again",
                 RuntimeError,
             )
         ref.number, ref.group, ref.name, ref.trainable = len(self.refs), group, name, kind
@@ -242,7 +251,7 @@ class MatrixTable:
 
         Views stay right while the layout of the arenas does, unless the user replaced them.
         """
-        same = self._shown == self.version
+        same, current = self._shown == self.version, self._kinds == trainable.version
         for ref in refs if same else self._known.values():
             entry = state.get(ref.parameter, {})
             if same and "indices" in entry and ref.trainable.is_bound(entry):
@@ -253,6 +262,8 @@ class MatrixTable:
                 state[ref.parameter] = ref.views() | ref.warm | ref.drift
                 ref.trainable.bind(state[ref.parameter])
         self._shown = self.version
+        if current:
+            self._kinds = trainable.version  # Lists that were bound here are news to other optimizers alone.
 
     def compare_ranks(self, replicas: Replicas) -> None:
         """Raise on every replica if their new index lists differ.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..nn.weight_version import regather, weight_version
+from ..nn.weight_version import follow_weight, warn_of_changed, weight_version
 from ..validation import ALIGNMENT, check_index_lists, check_matrix, require
-
-logger = logging.getLogger("lift_kernels")
 
 
 class PackedState:
@@ -193,16 +190,10 @@ class PackedState:
         changed = []
         for row, weight in zip(rows, weights):
             seen, segment = (self._addresses[row], self._counters[row]), self.segment(row)
-            if self.master is not None and weight_version(weight) != seen:
-                if regather(self.master[segment], weight, self.indices[segment]):
-                    changed.append(self.names[row])
+            if self.master is not None and follow_weight(seen, self.master[segment], weight, self.indices[segment])[1]:
+                changed.append(self.names[row])
             self._addresses[row], self._counters[row] = weight_version(weight)
-        if changed:
-            logger.warning(
-                "%d weights were changed outside the optimizer, for example %s; their fp32 masters follow "
-                "the new values",
-                *(len(changed), changed[0]),
-            )
+        warn_of_changed(changed, "fp32 masters follow the new values")
 
     def _columns(self, rows: Sequence[int]) -> Sequence[list[Any]]:
         """Weights, and their dtypes, addresses and version counters when they were last seen."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -40,14 +40,13 @@ def check_loaded(samples: Mapping[MatrixRef, Tensor]) -> None:
         )
 
 
-def warn_of_stale_masks(stale: Mapping[MatrixRef, int], total: int) -> None:
-    """Say which first masks were made before the weights were loaded."""
-    if stale:
-        logger.warning(
-            "%d of %d masks were made by pack_gradients from other weights than the present ones, e.g. that of %s; "
-            "load the weights before pack_gradients, or call optimizer.refresh(drop_gradients=True) for masks of the "
-            "present weights",
-            len(stale),
-            total,
-            next(iter(stale)).name,
-        )
+def warn_of_stale_masks(stale: Sequence[str], total: int) -> None:
+    """Say which first masks, by name, were made before the weights were loaded."""
+    logger.warning(
+        "%d of %d masks were made by pack_gradients from other weights than the present ones, e.g. that of %s; "
+        "load the weights before pack_gradients, or call optimizer.refresh(drop_gradients=True) for masks of the "
+        "present weights",
+        len(stale),
+        total,
+        stale[0],
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
@@ -11,7 +12,13 @@ from helpers.files import forget_unchanged, save
 from helpers.small_models import Small, assert_equal_models, tuned
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from lift_kernels import LiftAdamW, apply_delta, pack_gradients, revert_delta, save_delta, switch_delta, unpack
 from lift_kernels.errors import FileError
@@ -101,6 +108,20 @@ def test_real_wrappers_are_named(tmp_path):
     inside.second = torch.compile(inside.second)  # the wrapper is in the middle of the names
     assert "wrapper's '_orig_mod.'" in message(apply_delta, inside, tmp_path / "a")
     assert "wrapper's 'module.'" in message(save_delta, nn.DataParallel(tuned(1)), Small(), tmp_path / "b")
+
+
+def test_stacked_experts_of_another_block_are_said_with_the_way_out(tmp_path):
+    """Mixtral's block of experts has one name in memory and another one in checkpoints."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, vocab_size=32, num_key_value_heads=1, num_local_experts=2))
+    model.save_pretrained(tmp_path / "base")
+    tuned_model = copy.deepcopy(model)
+    with torch.no_grad():
+        tuned_model.model.layers[0].mlp.experts.down_proj[1, :3] += 1
+    save_delta(tuned_model, model, tmp_path / "memory.delta")
+    text = message(apply_delta, tmp_path / "base", tmp_path / "memory.delta", tmp_path / "out")
+    assert text.startswith("the names differ where experts are stacked: ") and ".block_sparse_moe.experts.0." in text
+    assert "load the model with from_pretrained and apply the delta to it" in text
 
 
 def test_stacked_experts_are_said_with_the_way_out(tmp_path):

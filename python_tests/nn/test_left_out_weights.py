@@ -13,8 +13,12 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForTokenClassification,
+    CLIPConfig,
+    CLIPForImageClassification,
     GptOssConfig,
     GptOssForCausalLM,
+    HubertConfig,
+    HubertForCTC,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -167,7 +171,7 @@ def test_computed_weights(caplog, reparametrize):
     (group,), messages = said(caplog, lambda: lift_param_groups(model))
     assert names(group) == ["0.weight"]
     assert len(messages) == 1 and "50 % of the model's matrices, are left out" in messages[0]
-    assert "remove_parametrizations makes the layers plain" in messages[0]
+    assert "remove_parametrizations makes the layers plain" in messages[0] and "prune.remove" in messages[0]
     pack_gradients(model, rank=2)
     model(torch.randn(2, 8)).sum().backward()
 
@@ -192,6 +196,20 @@ def test_adapters_are_no_matrices_of_the_model(caplog, task):
     assert [n.removeprefix("base_model.model.").replace("base_layer.", "") for n in names(group)] == plain
     assert len(messages) == 1 and "weights of adapters are left out, for example" in messages[0]
     assert "merge_and_unload() them first" in messages[0]
+
+
+@pytest.mark.parametrize("encoder", [False, True])
+def test_virtual_tokens_are_adapters(caplog, encoder):
+    """Theirs are an embedding table and linear layers, which nothing has trained yet."""
+    from peft import PromptEncoderConfig, PromptTuningConfig, get_peft_model
+
+    options = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    config = PromptEncoderConfig(**options, encoder_hidden_size=16) if encoder else PromptTuningConfig(**options)
+    plain = names(lift_param_groups(llama())[0])
+    model = get_peft_model(llama(), config)
+    (group,), messages = said(caplog, lambda: lift_param_groups(model))
+    assert [n.removeprefix("base_model.") for n in names(group)] == plain
+    assert len(messages) == 1 and messages[0].startswith(f"{7 if encoder else 1} weights of adapters are left out")
 
 
 def test_adapters_in_a_layer_of_its_own():
@@ -276,3 +294,34 @@ def test_one_rank_serves_small_layers_too():
         of_one.refresh()
         gate = list(of_one.state.values())[1]["indices"]
         assert gate.tolist() == sorted(model[1].weight[0].abs().topk(4).indices.tolist())
+
+
+def test_a_new_head_for_ctc_is_trained_densely(caplog):
+    """It is called lm_head, and no embedding is beside it."""
+    model = HubertForCTC(
+        HubertConfig(**SIZES, conv_dim=(8,), conv_stride=(2,), conv_kernel=(3,), num_conv_pos_embedding_groups=4)
+    )
+    (group, head), messages = said(caplog, lambda: lift_param_groups(model, freeze_rest=True))
+    assert names(head) == ["lm_head.weight", "lm_head.bias"] and not any("lm_head" in name for name in names(group))
+    assert messages[-1].startswith("lm_head.weight, lm_head.bias: a task head, ")
+    assert model.lm_head.weight.requires_grad
+
+
+def test_a_classifier_beside_pretrained_parts_is_a_task_head():
+    """Its model has no base_model of its own."""
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = CLIPForImageClassification(
+        CLIPConfig(vision_config=vision | {"image_size": 8, "patch_size": 4}, num_labels=3)
+    )
+    group, head = lift_param_groups(model, freeze_rest=True)
+    assert names(head) == ["classifier.weight", "classifier.bias"] and len(group["params"]) == 6
+    assert model.classifier.bias.requires_grad
+
+
+def test_a_convolution_of_the_name_of_a_linear_layer(caplog):
+    class Conv1D(nn.Conv1d):
+        pass
+
+    model = nn.Sequential(Conv1D(8, 8, 3), nn.Flatten(), nn.Linear(16, 8))
+    (group,), messages = said(caplog, lambda: pack_gradients(model, rank=2))
+    assert names(group) == ["2.values"] and "1 weights of convolutions" in messages[0]

@@ -99,7 +99,7 @@ def test_a_weight_changed_behind_the_layers_back(dtype, caplog):
         train(model, optimizer, range(2, 4))
     assert torch.equal(model.b.weight, changed) and model.b.values.eq(0.25).all()
     (record,) = caplog.records
-    assert "1 weights were changed outside the optimizer, for example b.values;" in record.getMessage()
+    assert record.getMessage().startswith("b.values was changed outside the optimizer;")
 
 
 def test_loading_a_model_between_steps(caplog):

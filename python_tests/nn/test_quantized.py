@@ -63,6 +63,13 @@ class Fp8Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.zeros(4, 8, 16, dtype=torch.float8_e4m3fn), requires_grad=False)
 
 
+class Aqlm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.codes = nn.Parameter(torch.zeros(4, 8, 1, dtype=torch.int8), requires_grad=False)
+        self.codebooks = nn.Parameter(torch.zeros(1, 256, 1, 8))
+
+
 KINDS = [
     (bitsandbytes, "bitsandbytes Linear4bit"),
     (bitsandbytes_8_bit, "bitsandbytes Linear8bitLt"),
@@ -70,6 +77,7 @@ KINDS = [
     (Gptq, "Gptq.qweight"),
     (lambda: Gptq("weight_packed"), "Gptq.weight_packed"),
     (lambda: Gptq("W_q"), "Gptq.W_q"),
+    (Aqlm, "Aqlm.codebooks"),
     (FP8Linear, "torch.float8_e4m3fn"),
     (Mxfp4Experts, "Mxfp4Experts.gate_up_proj_blocks"),
     (Fp8Experts, "torch.float8_e4m3fn"),
@@ -108,4 +116,5 @@ def test_other_scales_and_blocks_are_no_codes():
     layer = nn.Linear(8, 8)
     layer.layer_scales = nn.Parameter(torch.ones(8))
     layer.register_buffer("attention_blocks", torch.ones(8, dtype=torch.int64))
+    layer.register_buffer("codebooks", torch.ones(2, 8))  # of a vector quantizer
     assert len(lift_param_groups(nn.Sequential(layer))[0]["params"]) == 1

@@ -56,7 +56,7 @@ def test_some_frozen_and_some_unused_parameters_get_a_line_each(caplog):
     assert frozen.startswith("1 of 6 parameters of LiftAdamW") and "are frozen" in frozen and "e.g. a.weight;" in frozen
     assert f"with {100 * 960 / total:.3g} % of their weights" in frozen
     assert without.startswith("1 of 6 parameters of LiftAdamW") and "e.g. left_out.weight;" in without
-    assert f"with {100 * 160 / total:.3g} % of their weights, have no gradient at its first step" in without
+    assert f"with {100 * 160 / total:.3g} % of their weights, have no gradient at this step" in without
 
 
 def test_a_first_step_without_any_gradient_does_not_hide_the_next_one(caplog):
@@ -188,3 +188,15 @@ def test_the_parameters_of_a_packed_model_may_all_be_given():
     before = model.a.weight.detach().clone()
     train_model(model, LiftAdamW(model.named_parameters(), **OPTIONS), [0])
     assert not torch.equal(model.a.weight, before)
+
+
+def test_weights_that_values_train_are_not_missed(caplog):
+    """As of ``LiftAdamW(model.named_parameters())`` for a packed model."""
+    model, _ = packed_setup()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = LiftAdamW(model.named_parameters(), **OPTIONS)
+    model.b.values.requires_grad_(False)
+    train_model(model, optimizer, range(2))
+    (message,) = messages(caplog)
+    assert message.startswith("3 of 5 parameters") and "e.g. b.values; " in message  # two frozen biases and b
+    assert torch.equal(model.b.weight, before["b.weight"]) and not torch.equal(model.a.weight, before["a.weight"])

@@ -187,3 +187,52 @@ def test_copies_of_packed_layers_are_followed_by_no_optimizer_of_the_original():
     before = [p.detach().clone() for p in other.parameters()]
     train_packed(model, optimizer, range(2, 4))
     assert all(map(torch.equal, before, other.parameters()))
+
+
+@pytest.mark.parametrize("extra", [None, "in_proj"])
+def test_a_second_optimizer_on_packed_gradients_refuses_the_first(extra):
+    """The layers have its masks, so entries of the first would get gradients of others."""
+    model = nn.Sequential(nn.Linear(24, 16, bias=False), nn.MultiheadAttention(16, 2, bias=False))
+    groups = pack_gradients(model, extra=extra, exclude="out_proj" if extra is None else "0", rank=4, density=0.2)
+    first, second = (LiftAdamW([dict(group) for group in groups], refresh_interval=None) for _ in range(2))
+
+    def step(optimizer):
+        x = model[0](torch.ones(3, 1, 24))
+        model[1](x, x, x)[0].square().sum().backward()
+        optimizer.step()
+        model.zero_grad()
+
+    step(first)
+    step(first)
+    step(second)
+    second.refresh()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="got packed gradients after .* another LiftAdamW.* make one optimizer"):
+        step(first)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    second.zero_grad()
+    model.zero_grad()
+    step(second)
+    assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_layers_that_no_longer_share_a_weight_are_refused():
+    """load_state_dict(assign=True) gives each layer a weight of its own."""
+    model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Tanh(), nn.Linear(16, 16, bias=False))
+    model[2].weight = model[0].weight
+    optimizer = LiftAdamW(pack_gradients(model, rank=4, density=0.2), refresh_interval=None)
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def step():
+        model(torch.ones(3, 16)).square().sum().backward()
+        optimizer.step()
+        model.zero_grad()
+
+    step()
+    model.load_state_dict(saved, assign=True)
+    with pytest.raises(RuntimeError, match="0.values: .* shared its weight with .*; tie both again"):
+        step()
+    model[2].weight = model[0].weight
+    before = model[2].weight.detach().clone()
+    step()
+    assert model[2].weight is model[0].weight and not torch.equal(model[2].weight, before)

@@ -288,17 +288,17 @@ def test_regather_follows_outside_changes_alone(caplog):
     before[5:7] = weights[0].flatten()[index[5:7]].float()
     assert torch.equal(state.master, before)
     assert [record.getMessage() for record in caplog.records] == [
-        "1 weights were changed outside the optimizer, for example layer.0; their fp32 masters follow the new values"
+        "layer.0 was changed outside the optimizer; fp32 masters follow the new values"
     ]
     state.regather_masters([0])
     assert len(caplog.records) == 1
     with torch.no_grad():
-        weights[0].view(-1)[index[5:7]] += 1.0
+        weights[0].add_(1)
+        weights[1].add_(1)
     state.regather_masters([0, 1])
-    assert (
-        caplog.records[1].getMessage().startswith("2 weights were changed outside the optimizer, for example layer.0")
-    )
-    assert len(caplog.records) == 2
+    assert [record.getMessage() for record in caplog.records[1:]] == [
+        "layer.0 and 1 more weights were changed outside the optimizer; fp32 masters follow the new values"
+    ]
 
 
 def test_masters_follow_changed_weights_before_they_move(caplog):
@@ -310,9 +310,7 @@ def test_masters_follow_changed_weights_before_they_move(caplog):
     kept = state.migrate([0], [new])
     assert kept.tolist() == [int(torch.isin(new, old).sum())] and 0 < kept.item() < 40
     assert torch.equal(state.views(0)["master"], weights[0].flatten()[new.long()].float())
-    assert [
-        "1 weights were changed outside the optimizer, for example layer.0" in r.getMessage() for r in caplog.records
-    ] == [True]
+    assert [r.getMessage().startswith("layer.0 was changed outside the optimizer;") for r in caplog.records] == [True]
 
 
 def test_marked_writes_are_not_outside_changes(caplog):

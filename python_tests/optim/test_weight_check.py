@@ -159,7 +159,7 @@ def test_a_change_after_the_first_step_is_followed_and_not_refused(caplog):
     with torch.no_grad():
         other[0].add_(1)
     train(loaded, [3])
-    assert loaded.state[other[0]]["step"] == 4 and "changed outside the optimizer, for example q.weight" in caplog.text
+    assert loaded.state[other[0]]["step"] == 4 and "q.weight was changed outside the optimizer" in caplog.text
 
 
 @pytest.mark.parametrize("steps_before", [0, 2])
@@ -474,3 +474,28 @@ def test_torchs_distributed_state_dict_keeps_the_sample(setup):
     for m, o in ((model, optimizer), (again, loaded)):
         train_model(m, o, range(2, 4))
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("state", ["own", "trained", "refresh"])
+def test_a_trained_state_replaces_masks_of_other_weights_without_a_word(caplog, state):
+    """As accelerate does it: it loads the optimizer's own state before that of a checkpoint."""
+    trained, optimizer = packed_setup(refresh_interval=None)
+    train_model(trained, optimizer, range(2))
+    model, loaded = packed_setup(refresh_interval=None)
+    model.load_state_dict(other_weights() if state != "trained" else trained.state_dict())
+    loaded.load_state_dict(loaded.state_dict())
+    if state == "trained":
+        loaded.load_state_dict(optimizer.state_dict())
+    elif state == "refresh":
+        loaded.refresh()
+    assert not caplog.records
+    copied, model = copy.deepcopy((loaded, model))
+    for m, o in ((model, copied), (model, copied)):
+        train_model(m, o, [2])
+    assert [record.getMessage().split(" were")[0] for record in caplog.records] == (
+        ["3 of 3 masks"] if state == "own" else []
+    )
+    if state == "trained":
+        train_model(trained, optimizer, [2])
+        train_model(trained, optimizer, [2])
+        assert all(torch.equal(value, trained.state_dict()[name]) for name, value in model.state_dict().items())
