@@ -240,8 +240,8 @@ def _say_what_is_left_out(
         )
     if heads:
         logger.warning(
-            "%s: a task head, which pretraining has not shaped, is trained densely; exclude= leaves it out, include= "
-            "trains its principal weights",
+            "%s: outside the pretrained model, so taken for a new task head and trained densely; exclude= leaves it "
+            "out, include= trains its principal weights",
             _some([w.name for w in heads]),
         )
 

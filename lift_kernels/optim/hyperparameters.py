@@ -113,13 +113,19 @@ def warn_of_overridden(options: dict[str, Any], groups: Sequence[dict[str, Any]]
             )
 
 
-def check_drift_bound(group: dict[str, Any], selection: Any) -> None:
-    """Raise ValueError, naming option and value, if nothing predicts the drift of its masks."""
+def check_masks(group: dict[str, Any], selection: Any, names: Sequence[str]) -> None:
+    """Raise ValueError if the selection of entries cannot serve the refreshes of a group."""
     bound = group.get("refresh_drift")
     require(
         bound is None or selection == "principal",
         f"refresh_drift={bound} predicts the drift of principal weights; leave it None with selection={selection!r}",
     )
+    packed = [name for p, name in zip(group["params"], names) if trainable_of(p).indices is not None]
+    if packed and selection == "gradient" and group["refresh_interval"] is not None:
+        raise ValueError(
+            f"{packed[0]}: selection='gradient' needs dense gradients at each refresh, and these are packed; keep the "
+            "masks of pack_gradients by refresh_interval=None, or use lift_param_groups"
+        )
 
 
 def check_settings(

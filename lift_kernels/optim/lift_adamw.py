@@ -17,7 +17,7 @@ from ..ops import dispatch
 from .bucket import Sweep, any_infinite, check_scaler, gradient_factor
 from .coverage import Coverage
 from .dense_adamw import dense_adamw_
-from .hyperparameters import check_drift_bound, check_group, check_parameters, check_settings, warn_of_overridden
+from .hyperparameters import check_group, check_masks, check_parameters, check_settings, warn_of_overridden
 from .matrix_ref import names_of, parameters_of
 from .matrix_table import MaskOptions, MatrixTable
 from .refresh import RefreshReport, RefreshSchedule, renew, report_on
@@ -134,14 +134,18 @@ class LiftAdamW(Optimizer):
 
         Raises, and adds nothing, when the group cannot work.
         """
+        given = dict(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             check_group(group)
-            check_drift_bound(group, self.selection)
-            sparse = check_parameters(group, names_of(group, len(self.param_groups) - 1), self.backend)
+            names = names_of(group, len(self.param_groups) - 1)
+            check_masks(group, self.selection, names)
+            sparse = check_parameters(group, names, self.backend)
         except (ValueError, TypeError, RuntimeError):
             self.param_groups.pop()
+            param_group.clear()  # torch has filled in options.
+            param_group.update(given)
             raise
         optimizer_hooks.claim(group["params"], self)
         self._replicas.announce(sparse)

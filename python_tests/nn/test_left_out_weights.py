@@ -226,7 +226,11 @@ def test_a_task_head_is_trained_densely(caplog, packed):
     make = pack_gradients if packed else lift_param_groups
     (group, head), messages = said(caplog, lambda: make(model, freeze_rest=True))
     assert names(head) == ["score.weight"] and head["lift"] is False and len(group["params"]) == 7
-    assert len(messages) == 1 and messages[0].startswith("score.weight: a task head, ") and "densely" in messages[0]
+    assert (
+        len(messages) == 1
+        and messages[0].startswith("score.weight: outside the pretrained model, ")
+        and "densely" in messages[0]
+    )
     assert model.score.weight.requires_grad and not model.model.embed_tokens.weight.requires_grad
     optimizer = LiftAdamW([group, head], lr=0.1, rank=64)
     before = model.score.weight.detach().clone()
@@ -303,7 +307,7 @@ def test_a_new_head_for_ctc_is_trained_densely(caplog):
     )
     (group, head), messages = said(caplog, lambda: lift_param_groups(model, freeze_rest=True))
     assert names(head) == ["lm_head.weight", "lm_head.bias"] and not any("lm_head" in name for name in names(group))
-    assert messages[-1].startswith("lm_head.weight, lm_head.bias: a task head, ")
+    assert messages[-1].startswith("lm_head.weight, lm_head.bias: outside the pretrained model, ")
     assert model.lm_head.weight.requires_grad
 
 

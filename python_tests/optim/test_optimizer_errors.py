@@ -380,3 +380,12 @@ def test_no_linear_weight_and_overlapping_rules():
     with pytest.raises(ValueError, match="no linear weight of Sequential is left with include='attn'"):
         lift_param_groups(model, include="attn", freeze_rest=True)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_refused_group_is_left_as_it_was():
+    """torch fills in the options of its optimizer. Those of a refused one would stay."""
+    group = {"params": [("w", torch.nn.Parameter(torch.zeros(4, 5)))], "density": 2.0}
+    before = dict(group)
+    with pytest.raises(ValueError, match=r"w: density must be in \(0, 1\], got 2.0"):
+        LiftAdamW([group])
+    assert group == before

@@ -201,7 +201,10 @@ def test_selection_by_gradient_needs_one():
         optimizer.refresh()
     layer = torch.nn.Linear(40, 30)
     layer.weight.grad = weight.detach().clone()
-    packed = LiftAdamW(pack_gradients(layer, selection="gradient"), selection="gradient")
+    groups = pack_gradients(layer, selection="gradient")
+    with pytest.raises(ValueError, match="values: selection='gradient' .* these are packed; .* refresh_interval=None"):
+        LiftAdamW(groups, selection="gradient")
+    packed = LiftAdamW(groups, selection="gradient", refresh_interval=None)
     with pytest.raises(
         ValueError, match="packed gradient will not do: .* refresh_interval=None, or use lift_param_groups"
     ):
