@@ -6,10 +6,11 @@ import json
 
 import pytest
 import torch
+from helpers.architectures import save_architecture
 from helpers.bits import BF16, FP32, bits
 from helpers.tiny_llama import LAYERS, make_tokenizer, save_tiny
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lift_kernels import apply_delta, delta_info
 from lift_kernels.cli import main
@@ -112,20 +113,7 @@ def test_a_base_that_is_stored_in_another_way_is_loaded_first(tmp_path, capsys, 
 
 
 def experts(folder):
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=260,
-        hidden_size=16,
-        intermediate_size=32,
-        moe_intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-    )
-    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    save_architecture("qwen2_moe", folder)
 
 
 def tied_twice(folder):

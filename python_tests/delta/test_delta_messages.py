@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from helpers.architectures import save_architecture
 from helpers.bits import BF16, FP32
 from helpers.files import forget_unchanged, save
 from helpers.small_models import Small, assert_equal_models, tuned
@@ -16,8 +17,6 @@ from transformers import (
     AutoModelForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 
 from lift_kernels import LiftAdamW, apply_delta, pack_gradients, revert_delta, save_delta, switch_delta, unpack
@@ -126,20 +125,7 @@ def test_stacked_experts_of_another_block_are_said_with_the_way_out(tmp_path):
 
 def test_stacked_experts_are_said_with_the_way_out(tmp_path):
     """transformers stacks experts in memory and stores them one by one."""
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=32,
-        moe_intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-    )
-    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "base")
+    save_architecture("qwen2_moe", tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     with torch.no_grad():
         model.model.layers[0].mlp.experts.gate_up_proj[1, :3] += 1
@@ -147,7 +133,7 @@ def test_stacked_experts_are_said_with_the_way_out(tmp_path):
     save_delta(tmp_path / "tuned", tmp_path / "base", tmp_path / "files.delta")
     fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     text = message(apply_delta, fresh, tmp_path / "files.delta")
-    assert "experts.0.down_proj.weight, and 2 the other way round" in text
+    assert "experts.0.down_proj.weight, and 4 the other way round" in text
     assert "stacks experts in memory" in text and "apply_delta(folder, delta, output), and load the output" in text
     apply_delta(tmp_path / "base", tmp_path / "files.delta", tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
