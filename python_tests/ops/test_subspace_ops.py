@@ -61,7 +61,7 @@ def test_gaussian_sketch_in_bf16_is_the_rounded_one():
             (1, 2, 3),
             {"seed": 0, "backend": "triton"},
             RuntimeError,
-            "is only available for native-cuda, reference",
+            "the op has native-cuda, reference; choose one of these",
         ),
         ((1, 2, 3), {"seed": 0, "backend": "cuda"}, ValueError, "unknown backend 'cuda'"),
     ],
@@ -87,7 +87,7 @@ def test_gaussian_sketch_bad_input(arguments, options, error, message):
         ({"other": torch.ones(1, 6, 4)}, ValueError, "other must have the batch size"),
         ({"other": torch.ones(2, 6, 4, device="meta")}, ValueError, "other is on meta, block on cpu"),
         ({"rounds": 3}, ValueError, "rounds must be 1 or 2, got 3"),
-        ({"backend": "native-cpu"}, RuntimeError, "is only available for native-cuda, reference"),
+        ({"backend": "native-cpu"}, RuntimeError, "the op has native-cuda, reference; choose one of these"),
     ],
 )
 @pytest.mark.parametrize("grad", [True, False])
