@@ -187,10 +187,10 @@ def _check_parameter(parameter: Tensor, group: dict[str, Any], name: str, backen
             f"{name} has packed gradients, which lift=False cannot train; unpack(model) first",
         )
         return
-    if backend is not None:
-        dispatch.choose(backend, parameter.device, "sparse_adamw_")
     matrix = trainable.matrix
     check_matrix(matrix, name)
+    if backend is not None:
+        dispatch.choose(backend, parameter.device, "sparse_adamw_")
     mask_size(matrix, group, name)
     require(
         group["rounding"] == "nearest" or matrix.dtype != torch.float32,

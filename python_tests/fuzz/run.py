@@ -165,6 +165,7 @@ class Run(Checks):
                 self.spoil.midway(self)
             self.step(t)
         self.events(c.steps)
+        self.optimizer.state_dict()  # takes given masks, as a resume does
         if c.unpack:
             self.unpack()
         return self
