@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .checksums import index_digests
+from .groups import data_parallel_group, ranks_of, same_ranks
 
 logger = logging.getLogger("lift_kernels")
 
@@ -65,8 +66,23 @@ class Replicas:
 
     def __init__(self, process_group: Any = None) -> None:
         self._independent = process_group == "independent" if isinstance(process_group, str) else False
-        self._ranks = None if process_group is None or self._independent else _ranks_of(process_group)
+        self._ranks = None if process_group is None or self._independent else ranks_of(process_group)
+        self._given = process_group if self._ranks else None
         self._names: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_given": None}  # A process group cannot be copied or pickled; its ranks can.
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks that share out the work on masks: the given group, or that of accelerate.
+
+        None where each rank works by itself: without such a group, and with a single rank.
+        """
+        if self._independent or not (dist.is_available() and dist.is_initialized()):
+            return None
+        group = data_parallel_group() if self._ranks is None else self._given or same_ranks(self._ranks)
+        return group if group is not None and dist.get_world_size(group) > 1 else None
 
     def announce(self, names: Iterable[str]) -> None:
         """Tell the other ranks that this one trains these parameters.
@@ -98,18 +114,6 @@ class Replicas:
         if self._ranks is None and exchange.announce(self._names):
             exchange.wait_for_late_ranks(patience)
         exchange.compare(index_digests(lists), self._ranks, patience)
-
-
-def _ranks_of(group: Any) -> tuple[int, ...]:
-    """Global ranks of a group that this rank belongs to."""
-    if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
-        outside = dist.is_available() and group == dist.GroupMember.NON_GROUP_MEMBER
-        if outside:
-            raise ValueError(
-                "process_group does not contain this rank; give LiftAdamW the group that this rank belongs to"
-            )
-        raise TypeError(f"process_group must be a torch process group, None or 'independent', got {group!r}")
-    return tuple(sorted(dist.get_process_group_ranks(group)))
 
 
 class DigestExchange:

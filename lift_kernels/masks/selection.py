@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._progress import progress_bar
+from ..distributed.replicas import Replicas
 from ..validation import check_finite, check_index_form, check_index_lists, require
 from .principal import Mask, MaskRequest, principal_masks
 
@@ -65,6 +66,7 @@ def make_masks(
     seed: int,
     method: str = "auto",
     backend: str | None = None,
+    replicas: Replicas | None = None,
 ) -> list[Mask]:
     """A mask for every request, from its present weight.
 
@@ -74,6 +76,7 @@ def make_masks(
         seed: of random masks.
         method: of `low_rank_factors`.
         backend: one of `lift_kernels.backends`, None for the fastest usable one.
+        replicas: the ranks that make the masks together.
 
     Raises ValueError, naming the parameter, for non-finite weights, a missing gradient, or a wrong
     index list from a callable.

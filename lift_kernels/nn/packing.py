@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..distributed.replicas import Replicas
 from ..masks.budget import mask_rank, trained_entries
 from ..masks.selection import SelectionRequest, check_seed, check_selection, make_masks, warm_part
 from ..ops import dispatch
@@ -32,6 +34,7 @@ def pack_gradients(
     seed: int = 0,
     freeze_rest: bool = False,
     backend: str | None = None,
+    process_group: torch.distributed.ProcessGroup | str | None = None,
 ) -> list[dict[str, Any]]:
     """Convert ``model`` in place so that no dense gradient of a trained matrix is kept.
 
@@ -49,6 +52,8 @@ def pack_gradients(
         extra: of `lift_param_groups`. These weights get a hook.
         rank, density, budget_rank, selection, seed: of `LiftAdamW`.
         backend: of the layers' weight gradients; None for the fastest usable one.
+        process_group: of `LiftAdamW`. Its ranks must have the same weights here, before
+            DistributedDataParallel broadcasts those of rank 0.
 
     Returns:
         Parameter groups for `LiftAdamW`.
@@ -68,13 +73,14 @@ def pack_gradients(
     )
     check_selection(selection)
     check_seed(seed)
+    replicas = Replicas(process_group)
     required = {p: p.requires_grad for p in model.parameters()}
     try:
         group, *dense = lift_param_groups(model, include, exclude, extra=extra, freeze_rest=freeze_rest)
         chosen = dict(group["params"])
         options = {"rank": rank, "density": density, "budget_rank": budget_rank}
         requests = [_selection_request(i, *item, rank, density, budget_rank) for i, item in enumerate(chosen.items())]
-        masks = dict(zip(chosen, make_masks(requests, selection=selection, seed=seed)))
+        masks = dict(zip(chosen, make_masks(requests, selection=selection, seed=seed, replicas=replicas)))
         holders = _holders(model)
         layers = {name: _plain_layers(holders[id(p)], p) for name, p in chosen.items()}
         _check_layers(layers)
