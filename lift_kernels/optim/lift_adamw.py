@@ -64,9 +64,11 @@ class LiftAdamW(Optimizer):
         seed: of random masks and of stochastic rounding.
         backend: one of `lift_kernels.backends`, None for the fastest usable one.
         process_group: the ranks that hold replicas and so must train the same entries, as a torch
-            process group. None: the ranks of the default group that train a parameter of the same
-            name. ``"independent"``: ranks are meant to differ. Index lists are compared at the
-            first step after each mask. A difference is a RuntimeError on every rank.
+            process group. They make masks together, each rank a part. None: under accelerate and
+            Trainer the ranks of DistributedDataParallel; else masks are made on each rank, and
+            compared with those ranks of the default group that train a parameter of the same name.
+            ``"independent"``: ranks are meant to differ. Index lists are compared at the first step
+            after each mask. A difference is a RuntimeError on every rank.
 
     Attributes:
         last_refresh: `RefreshReport` of the last masks, new and skipped, None before the first.
@@ -187,7 +189,7 @@ class LiftAdamW(Optimizer):
         if not self._coverage.done:
             self._coverage.report([*table.refs, *table.dense], sweep.trained())
         if table.samples and not dispatch.capturing():
-            check_loaded(table.samples)
+            check_loaded(table.samples, self._replicas)
             table.samples.clear()
         if self.selection == "gradient" and found_inf is not None and bool(found_inf):
             return  # No mask can be made from these gradients, and the step would be skipped.
@@ -277,7 +279,7 @@ class LiftAdamW(Optimizer):
             self._make_first_masks(only_given=True)
 
     def _mask_options(self) -> MaskOptions:
-        return MaskOptions(self.selection, self.seed, self.mask_method, self.backend, self.warm_start)
+        return MaskOptions(self.selection, self.seed, self.mask_method, self.backend, self.warm_start, self._replicas)
 
     def state_bytes(self) -> int:
         """Bytes of all tensors that the optimizer holds: moments, index lists, masters, padding."""

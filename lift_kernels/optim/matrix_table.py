@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..distributed.agreement import Plan
+from ..distributed.checksums import weight_digests
 from ..distributed.replicas import Replicas
 from ..masks.principal import Mask
 from ..masks.selection import make_masks, warm_part
@@ -24,18 +26,26 @@ from .packed_state import PackedState
 
 
 class MaskOptions(NamedTuple):
-    """How masks are made, and where their bases are kept; see LiftAdamW."""
+    """How masks are made, by which ranks, and where their bases are kept; see LiftAdamW."""
 
     selection: str | Callable[[Tensor, int], Tensor]
     seed: int
     method: str
     backend: str | None
     warm_start: str | None
+    replicas: Replicas
 
     def make(self, refs: Sequence[MatrixRef]) -> list[Mask]:
         """A mask from the present weight of each matrix."""
-        requests = [ref.request() for ref in refs]
-        return make_masks(requests, selection=self.selection, seed=self.seed, method=self.method, backend=self.backend)
+        return make_masks(
+            [ref.request() for ref in refs],
+            selection=self.selection,
+            seed=self.seed,
+            method=self.method,
+            backend=self.backend,
+            replicas=self.replicas,
+            keep_bases=self.warm_start is not None,
+        )
 
 
 class MatrixTable:
@@ -140,7 +150,7 @@ class MatrixTable:
         """
         missing = [ref for ref in self.missing if not only_given or ref.trainable.indices is not None]
         new = [ref for ref in missing if not (ref.trainable.packed or ref.trainable.hooked)]
-        masks = options.make(new)
+        masks = options.make(new) if new else []
         made = {ref: mask._asdict() for ref, mask in zip(new, masks)}
         entries = [made[ref] if ref in made else ref.trainable.initial_state() for ref in missing]
         try:
@@ -272,6 +282,10 @@ class MatrixTable:
         """
         if not self.unseen or not replicas.active() or dispatch.capturing():
             return
+        hooked = [ref for ref in self.unseen if ref.trainable.hooked]
+        if hooked and replicas.group is not None:  # DistributedDataParallel has not broadcast these.
+            digests = weight_digests([ref.trainable.matrix for ref in hooked])
+            replicas.agree(Plan(Plan.TRAINS, {}, [(ref.name, {"weights": d}) for ref, d in zip(hooked, digests)]))
         lists = defaultdict(list)
         for ref in self.unseen:
             lists[ref.name].append(ref.views()["indices"])
