@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from ..ops import packed_gather, packed_scatter_
 from .lift_adamw import LiftAdamW
@@ -56,6 +57,22 @@ def trained_entries_hook(optimizer: LiftAdamW, bucket):
         return buffer
 
     return dist.all_reduce(flat, group=group, async_op=True).get_future().then(put_back)
+
+
+def register_where_useful(optimizer: LiftAdamW, model: Any) -> bool:
+    """Register the hook with ``model``, and return whether that was done.
+
+    It is where the model is a DistributedDataParallel without a hook, the optimizer knows its
+    ranks, and it trains a matrix with an ordinary gradient.
+    """
+    table = optimizer._table
+    table.follow(optimizer.param_groups)
+    useful = any(not (ref.trainable.packed or ref.trainable.hooked) for ref in table.refs)
+    free = isinstance(model, DistributedDataParallel) and not model._comm_hooks
+    if not (useful and free and optimizer._replicas.group is not None):
+        return False
+    model.register_comm_hook(optimizer, trained_entries_hook)
+    return True
 
 
 def _group_of(optimizer: Any) -> dist.ProcessGroup | None:
