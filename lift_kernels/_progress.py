@@ -16,7 +16,7 @@ class _Silent:
         """Do nothing."""
 
 
-def progress_bar(total: int, description: str, unit: str, delay: float = 0.0) -> Any:
+def progress_bar(total: int, description: str, unit: str, delay: float = 0.0, shown: bool = True) -> Any:
     """Return a context manager whose value has ``update(count)``.
 
     Args:
@@ -24,12 +24,13 @@ def progress_bar(total: int, description: str, unit: str, delay: float = 0.0) ->
         description: text in front of the bar.
         unit: name of an item.
         delay: seconds before the bar appears.
+        shown: False for no bar.
     """
     try:
         from tqdm.auto import tqdm
     except ImportError:
         return nullcontext(_Silent())
-    return tqdm(total=total, desc=description, unit=unit, delay=delay, leave=False)
+    return tqdm(total=total, desc=description, unit=unit, delay=delay, leave=False, disable=not shown)
 
 
 def with_progress(items: Iterable[T], description: str, shown: bool = True) -> Iterator[T] | Iterable[T]:

@@ -26,6 +26,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from .agreement import Plan, difference
 from .checksums import index_digests
 from .groups import data_parallel_group, ranks_of, same_ranks
 
@@ -50,6 +51,10 @@ _DIFFERENT = (
 _ABSENT = (
     "{ranks} trains {name} too, but has shown no new index list for {patience:.0f} s: it made no new mask, or "
     f"it stopped. Refresh on all ranks at the same step; or {WAYS_OUT}"
+)
+_NO_PLAN = (
+    "rank {rank} {what}, and {ranks} of its process group did not come to do the same within {s:.0f} s; call the "
+    "optimizer's step and refresh on all ranks alike, with the same parameters"
 )
 
 
@@ -86,14 +91,10 @@ class Replicas:
 
     @property
     def ungrouped(self) -> bool:
-        """Whether there are other ranks, and nobody says which of them hold replicas.
-
-        So it is without ``process_group`` and accelerate, and for a copy that has lost its group.
-        """
-        if self._independent or not (dist.is_available() and dist.is_initialized()):
-            return False
-        alone = dist.get_world_size() == 1 or (self._ranks is not None and len(self._ranks) == 1)
-        return not alone and self.group is None
+        """Whether there are other ranks, and nobody says, or no longer, which hold replicas."""
+        alone = self._independent or (self._ranks is not None and len(self._ranks) == 1)
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return several and not alone and self.group is None
 
     def announce(self, names: Iterable[str]) -> None:
         """Tell the other ranks that this one trains these parameters.
@@ -108,6 +109,23 @@ class Replicas:
     def active(self) -> bool:
         """Whether there is another rank to compare with. False before init_process_group."""
         return not self._independent and DigestExchange.of_default_group() is not None
+
+    def agree(self, plan: Plan, error: Exception | None = None) -> None:
+        """Raise on every rank of `group`, before any of them acts, unless all have the same plan.
+
+        Every rank of the group must call this. A rank that does not is waited for as long as its
+        collectives would be.
+
+        Args:
+            error: why this rank cannot do what it plans. It is raised here, and a RuntimeError with
+                its words on the other ranks.
+        """
+        exchange = None if self.group is None else DigestExchange.of_default_group()
+        message = "" if exchange is None else exchange.agree(plan, ranks_of(self.group))
+        if error is not None:
+            raise error
+        if message:
+            raise RuntimeError(message)
 
     def compare(self, lists: Mapping[str, list[Tensor]], masks_took: float = 0.0) -> None:
         """Raise RuntimeError on every rank, naming a parameter, if index lists of replicas differ.
@@ -135,6 +153,8 @@ class DigestExchange:
     - ``names/RANK/I``: the I-th announcement of a rank, names of parameters.
     - ``lists/GROUP/RANK/N/NAME``: the digest of the index list in the N-th comparison of a name
       within a group. The ranks that train a parameter compare it equally often.
+    - ``plan/GROUP/RANK/N`` and ``text/GROUP/RANK/N``: the digest and the text of the N-th plan of a
+      rank within a group.
     - ``late/RANK/N`` and ``refused/RANK/N``: a rank announced names at a step, or raised, for the
       N-th time.
 
@@ -152,6 +172,7 @@ class DigestExchange:
         self._read = [0] * self._world  # announcements read, by rank
         self._holders: defaultdict[str, set[int]] = defaultdict(set)  # ranks that announced a name
         self._compared: Counter[tuple[str, str]] = Counter()  # by group and name
+        self._agreed: Counter[str] = Counter()  # by group
         self._late = self._refused = 0
         self._absent: set[int] = set()  # ranks that were waited for in vain and have announced nothing
 
@@ -209,7 +230,7 @@ class DigestExchange:
         Raises RuntimeError where they differ, or where a rank shows none in time.
         """
         self._read_announcements()
-        group = "" if ranks is None else hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
+        group = "" if ranks is None else _label(ranks)
 
         def key(rank: int, name: str, back: int = 0) -> str:
             return f"lists/{group}/{rank}/{self._compared[group, name] - back}/{name}"
@@ -245,6 +266,46 @@ class DigestExchange:
                 _DIFFERENT.format(low=min(rank, self._rank), high=max(rank, self._rank), name=names[0], more=more)
             )
 
+    def agree(self, plan: Plan, ranks: tuple[int, ...]) -> str:
+        """Wait for the plans of all ``ranks``, and return why they cannot act together, or "".
+
+        All ranks return the same text. Raises RuntimeError for a rank that shows no plan within the
+        timeout of the process group.
+        """
+        group, text = _label(ranks), plan.text()
+        number = self._agreed[group]
+        self._agreed[group] += 1
+
+        def key(what: str, rank: int, back: int = 0) -> str:
+            return f"{what}/{group}/{rank}/{number - back}"
+
+        # Most plans are equal, and then their digests are all that is read.
+        digest = hashlib.sha256(text.encode()).hexdigest() + ("!" if plan.problem else "")
+        own = [key("text", self._rank), key("plan", self._rank)]
+        self._store.multi_set(own, [zlib.compress(text.encode()), digest])
+        patience = self._store.timeout.total_seconds()
+        missing = self._missing({rank: [key("plan", rank)] for rank in ranks}, patience)
+        if missing:
+            raise RuntimeError(_NO_PLAN.format(rank=self._rank, what=plan.what, ranks=_ranks(missing), s=patience))
+        digests = dict(zip(ranks, self._store.multi_get([key("plan", rank) for rank in ranks])))
+        if number > 0:  # All ranks have shown this plan, so they have read the one before.
+            self._store.delete_key(key("text", self._rank, 1))
+            self._store.delete_key(key("plan", self._rank, 1))
+
+        def plan_of(rank: int) -> Plan:
+            return Plan.of_text(zlib.decompress(self._store.get(key("text", rank))).decode())
+
+        for rank, found in digests.items():
+            if found.endswith(b"!"):
+                return f"rank {rank} cannot go on: {plan_of(rank).problem}"
+        first = ranks[0]
+        other = next((rank for rank, found in digests.items() if found != digests[first]), None)
+        if other is None:
+            return ""
+        said = difference(first, plan_of(first), other, plan_of(other))
+        self._linger(list(ranks))
+        return said
+
     def _read_announcements(self) -> None:
         for rank in range(self._world):
             while self._store.check([key := f"names/{rank}/{self._read[rank]}"]):
@@ -271,6 +332,11 @@ class DigestExchange:
         self._store.set(f"refused/{self._rank}/{self._refused}", "")
         self._missing({rank: [f"refused/{rank}/{self._refused}"] for rank in ranks}, LINGER_S)
         self._refused += 1
+
+
+def _label(ranks: tuple[int, ...]) -> str:
+    """A short name of a group in keys."""
+    return hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
 
 
 @functools.cache

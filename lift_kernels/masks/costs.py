@@ -1,4 +1,4 @@
-"""Which method makes the factors of a matrix fastest, and how wide its blocks are."""
+"""Which method makes the factors of a matrix fastest, what a mask costs, how wide blocks are."""
 
 from __future__ import annotations
 
@@ -24,18 +24,37 @@ def cheapest_method(shape: Sequence[int], rank: int, *, warm: bool = False, devi
 
     ``"gram"`` where a cold block would have all directions: there is nothing to iterate.
     """
-    long, short = max(shape), min(shape)
-    if short <= SMALL_SIDE or block_width(shape, rank) == short:
+    if min(shape) <= SMALL_SIDE or block_width(shape, rank) == min(shape):
         return "gram"
-    width = block_width(shape, rank, warm=warm)
-    eigh = _EIGH_COST.get(device, _EIGH_COST["cuda"])
-    gram = 2.0 * long * short**2 + eigh * short**3 + 2.0 * long * short * rank
-    degrees = 1 if warm else 7
-    passes = 3 if warm else 17
-    # Gram matrix, orthonormalization, Ritz values.
-    small = 2.0 * long * width**2 + 6.0 * short * width**2 + eigh * width**3
-    chebyshev = passes * 2.0 * long * short * width + (degrees + 1) * small
+    gram, chebyshev = _gram_flops(shape, rank, device), _chebyshev_flops(shape, rank, warm, device)
     return "chebyshev" if chebyshev * (1.0 if warm else _EXACT_BONUS) < gram else "gram"
+
+
+def mask_cost(shape: Sequence[int], rank: int, *, warm: bool = False, device: str = "cpu") -> float:
+    """Predicted flops of the principal mask of an m x n matrix: its factors and their product."""
+    product = 2.0 * shape[0] * shape[1] * rank
+    if rank == min(shape):  # The matrix is its own approximation.
+        return product
+    method = cheapest_method(shape, rank, warm=warm, device=device)
+    flops = _gram_flops(shape, rank, device) if method == "gram" else _chebyshev_flops(shape, rank, warm, device)
+    return flops + product
+
+
+def _gram_flops(shape: Sequence[int], rank: int, device: str) -> float:
+    long, short = max(shape), min(shape)
+    return 2.0 * long * short**2 + _eigh_cost(device) * short**3 + 2.0 * long * short * rank
+
+
+def _chebyshev_flops(shape: Sequence[int], rank: int, warm: bool, device: str) -> float:
+    long, short = max(shape), min(shape)
+    width, degrees, passes = block_width(shape, rank, warm=warm), 1 if warm else 7, 3 if warm else 17
+    # Gram matrix, orthonormalization, Ritz values.
+    small = 2.0 * long * width**2 + 6.0 * short * width**2 + _eigh_cost(device) * width**3
+    return passes * 2.0 * long * short * width + (degrees + 1) * small
+
+
+def _eigh_cost(device: str) -> float:
+    return _EIGH_COST.get(device, _EIGH_COST["cuda"])
 
 
 def block_width(shape: Sequence[int], rank: int, *, warm: bool = False) -> int:

@@ -8,12 +8,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .._progress import progress_bar
 from ..distributed.replicas import Replicas
 from ..validation import check_finite, check_index_form, check_index_lists, require
+from .costs import mask_cost
 from .principal import Mask, MaskRequest, principal_masks
+from .together import make_together
 
 SELECTIONS = ("principal", "magnitude", "gradient", "random")
 BAR_DELAY = 5.0
@@ -67,6 +70,7 @@ def make_masks(
     method: str = "auto",
     backend: str | None = None,
     replicas: Replicas | None = None,
+    keep_bases: bool = True,
 ) -> list[Mask]:
     """A mask for every request, from its present weight.
 
@@ -76,23 +80,58 @@ def make_masks(
         seed: of random masks.
         method: of `low_rank_factors`.
         backend: one of `lift_kernels.backends`, None for the fastest usable one.
-        replicas: the ranks that make the masks together.
+        replicas: the ranks that make the masks together, each a part, where they are a group.
+        keep_bases: whether other ranks are sent bases and thresholds, too.
 
     Raises ValueError, naming the parameter, for non-finite weights, a missing gradient, or a wrong
-    index list from a callable.
+    index list from a callable. Raises RuntimeError on every rank where they cannot work together.
     """
     parts = [request.matrices() for request in requests]
     flat = [part for of_one in parts for part in of_one]
-    if selection == "principal":
-        with progress_bar(len(flat), "masks", "matrix", delay=BAR_DELAY) as bar:
-            principal = [_principal_request(part) for part in flat]
-            found = principal_masks(principal, method=method, backend=backend, on_batch_done=bar.update)
+
+    def make(chosen: Sequence[SelectionRequest]) -> list[Mask]:
+        return _masks(chosen, selection, seed, method, backend, shown=group is None or dist.get_rank(group) == 0)
+
+    group = None if replicas is None else replicas.group
+    if replicas is None or group is None:
+        found = make(flat)
     else:
-        found = [_baseline_mask(part, selection, seed) for part in flat]
-        if callable(selection):  # Together, because each check would wait for the device.
-            check_index_lists([m.indices for m in found], [p.matrix.numel() for p in flat], [p.name for p in flat])
+        options = {"selection": _label(selection), "seed": seed, "mask_method": method}
+        costs = [_cost(part, selection) for part in flat]
+        found = make_together(flat, make, costs, options, replicas, group, keep_bases=keep_bases)
     rest = iter(found)
     return [_joined([next(rest) for _ in of_one], of_one[0].matrix.numel()) for of_one in parts]
+
+
+def _masks(
+    parts: Sequence[SelectionRequest],
+    selection: str | Callable[[Tensor, int], Tensor],
+    seed: int,
+    method: str,
+    backend: str | None,
+    shown: bool,
+) -> list[Mask]:
+    """Masks of matrices, by this process alone. ``shown``: with a progress bar."""
+    if selection == "principal":
+        with progress_bar(len(parts), "masks", "matrix", delay=BAR_DELAY, shown=shown) as bar:
+            principal = [_principal_request(part) for part in parts]
+            return principal_masks(principal, method=method, backend=backend, on_batch_done=bar.update)
+    found = [_baseline_mask(part, selection, seed) for part in parts]
+    if callable(selection):  # Together, because each check would wait for the device.
+        check_index_lists([m.indices for m in found], [p.matrix.numel() for p in parts], [p.name for p in parts])
+    return found
+
+
+def _cost(part: SelectionRequest, selection: str | Callable[[Tensor, int], Tensor]) -> float:
+    """What a mask costs in comparison with others of the same selection."""
+    if selection != "principal":
+        return float(part.matrix.numel())
+    warm, device = part.kept.get("basis") is not None, part.matrix.device.type
+    return mask_cost(part.matrix.shape, part.rank, warm=warm, device=device)
+
+
+def _label(selection: str | Callable[[Tensor, int], Tensor]) -> str:
+    return selection if isinstance(selection, str) else getattr(selection, "__name__", "callable")
 
 
 def check_selection(selection: str | Callable[[Tensor, int], Tensor]) -> None:
@@ -119,8 +158,7 @@ def _baseline_mask(part: SelectionRequest, selection: str | Callable[[Tensor, in
     """A mask of any selection but the principal weights."""
     start = time.perf_counter()
     indices = _selected(selection, part.matrix, part.grad, part.k, part.name, seed + part.number)
-    label = selection if isinstance(selection, str) else getattr(selection, "__name__", "callable")
-    return Mask(indices, method=label, seconds=time.perf_counter() - start)
+    return Mask(indices, method=_label(selection), seconds=time.perf_counter() - start)
 
 
 def _joined(masks: list[Mask], numel: int) -> Mask:

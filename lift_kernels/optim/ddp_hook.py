@@ -93,13 +93,16 @@ def _group_of(optimizer: Any) -> dist.ProcessGroup | None:
 
 def _index_lists(optimizer: LiftAdamW, parameters: list[Tensor]) -> list[Tensor | None]:
     """The trained entries of each parameter, or None where its gradient is averaged whole."""
-    table = optimizer._table
+    table, schedule, by_gradient = optimizer._table, optimizer._schedule, optimizer.selection == "gradient"
     table.follow(optimizer.param_groups)
-    # Without all masks, some entries are not known yet, or masks are made from these gradients.
-    matrices = [None if table.missing else table.matrix_with_mask(p) for p in parameters]
-    if optimizer.selection == "gradient":
-        due = optimizer._schedule.may_be_due_next
-        matrices = [None if ref is None or due(ref, table.refs) else ref for ref in matrices]
-        table.partial.difference_update(parameters)
-        table.partial.update(ref.parameter for ref in matrices if ref is not None)
-    return [None if ref is None else ref.arena.indices[ref.arena.segment(ref.row)] for ref in matrices]  # type: ignore
+    lists: list[Tensor | None] = []
+    for ref in map(table.matrix_of, parameters):
+        lists.append(None)
+        if ref is None or ref.arena is None or ref.trainable.packed or ref.trainable.hooked:
+            continue
+        # Without all masks, it is not known which matrices a spread schedule takes next.
+        whole = by_gradient and (bool(table.missing) or schedule.may_be_due_next(ref, table.refs))
+        ref.partial = by_gradient and not whole
+        if not whole:
+            lists[-1] = ref.arena.indices[ref.arena.segment(ref.row)]
+    return lists

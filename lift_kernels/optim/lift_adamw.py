@@ -65,10 +65,11 @@ class LiftAdamW(Optimizer):
         seed: of random masks and of stochastic rounding.
         backend: one of `lift_kernels.backends`, None for the fastest usable one.
         process_group: the ranks that hold replicas and so must train the same entries, as a torch
-            process group. None: the ranks of the default group that train a parameter of the same
-            name. ``"independent"``: ranks are meant to differ. Index lists are compared at the
-            first step after each mask. A difference is a RuntimeError on every rank. Gradients that
-            hooks pack are averaged over this group, and `trained_entries_hook` needs it.
+            process group. They make masks together and average gradients that hooks pack. None:
+            under accelerate and Trainer the ranks of DistributedDataParallel; else masks are made
+            on each rank, and compared with those ranks that train a parameter of the same name.
+            ``"independent"``: ranks are meant to differ. Index lists are compared at the first step
+            after each mask. A difference is a RuntimeError on every rank.
 
     Attributes:
         last_refresh: `RefreshReport` of the last masks, new and skipped, None before the first.
@@ -189,7 +190,7 @@ class LiftAdamW(Optimizer):
         if not self._coverage.done:
             self._coverage.report([*table.refs, *table.dense], sweep.trained())
         if table.samples and not dispatch.capturing():
-            check_loaded(table.samples)
+            check_loaded(table.samples, self._replicas)
             table.samples.clear()
         if self.selection == "gradient" and found_inf is not None and bool(found_inf):
             return  # No mask can be made from these gradients, and the step would be skipped.
@@ -225,9 +226,8 @@ class LiftAdamW(Optimizer):
         """Clear all gradients, packed gradients ``p.lift_grad`` too, which a step has cleared."""
         super().zero_grad(set_to_none)
         self._table.follow(self.param_groups)
-        self._table.partial.clear()
-        for ref in self._table.hooked:
-            ref.trainable.clear()
+        for ref in self._table.refs:
+            ref.forget_gradient()
 
     @torch.no_grad()
     def refresh(self, *, drop_gradients: bool = False) -> None:
@@ -280,7 +280,7 @@ class LiftAdamW(Optimizer):
             self._make_first_masks(only_given=True)
 
     def _mask_options(self) -> MaskOptions:
-        return MaskOptions(self.selection, self.seed, self.mask_method, self.backend, self.warm_start)
+        return MaskOptions(self.selection, self.seed, self.mask_method, self.backend, self.warm_start, self._replicas)
 
     def state_bytes(self) -> int:
         """Bytes of all tensors that the optimizer holds: moments, index lists, masters, padding."""

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..distributed.agreement import Plan
+from ..distributed.checksums import weight_digests
 from ..distributed.replicas import Replicas
 from ..masks.principal import Mask
 from ..masks.selection import make_masks, warm_part
@@ -24,18 +26,26 @@ from .packed_state import PackedState
 
 
 class MaskOptions(NamedTuple):
-    """How masks are made, and where their bases are kept; see LiftAdamW."""
+    """How masks are made, by which ranks, and where their bases are kept; see LiftAdamW."""
 
     selection: str | Callable[[Tensor, int], Tensor]
     seed: int
     method: str
     backend: str | None
     warm_start: str | None
+    replicas: Replicas
 
     def make(self, refs: Sequence[MatrixRef]) -> list[Mask]:
         """A mask from the present weight of each matrix."""
-        requests = [ref.request() for ref in refs]
-        return make_masks(requests, selection=self.selection, seed=self.seed, method=self.method, backend=self.backend)
+        return make_masks(
+            [ref.request() for ref in refs],
+            selection=self.selection,
+            seed=self.seed,
+            method=self.method,
+            backend=self.backend,
+            replicas=self.replicas,
+            keep_bases=self.warm_start is not None,
+        )
 
 
 class MatrixTable:
@@ -49,8 +59,6 @@ class MatrixTable:
         missing: matrices that have no mask yet.
         unseen: matrices with an index list that other ranks have not seen, as keys.
         lost: which parameter packing has taken from the optimizer (`packing_problem`), or empty.
-        partial: parameters whose gradient is averaged over ranks at its trained entries alone; kept
-            where masks are made from gradients.
         samples: of the weights of loaded states and first masks (`weight_sample`), until they are
             compared with the present weights.
         arenas: by device, dtypes and form of state.
@@ -66,7 +74,6 @@ class MatrixTable:
         self.missing: list[MatrixRef] = []
         self.unseen: dict[MatrixRef, None] = {}
         self.lost = ""
-        self.partial: set[Tensor] = set()
         self.samples: dict[MatrixRef, Tensor] = {}
         self.arenas: dict[tuple, PackedState] = {}
         self._changes = 0
@@ -143,7 +150,7 @@ class MatrixTable:
         """
         missing = [ref for ref in self.missing if not only_given or ref.trainable.indices is not None]
         new = [ref for ref in missing if not (ref.trainable.packed or ref.trainable.hooked)]
-        masks = options.make(new)
+        masks = options.make(new) if new else []
         made = {ref: mask._asdict() for ref, mask in zip(new, masks)}
         entries = [made[ref] if ref in made else ref.trainable.initial_state() for ref in missing]
         try:
@@ -160,20 +167,8 @@ class MatrixTable:
             raise RuntimeError(self.lost)
         for ref in self.refs:
             ref.check_renewable(drop_gradients)
-        self._check_whole_gradients(self.refs)
         if drop_gradients:
             self.drop_packed_gradients()
-
-    def _check_whole_gradients(self, refs: Sequence[MatrixRef]) -> None:
-        for ref in refs:
-            require(
-                ref.parameter not in self.partial or ref.parameter.grad is None,
-                f"{ref.name}: selection='gradient' needs the whole gradient, and trained_entries_hook has averaged the "
-                "trained entries alone and set the rest to zero; let refresh_interval= or refresh_schedule= make the "
-                "masks, before which the hook averages whole gradients, or call zero_grad(), compute gradients without "
-                "DistributedDataParallel and average them yourself",
-                RuntimeError,
-            )
 
     def drop_packed_gradients(self) -> None:
         """Drop those of all matrices."""
@@ -187,7 +182,6 @@ class MatrixTable:
 
         Packed gradients are dropped: they have been used, and they belong to the old entries.
         """
-        self._check_whole_gradients(refs)
         masks = options.make(refs)
         try:
             kept = self.migrate(refs, masks, options.warm_start, options.backend)
@@ -288,18 +282,20 @@ class MatrixTable:
         """
         if not self.unseen or not replicas.active() or dispatch.capturing():
             return
+        hooked = [ref for ref in self.unseen if ref.trainable.hooked]
+        if hooked and replicas.group is not None:  # DistributedDataParallel has not broadcast these.
+            digests = weight_digests([ref.trainable.matrix for ref in hooked])
+            replicas.agree(Plan(Plan.TRAINS, {}, [(ref.name, {"weights": d}) for ref, d in zip(hooked, digests)]))
         lists = defaultdict(list)
         for ref in self.unseen:
             lists[ref.name].append(ref.views()["indices"])
         replicas.compare(lists, self._masks_took)
         self.unseen.clear()
 
-    def matrix_with_mask(self, parameter: Tensor) -> MatrixRef | None:
-        """The matrix that this parameter is, if it has a mask and an ordinary gradient."""
+    def matrix_of(self, parameter: Tensor) -> MatrixRef | None:
+        """The matrix that is trained by a parameter, which may have left its group."""
         ref = self._known.get(parameter)
-        if ref is None or ref.arena is None or ref.trainable.packed or ref.trainable.hooked:
-            return None
-        return ref if self.refs[ref.number : ref.number + 1] == [ref] else None  # It may have left its group.
+        return ref if ref is not None and self.refs[ref.number : ref.number + 1] == [ref] else None
 
     def has_mask(self, parameter: Tensor) -> bool:
         """Whether the state of a parameter is that of a matrix with a mask."""

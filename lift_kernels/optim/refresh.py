@@ -127,7 +127,9 @@ def renew(
     stale = [ref for ref in due if always or drift.is_stale(ref, drifts.get(ref))]
     renewed = set(stale)
     kept = [ref for ref in due if ref not in renewed]
-    report = report_on(stale, *table.renew(stale, options, state), drifts) if stale else RefreshReport(())
+    report = RefreshReport(())
+    if stale or options.replicas.group is not None:  # Another rank may have stale masks. That must be an error.
+        report = report_on(stale, *table.renew(stale, options, state), drifts)
     for ref, matrix in zip(stale, report.matrices):
         if matrix.overlap is not None:
             drift.learn(ref, drifts.get(ref), matrix.entries, round((1 - matrix.overlap) * matrix.entries))

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..distributed.agreement import Plan
+from ..distributed.replicas import Replicas
 from ..nn.weight_sample import count_differing
 from .matrix_ref import MatrixRef
 
@@ -27,9 +29,21 @@ def differing(samples: Mapping[MatrixRef, Tensor]) -> dict[MatrixRef, int]:
     return {ref: number for ref, number in zip(samples, numbers) if number}
 
 
-def check_loaded(samples: Mapping[MatrixRef, Tensor]) -> None:
-    """Raise RuntimeError, naming a parameter, unless a loaded state is of the present weights."""
-    found = differing(samples)
+def check_loaded(samples: Mapping[MatrixRef, Tensor], replicas: Replicas) -> None:
+    """Raise RuntimeError, naming a parameter, unless a loaded state is of the present weights.
+
+    An error of one rank is raised on all ranks of the group.
+    """
+    error: Exception | None = None
+    try:
+        _raise_for(differing(samples), samples)
+    except Exception as problem:
+        error = problem
+    loaded: list[tuple[str, dict[str, str]]] = [(ref.name, {}) for ref in samples]
+    replicas.agree(Plan(Plan.LOADED, {}, loaded, "" if error is None else str(error)), error)
+
+
+def _raise_for(found: Mapping[MatrixRef, int], samples: Mapping[MatrixRef, Tensor]) -> None:
     if found:
         first, number = next(iter(found.items()))
         raise RuntimeError(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from lift_kernels.distributed.checksums import index_digests
+from lift_kernels.distributed.checksums import index_digests, weight_digests
 
 
 def digest_of(*lists):
@@ -51,3 +52,45 @@ def test_digests_are_exact_sums_in_chunks(monkeypatch):
             entry ^= shifted % 2**64
         total += entry
     assert whole == f"{3001:x}.{total % 2**64:016x};"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weight_digests_see_every_change(dtype):
+    """One bit of one entry, two entries that change places, rows, a sign of zero, NaN."""
+    torch.manual_seed(0)
+    weight = torch.randn(40, 30).to(dtype)
+    weight[0, 0] = 0.0
+    seen = {weight_digests([weight])[0]}
+    assert weight_digests([weight.clone(), weight.T.contiguous().T]) == [*seen, *seen]
+    bits = torch.int32 if dtype.itemsize == 4 else torch.int16
+    for place in range(0, weight.numel(), 7):
+        changed = weight.clone()
+        changed.view(bits).view(-1)[place] ^= 1 << (place % 8 * dtype.itemsize - 1 if place % 8 else 0)
+        seen.add(weight_digests([changed])[0])
+    for first, second in ((5, 6), (5, 700), (0, 1199)):
+        changed = weight.clone()
+        flat = changed.view(-1)
+        flat[first], flat[second] = weight.view(-1)[second].clone(), weight.view(-1)[first].clone()
+        seen.add(weight_digests([changed])[0])
+    negative, nan = weight.clone(), weight.clone()
+    negative[0, 0], nan[3, 3] = -0.0, float("nan")
+    seen |= set(weight_digests([negative, nan, weight.roll(1, 0), weight.T.contiguous()]))
+    assert len(seen) == 1 + 172 + 3 + 4
+
+
+def test_weight_digests_are_exact_sums_in_chunks(monkeypatch):
+    from lift_kernels.distributed import checksums
+
+    torch.manual_seed(0)
+    weight = torch.randn(37, 11)
+    monkeypatch.setattr(checksums, "_CHUNK", 100)
+    total = 0
+    bits = weight.view(torch.int32).view(-1).tolist()
+    for start in range(0, len(bits), 100):
+        part = [entry * (checksums._FACTORS[0] * i % 2**64 | 1) for i, entry in enumerate(bits[start : start + 100])]
+        total = (total * checksums._FACTORS[1] + sum(part)) % 2**64
+    assert weight_digests([weight]) == [f"{total:016x}"]
+
+
+def test_no_weights_have_no_digests():
+    assert weight_digests([]) == []

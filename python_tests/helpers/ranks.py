@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from helpers.bits import HANG_S
 
 ROOT = Path(__file__).parents[2]
+NOTICE_S = 30.0
+"""For the other ranks, when one has failed."""
 PREAMBLE = """
 import sys, torch, torch.distributed as dist
 from torch import nn
@@ -40,21 +43,29 @@ def run_ranks(worker: str, world: int, folder: Path) -> list[str]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
         "PYTHONPATH": str(ROOT)
     }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PREAMBLE + worker, str(rank), str(world), str(folder)],
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(world)
-    ]
+    logs = [folder / f"{rank}.log" for rank in range(world)]
+    processes = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as output:
+            command = [sys.executable, "-c", PREAMBLE + worker, str(rank), str(world), str(folder)]
+            processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
     try:
-        outputs = [process.communicate(timeout=HANG_S)[0] for process in processes]
+        wait_for_all(processes)
     finally:
         for process in processes:
             process.kill()
-    for process, output in zip(processes, outputs):
-        assert process.returncode == 0, output
+            process.wait()
+    outputs = [log.read_text() for log in logs]
+    failed = [output for process, output in zip(processes, outputs) if process.returncode > 0]
+    assert not failed, failed[0]
+    assert all(process.returncode == 0 for process in processes), outputs
     return outputs
+
+
+def wait_for_all(processes: list[subprocess.Popen]) -> None:
+    """Wait until all processes have ended, or one has failed and the others had time to notice."""
+    deadline = time.monotonic() + HANG_S
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        if any(process.poll() for process in processes):  # The others may wait for it in vain.
+            deadline = min(deadline, time.monotonic() + NOTICE_S)
+        time.sleep(0.02)
