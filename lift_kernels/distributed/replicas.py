@@ -89,6 +89,13 @@ class Replicas:
         group = data_parallel_group() if self._ranks is None else self._given or same_ranks(self._ranks)
         return group if group is not None and dist.get_world_size(group) > 1 else None
 
+    @property
+    def ungrouped(self) -> bool:
+        """Whether there are other ranks, and nobody says, or no longer, which hold replicas."""
+        alone = self._independent or (self._ranks is not None and len(self._ranks) == 1)
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return several and not alone and self.group is None
+
     def announce(self, names: Iterable[str]) -> None:
         """Tell the other ranks that this one trains these parameters.
 

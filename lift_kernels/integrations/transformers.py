@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from ..nn.trainable import trainable_of
 from ..ops.packed_ops import packed_gather
+from ..optim.ddp_hook import register_where_useful
 from ..optim.lift_adamw import LiftAdamW
 from ..validation import require
 
@@ -27,6 +28,9 @@ class LiftCallback(TrainerCallback):
 
     An optimizer without ``max_grad_norm`` is given an infinite one, which measures the norm and
     clips nothing.
+
+    Under DistributedDataParallel an attached callback registers `trained_entries_hook` for matrices
+    with ordinary gradients, if no other communication hook is there.
 
     Logged:
         lift_density: share of the matrices' entries that is trained.
@@ -47,12 +51,14 @@ class LiftCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.figures: dict[str, float] = {}
+        self._trainer: Any = None
         self._before: list[tuple[Tensor, Tensor, Tensor]] = []  # weight, indices and values before the step
 
     @classmethod
     def attach(cls, trainer: Any) -> LiftCallback:
         """Create a callback and add it to a Trainer, in front of all other callbacks."""
         callback = cls()
+        callback._trainer = trainer
         trainer.add_callback(callback)
         callbacks = trainer.callback_handler.callbacks
         callbacks.insert(0, callbacks.pop())
@@ -62,7 +68,8 @@ class LiftCallback(TrainerCallback):
         lift = _unwrap(optimizer)
         if lift.max_grad_norm is None:
             lift.max_grad_norm = math.inf
-        if args.max_grad_norm:
+        hook = self._trainer is not None and register_where_useful(lift, self._trainer.model_wrapped)
+        if args.max_grad_norm and not hook:  # The hook leaves nothing but trained entries to a norm.
             logger.warning(
                 "TrainingArguments(max_grad_norm=%s) clips by the norm of dense gradients, which is several times the "
                 "norm over trained entries; set it to 0 and give max_grad_norm to LiftAdamW",

@@ -292,6 +292,11 @@ class MatrixTable:
         replicas.compare(lists, self._masks_took)
         self.unseen.clear()
 
+    def matrix_of(self, parameter: Tensor) -> MatrixRef | None:
+        """The matrix that is trained by a parameter, which may have left its group."""
+        ref = self._known.get(parameter)
+        return ref if ref is not None and self.refs[ref.number : ref.number + 1] == [ref] else None
+
     def has_mask(self, parameter: Tensor) -> bool:
         """Whether the state of a parameter is that of a matrix with a mask."""
         ref = self._known.get(parameter)
