@@ -12,11 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._progress import progress_bar
-from ..distributed.replicas import Replicas
 from ..validation import check_finite, check_index_form, check_index_lists, require
 from .costs import mask_cost
 from .principal import Mask, MaskRequest, principal_masks
-from .together import make_together
+from .together import Replicas, make_together
 
 SELECTIONS = ("principal", "magnitude", "gradient", "random")
 BAR_DELAY = 5.0

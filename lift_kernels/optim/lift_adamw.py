@@ -11,17 +11,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .._storage import storage_bytes
-from ..distributed.replicas import Replicas
 from ..nn import grad_hooks, optimizer_hooks, trainable
 from ..ops import dispatch
 from .bucket import Sweep, any_infinite, check_scaler, gradient_factor
 from .coverage import Coverage
 from .dense_adamw import dense_adamw_
-from .hooked_gradients import average_hooked, check_group_of_hooked
 from .hyperparameters import check_group, check_masks, check_parameters, check_settings, warn_of_overridden
 from .matrix_ref import names_of, parameters_of
 from .matrix_table import MaskOptions, MatrixTable
 from .refresh import RefreshReport, RefreshSchedule, renew, report_on
+from .several_ranks import Replicas, average_hooked, check_group_of_hooked
 from .state_dict import before_load, check_fits, compact, load_dense, saved_form
 from .state_order import in_own_order
 from .weight_check import check_loaded, differing, warn_of_stale_masks

@@ -10,9 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributed.agreement import Plan
-from ..distributed.checksums import weight_digests
-from ..distributed.replicas import Replicas
 from ..masks.principal import Mask
 from ..masks.selection import make_masks, warm_part
 from ..nn import trainable, weight_sample
@@ -23,6 +20,7 @@ from .coverage import packing_problem
 from .hyperparameters import is_sparse
 from .matrix_ref import DenseRef, MatrixRef, names_of
 from .packed_state import PackedState
+from .several_ranks import Replicas, compare_lists
 
 
 class MaskOptions(NamedTuple):
@@ -282,14 +280,7 @@ class MatrixTable:
         """
         if not self.unseen or not replicas.active() or dispatch.capturing():
             return
-        hooked = [ref for ref in self.unseen if ref.trainable.hooked]
-        if hooked and replicas.group is not None:  # DistributedDataParallel has not broadcast these.
-            digests = weight_digests([ref.trainable.matrix for ref in hooked])
-            replicas.agree(Plan(Plan.TRAINS, {}, [(ref.name, {"weights": d}) for ref, d in zip(hooked, digests)]))
-        lists = defaultdict(list)
-        for ref in self.unseen:
-            lists[ref.name].append(ref.views()["indices"])
-        replicas.compare(lists, self._masks_took)
+        compare_lists(self.unseen, replicas, self._masks_took)
         self.unseen.clear()
 
     def matrix_of(self, parameter: Tensor) -> MatrixRef | None:

@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..distributed.agreement import Plan
-from ..distributed.replicas import Replicas
 from ..nn.weight_sample import count_differing
 from .matrix_ref import MatrixRef
+from .several_ranks import Replicas, agree_on_loaded
 
 logger = logging.getLogger("lift_kernels")
 
@@ -39,8 +38,7 @@ def check_loaded(samples: Mapping[MatrixRef, Tensor], replicas: Replicas) -> Non
         _raise_for(differing(samples), samples)
     except Exception as problem:
         error = problem
-    loaded: list[tuple[str, dict[str, str]]] = [(ref.name, {}) for ref in samples]
-    replicas.agree(Plan(Plan.LOADED, {}, loaded, "" if error is None else str(error)), error)
+    agree_on_loaded(samples, replicas, error)
 
 
 def _raise_for(found: Mapping[MatrixRef, int], samples: Mapping[MatrixRef, Tensor]) -> None:

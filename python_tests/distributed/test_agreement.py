@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from lift_kernels.distributed.agreement import Plan, difference
-from lift_kernels.distributed.replicas import DigestExchange
+from lift_kernels.distributed.digest_exchange import DigestExchange
 
 FIELDS = {"shape": "(12, 20)", "rank": "3", "weights": "ab"}
 PLAN = Plan(Plan.MASKS, {"seed": 0}, [("a", FIELDS), ("b", FIELDS)])

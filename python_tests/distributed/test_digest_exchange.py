@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
-from lift_kernels.distributed.replicas import DigestExchange
+from lift_kernels.distributed.digest_exchange import DigestExchange
 
 LONG, SHORT = 1e6, 0.05  # seconds; no rank may wait LONG, and SHORT is for ranks that never come
 

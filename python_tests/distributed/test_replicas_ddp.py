@@ -182,8 +182,8 @@ def test_an_optimizer_older_than_the_process_group(tmp_path):
 LEAVING = """
 import os, time
 from pathlib import Path
-from lift_kernels.distributed import replicas
-replicas.LINGER_S = 1e6
+from lift_kernels.distributed import digest_exchange
+digest_exchange.LINGER_S = 1e6
 address = Path(folder, "port")
 if rank == 0:  # the store lives in this process
     store = dist.TCPStore("127.0.0.1", 0, world, True, wait_for_workers=False)
@@ -198,9 +198,9 @@ model = build()
 optimizer = LiftAdamW(lift_param_groups(model), rank=3, density=0.2, seed=rank, selection="random")
 backward(DistributedDataParallel(model), 0)
 if rank == 1:
-    missing = replicas.DigestExchange._missing
+    missing = digest_exchange.DigestExchange._missing
     # Slow to read what differs.
-    replicas.DigestExchange._missing = lambda *arguments: (missing(*arguments), time.sleep(1))[0]
+    digest_exchange.DigestExchange._missing = lambda *arguments: (missing(*arguments), time.sleep(1))[0]
 try:
     optimizer.step()
 except RuntimeError as error:

@@ -1,16 +1,19 @@
-"""Packed gradients that hooks make, averaged over the ranks that hold replicas.
+"""What the ranks that hold replicas do together in a step, beside the masks.
 
-DistributedDataParallel leaves hooked parameters out, because the hook has taken the gradient before
-it could be reduced.
+They average packed gradients of hooks, which DistributedDataParallel leaves out. They compare their
+index lists, and tell each other of a state that belongs to other weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from ..distributed.agreement import Plan
 from ..distributed.averages import average
+from ..distributed.checksums import weight_digests
 from ..distributed.replicas import Replicas
 from ..nn.trainable import trainable_of
 from ..ops import dispatch
@@ -48,6 +51,34 @@ def average_hooked(hooked: Sequence[MatrixRef], replicas: Replicas) -> None:
     means = average(gradients, [len(i) for i in lists], [i.device for i in lists], group)
     for ref, mean in zip(hooked, means):
         ref.parameter.lift_grad = mean  # type: ignore[attr-defined]
+
+
+def compare_lists(unseen: Iterable[MatrixRef], replicas: Replicas, masks_took: float) -> None:
+    """Raise RuntimeError on every replica if their new index lists differ.
+
+    Args:
+        unseen: matrices with a new index list.
+        masks_took: seconds that the masks took here.
+    """
+    hooked = [ref for ref in unseen if ref.trainable.hooked]
+    if hooked and replicas.group is not None:  # DistributedDataParallel has not broadcast these weights.
+        digests = weight_digests([ref.trainable.matrix for ref in hooked])
+        replicas.agree(Plan(Plan.TRAINS, {}, [(ref.name, {"weights": d}) for ref, d in zip(hooked, digests)]))
+    lists = defaultdict(list)
+    for ref in unseen:
+        lists[ref.name].append(ref.views()["indices"])
+    replicas.compare(lists, masks_took)
+
+
+def agree_on_loaded(refs: Iterable[MatrixRef], replicas: Replicas, error: Exception | None) -> None:
+    """Raise on every rank of the group if a loaded state cannot be used on one of them.
+
+    Args:
+        refs: matrices whose state was loaded.
+        error: why this rank cannot use it.
+    """
+    plan = Plan(Plan.LOADED, {}, [(ref.name, {}) for ref in refs], "" if error is None else str(error))
+    replicas.agree(plan, error)
 
 
 def _refuse(name: str) -> None:
