@@ -40,26 +40,34 @@ def run_ranks(worker: str, world: int, folder: Path) -> list[str]:
 
     ``worker`` is code that follows `PREAMBLE`.
     """
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
-        "PYTHONPATH": str(ROOT)
-    }
-    logs = [folder / f"{rank}.log" for rank in range(world)]
-    processes = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as output:
-            command = [sys.executable, "-c", PREAMBLE + worker, str(rank), str(world), str(folder)]
-            processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
+    processes = start_ranks(PREAMBLE + worker, world, folder)
     try:
         wait_for_all(processes)
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    outputs = [log.read_text() for log in logs]
+    outputs = [(folder / f"{rank}.log").read_text() for rank in range(world)]
     failed = [output for process, output in zip(processes, outputs) if process.returncode > 0]
     assert not failed, failed[0]
     assert all(process.returncode == 0 for process in processes), outputs
     return outputs
+
+
+def start_ranks(program: str, world: int, folder: Path, *arguments: str) -> list[subprocess.Popen]:
+    """Start ``world`` processes, whose output goes to ``folder/RANK.log``.
+
+    The program finds its rank, ``world``, ``folder`` and the arguments in sys.argv.
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": str(ROOT)
+    }
+    processes = []
+    for rank in range(world):
+        command = [sys.executable, "-c", program, str(rank), str(world), str(folder), *arguments]
+        with (folder / f"{rank}.log").open("w") as output:
+            processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
+    return processes
 
 
 def wait_for_all(processes: list[subprocess.Popen]) -> None:
