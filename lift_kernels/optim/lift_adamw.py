@@ -181,7 +181,8 @@ class LiftAdamW(Optimizer):
         table.follow(self.param_groups)
         if table.lost:
             raise RuntimeError(table.lost)
-        average_hooked(table.hooked, self._replicas)
+        if table.hooked:
+            average_hooked(table.hooked, self._replicas)
         sweep.collect(table)
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)  # of a GradScaler
         if found_inf is not None:
@@ -216,8 +217,7 @@ class LiftAdamW(Optimizer):
         groups = list({id(bucket.group): bucket.group for bucket in buckets}.values())
         # A CUDA graph replays kernels and not the schedule. The user refreshes between replays.
         if self._schedule.count_step(groups, found_inf) and not dispatch.capturing():
-            due = self._schedule.due(groups, table.refs)
-            if due:
+            if due := self._schedule.due(groups, table.refs):
                 self.last_refresh = renew(self._table, due, self._mask_options(), self.state)
             self._schedule.restart(groups)
 

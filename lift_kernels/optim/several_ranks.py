@@ -29,7 +29,7 @@ def check_group_of_hooked(parameters: Sequence[Tensor], names: Sequence[str], re
 
 
 def average_hooked(hooked: Sequence[MatrixRef], replicas: Replicas) -> None:
-    """Replace the packed gradient of each matrix by its mean over the ranks.
+    """Replace the packed gradient of each matrix, at least one, by its mean over the ranks.
 
     Every rank takes part at every step. A rank without a gradient counts as one with zeros. Where
     no rank has a gradient, none gets one.
@@ -37,8 +37,6 @@ def average_hooked(hooked: Sequence[MatrixRef], replicas: Replicas) -> None:
     Raises RuntimeError or ValueError, naming the matrix, for a gradient that cannot be used, and
     where several ranks run and nobody says which of them hold replicas.
     """
-    if not hooked:
-        return
     if replicas.ungrouped:  # The process group came after the optimizer, or a copy has lost its own.
         _refuse(hooked[0].name)
     group = replicas.group
