@@ -15,13 +15,18 @@ _BITS = {2: torch.int16, 4: torch.int32}
 
 
 def sample_of(weight: Tensor, indices: Tensor) -> Tensor:
-    """(n,) entries of a weight, in its dtype, that lie evenly in its index list.
+    """(n,) entries of a weight, in its dtype, that lie evenly in its index list (`sample_size`)."""
+    return _entries(weight, indices, sample_size(weight.shape, indices.numel()))
+
+
+def sample_size(shape: torch.Size, k: int) -> int:
+    """n, how many of the k trained entries of a matrix are sampled.
 
     n is at most 256, or the number of matrices of a 3-D batch where that is more. Each of these has
     the same number of trained entries, so each is in the sample.
     """
-    parts = 1 if weight.dim() == 2 else len(weight)
-    return _entries(weight, indices, min(indices.numel(), max(_ENTRIES, parts)))
+    parts = 1 if len(shape) == 2 else shape[0]
+    return min(k, max(_ENTRIES, parts))
 
 
 def count_differing(sample: Tensor, weight: Tensor, indices: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def dense_adamw_(
             moments = {
                 key: torch.zeros_like(p, memory_format=torch.preserve_format) for key in ("exp_avg", "exp_avg_sq")
             }
-            state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device), **moments}
+            state[p].update(step=torch.zeros((), dtype=torch.float32, device=p.device), **moments)
     grads: list[Any] = [p.grad for p in parameters]
     if inv_scale is not None:
         grads = [_scaled(grad, inv_scale) for grad in grads]

@@ -19,6 +19,7 @@ from .dense_adamw import dense_adamw_
 from .hyperparameters import check_group, check_masks, check_parameters, check_settings, warn_of_overridden
 from .matrix_ref import names_of, parameters_of
 from .matrix_table import MaskOptions, MatrixTable
+from .placeholders import announce, without_placeholders
 from .refresh import RefreshReport, RefreshSchedule, renew, report_on
 from .several_ranks import Replicas, average_hooked, check_group_of_hooked
 from .state_dict import before_load, check_fits, compact, load_dense, saved_form
@@ -148,6 +149,7 @@ class LiftAdamW(Optimizer):
             param_group.clear()  # torch has filled in options.
             param_group.update(given)
             raise
+        announce(self.state, [group], self._mask_options())
         optimizer_hooks.claim(group["params"], self)
         self._replicas.announce(sparse)
 
@@ -291,9 +293,9 @@ class LiftAdamW(Optimizer):
         """A state dict as torch's: compact copies in host memory, with their dtypes."""
         self._take_given_masks()
         self._schedule.subtract_skipped(self.param_groups)
-        parameters = parameters_of(self.param_groups)
-        shapes, samples = self._table.shapes(parameters), self._table.weight_samples(parameters)
-        return saved_form(super().state_dict(), shapes, samples, self.seed)
+        announce(self.state, self.param_groups, self._mask_options(), every=True)
+        samples = self._table.weight_samples(parameters_of(self.param_groups))
+        return saved_form(super().state_dict(), self.param_groups, samples, self._mask_options())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict`. Its masks replace all masks made before.
@@ -305,13 +307,13 @@ class LiftAdamW(Optimizer):
         Raises ValueError, naming the parameter, for the state of another model or version. Nothing
         is changed then.
         """
-        state_dict = in_own_order(before_load(self, state_dict), self.param_groups)
+        state_dict = without_placeholders(in_own_order(before_load(self, state_dict), self.param_groups))
         self._table.follow(self.param_groups)
         parameters = parameters_of(self.param_groups)
         check_fits(state_dict, parameters, self._table)
         load_dense(self, super().load_state_dict, state_dict)
         for group in self.param_groups:
-            self.seed = group.pop("seed", self.seed)
+            self.seed = group.get("seed", self.seed)
         self._table.drop_packed_gradients()  # They belong to other entries.
         entries = {parameters[i]: entry for i, entry in state_dict["state"].items() if "indices" in entry}
         if any(float(entry["step"]) for entry in entries.values()):  # accelerate loads our own state before any step.
@@ -323,6 +325,7 @@ class LiftAdamW(Optimizer):
     def _restore(self, entries: dict[Tensor, dict[str, Any]]) -> None:
         """Start again from the state of matrices, by parameter."""
         self._start_afresh()
+        announce(self.state, self.param_groups, self._mask_options())
         self._table.restore(self.param_groups, entries, self.warm_start, self.state)
         self._replicas.announce(ref.name for ref in self._table.refs)  # The state may have brought names.
 

@@ -94,9 +94,16 @@ class MatrixRef:
     def kind(self) -> tuple[torch.device, torch.dtype, torch.dtype, bool, bool]:
         """Device, weight dtype and form of state: those of one kind share an arena."""
         matrix, group = self.trainable.matrix, self.group
-        # The values of a packed layer are the master, in fp32 as well.
-        master = self.trainable.packed or (group["master"] is not None and matrix.dtype != torch.float32)
+        master = keeps_master(self.trainable, group)
         return matrix.device, matrix.dtype, group["state_dtype"], master, group["bias_correction"] == "per_entry"
+
+
+def keeps_master(kind: trainable.Trainable, group: dict[str, Any]) -> bool:
+    """Whether the state of a matrix holds fp32 values of its entries.
+
+    The values of a packed layer are the master, in fp32 as well.
+    """
+    return kind.packed or (group["master"] is not None and kind.matrix.dtype != torch.float32)
 
 
 class DenseRef(NamedTuple):

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..masks.principal import Mask
@@ -267,8 +266,10 @@ class MatrixTable:
                     entry.pop(key, None)
                 entry.update(ref.warm | ref.drift)
             elif ref.arena is not None:
-                state[ref.parameter] = ref.views() | ref.warm | ref.drift
-                ref.trainable.bind(state[ref.parameter])
+                entry = state.setdefault(ref.parameter, {})
+                entry.clear()
+                entry.update(ref.views() | ref.warm | ref.drift)
+                ref.trainable.bind(entry)
         self._shown = self.version
         if current:
             self._kinds = trainable.version  # Lists that were bound here are news to other optimizers alone.
@@ -292,11 +293,6 @@ class MatrixTable:
         """Whether the state of a parameter is that of a matrix with a mask."""
         ref = self._known.get(parameter)
         return ref is not None and ref.arena is not None
-
-    def shapes(self, parameters: Sequence[Tensor]) -> dict[int, torch.Size]:
-        """Shapes of the matrices with a mask, by the places of their parameters."""
-        refs = [self._known.get(p) for p in parameters]
-        return {i: ref.trainable.matrix.shape for i, ref in enumerate(refs) if ref is not None and ref.arena}
 
     def weight_samples(self, parameters: Sequence[Tensor]) -> dict[int, Tensor]:
         """Samples of the matrices with a mask, by the places of their parameters.

@@ -16,7 +16,8 @@ from ..nn.trainable import trainable_of
 from ..validation import MOMENT_DTYPES, check_index_form, check_index_lists, require
 from . import drift
 from .hyperparameters import OPTIONS, check_group, is_sparse
-from .matrix_table import MatrixTable
+from .matrix_table import MaskOptions, MatrixTable
+from .placeholders import completed
 
 VERSION = 1
 """Version of the saved form. It is stored with each matrix, where tools that move state keep it."""
@@ -30,16 +31,14 @@ _DTYPES = {
 """Dtypes that the buffers of a matrix may have, by name."""
 
 
-def compact(entry: dict[str, Any], shape: torch.Size | None = None, *, host: bool = False) -> dict[str, Any]:
+def compact(entry: dict[str, Any], *, host: bool = False) -> dict[str, Any]:
     """A copy of a parameter's state that shares no storage with it.
 
     Args:
-        shape: of the matrix; given, it is added together with the version of the saved form.
         host: copy to host memory, so that a card does not hold the state twice. Otherwise tensors
             are cloned where they are.
     """
-    out = {key: _copied(value, host) if isinstance(value, Tensor) else value for key, value in entry.items()}
-    return out if shape is None else {**out, "shape": list(shape), "version": VERSION}
+    return {key: _copied(value, host) if isinstance(value, Tensor) else value for key, value in entry.items()}
 
 
 def _copied(tensor: Tensor, host: bool) -> Tensor:
@@ -47,25 +46,32 @@ def _copied(tensor: Tensor, host: bool) -> Tensor:
 
 
 def saved_form(
-    state_dict: dict[str, Any], shapes: dict[int, torch.Size], samples: dict[int, Tensor], seed: int
+    state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], samples: dict[int, Tensor], options: MaskOptions
 ) -> dict[str, Any]:
-    """torch's state dict with copies of the state, and with the ``seed`` in its groups.
+    """torch's state dict with copies of the state, and with all of its keys.
+
+    All that an entry holds is a tensor: torch.distributed.checkpoint does not write other values
+    back under a position, and it cannot flatten a list.
 
     Args:
-        shapes: of the matrices that LIFT trains, by position.
-        samples: of their weights (`weight_sample`), by position.
+        groups: of the optimizer.
+        samples: of the weights of matrices with a mask (`weight_sample`), by position.
     """
-    entries = {
-        i: {**entry, weight_sample.KEY: samples[i]} if i in samples else entry
-        for i, entry in state_dict["state"].items()
-    }
-    state_dict["state"] = {i: compact(entry, shapes.get(i), host=True) for i, entry in entries.items()}
+    members = [(p, group) for group in groups for p in group["params"]]
+    entries = state_dict["state"]
+    for i, (p, group) in enumerate(members):
+        if i in entries:
+            entry = completed(entries[i], p, group, options)
+            entry |= {weight_sample.KEY: samples[i]} if i in samples else {}
+            entries[i] = compact(entry, host=True)
+            if "indices" in entry:
+                shape = torch.tensor(trainable_of(p).matrix.shape)
+                entries[i] |= {"matrix_shape": shape, "version": torch.tensor(VERSION)}
     for group in state_dict["param_groups"]:
         if "param_names" in group:
             group["param_names"] = list(group["param_names"])  # torch shares the list with the optimizer.
-        group["seed"] = seed  # Tools that move optimizer state keep what is in the groups.
-        if group.get("refresh_drift") is None:
-            group.pop("refresh_drift", None)  # as in version 0.1, so that it can load the state
+        if isinstance(group["lr"], Tensor):
+            group["lr"] = group["lr"].clone()  # torch shares this too.
     return state_dict
 
 
@@ -139,9 +145,11 @@ def _check_sparse(entry: dict[str, Any], matrix: Tensor, name: str) -> None:
     version = entry.get("version", VERSION)
     require(
         version == VERSION,
-        f"{name}: the state dict has version {version}, this package reads {VERSION}; update lift_kernels",
+        f"{name}: the state dict has version {int(version)}, this package reads {VERSION}; update lift_kernels",
     )
-    shape = entry.get("shape", matrix.shape)
+    shape = entry.get("shape", matrix.shape)  # a list, up to version 0.1
+    if "matrix_shape" in entry:
+        shape = entry["matrix_shape"].reshape(-1).tolist()
     require(
         isinstance(shape, (list, tuple)), f"{name}: shape of the state dict must be a list, got {shape!r}", TypeError
     )

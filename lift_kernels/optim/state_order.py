@@ -19,8 +19,9 @@ _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoi
 def in_own_order(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The state dict with groups and parameters in the order of the loading optimizer's ``groups``.
 
-    Parameters are matched by name where both sides have ``param_names``, else by position, as torch
-    does. Entries are found by the ids or names in the saved groups' ``params``, and are returned by
+    Parameters are matched by name where both sides have names, else by position, as torch does.
+    Saved names are those in ``params``, where the optimizer knows them, else ``param_names``.
+    Entries are found by the ids or names in the saved groups' ``params``, and are returned by
     position. ``values`` of a packed layer and its ``weight`` count as the same name, so matrix mode
     and packed mode load into each other. So do names that differ by what a wrapper puts in, such as
     DDP's ``module.`` or torch.compile's ``_orig_mod.``.
@@ -35,8 +36,9 @@ def in_own_order(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -
         "LiftAdamW.state_dict() returned",
     )
     saved, ordered = state_dict["param_groups"], [dict(group) for group in state_dict["param_groups"]]
-    if saved and all("param_names" in group for group in (*saved, *groups)):
-        ordered = _by_name(saved, groups)
+    if saved and all("param_names" in group for group in groups):
+        theirs = _saved_names(saved, groups)
+        ordered = ordered if theirs is None else _by_name(saved, theirs, groups)
     count, own = (sum(len(group["params"]) for group in side) for side in (saved, groups))
     require(
         count == own,
@@ -50,18 +52,50 @@ def in_own_order(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -
     for group in ordered:
         group["params"] = [next(positions) for _ in group["params"]]
     for group, own_group in zip(ordered, groups):
-        group.setdefault("refresh_drift", own_group.get("refresh_drift"))
+        if group.get("refresh_drift") is None:  # Version 0.1 has no such key.
+            group["refresh_drift"] = own_group.get("refresh_drift")
     entries = {i: state_dict["state"][key] for i, key in enumerate(ids) if key in state_dict["state"]}
     return {**state_dict, "state": entries, "param_groups": ordered}
 
 
-def _by_name(saved: list[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Copies of the ``saved`` groups, with groups and parameters in the order of ``groups``."""
+def _saved_names(saved: list[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> list[list[str]] | None:
+    """Names of the parameters of ``saved`` groups as in this optimizer, None where they have none.
+
+    torch's ``set_state_dict`` puts names into ``params``, in the order of the loading optimizer. It
+    leaves ``param_names`` in the order of the saving one, so these do not tell which is which then.
+
+    Raises ValueError where they would be needed.
+    """
     ours = [list(group["param_names"]) for group in groups]
-    own = set(chain(*ours))
-    theirs = [[_own_name(str(name), own) for name in group["param_names"]] for group in saved]
-    if set(chain(*theirs)) != own:
-        theirs = _through_wrappers(theirs, own)
+    own, ids = set(chain(*ours)), [group["params"] for group in saved]
+    by_name = all(isinstance(key, str) for key in chain(*ids))
+    if by_name and set(chain(*(theirs := _as_own(ids, own)))) == own:
+        return theirs
+    if not all("param_names" in group for group in saved):
+        return None
+    theirs = _as_own([group["param_names"] for group in saved], own)
+    require(
+        not by_name or theirs == ours or set(chain(*theirs)) != own,
+        f"the state dict has parameters named {_some(chain(*ids))}, which this optimizer names "
+        f"{_some(own)}, in another order; give it the names of model.named_parameters()",
+    )
+    return theirs
+
+
+def _as_own(theirs: Sequence[Sequence[Any]], own: set[str]) -> list[list[str]]:
+    """Saved names as this optimizer has them, where it does."""
+    found = [[_own_name(str(name), own) for name in names] for names in theirs]
+    return found if set(chain(*found)) == own else _through_wrappers(found, own)
+
+
+def _by_name(
+    saved: list[dict[str, Any]], theirs: list[list[str]], groups: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Copies of the ``saved`` groups, with groups and parameters in the order of ``groups``.
+
+    ``theirs`` are the names of their parameters.
+    """
+    ours = [list(group["param_names"]) for group in groups]
     for group, names in zip(saved, theirs):
         require(
             len(names) == len(group["params"]),

@@ -50,12 +50,18 @@ def sparse_part(model_state, optimizer_state):
 
 
 def as_then(optimizer_state):
-    """A state dict without the samples of weights, which earlier versions did not save."""
-    entries = {
-        i: {key: value for key, value in entry.items() if key != "weight_sample"}
-        for i, entry in optimizer_state["state"].items()
-    }
-    return {**optimizer_state, "state": entries}
+    """A state dict as version 0.1 saved it.
+
+    It knew neither samples of weights nor a bound of drift. Shapes were lists.
+    """
+    entries, groups = {}, []
+    for i, entry in optimizer_state["state"].items():
+        entries[i] = {key: value for key, value in entry.items() if key not in ("weight_sample", "matrix_shape")}
+        if "matrix_shape" in entry:
+            entries[i] |= {"shape": entry["matrix_shape"].tolist(), "version": int(entry["version"])}
+    for group in optimizer_state["param_groups"]:
+        groups.append({key: value for key, value in group.items() if key != "refresh_drift"})
+    return {**optimizer_state, "state": entries, "param_groups": groups}
 
 
 def test_there_is_a_case_of_every_kind(states):

@@ -196,7 +196,7 @@ class Run(Checks):
     def touch(self) -> None:
         """Change some entries of all trained weights. Their masters must follow, and no others."""
         for t in self.trained:
-            if t.sparse and not any(entry["step"] for p, entry in self.optimizer.state.items() if p is t.p):
+            if t.sparse and not any(entry.get("step") for p, entry in self.optimizer.state.items() if p is t.p):
                 continue  # A matrix without a gradient keeps an old master until it gets one.
             (t.layers[0].weight if t.layers else t.p).view(-1)[::3].mul_(1.25)
             self.touched.add(t.name)

@@ -137,7 +137,7 @@ def _nan_at_refresh(run: Any) -> None:
 def _other_shape(run: Any) -> None:
     state = copy.deepcopy(run.optimizer.state_dict())
     entry = next(e for e in state["state"].values() if "indices" in e)
-    entry["shape"] = [entry["shape"][0] + 1, *entry["shape"][1:]]
+    entry["matrix_shape"][0] += 1
     run.attempt(lambda: run.optimizer.load_state_dict(state))
 
 

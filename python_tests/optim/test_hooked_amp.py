@@ -75,7 +75,9 @@ def refused(model, optimizer, step, scaler, message=ALL_PACKED):
     with pytest.raises(RuntimeError, match=message):
         step()
     assert all(torch.equal(value, before[name]) for name, value in state(model).items())
-    assert all(entry["step"] == 0 for entry in optimizer.state.values())  # accelerate asks for the state at once
+    assert all(
+        entry["step"] == 0 for entry in optimizer.state.values() if entry
+    )  # accelerate asks for the state at once
     assert not hasattr(optimizer, "found_inf") and not hasattr(optimizer, "grad_scale")
 
 

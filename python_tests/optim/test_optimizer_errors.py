@@ -252,6 +252,16 @@ def entry_change(key, value):
     return change
 
 
+def entry_of_version_01(shape):
+    """The shape as a list."""
+
+    def change(saved):
+        del saved["state"][1]["matrix_shape"]
+        saved["state"][1]["shape"] = shape
+
+    return change
+
+
 def drop(key):
     return lambda saved: saved["state"][1].pop(key)
 
@@ -289,7 +299,13 @@ BAD_STATES = [
         TypeError,
         r"down\.weight: births .* must be a tensor, got NoneType",
     ),
-    (entry_change("shape", lambda s: 5), TypeError, r"down\.weight: shape of the state dict must be a list, got 5"),
+    (
+        entry_change("matrix_shape", lambda s: [33, 17]),
+        TypeError,
+        r"down\.weight: matrix_shape of the state dict must be a tensor, got list",
+    ),
+    (entry_of_version_01(5), TypeError, r"down\.weight: shape of the state dict must be a list, got 5"),
+    (entry_of_version_01([17, 33]), ValueError, r"down\.weight: .* shape \(17, 33\), this one is \(33, "),
     (
         lambda saved: saved["state"][2].update(step=None),
         TypeError,
@@ -306,7 +322,8 @@ BAD_STATES = [
         r"up\.weight: lift=False in the state dict, but this optimizer trains it sparsely",
     ),
     (swap_order, ValueError, r"up\.weight: .* matrix of shape \(33, 17\), this one is \(24, 40\)"),
-    (entry_change("shape", lambda s: [17, 33]), ValueError, r"down\.weight: .* shape \(17, 33\), this one is \(33, "),
+    (entry_change("matrix_shape", lambda s: s.flip(0)), ValueError, r"down\.weight: .* shape \(17, 33\), this one is"),
+    (entry_change("matrix_shape", lambda s: s[0]), ValueError, r"down\.weight: .* shape \(33,\), this one is \(33, "),
     (entry_change("version", lambda v: 2), ValueError, r"down\.weight: .* version 2, this package reads 1"),
     (
         drop("indices"),

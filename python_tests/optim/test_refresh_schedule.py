@@ -86,7 +86,7 @@ def test_stay_enter_leave(backend, dtype, bias):
             fills["master"] = w.detach().flatten()[new["indices"].long()].float()
         if bias == "per_entry":
             fills["births"] = torch.full_like(new["indices"], 5)
-        assert set(new) == {"step", "indices", "threshold", *fills} and new["step"] == 5
+        assert new.keys() == {"step", "indices", "threshold", *fills} and new["step"] == 5
         for key, fill in fills.items():
             expected = packed_migrate_ref(entry[key], entry["indices"], new["indices"], fill_values=fill)
             assert torch.equal(bits(new[key]), bits(expected)), key

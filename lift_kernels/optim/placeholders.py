@@ -1,0 +1,174 @@
+"""Saved keys of a parameter before it has any state: the same keys and shapes from the start.
+
+torch.distributed.checkpoint loads what the present state dict names, into tensors of the shapes
+that these have. So a new optimizer names all that a trained one would save. A placeholder stands
+for what is not there yet: for a whole matrix, an index list of -1 throughout; for a parameter that
+is trained densely, a step of 0. Loading it is as if nothing had been loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..masks import costs
+from ..nn import weight_sample
+from ..nn.trainable import Trainable, trainable_of
+from . import drift
+from .hyperparameters import is_sparse, mask_size
+from .matrix_ref import keeps_master
+from .matrix_table import MaskOptions
+
+_WARM = ("basis", "threshold")
+_OPTIONAL = (*_WARM, *drift.STATE_KEYS)
+"""What a matrix with a mask may lack, as after a state that was saved without it."""
+_DENSE = ("step", "exp_avg", "exp_avg_sq")
+
+
+class ParameterState(dict):
+    """What ``optimizer.state`` holds of a parameter. Iterating gives the keys of its saved form.
+
+    torch's ``set_state_dict`` does that to find the parameter's part of a flattened state dict.
+    All else is as in a dict: ``keys``, ``items``, ``in`` and ``len`` know what is there now.
+    """
+
+    saved_keys: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.saved_keys or self.keys())
+
+
+class _Part(NamedTuple):
+    """Shape and dtype of a saved tensor, and the value that fills its placeholder."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    nothing: float = 0.0
+
+    def placeholder(self) -> Tensor:
+        return torch.full(self.shape, self.nothing, dtype=self.dtype)
+
+
+def announce(
+    state: dict[Tensor, Any], groups: Sequence[dict[str, Any]], options: MaskOptions, *, every: bool = False
+) -> None:
+    """Let ``optimizer.state`` have an entry for every parameter of ``groups``, with its saved keys.
+
+    So it is never empty. torch would fill an empty one by a step, which makes masks. The groups get
+    the seed: tools that move optimizer state keep what groups hold.
+
+    Args:
+        every: these are all groups, so empty entries of other parameters go.
+    """
+    if every:
+        present = {p for group in groups for p in group["params"]}
+        for p in [p for p, entry in state.items() if not entry and p not in present]:
+            del state[p]
+    for group in groups:
+        group["seed"] = options.seed
+        for p in group["params"]:
+            entry = state.get(p, {})
+            if not isinstance(entry, ParameterState):
+                entry = state[p] = ParameterState(entry)
+            parts = _parts(trainable_of(p), group, options, entry)
+            entry.saved_keys = (*parts, "matrix_shape", "version") if parts else _DENSE
+
+
+def completed(entry: dict[str, Any], p: Tensor, group: dict[str, Any], options: MaskOptions) -> dict[str, Any]:
+    """The state of a parameter, with placeholders for what is not there.
+
+    Bases and thresholds that these options make no use of are left out.
+    """
+    kind = trainable_of(p)
+    parts = _parts(kind, group, options, entry)
+    if not parts:
+        return dict(entry) or _dense_placeholder(p)
+    filled = {key: part.placeholder() for key, part in parts.items() if key in _OPTIONAL or "indices" not in entry}
+    kept = {key: value for key, value in entry.items() if key not in _WARM or key in parts}
+    return {**filled, **kept}
+
+
+def without_placeholders(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The state dict without placeholders. A parameter that has nothing else has no entry."""
+    return {**state_dict, "state": {i: kept for i, entry in state_dict["state"].items() if (kept := _without(entry))}}
+
+
+def _without(entry: dict[str, Any]) -> dict[str, Any]:
+    # torch gives {} for a key of a flattened state dict that was not saved.
+    entry = {key: value for key, value in entry.items() if not (isinstance(value, dict) and not value)}
+    indices, step = entry.get("indices"), entry.get("step")
+    if "indices" not in entry:
+        moments = [value for key, value in entry.items() if key != "step"]
+        return (
+            {}
+            if step is not None and _holds(torch.as_tensor(step), 0) and all(_holds(m, 0) for m in moments)
+            else entry
+        )
+    if _holds(indices, -1):
+        return {}
+    missing = {key for key in ("basis", "drift_rate") if _holds(entry.get(key), 0)}
+    missing |= {"threshold"} if _holds(entry.get("threshold"), -1) else set()
+    missing |= {"drift_values"} if "drift_rate" in missing else set()
+    sample = entry.get(weight_sample.KEY)
+    if isinstance(sample, Tensor) and sample.numel() and bool(sample.isnan().all()):
+        missing.add(weight_sample.KEY)
+    return {key: value for key, value in entry.items() if key not in missing}
+
+
+def _holds(value: Any, number: int) -> bool:
+    """Whether a tensor holds this number throughout."""
+    if not isinstance(value, Tensor) or not value.numel() or value.flatten()[0] != number:
+        return False
+    return bool((value == number).all())
+
+
+def _dense_placeholder(p: Tensor) -> dict[str, Tensor]:
+    moments = {
+        key: torch.zeros_like(p, device="cpu", memory_format=torch.preserve_format, requires_grad=False)
+        for key in _DENSE[1:]
+    }
+    return {"step": torch.zeros((), dtype=torch.float32), **moments}
+
+
+def _parts(kind: Trainable, group: dict[str, Any], options: MaskOptions, entry: dict[str, Any]) -> dict[str, _Part]:
+    """What is saved of a matrix that LIFT trains; nothing for other parameters."""
+    matrix, has_mask = kind.matrix, "indices" in entry
+    if matrix.dim() < 2 or not (has_mask or is_sparse(kind, group)):
+        return {}
+    rank, k = mask_size(matrix, group, kind.name or "a matrix")
+    stack = tuple(matrix.shape[:-2])
+    n = entry["indices"].numel() if has_mask else k * math.prod(stack)
+    fp32, state_dtype = torch.float32, group["state_dtype"]
+    parts = {"step": _Part((), fp32), "indices": _Part((n,), torch.int32, -1)}
+    parts |= {"exp_avg": _Part((n,), state_dtype), "exp_avg_sq": _Part((n,), state_dtype)}
+    if keeps_master(kind, group):
+        parts["master"] = _Part((n,), fp32)
+    if group["bias_correction"] == "per_entry":
+        parts["births"] = _Part((n,), torch.int32)
+    if options.selection == "principal" and options.warm_start is not None:
+        parts["threshold"] = _Part(stack, fp32, -1)
+        width = _basis_width(matrix.shape[-2:], rank, options.method)
+        if width:
+            parts["basis"] = _Part((*stack, min(matrix.shape[-2:]), width), torch.bfloat16)
+    if group.get("refresh_drift") is not None:
+        parts |= {"drift_values": _Part((drift.sample_size(n),), fp32), "drift_rate": _Part((), torch.float64)}
+    size = weight_sample.sample_size(matrix.shape, n)
+    return parts | {weight_sample.KEY: _Part((size,), matrix.dtype, math.nan)}
+
+
+def _basis_width(shape: torch.Size, rank: int, method: str) -> int:
+    """Columns of the basis that a mask leaves for a warm start; 0 where it leaves none.
+
+    One device may take the method that leaves a basis and another not. It is counted then, so that
+    a state goes from one to the other.
+    """
+    if method == "svd" or costs.block_width(shape, rank) == min(shape):
+        return 0
+    iterated = method == "chebyshev" or any(
+        costs.cheapest_method(shape, rank, warm=True, device=device) == "chebyshev" for device in ("cpu", "cuda")
+    )
+    return costs.block_width(shape, rank, warm=True) if iterated else 0
