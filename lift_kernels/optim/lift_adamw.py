@@ -26,8 +26,7 @@ from .state_dict import before_load, check_fits, compact, load_dense, saved_form
 from .state_order import in_own_order
 from .weight_check import check_loaded, differing, warn_of_stale_masks
 
-_OPTIONS = ("max_grad_norm", "selection", "seed", "backend", "mask_method", "warm_start")
-_KEPT = (*_OPTIONS, "last_refresh", "_replicas", "_coverage", "_stale_masks")
+_KEPT = "max_grad_norm selection seed backend mask_method warm_start last_refresh _replicas _coverage _stale_masks"
 """Attributes of the whole optimizer, and not of a group, that a copy keeps."""
 
 
@@ -274,25 +273,25 @@ class LiftAdamW(Optimizer):
         comparable = self.selection != "random" and not dispatch.capturing()  # Random masks fit every weight.
         self._stale_masks += [ref.name for ref in differing(given)] if given and comparable else []
 
-    def _take_given_masks(self) -> None:
-        """Take the masks of packed gradients before the first step, so that a copy has them too."""
+    def _settle(self) -> None:
+        """Take the masks of packed gradients, and subtract skipped steps, before a copy is made."""
         self._table.follow(self.param_groups)
         if any(ref.trainable.indices is not None for ref in self._table.missing):
             self._make_first_masks(only_given=True)
+        self._schedule.subtract_skipped(self.param_groups)
 
     def _mask_options(self) -> MaskOptions:
         return MaskOptions(self.selection, self.seed, self.mask_method, self.backend, self.warm_start, self._replicas)
 
     def state_bytes(self) -> int:
         """Bytes of all tensors that the optimizer holds: moments, index lists, masters, padding."""
-        shown = [t for entry in self.state.values() for t in entry.values() if isinstance(t, Tensor)]
+        shown = (t for entry in self.state.values() for t in entry.values() if isinstance(t, Tensor))
         return storage_bytes([*self._table.tensors(), *shown])
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """A state dict as torch's: compact copies in host memory, with their dtypes."""
-        self._take_given_masks()
-        self._schedule.subtract_skipped(self.param_groups)
+        self._settle()
         announce(self.state, self.param_groups, self._mask_options(), every=True)
         samples = self._table.weight_samples(parameters_of(self.param_groups))
         return saved_form(super().state_dict(), self.param_groups, samples, self._mask_options())
@@ -331,9 +330,8 @@ class LiftAdamW(Optimizer):
 
     @torch.no_grad()
     def __getstate__(self) -> dict[str, Any]:
-        self._take_given_masks()
-        self._schedule.subtract_skipped(self.param_groups)
-        config = {key: getattr(self, key) for key in _KEPT}
+        self._settle()
+        config = {key: getattr(self, key) for key in _KEPT.split()}
         state = defaultdict(dict, {p: compact(entry) for p, entry in self.state.items()})
         layers = {p: layers for p in parameters_of(self.param_groups) if (layers := trainable.layers_of(p))}
         hooked = {ref.parameter: ref.draw_number for ref in self._table.hooked}

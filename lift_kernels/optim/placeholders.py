@@ -9,7 +9,8 @@ is trained densely, a step of 0. Loading it is as if nothing had been loaded.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,34 +24,41 @@ from .hyperparameters import is_sparse, mask_size
 from .matrix_ref import keeps_master
 from .matrix_table import MaskOptions
 
+VERSION = 1
+"""Version of the saved form. It is stored with each matrix, where tools that move state keep it."""
 _WARM = ("basis", "threshold")
-_OPTIONAL = (*_WARM, *drift.STATE_KEYS)
-"""What a matrix with a mask may lack, as after a state that was saved without it."""
-_DENSE = ("step", "exp_avg", "exp_avg_sq")
+_OPTIONAL = (*_WARM, *drift.STATE_KEYS, "matrix_shape", "version")
+"""What the state of a matrix with a mask may lack, and its saved form has."""
+
+
+class _Part(NamedTuple):
+    """Shape and dtype of a saved tensor, and the values of its placeholder."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    nothing: float | tuple[int, ...] = 0.0
+
+    def placeholder(self) -> Tensor:
+        return torch.tensor(self.nothing, dtype=self.dtype).expand(self.shape).clone()
 
 
 class ParameterState(dict):
     """What ``optimizer.state`` holds of a parameter. Iterating gives the keys of its saved form.
 
-    torch's ``set_state_dict`` does that to find the parameter's part of a flattened state dict.
-    All else is as in a dict: ``keys``, ``items``, ``in`` and ``len`` know what is there now.
+    torch's ``set_state_dict`` does that to find the parameter's part of a flattened state dict. A
+    key that is not there yet gives a placeholder. ``keys``, ``items``, ``in`` and ``len`` know what
+    is there now.
     """
 
-    saved_keys: tuple[str, ...] = ()
+    saved: Mapping[str, _Part] = MappingProxyType({})
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.saved_keys or self.keys())
+        return iter(self.saved or self.keys())
 
-
-class _Part(NamedTuple):
-    """Shape and dtype of a saved tensor, and the value that fills its placeholder."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    nothing: float = 0.0
-
-    def placeholder(self) -> Tensor:
-        return torch.full(self.shape, self.nothing, dtype=self.dtype)
+    def __missing__(self, key: str) -> Tensor:
+        if key not in self.saved:
+            raise KeyError(key)
+        return self.saved[key].placeholder()
 
 
 def announce(
@@ -74,8 +82,7 @@ def announce(
             entry = state.get(p, {})
             if not isinstance(entry, ParameterState):
                 entry = state[p] = ParameterState(entry)
-            parts = _parts(trainable_of(p), group, options, entry)
-            entry.saved_keys = (*parts, "matrix_shape", "version") if parts else _DENSE
+            entry.saved = _parts(trainable_of(p), group, options, entry)
 
 
 def completed(entry: dict[str, Any], p: Tensor, group: dict[str, Any], options: MaskOptions) -> dict[str, Any]:
@@ -83,10 +90,9 @@ def completed(entry: dict[str, Any], p: Tensor, group: dict[str, Any], options: 
 
     Bases and thresholds that these options make no use of are left out.
     """
-    kind = trainable_of(p)
-    parts = _parts(kind, group, options, entry)
-    if not parts:
-        return dict(entry) or _dense_placeholder(p)
+    parts = _parts(trainable_of(p), group, options, entry)
+    if "indices" not in parts:
+        return dict(entry) or {key: part.placeholder() for key, part in parts.items()}
     filled = {key: part.placeholder() for key, part in parts.items() if key in _OPTIONAL or "indices" not in entry}
     kept = {key: value for key, value in entry.items() if key not in _WARM or key in parts}
     return {**filled, **kept}
@@ -126,24 +132,22 @@ def _holds(value: Any, number: int) -> bool:
     return bool((value == number).all())
 
 
-def _dense_placeholder(p: Tensor) -> dict[str, Tensor]:
-    moments = {
-        key: torch.zeros_like(p, device="cpu", memory_format=torch.preserve_format, requires_grad=False)
-        for key in _DENSE[1:]
-    }
-    return {"step": torch.zeros((), dtype=torch.float32), **moments}
-
-
 def _parts(kind: Trainable, group: dict[str, Any], options: MaskOptions, entry: dict[str, Any]) -> dict[str, _Part]:
-    """What is saved of a matrix that LIFT trains; nothing for other parameters."""
+    """What is saved of a parameter, by key."""
     matrix, has_mask = kind.matrix, "indices" in entry
     if matrix.dim() < 2 or not (has_mask or is_sparse(kind, group)):
-        return {}
+        moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), _Part(tuple(matrix.shape), matrix.dtype))
+        return {"step": _Part((), torch.float32), **moments}
     rank, k = mask_size(matrix, group, kind.name or "a matrix")
     stack = tuple(matrix.shape[:-2])
     n = entry["indices"].numel() if has_mask else k * math.prod(stack)
     fp32, state_dtype = torch.float32, group["state_dtype"]
-    parts = {"step": _Part((), fp32), "indices": _Part((n,), torch.int32, -1)}
+    parts = {"matrix_shape": _Part((matrix.dim(),), torch.int64, tuple(matrix.shape))}
+    parts |= {
+        "version": _Part((), torch.int64, VERSION),
+        "step": _Part((), fp32),
+        "indices": _Part((n,), torch.int32, -1),
+    }
     parts |= {"exp_avg": _Part((n,), state_dtype), "exp_avg_sq": _Part((n,), state_dtype)}
     if keeps_master(kind, group):
         parts["master"] = _Part((n,), fp32)

@@ -17,10 +17,8 @@ from ..validation import MOMENT_DTYPES, check_index_form, check_index_lists, req
 from . import drift
 from .hyperparameters import OPTIONS, check_group, is_sparse
 from .matrix_table import MaskOptions, MatrixTable
-from .placeholders import completed
+from .placeholders import VERSION, completed
 
-VERSION = 1
-"""Version of the saved form. It is stored with each matrix, where tools that move state keep it."""
 _OURS = "give what LiftAdamW.state_dict() returned"
 _DTYPES = {
     "exp_avg": MOMENT_DTYPES,
@@ -64,9 +62,6 @@ def saved_form(
             entry = completed(entries[i], p, group, options)
             entry |= {weight_sample.KEY: samples[i]} if i in samples else {}
             entries[i] = compact(entry, host=True)
-            if "indices" in entry:
-                shape = torch.tensor(trainable_of(p).matrix.shape)
-                entries[i] |= {"matrix_shape": shape, "version": torch.tensor(VERSION)}
     for group in state_dict["param_groups"]:
         if "param_names" in group:
             group["param_names"] = list(group["param_names"])  # torch shares the list with the optimizer.
