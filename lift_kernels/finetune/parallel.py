@@ -5,8 +5,10 @@ Every rank runs the same code. Only the first one prints and writes files.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
@@ -26,6 +28,8 @@ LINGER_S = 10.0
 """Seconds that a silent rank with an error waits before it ends. A launcher ends all ranks when one
 ends, and the error has to be printed before that.
 """
+
+POLL_S = 0.01
 
 
 class SaidElsewhere(UserError):
@@ -133,9 +137,11 @@ def joined(settings: Settings) -> Iterator[Ranks]:
             if own >= devices:
                 raise UserError(f"this node has {devices} CUDA devices and more ranks; start {devices} ranks on it")
             torch.cuda.set_device(own)
-            dist.init_process_group("nccl", device_id=torch.device("cuda", own))
+            options: dict[str, Any] = {"backend": "nccl", "device_id": torch.device("cuda", own)}
         else:
-            dist.init_process_group("gloo")
+            options = {"backend": "gloo"}
+        store, rank, world = next(dist.rendezvous("env://"))
+        dist.init_process_group(store=fresh_part(store, rank, world), rank=rank, world_size=world, **options)
         stack.callback(dist.destroy_process_group)
         group = dist.group.WORLD
         # The agent of a node counts the failures of its own ranks alone.
@@ -150,6 +156,28 @@ def joined(settings: Settings) -> Iterator[Ranks]:
             transformers.logging.set_verbosity_error()
         with said_once(_is_first_to_say):
             yield ranks
+
+
+def fresh_part(store: dist.Store, rank: int, world: int) -> dist.Store:
+    """Return a part of a store that holds nothing of ranks that have ended; the same on every rank.
+
+    torchrun keeps its store when it starts ranks again, and they would try to connect to the
+    addresses of the ended ones. So each rank draws a token, and the tokens together name the part.
+    A rank goes on when every rank shows that it has read the same tokens.
+    """
+    store = dist.PrefixStore("lift_kernels/joined", store)
+    store.set(f"token/{rank}", uuid.uuid4().hex)
+    patience = dist.constants.default_pg_timeout.total_seconds()
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        tokens = b"".join(store.get(f"token/{other}") for other in range(world))
+        name = hashlib.sha256(tokens).hexdigest()
+        store.set(f"name/{rank}", name)
+        names = [f"name/{other}" for other in range(world)]
+        if store.check(names) and all(store.get(key) == name.encode() for key in names):
+            return dist.PrefixStore(name, store)
+        time.sleep(POLL_S)
+    raise RuntimeError(f"not all of {world} ranks have joined within {patience:.0f} s")
 
 
 @contextmanager
