@@ -153,6 +153,7 @@ def joined(settings: Settings) -> Iterator[Ranks]:
             silence = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(redirect_stdout(silence))
             stack.enter_context(redirect_stderr(silence))
+            stack.callback(transformers.logging.set_verbosity, transformers.logging.get_verbosity())
             transformers.logging.set_verbosity_error()
         with said_once(_is_first_to_say):
             yield ranks
