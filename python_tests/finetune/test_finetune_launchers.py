@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from helpers.bits import HANG_S
 from helpers.tiny_llama import save_tiny
@@ -83,10 +82,15 @@ def undisturbed(tiny, tmp_path_factory):
     return folder
 
 
-def workers_of(launchers: list[subprocess.Popen]) -> list[psutil.Process]:
-    """The ranks that these launchers have started, and that still run."""
-    found = [child for launcher in launchers for child in psutil.Process(launcher.pid).children()]
-    return [p for p in found if p.status() != psutil.STATUS_ZOMBIE and "lift_kernels" in p.cmdline()]
+def workers_of(launchers: list[subprocess.Popen]) -> list[int]:
+    """The process ids of the ranks that these launchers have started, and that still run."""
+    agents, found = {str(launcher.pid) for launcher in launchers}, []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # It has ended.
+            state, parent, *_ = (folder / "stat").read_text().rpartition(") ")[2].split()
+            if parent in agents and state != "Z" and b"lift_kernels" in (folder / "cmdline").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
 
 
 def kill_a_rank(launchers: list[subprocess.Popen], folder: Path, chance: random.Random) -> bool:
@@ -99,10 +103,10 @@ def kill_a_rank(launchers: list[subprocess.Popen], folder: Path, chance: random.
         with contextlib.suppress(FileNotFoundError):  # A checkpoint is just replaced.
             seen |= {path.stat().st_mtime_ns for path in folder.glob("*/checkpoint.safetensors")}
         time.sleep(0.002)
-    with contextlib.suppress(psutil.NoSuchProcess):
-        ranks = workers_of(launchers)
+    ranks = workers_of(launchers)
+    with contextlib.suppress(ProcessLookupError):
         if len(ranks) == 2 and not list(folder.glob("*/report.json")):
-            chance.choice(ranks).send_signal(signal.SIGKILL)
+            os.kill(chance.choice(ranks), signal.SIGKILL)
             return True
     return False
 
