@@ -60,6 +60,7 @@ def add_parser(commands: Any) -> None:
     add("--name", help="directory of the run inside --output (default: method and time)")
     add("--output", metavar="DIR", help="directory of all runs (default: runs)")
     add("--save-steps", type=int, metavar="STEPS", help="steps between checkpoints, 0 for none (default: 20)")
+    add("--parallel", help="none, or ddp: share each batch out among the ranks of torchrun (default: none)")
     add(
         "--resume",
         metavar="DIR",
@@ -75,12 +76,15 @@ def run(options: argparse.Namespace) -> int:
         UserError: for invalid input.
     """
     from ..finetune import Settings, run, settings_of
+    from ..finetune.parallel import SaidElsewhere, said_once, speaks_for_node
 
     given = {f.name: value for f in fields(Settings) if (value := getattr(options, f.name)) is not None}
-    if options.resume is None:
-        run(Settings(**given))
-    elif given:
-        raise UserError(f"--resume takes all options from the interrupted run; leave out {', '.join(given)}")
-    else:
-        run(settings_of(options.resume), resumed=True)
+    try:
+        with said_once(speaks_for_node):
+            if options.resume is not None and given:
+                raise UserError(f"--resume takes all options from the interrupted run; leave out {', '.join(given)}")
+            settings = Settings(**given) if options.resume is None else settings_of(options.resume)
+        run(settings, resumed=options.resume is not None)
+    except SaidElsewhere:
+        return 2
     return 0

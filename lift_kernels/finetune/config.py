@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ METHODS = ("lift", "full", "lora", "random")
 LEARNING_RATES = {"lift": 1e-3, "random": 1e-3, "lora": 1e-3, "full": 1e-4}
 """Default peak learning rate of each method."""
 GRADIENTS = ("packed", "dense")
+PARALLEL = ("none", "ddp")
 REFRESH_DRIFT = 0.03
 """Default of ``refresh_drift``; docs/guide.md says what it was measured on."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,6 +49,8 @@ class Settings:
         save_steps: steps between checkpoints; 0 for none.
         name: directory of the run inside output; None takes method and time.
         output: directory of all runs.
+        parallel: one of PARALLEL. "ddp" shares each batch out among the ranks that a launcher, such
+            as torchrun, has started.
 
     Raises:
         UserError: for a value that is not allowed.
@@ -73,9 +77,11 @@ class Settings:
     save_steps: int = 20
     name: str | None = None
     output: str = "runs"
+    parallel: str = "none"
 
     def __post_init__(self) -> None:
         known = {"method": METHODS, "gradients": GRADIENTS, "dtype": tuple(DTYPES), "device": ("auto", "cpu", "cuda")}
+        known["parallel"] = PARALLEL
         for field, choices in known.items():
             if getattr(self, field) not in choices:
                 raise UserError(f"unknown {field} {getattr(self, field)!r}; use one of {', '.join(choices)}")
@@ -105,4 +111,15 @@ class Settings:
         if self.name is not None and (Path(self.name).name != self.name or self.name == ".."):
             raise UserError(
                 f"name {self.name!r} must be a plain directory name; choose its parent directory with --output"
+            )
+        ranks = os.environ.get("WORLD_SIZE")
+        if self.parallel == "ddp" and ranks is None:
+            raise UserError(
+                "parallel is ddp, and no launcher has started ranks; run `torchrun --nproc-per-node N -m lift_kernels "
+                "finetune --parallel ddp`, or with --resume DIR in place of --parallel ddp"
+            )
+        if self.parallel == "none" and int(ranks or 1) > 1:
+            raise UserError(
+                f"a launcher has started {ranks} processes, and each would do the whole run; share it out with "
+                "--parallel ddp, or start one process"
             )

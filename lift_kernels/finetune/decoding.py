@@ -41,7 +41,7 @@ def greedy_answers(
     model.eval()
     form, stops = form_of(model), _stop_tokens(tokenizer, model.device)
     encoded = [tokenizer(prompt(q), add_special_tokens=False)["input_ids"] for q in questions]
-    cached = _cache_prefix(model, form, prefix, max(map(len, encoded)) + max_new_tokens)
+    cached = _cache_prefix(model, form, prefix, max(map(len, encoded), default=0) + max_new_tokens)
     if cached is None:
         encoded = [prefix + ids for ids in encoded]
     batch_size = batch_size if form.padding else 1

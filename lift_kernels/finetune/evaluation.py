@@ -97,9 +97,15 @@ def answer_loss(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, in
     return loss, int((target != IGNORE).sum())
 
 
-@torch.no_grad()
 def mean_loss(model, tokenizer, examples: Sequence[Example], batch_size: int, title: str) -> float:
-    """Return the mean cross-entropy of examples in nats per labelled token.
+    """Return the mean cross-entropy of examples in nats per labelled token; see `summed_loss`."""
+    total, count = summed_loss(model, tokenizer, examples, batch_size, title)
+    return total / count
+
+
+@torch.no_grad()
+def summed_loss(model, tokenizer, examples: Sequence[Example], batch_size: int, title: str) -> tuple[float, int]:
+    """Return the summed cross-entropy of examples in nats, and the number of labelled tokens.
 
     Args:
         model: a causal language model; it is put into evaluation mode.
@@ -115,7 +121,7 @@ def mean_loss(model, tokenizer, examples: Sequence[Example], batch_size: int, ti
         batch = collate(ordered[start : start + batch_size], tokenizer.pad_token_id)
         loss, n = answer_loss(model, {k: v.to(model.device) for k, v in batch.items()})
         total, count = total + float(loss), count + n
-    return total / count
+    return total, count
 
 
 def neutral_examples(tokenizer) -> list[Example]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import UserError
@@ -51,7 +52,8 @@ class Form:
 
 
 def base_of(model: Any) -> Any:
-    """Return the model itself, or the one inside a peft wrapper, which hides its signature."""
+    """Return the model inside wrappers of DDP and peft, which hide its signature."""
+    model = model.module if isinstance(model, DistributedDataParallel) else model
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

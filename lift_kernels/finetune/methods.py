@@ -41,13 +41,14 @@ class Prepared:
     share: float
 
 
-def prepare(model, settings: Settings, clock: Clock) -> Prepared:
+def prepare(model, settings: Settings, clock: Clock, group: torch.distributed.ProcessGroup | None) -> Prepared:
     """Prepare a model for a method.
 
     Args:
         model: the loaded model; it is changed in place.
         settings: options of the run.
         clock: receives the time of the first mask.
+        group: process group of the ranks that train the model together, or None.
 
     Raises:
         ValueError: for an option that does not fit the model's matrices, and for non-finite
@@ -57,7 +58,7 @@ def prepare(model, settings: Settings, clock: Clock) -> Prepared:
     lr = settings.lr or LEARNING_RATES[settings.method]
     weights = weights_of(model)
     if settings.method in ("lift", "random"):
-        optimizer: torch.optim.Optimizer = _lift(model, settings, lr, clock)
+        optimizer: torch.optim.Optimizer = _lift(model, settings, lr, clock, group)
         covered = [trainable_of(p).matrix for group in optimizer.param_groups for p in group["params"]]
     else:
         covered = [w.parameter for w in weights if settings.method == "full" or w.kind == LINEAR]
@@ -71,7 +72,9 @@ def prepare(model, settings: Settings, clock: Clock) -> Prepared:
     return Prepared(model, optimizer, covered, share)
 
 
-def _lift(model, settings: Settings, lr: float, clock: Clock) -> LiftAdamW:
+def _lift(
+    model, settings: Settings, lr: float, clock: Clock, group: torch.distributed.ProcessGroup | None
+) -> LiftAdamW:
     """Choose the entries of methods lift and random, and return their optimizer."""
     print("choosing the entries to train", flush=True)
     selection = "random" if settings.method == "random" else "principal"
@@ -85,7 +88,7 @@ def _lift(model, settings: Settings, lr: float, clock: Clock) -> LiftAdamW:
         options = {"rank": settings.rank, "selection": selection, "seed": settings.seed, **budget, **chosen}
         bypassed = _bypassed_weights(model)
         options["exclude"] = pattern_of(bypassed) or None
-        groups = clock.first_mask(lambda: pack_gradients(model, **options))
+        groups = clock.first_mask(lambda: pack_gradients(model, process_group=group, **options))
         if bypassed:
             groups.append({"params": [(n, p.requires_grad_(True)) for n, p in bypassed.items()], "lift": True})
     else:
@@ -101,6 +104,7 @@ def _lift(model, settings: Settings, lr: float, clock: Clock) -> LiftAdamW:
         selection=selection,
         warm_start=None,  # bases would enlarge the state by a quarter, and a run has few refreshes to speed up
         seed=settings.seed,
+        process_group=group,
         **budget,
     )
     if settings.gradients == "dense":

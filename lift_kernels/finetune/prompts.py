@@ -63,3 +63,9 @@ def collate(examples: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
         rows["attention_mask"].append([0] * gap + [1] * len(e["input_ids"]))
         rows["labels"].append([IGNORE] * gap + e["labels"])
     return {key: torch.tensor(value) for key, value in rows.items()}
+
+
+def take_rows(batch: dict[str, torch.Tensor], rows: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Return rows of a batch of `collate`, without the columns that are padding in all of them."""
+    columns = batch["attention_mask"][rows].any(0)
+    return {key: value[rows][:, columns] for key, value in batch.items()}

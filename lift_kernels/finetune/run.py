@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import transformers
@@ -15,25 +15,21 @@ from transformers import TrainingArguments
 from ..checkpoint.atomic_file import write_atomic
 from ..errors import UserError
 from ..optim.lift_adamw import LiftAdamW
-from . import evaluation, prompts, report, run_dir
+from . import prompts, report, run_dir
 from .config import DTYPES, Settings
 from .data import SHOTS, choose_problems, encode_short, training_sequences
-from .decoding import greedy_answers
 from .forward import form_of
+from .measure import Measurement, measure
 from .methods import CLIP_NORM, prepare, state_bytes, trained_entries
 from .model_io import Source, find_model, load_model, stored_dtype
 from .model_kinds import check_tokens
+from .parallel import Ranks, joined
 from .prompts import Example
 from .timing import Clock, PhaseTimer
 from .trainer import AnswerTrainer
 from .word_problems import Problem
 
 WARMUP = 0.03  # share of the steps
-EVAL_BATCH = 32
-GENERATION_BATCH = 100  # decoding is bound by reading the weights, so a large batch costs little more than a small one
-
-Measurement: TypeAlias = tuple[dict[str, Any], list[str]]
-"""Losses and exact match by report key, and the answers that the model gave."""
 
 
 @dataclass
@@ -42,7 +38,9 @@ class Run:
 
     Attributes:
         settings: options of the run.
+        ranks: the ranks that do the run together.
         folder: directory that the run writes.
+        resumed: whether the run in that directory was interrupted before.
         source: where the model was loaded from.
         data: description of the problems.
         model: the model; `_prepare` and `_save` replace it where a method wraps or merges it.
@@ -56,7 +54,9 @@ class Run:
     """
 
     settings: Settings
+    ranks: Ranks
     folder: Path
+    resumed: bool
     source: Source
     data: str
     model: Any
@@ -102,7 +102,8 @@ def run(settings: Settings, resumed: bool = False) -> report.Report:
         UserError: for input that cannot be used.
     """
     try:
-        return _run(settings, resumed)
+        with joined(settings) as ranks:
+            return _run(settings, resumed, ranks)
     except torch.OutOfMemoryError as error:
         smaller = ", or take --dtype bfloat16" if settings.dtype == "float32" else ""
         raise UserError(
@@ -111,12 +112,14 @@ def run(settings: Settings, resumed: bool = False) -> report.Report:
         ) from error
 
 
-def _run(settings: Settings, resumed: bool) -> report.Report:
+def _run(settings: Settings, resumed: bool, ranks: Ranks) -> report.Report:
     timer = PhaseTimer()
     timer.begin("load", "loading the model")
-    job = _load(settings, resumed)
+    loaded = ranks.together(lambda: _load(settings, ranks))
+    folder, resumed = ranks.first(lambda: run_dir.open_folder(settings, resumed, ranks.restarted))
+    job = Run(settings=settings, ranks=ranks, folder=folder, resumed=resumed, **loaded)
     timer.begin("mask", f"preparing method {settings.method}")
-    method = _prepare(job, resumed)
+    method = _prepare(job)
     timer.begin("before", "measuring the model before training")
     before = _measure_before(job)
     timer.begin("train", f"training {settings.steps} steps of {settings.batch_size} problems")
@@ -127,12 +130,11 @@ def _run(settings: Settings, resumed: bool) -> report.Report:
     sizes = _save(job, method)
     timer.begin("end", "done")
     results = _results(job, method, before, after, sizes, timer)
-    _write_report(job, results, losses, before, after)
-    return results
+    return ranks.first(lambda: _write_report(job, results, losses, before, after))
 
 
-def _load(settings: Settings, resumed: bool) -> Run:
-    """Load the model, encode the problems and open the directory of the run."""
+def _load(settings: Settings, ranks: Ranks) -> dict[str, Any]:
+    """Load the model and encode the problems; return attributes of `Run`."""
     source = find_model(settings.model)
     problems, heldout, shots, data = choose_problems(settings)
     transformers.set_seed(settings.seed)
@@ -154,73 +156,62 @@ def _load(settings: Settings, resumed: bool) -> Run:
     _, shown = encode_short(tokenizer, shots, settings.max_length, "few-shot")
     check_tokens(model, tokenizer, [e["input_ids"] for e in [*examples, *encoded, *shown]], SHOTS + 1)
     sequences, batch_rows = training_sequences(tokenizer, examples, settings.batch_size)
-    folder = Path(settings.output) / str(settings.name) if resumed else run_dir.make_folder(settings)
-    if resumed:
-        run_dir.clean(folder)
-    else:
-        run_dir.begin(folder, settings)
-    return Run(
-        settings=settings,
-        folder=folder,
-        source=source,
-        data=data,
-        model=model,
-        tokenizer=tokenizer,
-        heldout=heldout,
-        encoded=encoded,
-        prefix=prompts.join(tokenizer, shown)["input_ids"],
-        sequences=sequences,
-        batch_rows=batch_rows,
-        clock=Clock(model.device),
-    )
+    if batch_rows < ranks.count:
+        raise UserError(
+            f"a batch of {settings.batch_size} problems makes {batch_rows} sequences, too few for {ranks.count} ranks; "
+            f"take at most {batch_rows} ranks, or --batch-size {SHOTS * ranks.count}"
+        )
+    return {
+        "source": source,
+        "data": data,
+        "model": model,
+        "tokenizer": tokenizer,
+        "heldout": heldout,
+        "encoded": encoded,
+        "prefix": prompts.join(tokenizer, shown)["input_ids"],
+        "sequences": sequences,
+        "batch_rows": batch_rows,
+        "clock": Clock(model.device),
+    }
 
 
-def _prepare(job: Run, resumed: bool) -> Method:
+def _prepare(job: Run) -> Method:
     """Set up the method with its masks, and find the checkpoint of a resumed run."""
     try:
-        ready = prepare(job.model, job.settings, job.clock)
-        job.model = ready.model
-        identity = run_dir.identity(job.model, job.sequences)
-        checkpoint = run_dir.find_checkpoint(job.folder, identity) if resumed else None
+        ready = prepare(job.model, job.settings, job.clock, job.ranks.group)
     except ValueError as error:  # an option that does not fit this model's matrices, or weights that are not finite
         raise UserError(str(error)) from error
+    job.model = ready.model
+    identity = run_dir.identity(job.model, job.sequences)
+    return Method(ready.optimizer, ready.covered, ready.share, identity, _find_checkpoint(job, identity))
+
+
+def _find_checkpoint(job: Run, identity: dict[str, str]) -> dict[str, Any] | None:
+    """Return the checkpoint of a resumed run, or None. Every rank reads it."""
+    if not job.resumed:
+        return None
+    checkpoint = job.ranks.together(lambda: run_dir.find_checkpoint(job.folder, identity, job.ranks.count))
+    step = None if checkpoint is None else checkpoint["step"]
+    if set(job.ranks.gather(step)) != {step}:
+        raise UserError(f"some ranks see another {job.folder}; give --output on a disk that all nodes share")
     if checkpoint is not None:
-        print(f"resuming after step {checkpoint['step']}", flush=True)
-    return Method(ready.optimizer, ready.covered, ready.share, identity, checkpoint)
+        print(f"resuming after step {step}", flush=True)
+    return checkpoint
 
 
 def _measure_before(job: Run) -> Measurement:
     """Measure the untrained model, or read what the interrupted run measured."""
     path = job.folder / run_dir.BEFORE
-    if path.exists():
-        figures, answers = json.loads(path.read_text())
-        return figures, answers
+    earlier = job.ranks.first(lambda: json.loads(path.read_text()) if path.exists() else None)
+    if earlier is not None:
+        return earlier[0], earlier[1]
     measured = _measure(job, "before")
-    write_atomic(path, json.dumps(measured))
+    job.ranks.first(lambda: write_atomic(path, json.dumps(measured)))
     return measured
 
 
 def _measure(job: Run, when: str) -> Measurement:
-    """Measure losses (nats per token) and exact match; their keys end in ``when``."""
-    model, tokenizer = job.model, job.tokenizer
-    longest = max(sum(label != prompts.IGNORE for label in e["labels"]) for e in job.encoded)
-    alone = [prompts.join(tokenizer, [example]) for example in job.encoded]
-    loss = evaluation.mean_loss(model, tokenizer, alone, EVAL_BATCH, f"held-out loss {when}")
-    neutral = evaluation.mean_loss(
-        model, tokenizer, evaluation.neutral_examples(tokenizer), EVAL_BATCH, f"neutral loss {when}"
-    )
-    questions = [problem.question for problem in job.heldout]
-    answers = greedy_answers(model, tokenizer, questions, job.prefix, longest + 8, GENERATION_BATCH, f"answers {when}")
-    correct = sum(evaluation.same_number(a, p.answer) for a, p in zip(answers, job.heldout, strict=True))
-    low, high = evaluation.wilson_interval(correct, len(job.heldout))
-    figures = {
-        f"heldout_loss.{when}": loss,
-        f"neutral_loss.{when}": neutral,
-        f"exact_match.{when}": correct / len(job.heldout),
-        f"exact_match.{when}_low": low,
-        f"exact_match.{when}_high": high,
-    }
-    return figures, answers
+    return measure(job.model, job.tokenizer, job.heldout, job.encoded, job.prefix, job.ranks, when)
 
 
 def _train(job: Run, method: Method) -> list[float]:
@@ -244,6 +235,10 @@ def _train(job: Run, method: Method) -> list[float]:
         dataloader_pin_memory=job.model.device.type == "cuda",
         use_cpu=job.model.device.type == "cpu",
         seed=settings.seed,
+        log_level_replica="error",
+        average_tokens_across_devices=False,  # AnswerTrainer counts the tokens of the batch
+        ddp_find_unused_parameters=True,  # such as those of an expert that no token of this rank chose
+        ddp_broadcast_buffers=False,  # a rank may run more forward passes than another (`answer_loss`)
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process drives one GPU: DataParallel would give every replica its own weights
@@ -254,6 +249,7 @@ def _train(job: Run, method: Method) -> list[float]:
         data_collator=lambda batch: prompts.collate(batch, job.tokenizer.pad_token_id),
         optimizers=(optimizer, None),
         clock=job.clock,
+        ranks=job.ranks,
         save_steps=settings.save_steps,
         identity=method.identity,
     )
@@ -273,7 +269,7 @@ def _save(job: Run, method: Method) -> dict[str, Any]:
     lift = isinstance(method.optimizer, LiftAdamW)
     if job.settings.method == "lora":
         job.model = job.model.merge_and_unload()
-    run_dir.save_once(job.model, job.tokenizer, job.folder)
+    job.ranks.first(lambda: run_dir.save_once(job.model, job.tokenizer, job.folder))
     return {
         "entries": entries,
         "covered_weights": weights,
@@ -311,6 +307,7 @@ def _results(
         **{f"seconds.{name}": span for name, span in timer.durations().items()},
         "seconds.total": timer.starts["end"],
         **{f"settings.{key}": value for key, value in asdict(job.settings).items()},
+        "ranks": job.ranks.count,
         "settings.lr": method.optimizer.defaults["lr"],
         "versions.torch": torch.__version__,
         "versions.transformers": transformers.__version__,
@@ -319,8 +316,8 @@ def _results(
 
 def _write_report(
     job: Run, results: report.Report, losses: list[float], before: Measurement, after: Measurement
-) -> None:
-    """Write answers, plot and report, and print the table."""
+) -> report.Report:
+    """Write answers, plot and report, print the table, and return the report."""
     rows = zip(job.heldout, before[1], after[1], strict=True)
     report.write_answers(
         job.folder / run_dir.ANSWERS,
@@ -330,3 +327,4 @@ def _write_report(
     report.write_json(results, job.folder / run_dir.REPORT)  # written last: a run with a report is finished
     run_dir.finish(job.folder)
     print(f"\n{report.table(results)}\n\nwritten to {job.folder}: report.json, answers.jsonl, loss.png, model/")
+    return results

@@ -45,6 +45,39 @@ def make_folder(settings: Settings) -> Path:
     return folder
 
 
+def open_folder(settings: Settings, resumed: bool, restarted: bool) -> tuple[Path, bool]:
+    """Return the directory of a run, with its settings, and whether the run was interrupted before.
+
+    Args:
+        settings: options of the run.
+        resumed: whether the user continues the run in the directory.
+        restarted: whether a launcher has started a command again, which continues its own run.
+
+    Raises:
+        UserError: when the directory already holds files or cannot be written.
+    """
+    folder = Path(settings.output).expanduser() / str(settings.name) if resumed else None
+    if restarted and folder is None:
+        if settings.name:
+            clean(Path(settings.output).expanduser() / settings.name)  # It may have died before it had settings.
+        folder = _interrupted_run(settings)
+    if folder is not None:
+        clean(folder)
+        return folder, True
+    folder = make_folder(settings)
+    write_atomic(folder / SETTINGS, json.dumps(asdict(settings), indent=2) + "\n")
+    return folder, False
+
+
+def _interrupted_run(settings: Settings) -> Path | None:
+    """Return the newest directory of a run with just these settings that is not finished."""
+    output = Path(settings.output).expanduser()
+    folders = [output / settings.name] if settings.name else output.glob("*/")
+    files = [folder / SETTINGS for folder in folders if not (folder / REPORT).exists()]
+    same = [path for path in files if path.exists() and _read_settings(path) == asdict(settings)]
+    return max(same, key=lambda path: path.stat().st_mtime).parent if same else None
+
+
 def trained_weights(model) -> dict[str, torch.Tensor]:
     """Return the tensors that training changes, by name.
 
@@ -69,18 +102,20 @@ def identity(model, sequences: Sequence[Example]) -> dict[str, str]:
     return {"frozen weights": frozen, "training data": hashlib.sha256(json.dumps(sequences).encode()).hexdigest()}
 
 
-def find_checkpoint(folder: Path, expected: dict[str, str]) -> dict[str, Any] | None:
+def find_checkpoint(folder: Path, expected: dict[str, str], ranks: int = 1) -> dict[str, Any] | None:
     """Load the checkpoint of an interrupted run.
 
     Args:
         folder: directory of the run.
         expected: the `identity` of the resumed run.
+        ranks: number of ranks of the resumed run.
 
     Returns:
         The checkpoint, or None when the run was interrupted before the first one.
 
     Raises:
-        UserError: when the checkpoint is damaged, or was made with other weights or data.
+        UserError: when the checkpoint is damaged, or was made with other weights or data or on
+            another number of ranks.
     """
     path = folder / CHECKPOINT
     if not path.exists():
@@ -92,12 +127,10 @@ def find_checkpoint(folder: Path, expected: dict[str, str]) -> dict[str, Any] | 
     for what, value in expected.items():
         if checkpoint["identity"].get(what) != value:
             raise UserError(f"the {what} are not those of the interrupted run; restore them or start a new run")
+    if len(checkpoint["random"]) != ranks:
+        before = len(checkpoint["random"])
+        raise UserError(f"the interrupted run had {before} ranks, and this one has {ranks}; resume it on {before}")
     return checkpoint
-
-
-def begin(folder: Path, settings: Settings) -> None:
-    """Write the settings of a new run to its directory."""
-    write_atomic(folder / SETTINGS, json.dumps(asdict(settings), indent=2) + "\n")
 
 
 def settings_of(folder: str | Path) -> Settings:
@@ -113,17 +146,22 @@ def settings_of(folder: str | Path) -> Settings:
         UserError: for a directory without a run, and for a finished run.
     """
     path = Path(folder).expanduser()
-    try:
-        saved = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} holds no readable {SETTINGS}, so there is no run to resume; start a new one"
-        ) from error
+    saved = _read_settings(path / SETTINGS)
+    if saved is None:
+        raise UserError(f"{path} holds no readable {SETTINGS}, so there is no run to resume; start a new one")
     if (path / REPORT).exists():
         raise UserError(f"the run in {path} is finished; start a new one with another --name")
     if not isinstance(saved, dict) or saved.keys() != {field.name for field in fields(Settings)}:
         raise UserError(f"{path / SETTINGS} was written by another version of lift_kernels; start a new run")
     return Settings(**saved | {"name": path.resolve().name, "output": str(path.resolve().parent)})
+
+
+def _read_settings(path: Path) -> Any:
+    """Return the content of a file of settings, or None where it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def save_once(model, tokenizer, folder: Path) -> None:

@@ -12,12 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..checkpoint.training_state import rng_state, save_checkpoint, set_rng_state
 from ..errors import UserError
+from ..optim.ddp_hook import register_where_useful
+from ..optim.lift_adamw import LiftAdamW
 from . import evaluation
+from .forward import base_of
+from .parallel import Ranks
+from .prompts import IGNORE, take_rows
 from .run_dir import CHECKPOINT, trained_weights
 from .timing import Clock
 
@@ -26,10 +32,11 @@ class Checkpoints(TrainerCallback):
     """Saves training in a single file, and continues from it bit-exactly.
 
     Trainer skips the batches that a resumed run has seen. It draws the order of an epoch again for
-    that, so a checkpoint holds the random state at the start of its epoch, too.
+    that, so a checkpoint holds the random state at the start of its epoch, too. The first rank
+    saves, with the random states of all ranks: weights and optimizer state are equal on all.
 
     Attributes:
-        losses: of every step so far.
+        trainer: the trainer whose training is saved.
         clock: durations so far.
         every: steps between checkpoints, 0 for none. One more is saved at the end.
         identity: fingerprints that are saved in a checkpoint (`run_dir.identity`).
@@ -37,12 +44,15 @@ class Checkpoints(TrainerCallback):
         epoch_random: random state at the start of the current epoch.
     """
 
-    def __init__(self, losses: list[float], clock: Clock, every: int, identity: dict[str, str]) -> None:
-        self.losses, self.clock, self.every, self.identity = losses, clock, every, identity
+    def __init__(self, trainer: AnswerTrainer, clock: Clock, every: int, identity: dict[str, str]) -> None:
+        self.trainer, self.clock, self.every, self.identity = trainer, clock, every, identity
         self.loaded: dict[str, Any] | None = None
         self.epoch_random: dict[str, Any] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        optimizer = getattr(kwargs["optimizer"], "optimizer", None)  # accelerate has wrapped it
+        if isinstance(optimizer, LiftAdamW):
+            register_where_useful(optimizer, self.trainer.model_wrapped)
         if self.loaded is not None:
             load_training(self.loaded, kwargs["model"], kwargs["optimizer"])
             kwargs["lr_scheduler"].load_state_dict(self.loaded["scheduler"])
@@ -50,34 +60,43 @@ class Checkpoints(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.loaded is not None:
             between = float(state.epoch).is_integer()  # The checkpoint was saved after the last step of an epoch.
-            set_rng_state(self.loaded["random" if between else "epoch_random"])
+            set_rng_state(self.loaded["random" if between else "epoch_random"][self.trainer.ranks.number])
             self.loaded = None if between else self.loaded
+        # This generator draws the order of the epoch, which is the same on all ranks.
+        torch.set_rng_state(self.trainer.ranks.first(torch.get_rng_state))
         self.epoch_random = rng_state()
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self.loaded is not None:
-            set_rng_state(self.loaded["random"])
+            set_rng_state(self.loaded["random"][self.trainer.ranks.number])
             self.loaded = None
 
     def on_step_end(self, args, state, control, **kwargs):
         last = state.global_step >= state.max_steps
         if self.every and (last or state.global_step % self.every == 0):
-            training = {
-                "identity": self.identity,
-                "step": state.global_step,
-                "model": trained_weights(kwargs["model"]),
-                "optimizer": kwargs["optimizer"].state_dict(),
-                "scheduler": kwargs["lr_scheduler"].state_dict(),
-                "trainer_state": as_json(state),
-                "random": rng_state(),
-                "epoch_random": self.epoch_random,
-                "progress": {"losses": self.losses, **{name: getattr(self.clock, name) for name in self.clock.KEPT}},
-            }
-            save_checkpoint(Path(str(args.output_dir)) / CHECKPOINT, training)
+            ranks = self.trainer.ranks
+            random = {"random": ranks.gather(rng_state()), "epoch_random": ranks.gather(self.epoch_random)}
+            ranks.first(lambda: self._save(Path(str(args.output_dir)), state, random, **kwargs))
+
+    def _save(self, folder, state, random, model, optimizer, lr_scheduler, **kwargs):
+        training = {
+            "identity": self.identity,
+            "step": state.global_step,
+            "model": trained_weights(model),
+            "optimizer": optimizer.state_dict(),
+            "scheduler": lr_scheduler.state_dict(),
+            "trainer_state": as_json(state),
+            **random,
+            "progress": {
+                "losses": self.trainer.losses,
+                **{name: getattr(self.clock, name) for name in self.clock.KEPT},
+            },
+        }
+        save_checkpoint(folder / CHECKPOINT, training)
 
     def restore_progress(self, progress: dict[str, Any]) -> None:
         """Continue the records of a checkpoint."""
-        self.losses[:] = progress["losses"]
+        self.trainer.losses[:] = progress["losses"]
         for name in self.clock.KEPT:
             setattr(self.clock, name, progress[name])
 
@@ -109,16 +128,27 @@ def load_training(checkpoint: dict[str, Any], model: Any, optimizer: Any) -> Non
 class AnswerTrainer(Trainer):
     """A Trainer on the mean loss over answer tokens.
 
+    Every rank reads whole batches, all in the same order, and computes its own rows. So several
+    ranks train the batches of a single one, and each knows the number of answer tokens of a batch.
+
     Attributes:
-        losses: loss of every step in nats per token.
+        losses: loss of every step in nats per token, over the batch of all ranks.
+        ranks: the ranks that train together.
         checkpoints: saves and loads training.
     """
 
     def __init__(
-        self, *args: Any, clock: Clock, save_steps: int = 0, identity: dict[str, str] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        clock: Clock,
+        ranks: Ranks,
+        save_steps: int = 0,
+        identity: dict[str, str] | None = None,
+        **kwargs: Any,
     ) -> None:
         self.losses: list[float] = []
-        self.checkpoints = Checkpoints(self.losses, clock, save_steps, identity or {})
+        self.ranks = ranks
+        self.checkpoints = Checkpoints(self, clock, save_steps, identity or {})
         super().__init__(*args, **kwargs)
         self.add_callback(clock)
         self.add_callback(self.checkpoints)
@@ -137,14 +167,29 @@ class AnswerTrainer(Trainer):
             (Path(folder) / TRAINER_STATE_NAME).write_text(checkpoint["trainer_state"])
             self.train(resume_from_checkpoint=folder)
 
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the batches of all ranks. Trainer's own method would deal batches out to them."""
+        args = self.args
+        return DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_size=args.train_batch_size,
+            sampler=self._get_train_sampler(),
+            collate_fn=self.data_collator,
+            pin_memory=args.dataloader_pin_memory,
+        )
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        total, count = evaluation.answer_loss(model, inputs)
-        loss = total / count
-        self.losses.append(loss.item())
+        rows, count = range(len(inputs["labels"])), int((inputs["labels"] != IGNORE).sum())
+        own = self.ranks.own(rows)
+        # The last batch of an epoch may be smaller. A rank without a row takes part by a loss of 0.
+        total, _ = evaluation.answer_loss(model, take_rows(inputs, own or rows[:1]))
+        total = total * bool(own)
+        self.losses.append((self.ranks.sum(total) / count).item())
         if not math.isfinite(self.losses[-1]):
-            other = ", or --dtype bfloat16, for float16 overflows easily" if model.dtype == torch.float16 else ""
+            float16 = base_of(model).dtype == torch.float16
+            other = ", or --dtype bfloat16, for float16 overflows easily" if float16 else ""
             raise UserError(f"the loss is {self.losses[-1]} at step {len(self.losses)}; choose a lower --lr{other}")
-        return loss
+        return total * self.ranks.count / count  # DistributedDataParallel averages the gradients of the ranks
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing, because `Checkpoints` loads the model when training begins.

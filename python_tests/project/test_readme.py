@@ -81,7 +81,12 @@ def write_jsonl(path: Path, count: int = 40) -> None:
 
 @pytest.mark.slow
 def test_the_new_users_path(tmp_path, monkeypatch, capsys):
-    """Every code block of the README runs in an empty folder with the user's own model and data."""
+    """Every code block of the README runs in an empty folder with the user's own model and data.
+
+    torchrun's variables are those of a single rank.
+    """
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
     save_tiny(tmp_path / "my-model")
     write_jsonl(tmp_path / "my.jsonl")
     monkeypatch.chdir(tmp_path)
@@ -105,7 +110,7 @@ def test_the_guide(tmp_path, monkeypatch):
 
 def test_blocks_are_in_languages_that_are_run():
     counts = {document: Counter(language for language, _ in blocks(document)) for document in DOCUMENTS}
-    assert counts["README.md"].keys() == {"sh", "python", "bibtex"} and counts["README.md"]["python"] == 4
+    assert counts["README.md"].keys() == {"sh", "python", "bibtex"} and counts["README.md"]["python"] == 5
     assert counts["docs/guide.md"].keys() == {"python"}
 
 
