@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from helpers.architectures import save_architecture
 from helpers.bits import HANG_S
 from helpers.finetune_runs import assert_same_end
 from helpers.forked_ranks import run_forked
@@ -23,8 +24,14 @@ from lift_kernels.finetune import word_problems
 from lift_kernels.finetune.config import Settings
 from lift_kernels.finetune.parallel import Ranks, fresh_part
 
-METHODS = {"lift": [], "random": ["--gradients", "dense"], "lora": [], "full": ["--lr", "1e-3"]}
-RANKS = {"lift": 2, "random": 3, "lora": 2, "full": 2}
+METHODS = {
+    "lift": "--method lift",
+    "random": "--method random --gradients dense",
+    "lora": "--method lora",
+    "full": "--method full --lr 1e-3",
+    "experts": "--method lift --model {folder}/mixtral",
+}
+RANKS = {"lift": 2, "random": 3, "lora": 2, "full": 2, "experts": 2}
 FILES = ["answers.jsonl", "before.json", "checkpoint.safetensors", "model", "report.json", "settings.json"]
 """What a run leaves. The helper keeps the files that only an interrupted run needs."""
 
@@ -54,11 +61,11 @@ def command(folder):
     return make
 
 
-def run_methods(command, folder, *methods: str) -> dict:
+def run_methods(command, model_folder, folder, *methods: str) -> dict:
     """Run methods by one process and by several ranks; return what each rank said."""
     commands = {}
     for method in methods:
-        more = ["--method", method, *METHODS[method]]
+        more = METHODS[method].format(folder=model_folder).split()
         commands[method, "one"] = command(0, *more, "--name", f"{method}-one")
         commands[method, "all"] = command(RANKS[method], *more, "--name", f"{method}-all")
     said = run_forked(folder, list(commands.values()))
@@ -68,18 +75,19 @@ def run_methods(command, folder, *methods: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def lift(command, tmp_path_factory):
-    return run_methods(command, tmp_path_factory.mktemp("lift"), "lift")
+def lift(command, folder, tmp_path_factory):
+    return run_methods(command, folder, tmp_path_factory.mktemp("lift"), "lift")
 
 
 @pytest.fixture(scope="module")
-def others(command, tmp_path_factory):
-    return run_methods(command, tmp_path_factory.mktemp("others"), "random", "lora", "full")
+def others(command, folder, tmp_path_factory):
+    save_architecture("mixtral", folder / "mixtral")
+    return run_methods(command, folder, tmp_path_factory.mktemp("others"), "random", "lora", "full", "experts")
 
 
 PARAMETERS = [
     pytest.param("lift", "lift"),
-    *(pytest.param(method, "others", marks=pytest.mark.slow) for method in ("random", "lora", "full")),
+    *(pytest.param(method, "others", marks=pytest.mark.slow) for method in ("random", "lora", "full", "experts")),
 ]
 
 
@@ -88,7 +96,7 @@ def test_several_ranks_train_the_model_of_one_process(request, folder, method, s
     """Two epochs, each with a last batch of one sequence. One rank alone writes and speaks."""
     said = request.getfixturevalue(said)
     one, several = folder / "runs" / f"{method}-one", folder / "runs" / f"{method}-all"
-    assert_same_model(folder, several, one)
+    assert_same_model(folder / ("mixtral" if method == "experts" else "tiny"), several, one)
     assert_same_report(several, one, RANKS[method])
     assert (several / "answers.jsonl").read_text() == (one / "answers.jsonl").read_text()
     [(_, alone, _)], [(_, first, _), *silent] = said[method, "one"], said[method, "all"]
@@ -98,9 +106,9 @@ def test_several_ranks_train_the_model_of_one_process(request, folder, method, s
     assert sorted(path.name for path in several.iterdir()) == FILES
 
 
-def assert_same_model(folder, actual, expected) -> None:
+def assert_same_model(start, actual, expected) -> None:
     start, actual, expected = (
-        load_file(path / "model.safetensors") for path in (folder / "tiny", actual / "model", expected / "model")
+        load_file(path / "model.safetensors") for path in (start, actual / "model", expected / "model")
     )
     assert sum(not torch.equal(value, start[name]) for name, value in expected.items()) >= 7
     for name, value in expected.items():
