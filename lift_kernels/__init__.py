@@ -14,7 +14,7 @@ from .ops import (
     sparse_adamw_,
 )
 from .ops.dispatch import Backend, backends
-from .optim import LiftAdamW, PackedState
+from .optim import LiftAdamW, PackedState, trained_entries_hook
 
 if TYPE_CHECKING:
     from .delta import apply_delta, delta_info, revert_delta, save_delta, switch_delta
@@ -43,6 +43,7 @@ __all__ = [
     "save_delta",
     "sparse_adamw_",
     "switch_delta",
+    "trained_entries_hook",
     "unpack",
 ]
 

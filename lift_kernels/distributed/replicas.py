@@ -89,6 +89,17 @@ class Replicas:
         group = data_parallel_group() if self._ranks is None else self._given or same_ranks(self._ranks)
         return group if group is not None and dist.get_world_size(group) > 1 else None
 
+    @property
+    def ungrouped(self) -> bool:
+        """Whether there are other ranks, and nobody says which of them hold replicas.
+
+        So it is without ``process_group`` and accelerate, and for a copy that has lost its group.
+        """
+        if self._independent or not (dist.is_available() and dist.is_initialized()):
+            return False
+        alone = dist.get_world_size() == 1 or (self._ranks is not None and len(self._ranks) == 1)
+        return not alone and self.group is None
+
     def announce(self, names: Iterable[str]) -> None:
         """Tell the other ranks that this one trains these parameters.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from .. import ops
 from . import trainable
 
 _hooks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # hooked parameter -> handle of its hook
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
+"""The attribute of a module in which DistributedDataParallel looks for names to leave out."""
 
 
 def pack_on_accumulate(p: Tensor, indices: Tensor, number: int | None = None) -> None:
@@ -46,3 +49,46 @@ def pack_gradient(p: Any) -> None:
     packed = ops.packed_gather(p.grad, p.lift_indices, dtype=torch.float32)
     p.grad = None
     p.lift_grad = packed if p.lift_grad is None else p.lift_grad.add_(packed)
+
+
+def leave_out_of_ddp(model: nn.Module) -> None:
+    """Let DistributedDataParallel leave out the hooked parameters of ``model``.
+
+    It would write a reduced dense gradient back. `LiftAdamW` averages the packed ones.
+    """
+    setattr(model, _IGNORED, IgnoredNames(model, getattr(model, _IGNORED, None)))
+
+
+def put_back_into_ddp(model: nn.Module) -> None:
+    """Undo `leave_out_of_ddp` in all modules. Names that others had put there come back."""
+    for module in model.modules():
+        names = module.__dict__.get(_IGNORED)
+        if isinstance(names, IgnoredNames):
+            delattr(module, _IGNORED)
+            if names.others is not None:
+                setattr(module, _IGNORED, names.others)
+
+
+class IgnoredNames:
+    """What DistributedDataParallel leaves out of a model, asked when it is constructed.
+
+    These are the parameters that have a hook then. A deepcopy of a model alone has lost its hooks,
+    and then nothing may be left out.
+
+    Attributes:
+        others: names that someone else had put in this place, or None.
+    """
+
+    def __init__(self, model: nn.Module, others: Iterable[str] | None) -> None:
+        self._model, self.others = model, others
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.others or ()
+        for name, p in self._model.named_parameters(remove_duplicate=False):
+            if p in _hooks:
+                yield name
+                if "." not in name:
+                    yield f".{name}"  # DistributedDataParallel also asks for "MODULE.NAME".
+
+    def __contains__(self, name: str) -> bool:
+        return name in list(self)

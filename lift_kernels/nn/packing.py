@@ -14,7 +14,7 @@ from ..masks.selection import SelectionRequest, check_seed, check_selection, mak
 from ..ops import dispatch
 from ..validation import check_matrix, require
 from . import trainable
-from .grad_hooks import hooked_parameters, pack_on_accumulate, remove_hook
+from .grad_hooks import hooked_parameters, leave_out_of_ddp, pack_on_accumulate, put_back_into_ddp, remove_hook
 from .linear import LiftConv1D, LiftLinear, PackedLinear
 from .param_groups import lift_param_groups
 from .weight_kinds import is_conv1d
@@ -40,8 +40,9 @@ def pack_gradients(
 
     The linear layers of `lift_param_groups` become `LiftLinear` or `LiftConv1D`. Layers that share
     a weight share ``values``. A weight that some other module holds too gets a hook, which packs
-    its gradient into ``p.lift_grad``. The first masks are made here, with the same options and
-    results as in `LiftAdamW`.
+    its gradient into ``p.lift_grad``. DistributedDataParallel leaves such a weight out, and
+    `LiftAdamW` averages its gradient over the ranks of its ``process_group``. The first masks are
+    made here, with the same options and results as in `LiftAdamW`.
 
     ``state_dict()`` keeps the plain model's keys, and `unpack` gives the plain model back. Convert
     before other libraries wrap the model and before the first step. The model may move to its
@@ -100,6 +101,8 @@ def pack_gradients(
             pack_on_accumulate(p.requires_grad_(True), masks[name].indices, number)
             trained.append((name, p))
         trainable.set_initial_mask(trained[-1][1], warm_part(masks[name]._asdict(), p, "device"))
+    if hooked_parameters(model):
+        leave_out_of_ddp(model)
     return [{"params": trained, "lift": True, **options}, *dense]
 
 
@@ -116,6 +119,7 @@ def unpack(model: nn.Module) -> nn.Module:
         layer.unpack()
     for p in hooked_parameters(model):
         remove_hook(p)
+    put_back_into_ddp(model)
     return model
 
 

@@ -176,7 +176,13 @@ class HookedMatrix(Trainable):
             "model of packed layers, or unpack(model) and zero_grad(set_to_none=False)",
             RuntimeError,
         )
-        require(p.grad is None, f"{name} has a packed lift_grad and a dense grad; clear one of them", RuntimeError)
+        require(
+            p.grad is None,
+            f"{name} has a packed lift_grad and a dense grad; clear one of them. DistributedDataParallel puts a dense "
+            "grad back where it wraps another module than pack_gradients was given: give pack_gradients the very "
+            "module that it wraps",
+            RuntimeError,
+        )
         require(
             grad.shape == indices.shape and grad.dtype == torch.float32 and grad.device == indices.device,
             f"{name}: lift_grad must be {indices.numel()} float32 numbers on {indices.device}, got "

@@ -17,6 +17,7 @@ from ..ops import dispatch
 from .bucket import Sweep, any_infinite, check_scaler, gradient_factor
 from .coverage import Coverage
 from .dense_adamw import dense_adamw_
+from .hooked_gradients import average_hooked, check_group_of_hooked
 from .hyperparameters import check_group, check_masks, check_parameters, check_settings, warn_of_overridden
 from .matrix_ref import names_of, parameters_of
 from .matrix_table import MaskOptions, MatrixTable
@@ -68,7 +69,8 @@ class LiftAdamW(Optimizer):
             Trainer the ranks of DistributedDataParallel; else masks are made on each rank, and
             compared with those ranks of the default group that train a parameter of the same name.
             ``"independent"``: ranks are meant to differ. Index lists are compared at the first step
-            after each mask. A difference is a RuntimeError on every rank.
+            after each mask. A difference is a RuntimeError on every rank. Gradients that hooks pack
+            are averaged over this group, and `trained_entries_hook` needs it.
 
     Attributes:
         last_refresh: `RefreshReport` of the last masks, new and skipped, None before the first.
@@ -117,13 +119,11 @@ class LiftAdamW(Optimizer):
         self._replicas, self._coverage = Replicas(process_group), Coverage()
         self._stale_masks: list[str] = []  # names of first masks that were made from other weights
         self._start_afresh()
-        options: dict[str, Any] = dict(
-            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, density=density
-        )
-        options |= dict(budget_rank=budget_rank, refresh_interval=refresh_interval, refresh_schedule=refresh_schedule)
-        options |= dict(refresh_drift=refresh_drift)
-        options |= dict(bias_correction=bias_correction, master=master, rounding=rounding, state_dtype=state_dtype)
-        options |= dict(capturable=capturable, maximize=maximize, lift=None, steps_since_refresh=0)
+        options: dict[str, Any] = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        options |= dict(rank=rank, density=density, budget_rank=budget_rank, refresh_interval=refresh_interval)
+        options |= dict(refresh_schedule=refresh_schedule, refresh_drift=refresh_drift, bias_correction=bias_correction)
+        options |= dict(master=master, rounding=rounding, state_dtype=state_dtype, capturable=capturable)
+        options |= dict(maximize=maximize, lift=None, steps_since_refresh=0)
         super().__init__(params, options)
         warn_of_overridden(options, self.param_groups)
 
@@ -144,6 +144,7 @@ class LiftAdamW(Optimizer):
             names = names_of(group, len(self.param_groups) - 1)
             check_masks(group, self.selection, names)
             sparse = check_parameters(group, names, self.backend)
+            check_group_of_hooked(group["params"], names, self._replicas)
         except (ValueError, TypeError, RuntimeError):
             self.param_groups.pop()
             param_group.clear()  # torch has filled in options.
@@ -182,6 +183,7 @@ class LiftAdamW(Optimizer):
         table.follow(self.param_groups)
         if table.lost:
             raise RuntimeError(table.lost)
+        average_hooked(table.hooked, self._replicas)
         sweep.collect(table)
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)  # of a GradScaler
         if found_inf is not None:
@@ -225,6 +227,7 @@ class LiftAdamW(Optimizer):
         """Clear all gradients, packed gradients ``p.lift_grad`` too, which a step has cleared."""
         super().zero_grad(set_to_none)
         self._table.follow(self.param_groups)
+        self._table.partial.clear()
         for ref in self._table.hooked:
             ref.trainable.clear()
 

@@ -59,6 +59,8 @@ class MatrixTable:
         missing: matrices that have no mask yet.
         unseen: matrices with an index list that other ranks have not seen, as keys.
         lost: which parameter packing has taken from the optimizer (`packing_problem`), or empty.
+        partial: parameters whose gradient is averaged over ranks at its trained entries alone; kept
+            where masks are made from gradients.
         samples: of the weights of loaded states and first masks (`weight_sample`), until they are
             compared with the present weights.
         arenas: by device, dtypes and form of state.
@@ -74,6 +76,7 @@ class MatrixTable:
         self.missing: list[MatrixRef] = []
         self.unseen: dict[MatrixRef, None] = {}
         self.lost = ""
+        self.partial: set[Tensor] = set()
         self.samples: dict[MatrixRef, Tensor] = {}
         self.arenas: dict[tuple, PackedState] = {}
         self._changes = 0
@@ -167,8 +170,20 @@ class MatrixTable:
             raise RuntimeError(self.lost)
         for ref in self.refs:
             ref.check_renewable(drop_gradients)
+        self._check_whole_gradients(self.refs)
         if drop_gradients:
             self.drop_packed_gradients()
+
+    def _check_whole_gradients(self, refs: Sequence[MatrixRef]) -> None:
+        for ref in refs:
+            require(
+                ref.parameter not in self.partial or ref.parameter.grad is None,
+                f"{ref.name}: selection='gradient' needs the whole gradient, and trained_entries_hook has averaged the "
+                "trained entries alone and set the rest to zero; let refresh_interval= or refresh_schedule= make the "
+                "masks, before which the hook averages whole gradients, or call zero_grad(), compute gradients without "
+                "DistributedDataParallel and average them yourself",
+                RuntimeError,
+            )
 
     def drop_packed_gradients(self) -> None:
         """Drop those of all matrices."""
@@ -182,6 +197,7 @@ class MatrixTable:
 
         Packed gradients are dropped: they have been used, and they belong to the old entries.
         """
+        self._check_whole_gradients(refs)
         masks = options.make(refs)
         try:
             kept = self.migrate(refs, masks, options.warm_start, options.backend)
@@ -291,6 +307,13 @@ class MatrixTable:
             lists[ref.name].append(ref.views()["indices"])
         replicas.compare(lists, self._masks_took)
         self.unseen.clear()
+
+    def matrix_with_mask(self, parameter: Tensor) -> MatrixRef | None:
+        """The matrix that this parameter is, if it has a mask and an ordinary gradient."""
+        ref = self._known.get(parameter)
+        if ref is None or ref.arena is None or ref.trainable.packed or ref.trainable.hooked:
+            return None
+        return ref if self.refs[ref.number : ref.number + 1] == [ref] else None  # It may have left its group.
 
     def has_mask(self, parameter: Tensor) -> bool:
         """Whether the state of a parameter is that of a matrix with a mask."""

@@ -213,6 +213,14 @@ class RefreshSchedule:
             due += own if self._is_due(group) else self.turn(group, own)
         return due
 
+    def may_be_due_next(self, ref: MatrixRef, refs: Sequence[MatrixRef]) -> bool:
+        """Whether a matrix may be due after the coming step, if all ``refs`` have a mask.
+
+        It is not, although this says so, when a skipped step was counted.
+        """
+        ahead = ref.group | {"steps_since_refresh": ref.group["steps_since_refresh"] + 1}
+        return self._is_due(ahead) or ref in self.turn(ahead, [r for r in refs if r.group is ref.group])
+
     def turn(self, group: dict[str, Any], matrices: Sequence[MatrixRef]) -> list[MatrixRef]:
         """The matrices of a spread group whose turn it is; none in a group with another schedule.
 
