@@ -1,8 +1,8 @@
 """Several ranks: what a step and a refresh send, who makes which masks, and what sharing gains.
 
 ``--ranks`` processes of this machine are connected by gloo. Each has cores // ranks threads, at
-least one. The column ``threads`` says how many a row had. Ranks of one machine share its cores, its
-memory and its caches, so the seconds say nothing about ranks on machines of their own.
+least one. The column ``threads`` says how many a row had. Ranks of one machine share its cores
+and caches, so the seconds say nothing about ranks on machines of their own.
 
 - ``step``: the last of three steps under DistributedDataParallel, counted by rank. The model has
   the form of SmolLM2-135M with fewer layers and random weights, for bytes depend on shapes alone.
@@ -15,10 +15,10 @@ memory and its caches, so the seconds say nothing about ranks on machines of the
   masks. The bytes are those of broadcasts (index lists, bases, thresholds) and of pickled
   descriptions, of which each gather is two collectives. The plans that ranks compare before go
   through the store and are not counted.
-- ``seconds``: of these refreshes, the slowest rank's. The variants take turns in the same
-  processes, in a new random order each round. A process that works alone is rank 0 while the
-  others wait. ``times_*`` is the median over the rounds of another variant's seconds over the
-  row's. Above 1 the row is faster.
+- ``seconds``: of these refreshes, the slowest rank's, and ``cpu_s``, those that its busiest rank's
+  threads ran. The variants take turns in the same processes, in a new random order each round. A
+  process that works alone is rank 0 while others wait. ``times_*`` is the median over the rounds of
+  another variant's seconds over the row's. Above 1 the row is faster.
 
 Refusal. Ranks must have equal weights and index lists after the steps. After each refresh they must
 have the lists of one process with as many threads. Otherwise the row has a status and no figures,
@@ -56,8 +56,9 @@ from lift_kernels import LiftAdamW, trained_entries_hook
 from lift_kernels.masks import selection
 from lift_kernels.masks.costs import mask_cost
 
-COLUMNS = ["op", "set", "variant", "start", "rank", "threads", "collectives", "elements", "bytes_sent"]
-COLUMNS += ["bytes_received", "share_of_dense", "masks", "share_of_work", "median_s", "times_each_all", "status"]
+COLUMNS = "op set variant start rank threads collectives elements bytes_sent bytes_received share_of_dense".split()
+COLUMNS += "masks share_of_work median_s cpu_s times_each_all status".split()
+Shape = tuple[int, int, int, int]
 SHAPE = (576, 1536, 2, 256)  # hidden size, that of the MLP, layers, vocabulary
 FORMS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DENSE, HOOKED = "dense gradients of the same matrices", f"{MATRIX}, trained_entries_hook"
@@ -140,7 +141,7 @@ def lists(optimizer: torch.optim.Optimizer) -> str:
     return digest(entry["indices"] for entry in optimizer.state.values() if "indices" in entry)
 
 
-def steps(shape: tuple[int, int, int, int]) -> list[dict]:
+def steps(shape: Shape) -> list[dict]:
     """The counts of a step of this rank in every mode, and digests of what it leaves."""
     found = []
     for form, dtype in FORMS.items():
@@ -148,8 +149,9 @@ def steps(shape: tuple[int, int, int, int]) -> list[dict]:
             model = training_methods.random_model(training_methods.llama_config(*shape), dtype, "cpu")
             optimizer = build(model)
             parallel = DistributedDataParallel(model)
-            hook = (optimizer, trained_entries_hook) if mode == HOOKED else (None, allreduce_hook)
-            parallel.register_comm_hook(*hook)
+            parallel.register_comm_hook(
+                *((optimizer, trained_entries_hook) if mode == HOOKED else (None, allreduce_hook))
+            )
             tokens = torch.randint(shape[-1], (1, 8), generator=torch.Generator().manual_seed(dist.get_rank()))
             for _ in range(STEPS):
                 with counting() as counts:
@@ -182,17 +184,17 @@ def cold_and_warm(variant: str, path: Path) -> Iterator[dict]:
         if variant in (EACH, SHARED):
             dist.barrier()
         with counting() as counts:
-            begin = time.perf_counter()
+            began, busy = time.perf_counter(), time.process_time()
             optimizer.refresh()
-            seconds = time.perf_counter() - begin
-        yield {"start": start, "seconds": seconds, "lists": lists(optimizer), **asdict(counts)}
+            took = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - busy}
+        yield {"start": start, "lists": lists(optimizer), **took, **asdict(counts)}
         generator = torch.Generator().manual_seed(0)
         for weight in weights:
             chosen = optimizer.state[weight]["indices"].long()
             weight.data.view(-1)[chosen] *= 1 + 0.03 * torch.randn(len(chosen), generator=generator)
 
 
-def work(rank: int, ranks: int, threads: int, runs: int, shape: tuple[int, int, int, int], folder: Path) -> None:
+def work(rank: int, ranks: int, threads: int, runs: int, shape: Shape, folder: Path) -> None:
     """What a process does. It leaves its report in the folder."""
     torch.set_num_threads(threads)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks)
@@ -201,9 +203,7 @@ def work(rank: int, ranks: int, threads: int, runs: int, shape: tuple[int, int, 
     dist.destroy_process_group()
 
 
-def reports(
-    ranks: int, threads: int, runs: int, shape: tuple[int, int, int, int], weights: Sequence[Tensor]
-) -> list[dict]:
+def reports(ranks: int, threads: int, runs: int, shape: Shape, weights: Sequence[Tensor]) -> list[dict]:
     """What the processes have found, by rank."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -212,7 +212,7 @@ def reports(
         return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
 
 
-def step_rows(found: Sequence[dict], shape: tuple[int, int, int, int]) -> Iterator[dict]:
+def step_rows(found: Sequence[dict], shape: Shape) -> Iterator[dict]:
     dense = {of_one["form"]: of_one["bytes_sent"] for of_one in found[0]["steps"] if of_one["variant"] == DENSE}
     for same in zip(*(report["steps"] for report in found)):  # the same mode on every rank
         first = same[0]
@@ -222,9 +222,9 @@ def step_rows(found: Sequence[dict], shape: tuple[int, int, int, int]) -> Iterat
             if differing:
                 yield said | {"rank": rank, "status": f"refused, ranks have different {differing[0]}"}
                 continue
-            figures = {key: of_rank[key] for key in ("collectives", "elements", "bytes_sent")}
-            share = round(of_rank["bytes_sent"] / dense[first["form"]], 4)
-            yield said | {"rank": rank, **figures, "share_of_dense": share, "status": "ok"}
+            row = {key: of_rank[key] for key in ("collectives", "elements", "bytes_sent")}
+            row["share_of_dense"] = round(row["bytes_sent"] / dense[first["form"]], 4)
+            yield said | {"rank": rank, **row, "status": "ok"}
 
 
 def refresh_rows(found: Sequence[dict], label: str) -> Iterator[dict]:
@@ -241,10 +241,7 @@ def refresh_rows(found: Sequence[dict], label: str) -> Iterator[dict]:
             # Another number of threads may round otherwise, and so choose another entry.
             wrong = [r["rank"] for r in chosen(start, variant) if r["lists"] != right and variant != ALL_CORES]
             status[variant] = f"refused, rank {wrong[0]} has other index lists than one process" if wrong else "ok"
-            slowest: dict[int, float] = {}
-            for of_one in chosen(start, variant):
-                slowest[of_one["run"]] = max(slowest.get(of_one["run"], 0.0), of_one["seconds"])
-            seconds[variant] = np.array([slowest[run] for run in sorted(slowest)])
+            seconds[variant] = largest(chosen(start, variant), "seconds")
         first = [of_one for of_one in chosen(start, SHARED) if of_one["run"] == 0]
         total = sum(of_one["work"] for of_one in first)
         for of_one in first:
@@ -257,11 +254,18 @@ def refresh_rows(found: Sequence[dict], label: str) -> Iterator[dict]:
             row = {"op": "seconds", "set": label, "variant": variant, "start": start}
             row["processes"] = len(found) if variant in (EACH, SHARED) else 1
             if status[variant] == "ok":
-                row |= {"median_s": three_digits(np.median(taken)), "runs": len(taken)}
+                cpu = np.median(largest(chosen(start, variant), "cpu_seconds"))
+                row |= {"median_s": three_digits(np.median(taken)), "cpu_s": three_digits(cpu), "runs": len(taken)}
                 bases = {"all_cores": ALL_CORES, "one_process": ALONE, "each_all": EACH}
                 ratios = {f"times_{key}": np.median(seconds[base] / taken) for key, base in bases.items()}
                 row |= {key: three_digits(ratio) for key, ratio in ratios.items()}
             yield row | {"status": status[variant]}
+
+
+def largest(refreshed: Sequence[dict], key: str) -> np.ndarray:
+    """The largest value of all ranks in each round."""
+    runs = sorted({of_one["run"] for of_one in refreshed})
+    return np.array([max(of_one[key] for of_one in refreshed if of_one["run"] == run) for run in runs])
 
 
 def three_digits(x: float) -> float:
