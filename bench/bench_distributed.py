@@ -216,7 +216,7 @@ def step_rows(found: Sequence[dict], shape: Shape) -> Iterator[dict]:
     dense = {of_one["form"]: of_one["bytes_sent"] for of_one in found[0]["steps"] if of_one["variant"] == DENSE}
     for same in zip(*(report["steps"] for report in found)):  # the same mode on every rank
         first = same[0]
-        differing = [what for what in first["digests"] if len({of_rank["digests"][what] for of_rank in same}) > 1]
+        differing = [what for what in first["digests"] if len({r["digests"][what] for r in same}) > 1]
         said = {"op": "step", "set": f"{shape[2]} layers of {shape[0]}, {first['form']}", "variant": first["variant"]}
         for rank, of_rank in enumerate(same):
             if differing:
@@ -257,8 +257,7 @@ def refresh_rows(found: Sequence[dict], label: str) -> Iterator[dict]:
                 cpu = np.median(largest(chosen(start, variant), "cpu_seconds"))
                 row |= {"median_s": three_digits(np.median(taken)), "cpu_s": three_digits(cpu), "runs": len(taken)}
                 bases = {"all_cores": ALL_CORES, "one_process": ALONE, "each_all": EACH}
-                ratios = {f"times_{key}": np.median(seconds[base] / taken) for key, base in bases.items()}
-                row |= {key: three_digits(ratio) for key, ratio in ratios.items()}
+                row |= {f"times_{key}": three_digits(np.median(seconds[b] / taken)) for key, b in bases.items()}
             yield row | {"status": status[variant]}
 
 
@@ -291,8 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     origin = results.environment() | {"ranks": given.ranks}
     table = [r | origin | {"threads": cores if r["variant"] == ALL_CORES else threads} for r in table]
     results.show(table, COLUMNS)
-    folder = results.output_folder(given)
-    if folder is not None:
+    if folder := results.output_folder(given):
         results.write_csv(folder / "distributed.csv", table)
     return results.exit_status(table)
 
