@@ -279,12 +279,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     cores = os.cpu_count() or 1
     threads = max(1, cores // given.ranks)
-    shape, label = SHAPE, "SmolLM2-135M"
     if given.dry_run:
-        shape, label, sizes = training_methods.TINY, "random matrices", [(96, 160), (160, 96), (64, 48)] * 4
+        shape, label, sizes = (
+            training_methods.TINY,
+            "random matrices",
+            [(64, 48), *[(96, 160), (160, 96), (64, 48)] * 4],
+        )
         weights = [torch.randn(size, generator=torch.Generator().manual_seed(i)) for i, size in enumerate(sizes)]
     else:
-        weights = matrices.model_weights(None)
+        shape, label, weights = SHAPE, "SmolLM2-135M", matrices.model_weights(None)
     found = reports(given.ranks, threads, given.runs, shape, weights)
     table = [*step_rows(found, shape), *refresh_rows(found, f"{label}, {len(weights)} matrices")]
     origin = results.environment() | {"ranks": given.ranks}
