@@ -280,11 +280,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     cores = os.cpu_count() or 1
     threads = max(1, cores // given.ranks)
     if given.dry_run:
-        shape, label, sizes = (
-            training_methods.TINY,
-            "random matrices",
-            [(64, 48), *[(96, 160), (160, 96), (64, 48)] * 4],
-        )
+        shape, label = training_methods.TINY, "random matrices"
+        sizes = [(64, 48), *[(96, 160), (160, 96), (64, 48)] * 4]
         weights = [torch.randn(size, generator=torch.Generator().manual_seed(i)) for i, size in enumerate(sizes)]
     else:
         shape, label, weights = SHAPE, "SmolLM2-135M", matrices.model_weights(None)
