@@ -215,6 +215,45 @@ TABLES = {
         },
         each=[{}],
     ),
+    "distributed_step": Table(
+        "distributed.csv",
+        {
+            "matrices": "{row.set}",
+            "under DistributedDataParallel": "{row.variant}",
+            "collectives": "{row.collectives}",
+            "elements": "{row.elements/M:.3g} M||{row.status}",
+            "a rank sends": "{row.bytes_sent/MiB:.3g} MiB",
+            "of dense": "{row.share_of_dense:.1%}",
+        },
+        each=[{"op": "step", "rank": "0"}],
+    ),
+    "distributed_refresh": Table(
+        "distributed.csv",
+        {
+            "refresh": "{row.set}, {row.start}",
+            "rank": "{row.rank}",
+            "masks": "{row.masks}||{row.status}",
+            "of the predicted work": "{row.share_of_work:.1%}",
+            "collectives": "{row.collectives}",
+            "sends": "{row.bytes_sent/MiB:.3g} MiB",
+            "receives": "{row.bytes_received/MiB:.3g} MiB",
+        },
+        each=[{"op": "refresh"}],
+    ),
+    "distributed_seconds": Table(
+        "distributed.csv",
+        {
+            "refresh": "{row.set}, {row.start}",
+            "who": "{row.variant}",
+            "processes x threads": "{row.processes} x {row.threads}",
+            "CPU time of a rank": "{row.cpu_s:.3g} s||{row.status}",
+            "median": "{row.median_s:.3g} s",
+            "speed against each rank making all": "{row.times_each_all:.2f} x",
+            "against 1 process, same threads": "{row.times_one_process:.2f} x",
+            "against 1 process, all cores": "{row.times_all_cores:.2f} x",
+        },
+        each=[{"op": "seconds"}],
+    ),
     "memory": Table(
         "memory.csv",
         {
