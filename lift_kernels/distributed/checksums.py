@@ -11,6 +11,10 @@ _CHUNK = 1 << 22
 """Entries that are mixed at a time: 32 MiB of scratch instead of eight times a large list's
 size.
 """
+_CPU_PART = 1 << 15
+"""Entries of a weight that are mixed at a time on a CPU. They stay in its caches, and torch uses no
+further threads, which would wait for each other.
+"""
 _BITS = {2: torch.int16, 4: torch.int32}
 _FACTORS = (-7046029254386353131, -2960836687051489345, -4417276706812531889)  # odd, so that no bit of an entry is lost
 
@@ -33,7 +37,7 @@ def index_digests(lists: Mapping[str, Sequence[Tensor]]) -> dict[str, str]:
 
 
 def weight_digests(weights: Sequence[Tensor]) -> list[str]:
-    """A digest of the bits of each weight. Equal weights have equal digests on every device.
+    """A digest of the bits of each weight. Equal weights have equal digests on devices of one type.
 
     There is one wait for each device.
     """
@@ -51,9 +55,10 @@ def _weighted_sum(weight: Tensor) -> Tensor:
     One pass over the weight costs a fraction of a product with it.
     """
     bits = weight.detach().contiguous().view(_BITS[weight.dtype.itemsize]).view(-1)
-    odd = torch.arange(min(len(bits), _CHUNK), device=bits.device).mul_(_FACTORS[0]).bitwise_or_(1)
+    size = min(max(1, len(bits)), _CPU_PART if bits.is_cpu else _CHUNK)
+    odd = torch.arange(size, device=bits.device).mul_(_FACTORS[0]).bitwise_or_(1)
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for part in bits.split(_CHUNK):
+    for part in bits.split(size):
         total = total.mul_(_FACTORS[1]).add_((part * odd[: len(part)]).sum())
     return total
 

@@ -83,7 +83,7 @@ def test_weight_digests_are_exact_sums_in_chunks(monkeypatch):
 
     torch.manual_seed(0)
     weight = torch.randn(37, 11)
-    monkeypatch.setattr(checksums, "_CHUNK", 100)
+    monkeypatch.setattr(checksums, "_CPU_PART", 100)
     total = 0
     bits = weight.view(torch.int32).view(-1).tolist()
     for start in range(0, len(bits), 100):
