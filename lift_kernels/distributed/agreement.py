@@ -11,6 +11,10 @@ _WEIGHTS = (
     "give every rank the same weights before masks are made: seed the ranks alike, or broadcast rank 0's weights, as "
     "DistributedDataParallel does when it is constructed"
 )
+_ENTRIES = (
+    "their masks were made from different weights, options or seeds, or before there was a group: give pack_gradients "
+    "process_group= too, and every rank the same weights before it"
+)
 _OTHERWISE = "give every rank the same model and options, and the same calls in the same order"
 
 
@@ -64,7 +68,7 @@ def difference(low: int, one: Plan, high: int, other: Plan) -> str:
             f"matrix {place} is {names[0][place]} on rank {low} and {names[1][place]} on rank {high}: they come in "
             f"another order; {_OTHERWISE}"
         )
-    for what in (what for _, fields in one.matrices[:1] for what in fields):
+    for what in dict.fromkeys(what for _, fields in one.matrices for what in fields):
         found = [
             (name, of_one.get(what), of_other.get(what))
             for (name, of_one), (_, of_other) in zip(one.matrices, other.matrices)
@@ -73,6 +77,8 @@ def difference(low: int, one: Plan, high: int, other: Plan) -> str:
         if found:
             name, here, there = found[0]
             more = f" and of {len(found) - 1} more matrices" if len(found) > 1 else ""
+            if what == "entries":
+                return f"ranks {low} and {high} would train different entries of {name}{more}; {_ENTRIES}"
             if what == "weights":
                 return f"ranks {low} and {high} hold different weights of {name}{more}; {_WEIGHTS}"
             return f"{what} of {name}{more} is {here} on rank {low} and {there} on rank {high}; {_OTHERWISE}"

@@ -197,14 +197,15 @@ class DigestExchange:
         def plan_of(rank: int) -> Plan:
             return Plan.of_text(zlib.decompress(self._store.get(key("text", rank))).decode())
 
-        for rank, found in digests.items():
-            if found.endswith(b"!"):
-                return f"rank {rank} cannot go on: {plan_of(rank).problem}"
         first = ranks[0]
+        stopped = next((rank for rank, found in digests.items() if found.endswith(b"!")), None)
         other = next((rank for rank, found in digests.items() if found != digests[first]), None)
-        if other is None:
+        if stopped is not None:
+            said = f"rank {stopped} cannot go on: {plan_of(stopped).problem}"
+        elif other is not None:
+            said = difference(first, plan_of(first), other, plan_of(other))
+        else:
             return ""
-        said = difference(first, plan_of(first), other, plan_of(other))
         self._linger(list(ranks))
         return said
 
@@ -222,12 +223,12 @@ class DigestExchange:
         The keys are polled, because a wait would lock the store.
         """
         deadline = time.monotonic() + patience
-        left = sorted(keys)
-        while left := [rank for rank in left if not self._store.check(keys[rank])]:
+        every = [key for of_rank in keys.values() for key in of_rank]
+        while not self._store.check(every):
             if time.monotonic() > deadline:
-                break
+                return [rank for rank in sorted(keys) if not self._store.check(keys[rank])]
             time.sleep(POLL_S)
-        return left
+        return []
 
     def _linger(self, ranks: list[int]) -> None:
         """Wait until the others have seen the difference too, at most `LINGER_S`."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..distributed.agreement import Plan
 from ..distributed.averages import average
-from ..distributed.checksums import weight_digests
+from ..distributed.checksums import index_digests, weight_digests
 from ..distributed.replicas import Replicas
 from ..nn.trainable import trainable_of
 from ..ops import dispatch
@@ -58,14 +58,17 @@ def compare_lists(unseen: Iterable[MatrixRef], replicas: Replicas, masks_took: f
         unseen: matrices with a new index list.
         masks_took: seconds that the masks took here.
     """
-    hooked = [ref for ref in unseen if ref.trainable.hooked]
-    if hooked and replicas.group is not None:  # DistributedDataParallel has not broadcast these weights.
-        digests = weight_digests([ref.trainable.matrix for ref in hooked])
-        replicas.agree(Plan(Plan.TRAINS, {}, [(ref.name, {"weights": d}) for ref, d in zip(hooked, digests)]))
     lists = defaultdict(list)
     for ref in unseen:
         lists[ref.name].append(ref.views()["indices"])
-    replicas.compare(lists, masks_took)
+    if replicas.group is None:
+        replicas.compare(lists, masks_took)
+        return
+    fields = {name: {"entries": digest} for name, digest in index_digests(lists).items()}
+    hooked = [ref for ref in unseen if ref.trainable.hooked]  # DistributedDataParallel has not broadcast their weights.
+    for ref, digest in zip(hooked, weight_digests([ref.trainable.matrix for ref in hooked])):
+        fields[ref.name]["weights"] = digest
+    replicas.agree(Plan(Plan.TRAINS, {}, list(fields.items())))
 
 
 def agree_on_loaded(refs: Iterable[MatrixRef], replicas: Replicas, error: Exception | None) -> None:
