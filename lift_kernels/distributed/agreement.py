@@ -38,6 +38,11 @@ class Plan:
     LOADED: ClassVar[str] = "has loaded a state"
     TRAINS: ClassVar[str] = "trains entries"
 
+    def __str__(self) -> str:
+        """What it is about, such as "makes masks of NAME and 2 more"."""
+        more = f" and {len(self.matrices) - 1} more" if len(self.matrices) > 1 else ""
+        return f"{self.what} of {self.matrices[0][0]}{more}" if self.matrices else self.what
+
     def text(self) -> str:
         """The plan as text. Equal plans have equal texts."""
         return json.dumps(asdict(self), default=str)

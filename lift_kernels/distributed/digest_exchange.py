@@ -42,8 +42,8 @@ _ABSENT = (
     f"it stopped. Refresh on all ranks at the same step; or {WAYS_OUT}"
 )
 _NO_PLAN = (
-    "rank {rank} {what}, and {ranks} of its process group did not come to do the same within {s:.0f} s; call the "
-    "optimizer's step and refresh on all ranks alike, with the same parameters"
+    "rank {rank} {plan}, and {ranks} of its process group did not come to do the same within {s:.0f} s; call step(), "
+    "refresh(), load_state_dict() and add_param_group() of the optimizer on all ranks alike"
 )
 
 
@@ -188,7 +188,7 @@ class DigestExchange:
         patience = self._store.timeout.total_seconds()
         missing = self._missing({rank: [key("plan", rank)] for rank in ranks}, patience)
         if missing:
-            raise RuntimeError(_NO_PLAN.format(rank=self._rank, what=plan.what, ranks=_ranks(missing), s=patience))
+            raise RuntimeError(_NO_PLAN.format(rank=self._rank, plan=plan, ranks=_ranks(missing), s=patience))
         digests = dict(zip(ranks, self._store.multi_get([key("plan", rank) for rank in ranks])))
         if number > 0:  # All ranks have shown this plan, so they have read the one before.
             self._store.delete_key(key("text", self._rank, 1))

@@ -20,8 +20,16 @@ def ranks_of(group: Any) -> tuple[int, ...]:
     return tuple(sorted(dist.get_process_group_ranks(group)))
 
 
+def is_alive(group: dist.ProcessGroup | None) -> bool:
+    """Whether a group exists: destroy_process_group ends it."""
+    try:
+        return group is not None and bool(dist.get_process_group_ranks(group))
+    except (KeyError, ValueError):
+        return False
+
+
 def same_ranks(ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
-    """The default group if it has these ranks. A copy of an optimizer has lost its group."""
+    """The default group if it has these ranks, for an optimizer that has lost its group."""
     world = dist.group.WORLD
     return world if world is not None and ranks_of(world) == ranks else None
 

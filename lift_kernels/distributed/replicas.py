@@ -21,7 +21,7 @@ from torch import Tensor
 from .agreement import Plan
 from .checksums import index_digests
 from .digest_exchange import DigestExchange
-from .groups import data_parallel_group, ranks_of, same_ranks
+from .groups import data_parallel_group, is_alive, ranks_of, same_ranks
 
 PATIENCE_S = 60.0
 """Seconds to wait for a rank that trains the same parameters."""
@@ -55,15 +55,23 @@ class Replicas:
         """
         if self._independent or not (dist.is_available() and dist.is_initialized()):
             return None
-        group = data_parallel_group() if self._ranks is None else self._given or same_ranks(self._ranks)
+        if self._ranks is None:
+            group = data_parallel_group()
+        else:
+            group = self._given if is_alive(self._given) else same_ranks(self._ranks)
         return group if group is not None and dist.get_world_size(group) > 1 else None
+
+    @property
+    def known(self) -> bool:
+        """Whether it is known which ranks hold replicas, if there are other ranks at all."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return True
+        return self.group is not None or (self._ranks is not None and len(self._ranks) == 1)
 
     @property
     def ungrouped(self) -> bool:
         """Whether there are other ranks, and nobody says, or no longer, which hold replicas."""
-        alone = self._independent or (self._ranks is not None and len(self._ranks) == 1)
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        return several and not alone and self.group is None
+        return not self._independent and not self.known
 
     def announce(self, names: Iterable[str]) -> None:
         """Tell the other ranks that this one trains these parameters.

@@ -15,7 +15,7 @@ from .._progress import progress_bar
 from ..validation import check_finite, check_index_form, check_index_lists, require
 from .costs import mask_cost
 from .principal import Mask, MaskRequest, principal_masks
-from .together import Replicas, make_together
+from .together import Replicas, agree_on_masks, make_together
 
 SELECTIONS = ("principal", "magnitude", "gradient", "random")
 BAR_DELAY = 5.0
@@ -75,7 +75,7 @@ def make_masks(
 
     Args:
         selection: ``"principal"`` (paper section 3), ``"magnitude"``, ``"gradient"``, ``"random"``
-            or a callable ``(weight, k) -> sorted int32 indices``.
+            or a callable ``(weight, k) -> sorted int32 indices``, which every rank calls.
         seed: of random masks.
         method: of `low_rank_factors`.
         backend: one of `lift_kernels.backends`, None for the fastest usable one.
@@ -92,12 +92,12 @@ def make_masks(
         return _masks(chosen, selection, seed, method, backend, shown=group is None or dist.get_rank(group) == 0)
 
     group = None if replicas is None else replicas.group
-    if replicas is None or group is None:
+    if replicas is not None and group is not None:
+        agree_on_masks(flat, {"selection": _label(selection), "seed": seed, "mask_method": method}, replicas)
+    if group is None or callable(selection):  # A callable may keep count of its calls, or communicate by itself.
         found = make(flat)
     else:
-        options = {"selection": _label(selection), "seed": seed, "mask_method": method}
-        costs = [_cost(part, selection) for part in flat]
-        found = make_together(flat, make, costs, options, replicas, group, keep_bases=keep_bases)
+        found = make_together(flat, make, [_cost(p, selection) for p in flat], group, keep_bases=keep_bases)
     rest = iter(found)
     return [_joined([next(rest) for _ in of_one], of_one[0].matrix.numel()) for of_one in parts]
 
@@ -121,7 +121,7 @@ def _masks(
     return found
 
 
-def _cost(part: SelectionRequest, selection: str | Callable[[Tensor, int], Tensor]) -> float:
+def _cost(part: SelectionRequest, selection: str) -> float:
     """What a mask costs in comparison with others of the same selection."""
     if selection != "principal":
         return float(part.matrix.numel())

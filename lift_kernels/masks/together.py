@@ -50,29 +50,34 @@ class _Made(NamedTuple):
     error: tuple[str, str] | None = None
 
 
+def agree_on_masks(parts: Sequence[Part], options: Mapping[str, Any], replicas: Replicas) -> None:
+    """Raise RuntimeError on every rank, naming a matrix, unless all are about to make these masks.
+
+    Every rank of the group must call this. ``options`` are further things that must be alike.
+    """
+    replicas.agree(Plan(Plan.MASKS, options, _described(parts)))
+
+
 def make_together(
     parts: Sequence[P],
     make: Callable[[Sequence[P]], list[Mask]],
     costs: Sequence[float],
-    options: Mapping[str, Any],
-    replicas: Replicas,
     group: dist.ProcessGroup,
     *,
     keep_bases: bool,
 ) -> list[Mask]:
     """A mask of every part, on every rank of the group. Every rank must call this.
 
+    Follows `agree_on_masks`.
+
     Args:
         parts: the matrices, the same on every rank.
         make: makes masks of some of them, on this rank.
         costs: of the parts, in any unit.
-        options: further things that must be alike, by name.
         keep_bases: whether bases and thresholds are sent, too.
 
-    Raises RuntimeError on every rank, naming a matrix, where the ranks differ, before any mask is
-    made. An error of ``make`` on one rank is raised on all of them.
+    An error of ``make`` on one rank is raised on all of them.
     """
-    replicas.agree(Plan(Plan.MASKS, options, _described(parts)))
     if not parts:
         return []
     owners = share_out(costs, dist.get_world_size(group))
@@ -130,8 +135,10 @@ def _raise_together(made: Sequence[_Made], own: Exception | None, group: dist.Pr
         raise own
     for rank, of_rank in zip(dist.get_process_group_ranks(group), made):
         if of_rank.error is not None:
-            kind = {"ValueError": ValueError, "TypeError": TypeError}.get(of_rank.error[0], RuntimeError)
-            raise kind(f"rank {rank}: {of_rank.error[1]}")
+            kind, words = of_rank.error
+            known = {"ValueError": ValueError, "TypeError": TypeError, "RuntimeError": RuntimeError}
+            said = words if kind in known else f"{kind}: {words}"
+            raise known.get(kind, RuntimeError)(f"rank {rank}: {said}")
 
 
 def _received(forms: dict[str, Form], rest: dict[str, Any], tensors: Any, matrix: Tensor) -> Mask:

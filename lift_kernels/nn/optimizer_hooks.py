@@ -37,6 +37,7 @@ from .weight_version import warn_of_changed
 
 _watches: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # values -> handle of `_on_gradient`, None once removed
 _owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # values -> token of the last LiftAdamW that took them
+_holders: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> the last LiftAdamW that took it, weakly
 _followed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # its keys: values with a gradient and no LiftAdamW
 _installed: list[RemovableHandle] = []  # of the hooks of the process
 
@@ -55,10 +56,14 @@ def watch(values: Tensor) -> None:
 
 
 def claim(parameters: Iterable[Tensor], optimizer: Optimizer | None = None) -> None:
-    """Watch parameters no longer, because a LiftAdamW holds them, until ``optimizer`` is deleted.
+    """Note that ``optimizer``, a LiftAdamW, holds these parameters.
 
-    Those that are not the ``values`` of a packed layer are left out.
+    Those that are the ``values`` of a packed layer are watched no longer, until it is deleted.
     """
+    parameters = list(parameters)
+    if optimizer is not None:
+        for parameter in parameters:
+            _holders[parameter] = weakref.ref(optimizer)
     token, taken = object(), [parameter for parameter in parameters if trainable.layers_of(parameter)]
     for parameter in taken:
         _stop_watching(parameter)
@@ -69,6 +74,12 @@ def claim(parameters: Iterable[Tensor], optimizer: Optimizer | None = None) -> N
     if not _followed:
         while _installed:
             _installed.pop().remove()
+
+
+def holder_of(parameter: Tensor) -> Optimizer | None:
+    """The last LiftAdamW that took this parameter."""
+    held = _holders.get(parameter)
+    return None if held is None else held()
 
 
 def _release(token: object) -> None:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ..nn import optimizer_hooks
 from ..ops import packed_gather, packed_scatter_
 from .lift_adamw import LiftAdamW
 
@@ -18,8 +19,9 @@ def trained_entries_hook(optimizer: LiftAdamW, bucket):
 
     ``parallel.register_comm_hook(optimizer, trained_entries_hook)`` registers it for a model in
     matrix mode. At 5 % density a step sends 5 % of what it would send else. Other parameters are
-    averaged whole. So are all gradients before the first masks, and, with ``selection="gradient"``,
-    those of matrices that are due for a new mask after the step.
+    averaged whole. So are all gradients before the first masks, those at the first step after
+    ``load_state_dict``, those of parameters that another LiftAdamW has taken, and, with
+    ``selection="gradient"``, those of matrices that are due for a new mask after the step.
 
     The rest is zero because it differs between ranks, and so would norms: a clipped step would let
     replicas drift apart.
@@ -36,7 +38,8 @@ def trained_entries_hook(optimizer: LiftAdamW, bucket):
     ranks.
     """
     # The type of bucket stands in no annotation: DistributedDataParallel refuses it as a string.
-    group = _group_of(optimizer)
+    check_ranks(optimizer)
+    group = optimizer._replicas.group
     lists = _index_lists(optimizer, bucket.parameters())
     gradients, buffer = bucket.gradients(), bucket.buffer()
     sparse = any(indices is not None for indices in lists)
@@ -44,7 +47,6 @@ def trained_entries_hook(optimizer: LiftAdamW, bucket):
     if sparse:
         parts = [g.reshape(-1) if i is None else packed_gather(g, i) for g, i in zip(gradients, lists)]
         flat, sizes = torch.cat(parts), [len(part) for part in parts]
-    flat.div_(dist.get_world_size(group))  # Before the sum, as torch's own hook, so that fp16 does not overflow.
 
     def put_back(future: torch.futures.Future[list[Tensor]]) -> Tensor:
         if sparse:
@@ -56,6 +58,11 @@ def trained_entries_hook(optimizer: LiftAdamW, bucket):
                     packed_scatter_(gradient, indices, values)
         return buffer
 
+    if group is None:  # This rank alone holds the model.
+        alone: torch.futures.Future = torch.futures.Future(devices=[flat.device] if flat.is_cuda else None)
+        alone.set_result([flat])
+        return alone.then(put_back)
+    flat.div_(dist.get_world_size(group))  # Before the sum, as torch's own hook, so that fp16 does not overflow.
     return dist.all_reduce(flat, group=group, async_op=True).get_future().then(put_back)
 
 
@@ -75,20 +82,18 @@ def register_where_useful(optimizer: LiftAdamW, model: Any) -> bool:
     return True
 
 
-def _group_of(optimizer: Any) -> dist.ProcessGroup | None:
-    """The ranks of the optimizer, or None for the default group of a single rank."""
+def check_ranks(optimizer: Any) -> None:
+    """Raise TypeError or RuntimeError unless this is a LiftAdamW that knows its ranks."""
     if not isinstance(optimizer, LiftAdamW):
         raise TypeError(
             "trained_entries_hook needs the LiftAdamW as its state, register_comm_hook(optimizer, "
             f"trained_entries_hook); got {type(optimizer).__name__}"
         )
-    group = optimizer._replicas.group
-    if group is None and dist.get_world_size() > 1:
+    if not optimizer._replicas.known:
         raise RuntimeError(
             "trained_entries_hook averages gradients over the ranks of its LiftAdamW, which has none; give "
             "LiftAdamW(process_group=...) the group of DistributedDataParallel, e.g. torch.distributed.group.WORLD"
         )
-    return group
 
 
 def _index_lists(optimizer: LiftAdamW, parameters: list[Tensor]) -> list[Tensor | None]:
@@ -96,13 +101,17 @@ def _index_lists(optimizer: LiftAdamW, parameters: list[Tensor]) -> list[Tensor 
     table, schedule, by_gradient = optimizer._table, optimizer._schedule, optimizer.selection == "gradient"
     table.follow(optimizer.param_groups)
     lists: list[Tensor | None] = []
-    for ref in map(table.matrix_of, parameters):
+    for p, ref in zip(parameters, map(table.matrix_of, parameters)):
         lists.append(None)
         if ref is None or ref.arena is None or ref.trainable.packed or ref.trainable.hooked:
             continue
+        # Other ranks may have other lists, or another optimizer trains other entries.
+        whole = ref in table.loaded or optimizer_hooks.holder_of(p) is not optimizer
         # Without all masks, it is not known which matrices a spread schedule takes next.
-        whole = by_gradient and (bool(table.missing) or schedule.may_be_due_next(ref, table.refs))
-        ref.partial = by_gradient and not whole
-        if not whole:
+        whole |= by_gradient and (bool(table.missing) or schedule.may_be_due_next(ref, table.refs))
+        if whole:
+            table.partial.discard(ref)
+        else:
+            table.partial.add(ref)
             lists[-1] = ref.arena.indices[ref.arena.segment(ref.row)]
     return lists

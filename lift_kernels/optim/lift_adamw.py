@@ -17,8 +17,9 @@ from .bucket import Sweep, any_infinite, check_scaler, gradient_factor
 from .coverage import Coverage
 from .dense_adamw import dense_adamw_
 from .hyperparameters import check_group, check_masks, check_parameters, check_settings, warn_of_overridden
+from .mask_options import MaskOptions
 from .matrix_ref import names_of, parameters_of
-from .matrix_table import MaskOptions, MatrixTable
+from .matrix_table import MatrixTable
 from .placeholders import announce, without_placeholders
 from .refresh import RefreshReport, RefreshSchedule, renew, report_on
 from .several_ranks import Replicas, average_hooked, check_group_of_hooked
@@ -67,8 +68,7 @@ class LiftAdamW(Optimizer):
             process group. They make masks together and average gradients that hooks pack. None:
             under accelerate and Trainer the ranks of DistributedDataParallel; else masks are made
             on each rank, and compared with those ranks that train a parameter of the same name.
-            ``"independent"``: ranks are meant to differ. Index lists are compared at the first step
-            after each mask. A difference is a RuntimeError on every rank.
+            ``"independent"``: ranks may differ, which is a RuntimeError on every rank otherwise.
 
     Attributes:
         last_refresh: `RefreshReport` of the last masks, new and skipped, None before the first.
@@ -198,21 +198,21 @@ class LiftAdamW(Optimizer):
         if table.missing:
             self._make_first_masks()
         if self._stale_masks:
-            warn_of_stale_masks(self._stale_masks, len(table.refs))
-            self._stale_masks = []
+            warn_of_stale_masks(self._stale_masks, len(table.refs))  # empties the list
         if table.unseen and torch.distributed.is_available() and torch.distributed.is_initialized():
             table.compare_ranks(self._replicas)
         buckets, dense = sweep.buckets(table), sweep.dense()
         if not (buckets or dense):  # As after `unpack`, which leaves an optimizer nothing to train.
             self._coverage.report([*table.refs, *table.dense], sweep.trained())
-        if found_inf is not None:
-            found_inf = any_infinite(buckets, found_inf, self.backend)
+        found_inf = None if found_inf is None else any_infinite(buckets, found_inf, self.backend)
         for bucket in buckets:
             bucket.begin(found_inf)
         factor, norm = gradient_factor(buckets, dense, scale, self.max_grad_norm, self.backend)
         self.grad_norm = self.grad_norm if norm is None else norm
         for bucket in buckets:
             bucket.step(factor, found_inf, self.seed, self.backend)
+        if self.selection != "gradient":  # These masks are made from gradients, whose rest stays zero.
+            table.partial.clear()
         for group, parameters in dense:
             dense_adamw_(parameters, self.state, group, factor, found_inf)
         groups = list({id(bucket.group): bucket.group for bucket in buckets}.values())
@@ -226,8 +226,7 @@ class LiftAdamW(Optimizer):
         """Clear all gradients, packed gradients ``p.lift_grad`` too, which a step has cleared."""
         super().zero_grad(set_to_none)
         self._table.follow(self.param_groups)
-        for ref in self._table.refs:
-            ref.forget_gradient()
+        self._table.forget_gradients()
 
     @torch.no_grad()
     def refresh(self, *, drop_gradients: bool = False) -> None:
@@ -237,16 +236,14 @@ class LiftAdamW(Optimizer):
         After `load_state_dict` the state goes on with the present weights, whatever they are.
 
         Args:
-            drop_gradients: drop packed gradients, which belong to the entries of the old masks.
+            drop_gradients: drop packed and partial gradients, which belong to the old entries.
 
         Raises ValueError, naming the parameter, for non-finite weights. Raises RuntimeError for
-        packed gradients that wait for a step and for values that another optimizer trains. No mask
-        is changed then.
+        such gradients and for values that another optimizer trains. No mask is changed then.
         """
         self._table.follow(self.param_groups)
         self._table.check_renewable(drop_gradients)
         self._schedule.subtract_skipped(self.param_groups)
-        self._table.samples.clear()  # The present weights are those that count.
         due = [ref for ref in self._table.refs if ref.arena is not None or ref.trainable.indices is not None]
         if self._table.missing:
             self._make_first_masks()
@@ -255,6 +252,9 @@ class LiftAdamW(Optimizer):
             self.last_refresh = renew(self._table, due, self._mask_options(), self.state, always=True)
             for group in self.param_groups:
                 group["steps_since_refresh"] = 0
+        self._table.samples.clear()  # The present weights are those that count.
+        if drop_gradients:
+            self._table.drop_gradients()
         if any(group["capturable"] for group in self.param_groups):
             self._table.compare_ranks(self._replicas)  # A replayed step does not call this.
 
@@ -313,7 +313,7 @@ class LiftAdamW(Optimizer):
         load_dense(self, super().load_state_dict, state_dict)
         for group in self.param_groups:
             self.seed = group.get("seed", self.seed)
-        self._table.drop_packed_gradients()  # They belong to other entries.
+        self._table.drop_gradients()  # They belong to other entries.
         entries = {parameters[i]: entry for i, entry in state_dict["state"].items() if "indices" in entry}
         if any(float(entry["step"]) for entry in entries.values()):  # accelerate loads our own state before any step.
             self._stale_masks = []

@@ -27,8 +27,6 @@ class MatrixRef:
         arena, row: where its state is; None and -1 before the first mask.
         warm: ``basis`` and ``threshold`` of its last mask, for a warm start.
         drift: what `drift` keeps, where the group bounds the drift of masks.
-        partial: whether its mask is made from gradients and `trained_entries_hook` has averaged no
-            more of the present one than the trained entries.
     """
 
     number: int
@@ -41,11 +39,9 @@ class MatrixRef:
     draw_number: int = 0
     warm: dict[str, Tensor] = field(default_factory=dict)
     drift: dict[str, Tensor] = field(default_factory=dict)
-    partial: bool = False
 
     def request(self) -> SelectionRequest:
-        """What the next mask is made from. Raises if its gradient is partial."""
-        self._check_whole()
+        """What the next mask is made from."""
         matrix = self.trainable.matrix.detach()
         grad = self.parameter.grad if self.parameter.shape == matrix.shape else None
         rank, k = mask_size(matrix, self.group, self.name)
@@ -61,25 +57,9 @@ class MatrixRef:
             )
         if not drop_gradients and self.trainable.pending:
             raise RuntimeError(
-                f"{self.name} has a packed gradient, whose entries a refresh would exchange; call step() or "
-                "zero_grad() first, or refresh(drop_gradients=True)"
+                f"{self.name} has a packed gradient, whose entries a refresh would exchange; refresh after step() and "
+                "zero_grad(), or by refresh(drop_gradients=True)"
             )
-        self._check_whole()
-
-    def _check_whole(self) -> None:
-        if self.partial and self.parameter.grad is not None:
-            raise RuntimeError(
-                f"{self.name}: selection='gradient' needs the whole gradient, and trained_entries_hook has averaged "
-                "the trained entries alone and set the rest to zero; let refresh_interval= or refresh_schedule= make "
-                "the masks, before which the hook averages whole gradients, or call zero_grad(), compute gradients "
-                "without DistributedDataParallel and average them yourself"
-            )
-
-    def forget_gradient(self) -> None:
-        """Note that a partial gradient is gone, and drop one that a hook has packed."""
-        self.partial = False
-        if self.trainable.hooked:
-            self.trainable.clear()
 
     def views(self) -> dict[str, Tensor]:
         """Views of its state (`PackedState.views`)."""

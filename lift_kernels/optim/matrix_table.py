@@ -4,45 +4,23 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from ..masks.principal import Mask
-from ..masks.selection import make_masks, warm_part
+from ..masks.selection import warm_part
 from ..nn import trainable, weight_sample
 from ..ops import dispatch
 from ..validation import require
 from . import drift
 from .coverage import packing_problem
 from .hyperparameters import is_sparse
+from .mask_options import MaskOptions
 from .matrix_ref import DenseRef, MatrixRef, names_of
 from .packed_state import PackedState
 from .several_ranks import Replicas, compare_lists
-
-
-class MaskOptions(NamedTuple):
-    """How masks are made, by which ranks, and where their bases are kept; see LiftAdamW."""
-
-    selection: str | Callable[[Tensor, int], Tensor]
-    seed: int
-    method: str
-    backend: str | None
-    warm_start: str | None
-    replicas: Replicas
-
-    def make(self, refs: Sequence[MatrixRef]) -> list[Mask]:
-        """A mask from the present weight of each matrix."""
-        return make_masks(
-            [ref.request() for ref in refs],
-            selection=self.selection,
-            seed=self.seed,
-            method=self.method,
-            backend=self.backend,
-            replicas=self.replicas,
-            keep_bases=self.warm_start is not None,
-        )
 
 
 class MatrixTable:
@@ -55,6 +33,9 @@ class MatrixTable:
         dense: the other parameters.
         missing: matrices that have no mask yet.
         unseen: matrices with an index list that other ranks have not seen, as keys.
+        loaded: matrices whose index list was not made by all ranks together, until they compare it.
+        partial: matrices whose gradient `trained_entries_hook` has averaged in part, until it is
+            used, or cleared where masks are made from gradients.
         lost: which parameter packing has taken from the optimizer (`packing_problem`), or empty.
         samples: of the weights of loaded states and first masks (`weight_sample`), until they are
             compared with the present weights.
@@ -70,6 +51,8 @@ class MatrixTable:
         self.dense: list[DenseRef] = []
         self.missing: list[MatrixRef] = []
         self.unseen: dict[MatrixRef, None] = {}
+        self.loaded: set[MatrixRef] = set()
+        self.partial: set[MatrixRef] = set()
         self.lost = ""
         self.samples: dict[MatrixRef, Tensor] = {}
         self.arenas: dict[tuple, PackedState] = {}
@@ -152,6 +135,8 @@ class MatrixTable:
         entries = [made[ref] if ref in made else ref.trainable.initial_state() for ref in missing]
         try:
             self.adopt(missing, entries, options.warm_start)
+            if not callable(options.selection):  # Each rank has called it by itself.
+                self.loaded.difference_update(new)
         finally:
             drift.note([ref for ref in missing if ref.arena is not None])
             self.publish([ref for ref in missing if ref.arena is not None], state)
@@ -159,18 +144,37 @@ class MatrixTable:
         return new, masks
 
     def check_renewable(self, drop_gradients: bool) -> None:
-        """Raise, naming the matrix, if one must not get a new mask; or drop packed gradients."""
+        """Raise, naming the matrix, if one must not get a new mask."""
         if self.lost:
             raise RuntimeError(self.lost)
         for ref in self.refs:
             ref.check_renewable(drop_gradients)
-        if drop_gradients:
-            self.drop_packed_gradients()
+        if not drop_gradients:
+            self._check_whole(self.refs)
 
-    def drop_packed_gradients(self) -> None:
-        """Drop those of all matrices."""
+    def _check_whole(self, refs: Sequence[MatrixRef]) -> None:
+        for ref in refs:
+            require(
+                ref not in self.partial or ref.parameter.grad is None,
+                f"{ref.name} has a gradient of which trained_entries_hook has averaged the entries of the present mask "
+                "alone; refresh after step() and zero_grad(), or by refresh(drop_gradients=True). With "
+                "selection='gradient' let refresh_interval= make the masks: the hook averages whole gradients before",
+                RuntimeError,
+            )
+
+    def forget_gradients(self) -> None:
+        """Note that gradients were cleared, and drop those that hooks have packed."""
+        self.partial.clear()
+        for ref in self.hooked:
+            ref.trainable.clear()
+
+    def drop_gradients(self) -> None:
+        """Drop those that belong to the entries of present masks: packed and partial ones."""
         for ref in self.refs:
             ref.trainable.clear()
+        for ref in self.partial:
+            ref.parameter.grad = None
+        self.partial.clear()
 
     def renew(
         self, refs: Sequence[MatrixRef], options: MaskOptions, state: dict[Tensor, Any]
@@ -179,7 +183,12 @@ class MatrixTable:
 
         Packed gradients are dropped: they have been used, and they belong to the old entries.
         """
+        if (
+            options.selection == "gradient"
+        ):  # A changed refresh_interval may ask for masks that the hook did not expect.
+            self._check_whole(refs)
         masks = options.make(refs)
+        self.loaded.update(refs if callable(options.selection) else ())
         try:
             kept = self.migrate(refs, masks, options.warm_start, options.backend)
         finally:
@@ -213,6 +222,7 @@ class MatrixTable:
                     self.samples[ref] = entry[weight_sample.KEY].to(device, copy=True)
         self.missing = [ref for ref in self.refs if ref.arena is None]
         self.unseen.update(dict.fromkeys(refs))
+        self.loaded.update(refs)
         self._changes += 1
 
     def restore(
@@ -279,10 +289,12 @@ class MatrixTable:
 
         Lists that differed are compared again at the next step.
         """
-        if not self.unseen or not replicas.active() or dispatch.capturing():
+        if not self.unseen or dispatch.capturing():
             return
-        compare_lists(self.unseen, replicas, self._masks_took)
-        self.unseen.clear()
+        if replicas.active():
+            compare_lists(self.unseen, replicas, self._masks_took)
+            self.unseen.clear()
+        self.loaded.clear()
 
     def matrix_of(self, parameter: Tensor) -> MatrixRef | None:
         """The matrix that is trained by a parameter, which may have left its group."""

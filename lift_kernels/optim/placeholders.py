@@ -21,12 +21,13 @@ from ..nn import weight_sample
 from ..nn.trainable import Trainable, trainable_of
 from . import drift
 from .hyperparameters import is_sparse, mask_size
+from .mask_options import MaskOptions
 from .matrix_ref import keeps_master
-from .matrix_table import MaskOptions
 
 VERSION = 1
 """Version of the saved form. It is stored with each matrix, where tools that move state keep it."""
 _WARM = ("basis", "threshold")
+_DENSE = ("step", "exp_avg", "exp_avg_sq")
 _OPTIONAL = (*_WARM, *drift.STATE_KEYS, "matrix_shape", "version")
 """What the state of a matrix with a mask may lack, and its saved form has."""
 
@@ -99,37 +100,47 @@ def completed(entry: dict[str, Any], p: Tensor, group: dict[str, Any], options: 
 
 
 def without_placeholders(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The state dict without placeholders. A parameter that has nothing else has no entry."""
-    return {**state_dict, "state": {i: kept for i, entry in state_dict["state"].items() if (kept := _without(entry))}}
+    """The state dict without placeholders. A parameter that has nothing else has no entry.
 
-
-def _without(entry: dict[str, Any]) -> dict[str, Any]:
+    There is one wait for each device.
+    """
     # torch gives {} for a key of a flattened state dict that was not saved.
-    entry = {key: value for key, value in entry.items() if not (isinstance(value, dict) and not value)}
-    indices, step = entry.get("indices"), entry.get("step")
-    if "indices" not in entry:
-        moments = [value for key, value in entry.items() if key != "step"]
-        return (
-            {}
-            if step is not None and _holds(torch.as_tensor(step), 0) and all(_holds(m, 0) for m in moments)
-            else entry
-        )
-    if _holds(indices, -1):
-        return {}
-    missing = {key for key in ("basis", "drift_rate") if _holds(entry.get(key), 0)}
-    missing |= {"threshold"} if _holds(entry.get("threshold"), -1) else set()
-    missing |= {"drift_values"} if "drift_rate" in missing else set()
+    entries = {
+        i: {key: value for key, value in entry.items() if not (isinstance(value, dict) and not value)}
+        for i, entry in state_dict["state"].items()
+    }
+    marks = {(i, key): mark for i, entry in entries.items() for key, mark in _marks(entry).items()}
+    numbers = read_together(marks)
+    for i, entry in entries.items():
+        nothing = {key for key in entry if numbers.get((i, key)) == [1]}
+        if "indices" in nothing or ("indices" not in entry and nothing == entry.keys()):
+            entries[i] = {}
+        elif "indices" in entry:
+            nothing |= {"drift_values"} if "drift_rate" in nothing else set()
+            entries[i] = {key: value for key, value in entry.items() if key not in nothing}
+    return {**state_dict, "state": {i: entry for i, entry in entries.items() if entry}}
+
+
+def _marks(entry: dict[str, Any]) -> dict[str, Tensor]:
+    """Whether tensors hold what placeholders hold, as (1,) tensors, by key."""
+    held = {"indices": -1, "basis": 0, "threshold": -1, "drift_rate": 0}
+    held = held if "indices" in entry else dict.fromkeys(_DENSE, 0)
+    given = {key: torch.as_tensor(entry[key]) for key in held if isinstance(entry.get(key), (Tensor, int, float))}
+    marks = {key: (value == held[key]).all().reshape(1) for key, value in given.items()}
     sample = entry.get(weight_sample.KEY)
-    if isinstance(sample, Tensor) and sample.numel() and bool(sample.isnan().all()):
-        missing.add(weight_sample.KEY)
-    return {key: value for key, value in entry.items() if key not in missing}
+    if isinstance(sample, Tensor) and sample.numel():
+        marks[weight_sample.KEY] = sample.isnan().all().reshape(1)
+    return marks
 
 
-def _holds(value: Any, number: int) -> bool:
-    """Whether a tensor holds this number throughout."""
-    if not isinstance(value, Tensor) or not value.numel() or value.flatten()[0] != number:
-        return False
-    return bool((value == number).all())
+def read_together(tensors: Mapping[Any, Tensor]) -> dict[Any, list[int]]:
+    """The numbers of small tensors, by key, with one wait for each device."""
+    read: dict[Any, list[int]] = {}
+    for device in {tensor.device for tensor in tensors.values()}:
+        there = {key: tensor.reshape(-1) for key, tensor in tensors.items() if tensor.device == device}
+        numbers = iter(torch.cat([tensor.long() for tensor in there.values()]).tolist())
+        read |= {key: [next(numbers) for _ in range(len(tensor))] for key, tensor in there.items()}
+    return read
 
 
 def _parts(kind: Trainable, group: dict[str, Any], options: MaskOptions, entry: dict[str, Any]) -> dict[str, _Part]:

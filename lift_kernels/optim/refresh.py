@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..masks.principal import Mask
 from . import drift
+from .mask_options import MaskOptions
 from .matrix_ref import MatrixRef
-from .matrix_table import MaskOptions, MatrixTable
+from .matrix_table import MatrixTable
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from ..nn.trainable import trainable_of
 from ..validation import MOMENT_DTYPES, check_index_form, check_index_lists, require
 from . import drift
 from .hyperparameters import OPTIONS, check_group, is_sparse
-from .matrix_table import MaskOptions, MatrixTable
-from .placeholders import VERSION, completed
+from .mask_options import MaskOptions
+from .matrix_table import MatrixTable
+from .placeholders import VERSION, completed, read_together
 
 _OURS = "give what LiftAdamW.state_dict() returned"
 _DTYPES = {
@@ -87,12 +88,19 @@ def check_state_dict(
     """Raise ValueError, TypeError or IndexError unless the state fits the parameters.
 
     It is in the order that `in_own_order` gives. ``sparse`` says which parameters LIFT trains. The
-    content of the index lists is checked last, with one wait for all of them.
+    content of the index lists is checked last. There are two waits for each device.
     """
     state = state_dict["state"]
     for i, entry in state.items():
         _check_types(entry, names[i])
-        (_check_sparse if sparse[i] else _check_dense)(entry, parameters[i], names[i])
+    keys = [(i, key) for i, entry in state.items() for key in ("matrix_shape", "version") if key in entry]
+    numbers = read_together({(i, key): torch.as_tensor(state[i][key]) for i, key in keys})
+    for i, entry in state.items():
+        if sparse[i]:
+            (version,) = numbers.get((i, "version"), [VERSION])
+            _check_sparse(entry, version, numbers.get((i, "matrix_shape")), parameters[i], names[i])
+        else:
+            _check_dense(entry, parameters[i], names[i])
     matrices = [i for i in state if sparse[i]]
     check_index_lists(
         [state[i]["indices"] for i in matrices],
@@ -132,19 +140,16 @@ def _check_dense(entry: dict[str, Any], p: Tensor, name: str) -> None:
         )
 
 
-def _check_sparse(entry: dict[str, Any], matrix: Tensor, name: str) -> None:
+def _check_sparse(entry: dict[str, Any], version: int, shape: Sequence[int] | None, matrix: Tensor, name: str) -> None:
     """Raise unless the entry fits a matrix, but for the content of its index list."""
     require(
         "indices" in entry, f"{name}: the state dict holds no index list, so another optimizer has saved it; {_OURS}"
     )
-    version = entry.get("version", VERSION)
     require(
         version == VERSION,
-        f"{name}: the state dict has version {int(version)}, this package reads {VERSION}; update lift_kernels",
+        f"{name}: the state dict has version {version}, this package reads {VERSION}; update lift_kernels",
     )
-    shape = entry.get("shape", matrix.shape)  # a list, up to version 0.1
-    if "matrix_shape" in entry:
-        shape = entry["matrix_shape"].reshape(-1).tolist()
+    shape = entry.get("shape", matrix.shape) if shape is None else shape  # a list, up to version 0.1
     require(
         isinstance(shape, (list, tuple)), f"{name}: shape of the state dict must be a list, got {shape!r}", TypeError
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -52,8 +52,8 @@ def _raise_for(found: Mapping[MatrixRef, int], samples: Mapping[MatrixRef, Tenso
         )
 
 
-def warn_of_stale_masks(stale: Sequence[str], total: int) -> None:
-    """Say which first masks, by name, were made before the weights were loaded."""
+def warn_of_stale_masks(stale: list[str], total: int) -> None:
+    """Say which first masks, by name, were made before the weights were loaded; forget them."""
     logger.warning(
         "%d of %d masks were made by pack_gradients from other weights than the present ones, e.g. that of %s; "
         "load the weights before pack_gradients, or call optimizer.refresh(drop_gradients=True) for masks of the "
@@ -62,3 +62,4 @@ def warn_of_stale_masks(stale: Sequence[str], total: int) -> None:
         total,
         stale[0],
     )
+    stale.clear()

@@ -298,7 +298,8 @@ def test_the_hook_says_what_it_needs(found):
 def test_no_mask_is_made_from_gradients_whose_rest_is_zero(found):
     for of_rank in found:
         for case in ("refresh", "interval"):
-            assert "a.weight: selection='gradient' needs the whole gradient, and trained_entries_hook" in of_rank[case]
+            assert "a.weight has a gradient of which trained_entries_hook has averaged the entries" in of_rank[case]
+            assert "With selection='gradient' let refresh_interval= make the masks" in of_rank[case]
             assert "let refresh_interval= or refresh_schedule= make the masks" in of_rank[case]
         before, after = of_rank["states"]
         assert str(before) == str(after)

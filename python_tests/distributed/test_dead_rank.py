@@ -43,4 +43,7 @@ def test_the_others_stop_with_an_error(tmp_path, dies, where):
         if rank != dies:
             assert "Error: " in said
             if where == "before its plan":
-                assert f"rank {rank} makes masks, and rank 2 of its process group did not come" in said
+                assert (
+                    f"rank {rank} makes masks of 0.weight and 1 more, and rank 2 of its process group did not come"
+                    in said
+                )

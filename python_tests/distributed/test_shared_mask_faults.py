@@ -8,6 +8,7 @@ from helpers.ranks import run_ranks
 
 WORKER = """
 import copy, math
+from lift_kernels.masks import selection as selection_module
 join()
 world_group = dist.group.WORLD
 options = dict(rank=3, density=0.2)
@@ -58,12 +59,24 @@ for name, mode in (("matrix", matrix_mode), ("packed", packed_mode)):
     nan[2].weight.data[3, 4] = math.nan
     found[name, "nan"] = mode(nan)
 
-    def fails_on_one(weight, k):
-        if weight.shape == (16, 20):  # on the rank that this matrix falls to
+    principal_masks = selection_module.principal_masks
+
+    def fails_on_one(requests, **more):
+        if any(request.weight.shape == (16, 20) for request in requests):  # on the rank that this matrix falls to
             raise MemoryError("no room")
+        return principal_masks(requests, **more)
+
+    selection_module.principal_masks = fails_on_one
+    found[name, "memory"] = mode(net())
+    selection_module.principal_masks = principal_masks
+
+    calls = []
+
+    def counting(weight, k):  # Every rank calls it for every matrix.
+        calls.append(weight.shape)
         return torch.arange(k, dtype=torch.int32)
 
-    found[name, "callable"] = mode(net(), selection=fails_on_one)
+    found[name, "callable"] = mode(net(), selection=counting), len(calls)
 found["packed", "names"] = packed_mode(net(), exclude="4" if odd else None)
 model = net()
 model[4].weight.requires_grad_(not odd)
@@ -176,12 +189,18 @@ def test_a_difference_is_an_error_of_every_rank(found, mode, case, parts):
 @pytest.mark.parametrize("mode", ["matrix", "packed"])
 @pytest.mark.parametrize(
     ("case", "kind", "words"),
-    [("nan", "ValueError", "2.weight"), ("callable", "", "no room")],
+    [("nan", "ValueError", "2.weight"), ("memory", "", "no room")],
 )
 def test_an_error_on_the_rank_that_makes_a_mask_reaches_all(found, mode, case, kind, words):
     said = [of_rank[mode, case] for of_rank, _ in found]
     assert all(words in text and text.startswith(kind) for text in said), said
     assert sum(": rank " in text for text in said) == 2, "the other two say which rank it was"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["matrix", "packed"])
+def test_every_rank_calls_a_callable_for_every_matrix(found, mode):
+    assert [of_rank[mode, "callable"] for of_rank, _ in found] == [("", 3)] * 3
 
 
 @pytest.mark.slow
