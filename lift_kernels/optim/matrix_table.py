@@ -153,9 +153,9 @@ class MatrixTable:
             self._check_whole(self.refs)
 
     def _check_whole(self, refs: Sequence[MatrixRef]) -> None:
-        for ref in refs:
+        for ref in [ref for ref in refs if ref in self.partial]:
             require(
-                ref not in self.partial or ref.parameter.grad is None,
+                ref.parameter.grad is None,
                 f"{ref.name} has a gradient of which trained_entries_hook has averaged the entries of the present mask "
                 "alone; refresh after step() and zero_grad(), or by refresh(drop_gradients=True). With "
                 "selection='gradient' let refresh_interval= make the masks: the hook averages whole gradients before",

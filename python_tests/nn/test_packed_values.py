@@ -56,7 +56,7 @@ def test_a_refresh_in_the_middle_of_an_accumulation():
     train(model, optimizer, range(2))
     loss_of(model, 5).backward()
     before = snapshot(optimizer)
-    wanted = r"a\.values has a packed gradient.*zero_grad\(\) first, or refresh\(drop_gradients=True\)"
+    wanted = r"a\.values has a packed gradient.*step\(\) and zero_grad\(\), or by refresh\(drop_gradients=True\)"
     with pytest.raises(RuntimeError, match=wanted):
         optimizer.refresh()
     assert_same(snapshot(optimizer), before)
