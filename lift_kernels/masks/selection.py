@@ -15,7 +15,7 @@ from .._progress import progress_bar
 from ..validation import check_finite, check_index_form, check_index_lists, require
 from .costs import mask_cost
 from .principal import Mask, MaskRequest, principal_masks
-from .together import Replicas, agree_on_masks, make_together
+from .together import Replicas, agree_on_lists, agree_on_masks, make_together
 
 SELECTIONS = ("principal", "magnitude", "gradient", "random")
 BAR_DELAY = 5.0
@@ -94,8 +94,11 @@ def make_masks(
     group = None if replicas is None else replicas.group
     if replicas is not None and group is not None:
         agree_on_masks(flat, {"selection": _label(selection), "seed": seed, "mask_method": method}, replicas)
-    if group is None or callable(selection):  # A callable may keep count of its calls, or communicate by itself.
+    if replicas is None or group is None:
         found = make(flat)
+    elif callable(selection):  # It may keep count of its calls, or communicate by itself.
+        found = make(flat)
+        agree_on_lists(flat, found, replicas)
     else:
         found = make_together(flat, make, [_cost(p, selection) for p in flat], group, keep_bases=keep_bases)
     rest = iter(found)

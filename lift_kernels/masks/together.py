@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..distributed.agreement import Plan
-from ..distributed.checksums import weight_digests
+from ..distributed.checksums import index_digests, weight_digests
 from ..distributed.exchanges import Form, gather_objects, gather_tensors
 from ..distributed.owners import share_out
 from ..distributed.replicas import Replicas
@@ -56,6 +56,13 @@ def agree_on_masks(parts: Sequence[Part], options: Mapping[str, Any], replicas: 
     Every rank of the group must call this. ``options`` are further things that must be alike.
     """
     replicas.agree(Plan(Plan.MASKS, options, _described(parts)))
+
+
+def agree_on_lists(parts: Sequence[Part], masks: Sequence[Mask], replicas: Replicas) -> None:
+    """Raise RuntimeError on every rank, naming a matrix, unless all have made the same masks."""
+    digests = index_digests({str(i): [mask.indices] for i, mask in enumerate(masks)})
+    entries = [(part.name, {"entries": digests[str(i)]}) for i, part in enumerate(parts)]
+    replicas.agree(Plan(Plan.TRAINS, {}, entries))
 
 
 def make_together(

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..nn import optimizer_hooks
 from ..ops import packed_gather, packed_scatter_
 from .lift_adamw import LiftAdamW
+from .several_ranks import agree_on_entries
 
 
 def trained_entries_hook(optimizer: LiftAdamW, bucket):
@@ -19,9 +20,9 @@ def trained_entries_hook(optimizer: LiftAdamW, bucket):
 
     ``parallel.register_comm_hook(optimizer, trained_entries_hook)`` registers it for a model in
     matrix mode. At 5 % density a step sends 5 % of what it would send else. Other parameters are
-    averaged whole. So are all gradients before the first masks, those at the first step after
-    ``load_state_dict``, those of parameters that another LiftAdamW has taken, and, with
-    ``selection="gradient"``, those of matrices that are due for a new mask after the step.
+    averaged whole. So are all gradients before the first masks, those of parameters that another
+    LiftAdamW has taken, and, with ``selection="gradient"``, those of matrices that are due for a
+    new mask after the step.
 
     The rest is zero because it differs between ranks, and so would norms: a clipped step would let
     replicas drift apart.
@@ -35,7 +36,7 @@ def trained_entries_hook(optimizer: LiftAdamW, bucket):
         A torch.futures.Future of the bucket's buffer. Nothing waits for the device.
 
     Raises TypeError for another state than a LiftAdamW, and RuntimeError where it does not know its
-    ranks.
+    ranks or these have loaded different states.
     """
     # The type of bucket stands in no annotation: DistributedDataParallel refuses it as a string.
     check_ranks(optimizer)
@@ -100,13 +101,15 @@ def _index_lists(optimizer: LiftAdamW, parameters: list[Tensor]) -> list[Tensor 
     """The trained entries of each parameter, or None where its gradient is averaged whole."""
     table, schedule, by_gradient = optimizer._table, optimizer._schedule, optimizer.selection == "gradient"
     table.follow(optimizer.param_groups)
+    if not table.hook_agreed:  # Another rank may have loaded another state, or none.
+        agree_on_entries(table.loaded, optimizer._replicas)
+        table.hook_agreed = True
     lists: list[Tensor | None] = []
     for p, ref in zip(parameters, map(table.matrix_of, parameters)):
         lists.append(None)
         if ref is None or ref.arena is None or ref.trainable.packed or ref.trainable.hooked:
             continue
-        # Other ranks may have other lists, or another optimizer trains other entries.
-        whole = ref in table.loaded or optimizer_hooks.holder_of(p) is not optimizer
+        whole = optimizer_hooks.holder_of(p) is not optimizer  # Another one trains other entries.
         # Without all masks, it is not known which matrices a spread schedule takes next.
         whole |= by_gradient and (bool(table.missing) or schedule.may_be_due_next(ref, table.refs))
         if whole:

@@ -33,7 +33,9 @@ class MatrixTable:
         dense: the other parameters.
         missing: matrices that have no mask yet.
         unseen: matrices with an index list that other ranks have not seen, as keys.
-        loaded: matrices whose index list was not made by all ranks together, until they compare it.
+        loaded: matrices whose index list came with a state or packed gradients, until ranks have
+            compared it.
+        hook_agreed: whether ranks have compared these before `trained_entries_hook` used them.
         partial: matrices whose gradient `trained_entries_hook` has averaged in part, until it is
             used, or cleared where masks are made from gradients.
         lost: which parameter packing has taken from the optimizer (`packing_problem`), or empty.
@@ -51,7 +53,8 @@ class MatrixTable:
         self.dense: list[DenseRef] = []
         self.missing: list[MatrixRef] = []
         self.unseen: dict[MatrixRef, None] = {}
-        self.loaded: set[MatrixRef] = set()
+        self.loaded: dict[MatrixRef, None] = {}
+        self.hook_agreed = False
         self.partial: set[MatrixRef] = set()
         self.lost = ""
         self.samples: dict[MatrixRef, Tensor] = {}
@@ -135,8 +138,8 @@ class MatrixTable:
         entries = [made[ref] if ref in made else ref.trainable.initial_state() for ref in missing]
         try:
             self.adopt(missing, entries, options.warm_start)
-            if not callable(options.selection):  # Each rank has called it by itself.
-                self.loaded.difference_update(new)
+            for ref in new:
+                self.loaded.pop(ref, None)
         finally:
             drift.note([ref for ref in missing if ref.arena is not None])
             self.publish([ref for ref in missing if ref.arena is not None], state)
@@ -188,7 +191,6 @@ class MatrixTable:
         ):  # A changed refresh_interval may ask for masks that the hook did not expect.
             self._check_whole(refs)
         masks = options.make(refs)
-        self.loaded.update(refs if callable(options.selection) else ())
         try:
             kept = self.migrate(refs, masks, options.warm_start, options.backend)
         finally:
@@ -222,7 +224,7 @@ class MatrixTable:
                     self.samples[ref] = entry[weight_sample.KEY].to(device, copy=True)
         self.missing = [ref for ref in self.refs if ref.arena is None]
         self.unseen.update(dict.fromkeys(refs))
-        self.loaded.update(refs)
+        self.loaded.update(dict.fromkeys(refs))
         self._changes += 1
 
     def restore(

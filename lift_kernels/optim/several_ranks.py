@@ -6,7 +6,6 @@ index lists, and tell each other of a state that belongs to other weights.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor
@@ -58,17 +57,28 @@ def compare_lists(unseen: Iterable[MatrixRef], replicas: Replicas, masks_took: f
         unseen: matrices with a new index list.
         masks_took: seconds that the masks took here.
     """
-    lists = defaultdict(list)
-    for ref in unseen:
-        lists[ref.name].append(ref.views()["indices"])
     if replicas.group is None:
-        replicas.compare(lists, masks_took)
-        return
+        replicas.compare(_lists(unseen), masks_took)
+    else:
+        agree_on_entries(unseen, replicas)
+
+
+def agree_on_entries(refs: Iterable[MatrixRef], replicas: Replicas) -> None:
+    """Raise RuntimeError on every rank of the group unless all train the same entries of these."""
+    lists = _lists(refs)
     fields = {name: {"entries": digest} for name, digest in index_digests(lists).items()}
-    hooked = [ref for ref in unseen if ref.trainable.hooked]  # DistributedDataParallel has not broadcast their weights.
+    hooked = [ref for ref in refs if ref.trainable.hooked]  # DistributedDataParallel has not broadcast their weights.
     for ref, digest in zip(hooked, weight_digests([ref.trainable.matrix for ref in hooked])):
         fields[ref.name]["weights"] = digest
     replicas.agree(Plan(Plan.TRAINS, {}, list(fields.items())))
+
+
+def _lists(refs: Iterable[MatrixRef]) -> dict[str, list[Tensor]]:
+    """Index lists by name. Two matrices may share a name."""
+    lists: dict[str, list[Tensor]] = {}
+    for ref in refs:
+        lists.setdefault(ref.name, []).append(ref.views()["indices"])
+    return lists
 
 
 def agree_on_loaded(refs: Iterable[MatrixRef], replicas: Replicas, error: Exception | None) -> None:
