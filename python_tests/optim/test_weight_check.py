@@ -118,6 +118,18 @@ def test_a_refresh_takes_the_present_weights(dtype):
     assert not torch.equal(other[0].detach(), before) and loaded.state[other[0]]["step"] == 3
 
 
+def test_a_refresh_that_fails_leaves_the_check_to_the_next_step():
+    _, _, _, state = saved_run()
+    weights, loaded = new_run()
+    loaded.load_state_dict(state)
+    kept = weights[1][3, 4].item()
+    fill([weights[1][3, 4]], [torch.tensor(float("nan"))])
+    with pytest.raises(ValueError, match="k.weight"):
+        loaded.refresh(drop_gradients=True)
+    fill([weights[1][3, 4]], [torch.tensor(kept)])
+    refuses(loaded, weights, 2)
+
+
 def test_a_state_without_its_samples_loads_onto_any_weights():
     """As one of an earlier version."""
     _, optimizer, _, saved = saved_run(refresh_interval=None)
