@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
@@ -15,25 +15,8 @@ from ..distributed.owners import share_out
 from ..distributed.replicas import Replicas
 from .principal import Mask
 
-
-class Part(Protocol):
-    """A matrix that needs a mask (`SelectionRequest`)."""
-
-    @property
-    def matrix(self) -> Tensor: ...
-    @property
-    def rank(self) -> int: ...
-    @property
-    def k(self) -> int: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def number(self) -> int: ...
-    @property
-    def kept(self) -> dict[str, Tensor]: ...
-
-
-P = TypeVar("P", bound=Part)
+if TYPE_CHECKING:
+    from .selection import SelectionRequest
 
 
 class _Made(NamedTuple):
@@ -50,7 +33,7 @@ class _Made(NamedTuple):
     error: tuple[str, str] | None = None
 
 
-def agree_on_masks(parts: Sequence[Part], options: Mapping[str, Any], replicas: Replicas) -> None:
+def agree_on_masks(parts: Sequence[SelectionRequest], options: Mapping[str, Any], replicas: Replicas) -> None:
     """Raise RuntimeError on every rank, naming a matrix, unless all are about to make these masks.
 
     Every rank of the group must call this. ``options`` are further things that must be alike.
@@ -58,7 +41,7 @@ def agree_on_masks(parts: Sequence[Part], options: Mapping[str, Any], replicas: 
     replicas.agree(Plan(Plan.MASKS, options, _described(parts)))
 
 
-def agree_on_lists(parts: Sequence[Part], masks: Sequence[Mask], replicas: Replicas) -> None:
+def agree_on_lists(parts: Sequence[SelectionRequest], masks: Sequence[Mask], replicas: Replicas) -> None:
     """Raise RuntimeError on every rank, naming a matrix, unless all have made the same masks."""
     digests = index_digests({str(i): [mask.indices] for i, mask in enumerate(masks)})
     entries = [(part.name, {"entries": digests[str(i)]}) for i, part in enumerate(parts)]
@@ -66,8 +49,8 @@ def agree_on_lists(parts: Sequence[Part], masks: Sequence[Mask], replicas: Repli
 
 
 def make_together(
-    parts: Sequence[P],
-    make: Callable[[Sequence[P]], list[Mask]],
+    parts: Sequence[SelectionRequest],
+    make: Callable[[Sequence[SelectionRequest]], list[Mask]],
     costs: Sequence[float],
     group: dist.ProcessGroup,
     *,
@@ -106,7 +89,7 @@ def make_together(
     return [_received(*next(rest[owner]), tensors[owner], part.matrix) for part, owner in zip(parts, owners)]
 
 
-def _described(parts: Sequence[Part]) -> list[tuple[str, dict[str, str]]]:
+def _described(parts: Sequence[SelectionRequest]) -> list[tuple[str, dict[str, str]]]:
     """What must be alike of each matrix, by its name. The order is that of the messages."""
     digests = weight_digests([part.matrix for part in parts])
     return [

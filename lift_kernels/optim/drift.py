@@ -97,14 +97,14 @@ def is_stale(ref: MatrixRef, drift: Drift | None) -> bool:
     return ref.entries() != k * (1 if matrix.dim() == 2 else len(matrix))
 
 
-def learn(ref: MatrixRef, drift: Drift | None, entries: int, exchanged: int) -> None:
+def learn(ref: MatrixRef, drift: Drift, entries: int, exchanged: int) -> None:
     """Let a matrix learn its rate from a refresh that exchanged some of its entries.
 
     What was known counts like `PRIOR_ENTRIES` exchanged entries, so a few that chance to cross the
     threshold change little. ``drift`` is that before the refresh.
     """
     rate = ref.drift.get("drift_rate")
-    if rate is None or drift is None or not math.isfinite(drift.movement):
+    if rate is None or not math.isfinite(drift.movement):
         return
     expected = PRIOR_ENTRIES / float(rate) + entries * drift.movement
     rate.fill_((PRIOR_ENTRIES + exchanged) / expected)

@@ -132,8 +132,8 @@ def renew(
     if stale or options.replicas.group is not None:  # Another rank may have stale masks. That must be an error.
         report = report_on(stale, *table.renew(stale, options, state), drifts)
     for ref, matrix in zip(stale, report.matrices):
-        if matrix.overlap is not None:
-            drift.learn(ref, drifts.get(ref), matrix.entries, round((1 - matrix.overlap) * matrix.entries))
+        if ref in drifts and matrix.overlap is not None:
+            drift.learn(ref, drifts[ref], matrix.entries, round((1 - matrix.overlap) * matrix.entries))
     # Replicas must have kept the same masks. They compare them as they compare new ones.
     table.unseen.update(dict.fromkeys(kept))
     skipped = (SkippedRefresh(ref.name, ref.entries(), _overlap(drifts[ref])) for ref in kept)
