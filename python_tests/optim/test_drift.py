@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 from helpers.bits import BF16, FP32
-from helpers.fake_cuda import FakeCuda
 from helpers.optimizers import INTERRUPTIONS, OPTIONS, assert_same, index_sets, make_weights, snapshot, train
 from torch import nn
 
+from bench.common.fake_cuda import FakeCuda
 from lift_kernels import LiftAdamW, pack_gradients, principal_indices
 from lift_kernels.optim import drift
 from lift_kernels.optim.packed_state import PackedState

@@ -1,15 +1,15 @@
 """A step never waits for the device, and a refresh moves the state in a few launches.
 
-The package runs on fake CUDA tensors (`helpers.fake_cuda`), so no GPU is needed.
+The package runs on fake CUDA tensors (`bench.common.fake_cuda`), so no GPU is needed.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from helpers.fake_cuda import FakeCuda
 from torch import nn
 
+from bench.common.fake_cuda import FakeCuda
 from lift_kernels import LiftAdamW, pack_gradients
 
 pytestmark = pytest.mark.slow

@@ -1,13 +1,13 @@
-"""The recorder `helpers.fake_cuda`, on programs whose waits and launches are known."""
+"""The recorder `bench.common.fake_cuda`, on programs whose waits and launches are known."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import triton
-from helpers.fake_cuda import NOT_LAUNCHING, FakeCuda
 
 import lift_kernels
+from bench.common.fake_cuda import NOT_LAUNCHING, FakeCuda
 from lift_kernels import ops
 from lift_kernels.ops import dispatch
 from lift_kernels.ops.device_tables import DeviceTables, Table

@@ -1,4 +1,4 @@
-"""What `helpers.fake_cuda` records: waits for the device, and launches."""
+"""What `bench.common.fake_cuda` records: waits for the device, and launches."""
 
 from __future__ import annotations
 

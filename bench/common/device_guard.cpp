@@ -1,5 +1,5 @@
 // A CUDA device guard that does nothing. torch's own one comes with a CUDA build alone, and indexing
-// of a fake CUDA tensor needs one. helpers/fake_cuda.py puts it in and takes it out again.
+// of a fake CUDA tensor needs one. fake_cuda.py puts it in and takes it out again.
 
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 

@@ -9,7 +9,7 @@ What is replaced while a `FakeCuda` is entered, and nothing else:
 - the choice of a backend for CUDA tensors, which becomes Triton where an op has it
 - ``kernel[grid](...)`` of Triton, and the private CUDA ops, which are only counted
 - streams, events, device guards and ``pin_memory`` of torch, which need a CUDA build; the guard of
-  C++ code is ``host_cuda/device_guard.cpp``
+  C++ code is ``device_guard.cpp beside this file``
 - ``data_ptr`` of fake tensors, which have no memory: an address that belongs to their storage
 - the caches of `DeviceTables`, which start empty and are put back
 
@@ -32,8 +32,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from helpers.device_events import Event, Recording, package_frames
-from helpers.host_cuda import HOST_CUDA
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -45,6 +43,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench.common.device_events import Event, Recording, package_frames
 from lift_kernels.ops import dispatch
 from lift_kernels.ops.device_tables import DeviceTables
 
@@ -322,7 +321,10 @@ def _device_guard() -> Iterator[None]:
 @functools.cache
 def _guard_library() -> ctypes.CDLL:
     torch_folder = Path(torch.__file__).parent
-    source, flags = HOST_CUDA / "device_guard.cpp", ["-std=c++20", "-shared", "-fPIC", "-L", torch_folder / "lib"]
+    source, flags = (
+        Path(__file__).with_name("device_guard.cpp"),
+        ["-std=c++20", "-shared", "-fPIC", "-L", torch_folder / "lib"],
+    )
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "device_guard.so"
         command = ["g++", source, *flags, "-I", torch_folder / "include", "-o", target, "-lc10"]
