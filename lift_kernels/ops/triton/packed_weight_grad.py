@@ -13,14 +13,7 @@ from torch import Tensor
 from .. import dispatch
 from ..precision import tf32_allowed
 from .rounding import bits, narrow
-
-ROWS, COLUMNS, TOKENS, ENTRIES = 128, 128, 32, 8
-"""Tile sizes of the fused kernel.
-
-They are the sides of a tile of the gradient, the tokens of one step of the product, and the entries
-of a row that the epilogue writes at once.
-"""
-WARPS, STAGES = 8, 3
+from .targets import target_of, weight_grad_options
 
 
 @triton.jit
@@ -51,6 +44,7 @@ def _packed_weight_grad_kernel(
     count,
     stride,  # largest power of two up to count, 0 for none
     PRECISION: tl.constexpr,  # of an fp32 product: "ieee" or "tf32"
+    WIDEN: tl.constexpr,  # multiply bf16 or fp16 as fp32
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -80,6 +74,9 @@ def _packed_weight_grad_kernel(
             inside = token[:, None] < tokens - done
             g = tl.load(at_grad, mask=inside & (row[None, :] < m), other=0.0)
             x = tl.load(at_input, mask=inside & (columns[None, :] < n), other=0.0)
+            if WIDEN:
+                g = g.to(tl.float32)
+                x = x.to(tl.float32)
             tile = tl.dot(tl.trans(g), x, tile, input_precision=PRECISION)
             at_grad += ahead * m
             at_input += ahead * n
@@ -100,7 +97,8 @@ def packed_weight_grad_triton(grad_output: Tensor, input: Tensor, indices: Tenso
         input: (t, n) of the same dtype. It is made contiguous.
         indices: (k,) int32, sorted.
         out: (k,) fp32, bf16 or fp16. Sums are fp32. Products of fp32 are exact or TF32, like
-            torch's own products on the GPU.
+            torch's own products on the GPU. They are exact, and slow, where a card lacks units for
+            the dtype.
     """
     count = indices.numel()
     if count == 0:
@@ -109,9 +107,11 @@ def packed_weight_grad_triton(grad_output: Tensor, input: Tensor, indices: Tenso
     if dispatch.interpreting():  # its dot does not support bf16, and widening changes no value
         grad_output, input = grad_output.float(), input.float()
     (tokens, m), n = grad_output.shape, input.shape[1]
-    precision = "tf32" if tf32_allowed() else "ieee"
+    options = weight_grad_options(
+        target_of(indices.device), fp32=grad_output.dtype == torch.float32, tf32=tf32_allowed()
+    )
     with torch.cuda.device_of(indices):
-        _packed_weight_grad_kernel[(triton.cdiv(m, ROWS), triton.cdiv(n, COLUMNS))](
+        _packed_weight_grad_kernel[(triton.cdiv(m, options["ROWS"]), triton.cdiv(n, options["COLUMNS"]))](
             grad_output,
             input,
             indices,
@@ -121,11 +121,5 @@ def packed_weight_grad_triton(grad_output: Tensor, input: Tensor, indices: Tenso
             n,
             count,
             1 << (count.bit_length() - 1),
-            PRECISION=precision,
-            ROWS=ROWS,
-            COLUMNS=COLUMNS,
-            TOKENS=TOKENS,
-            ENTRIES=ENTRIES,
-            num_warps=WARPS,
-            num_stages=STAGES,
+            **options,
         )
