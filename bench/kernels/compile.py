@@ -111,7 +111,7 @@ def compile_case(case: Case, target: int) -> Compiled:
         needed_stores=case.needed(case.stores),
         needs_wide_copies=case.wide_copies and target >= 80,
         needs_tensor_cores=case.tensor_cores and has_tensor_cores(card),
-        products=_count(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*", compiled.asm["ptx"]),
+        products=count_matches(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*", compiled.asm["ptx"]),
         **counts,
     )
 
@@ -231,7 +231,7 @@ def _machine_code(cubin: Path, target: int) -> dict[str, dict]:
             "wide_stores": _wide("STG", text),
             "wide_copies": wide,
             "narrow_copies": len(copies) - wide,
-            "tensor_cores": _count(r"(?<![\w.])[A-Z]*MMA\b[\w.]*", text),
+            "tensor_cores": count_matches(r"(?<![\w.])[A-Z]*MMA\b[\w.]*", text),
         }
     return found
 
@@ -241,7 +241,7 @@ def _wide(access: str, sass: str) -> int:
     return sum(int(bits) // 128 for bits in re.findall(rf"\b{access}\.(?:\w+\.)*?(128|256)\b", sass))
 
 
-def _count(pattern: str, text: str) -> str:
+def count_matches(pattern: str, text: str) -> str:
     """What matches, as "6 HMMA.16816.F32, 2 ..."."""
     kinds = Counter(re.findall(pattern, text))
     return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
