@@ -81,7 +81,7 @@ def kernels():
     """Records of `bench.kernels.compile`: all Triton and CUDA kernels, once per tested target."""
     from bench.kernels.compile import survey
 
-    return survey(tested=True)
+    return survey(scope="tested")
 
 
 @pytest.fixture(scope="session")

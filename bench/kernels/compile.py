@@ -28,6 +28,7 @@ from typing import Any
 from triton.backends.compiler import GPUTarget
 
 from bench import ROOT
+from bench.kernels import variants
 from bench.kernels.cases import CASES, CUDA_LAUNCHES, TARGETS, TESTED, THREADS, Case, Launch
 from lift_kernels.ops.triton.targets import has_tensor_cores
 
@@ -151,19 +152,22 @@ def compile_cuda(source: Path | str, target: int, launches: dict[str, Launch] = 
     return records
 
 
-def survey(only: str = "", tested: bool = False) -> list[Compiled]:
-    """Every kernel whose name contains ``only``, on every target.
-
-    ``tested``: on those alone that `make test` compiles for.
+def survey(only: str = "", scope: str = "report") -> list[Compiled]:
+    """Every kernel whose name contains ``only``, on every target of a scope.
 
     CUDA kernels are left out where `nvcc` finds no compiler. RuntimeError with the compiler's
     message when one does not compile.
+
+    Args:
+        only: part of the names.
+        scope: ``"report"``, ``"tested"`` for the targets that `make test` compiles for, or
+            ``"all"`` for every Triton variant on the targets of `variants`.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
 
     def worker(i: int) -> list[Compiled]:
-        command = [sys.executable, "-m", "bench.kernels.compile", only, str(i), *["--tested"] * tested]
+        command = [sys.executable, "-m", "bench.kernels.compile", only, str(i), scope]
         done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
         if done.returncode != 0:
             raise RuntimeError(f"compiling the kernels failed:\n{done.stderr}")
@@ -171,7 +175,7 @@ def survey(only: str = "", tested: bool = False) -> list[Compiled]:
 
     with ThreadPoolExecutor(WORKERS) as pool:
         records = [record for share in pool.map(worker, range(WORKERS)) for record in share]
-    order = {case.name: place for place, case in enumerate(CASES)}
+    order = {case.name: place for place, case in enumerate(variants.every_case())}
     return sorted(records, key=lambda r: (r.language != "triton", order.get(r.kernel, 0), r.kernel, r.target))
 
 
@@ -259,8 +263,14 @@ def _demangled(names: list[str]) -> list[str]:
     return [re.sub(r"(?:\(anonymous namespace\)|\w+)::", "", line) for line in lines]
 
 
-def _jobs(only: str, tested: bool) -> Iterator[tuple[Case | str, int]]:
+def _jobs(only: str, scope: str) -> Iterator[tuple[Case | str, int]]:
     """What is to be compiled: CUDA sources and Triton cases, each for each target."""
+    if scope == "all":
+        yield from (
+            (case, target) for case in variants.every_case() if only in case.name for target in variants.TARGETS
+        )
+        return
+    tested = scope == "tested"
     for source in build().CUDA_SOURCES if nvcc() is not None else []:
         yield from ((source, target) for target in (TESTED if tested else TARGETS))
     for case in CASES:
@@ -273,9 +283,9 @@ def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("only", help="part of the kernels' names")
     parser.add_argument("worker", type=int)
-    parser.add_argument("--tested", action="store_true", help="only the targets of make test")
+    parser.add_argument("scope")
     arguments = parser.parse_args()
-    for work, target in list(_jobs(arguments.only, arguments.tested))[arguments.worker :: WORKERS]:
+    for work, target in list(_jobs(arguments.only, arguments.scope))[arguments.worker :: WORKERS]:
         records = compile_cuda(work, target) if isinstance(work, str) else [compile_case(work, target)]
         for record in records:
             if arguments.only in record.kernel:

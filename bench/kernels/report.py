@@ -3,7 +3,8 @@
 The loops of the CPU ops are reported for each level of instruction sets. It needs no GPU, and no
 CPU that has the levels.
 
-    python -m bench.kernels.report [--only TEXT] [--cpu] [--markdown] [--csv PATH] [--cpu-csv PATH]
+    python -m bench.kernels.report [--only TEXT] [--cpu | --all] [--markdown] [--csv PATH]
+        [--cpu-csv PATH]
 
 The exit status is 1 when a kernel spills, uses local memory, fits on no multiprocessor, lost wide
 accesses that `bench.kernels.cases` declares, or multiplies by other units than declared. It is 1,
@@ -216,22 +217,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose name contains TEXT")
     parser.add_argument("--cpu", action="store_true", help="only the loops of the CPU ops")
+    parser.add_argument("--all", action="store_true", help="every Triton variant, for fewer targets; no CUDA, no CPU")
     parser.add_argument("--markdown", action="store_true", help="a Markdown table")
     parser.add_argument("--csv", type=Path, metavar="PATH", help="write all counts to this file, too")
     parser.add_argument("--cpu-csv", type=Path, metavar="PATH", help="and those of the CPU to this one")
     arguments = parser.parse_args(argv)
     try:
-        records = [] if arguments.cpu else survey(arguments.only)
-        loops = cpu.survey(arguments.only)
+        records = [] if arguments.cpu else survey(arguments.only, "all" if arguments.all else "report")
+        loops = [] if arguments.all else cpu.survey(arguments.only)
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 2
     table = [line(record) for record in records]
-    if no_nvcc() and not arguments.cpu:
+    if no_nvcc() and not arguments.cpu and not arguments.all:
         table.append({"kernel": no_nvcc(), "verdict": "not compiled"})
     cpu_table = [cpu.line(one) for one in loops]
     absent = [reason for architecture in cpu.LEVELS if (reason := cpu.missing(architecture))]
-    cpu_table += [{"function": reason, "verdict": "not compiled"} for reason in absent]
+    cpu_table += [{"function": reason, "verdict": "not compiled"} for reason in absent if not arguments.all]
     for rows, columns in ((table, COLUMNS), (cpu_table, cpu.COLUMNS)):
         if rows:
             show(rows, columns, arguments.markdown)

@@ -70,7 +70,7 @@ def compile_in_process(case, target) -> Compiled:
 
 
 def report(monkeypatch, records, *arguments) -> int:
-    monkeypatch.setattr(kernel_report, "survey", lambda only: list(records))
+    monkeypatch.setattr(kernel_report, "survey", lambda only, scope: list(records))
     monkeypatch.setattr(kernel_report.cpu, "survey", lambda only: [])
     monkeypatch.setattr(kernel_report.cpu, "missing", lambda architecture: "")
     return kernel_report.main(arguments)
