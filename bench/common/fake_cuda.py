@@ -155,9 +155,9 @@ class FakeCuda:
         yield torch.cuda, "synchronize", lambda device=None: self.wait("torch.cuda.synchronize")
         yield torch.cuda, "is_current_stream_capturing", lambda: False
         yield torch.cuda, "current_device", lambda: 0
+        yield torch.cuda.tunable, "is_enabled", lambda: False
         yield torch.cuda, "_exchange_device", lambda device: 0
         yield torch.cuda, "_maybe_exchange_device", lambda device: 0
-        yield torch.cuda.tunable, "is_enabled", lambda: False
         solver = symmetric_eigen.BatchedSolver(Solvers(self.launch))
         yield symmetric_eigen, "_solver", lambda: solver
         yield Tensor, "pin_memory", lambda tensor, device=None: tensor.clone()
