@@ -111,7 +111,7 @@ def warm_refresh(shapes: Mapping[tuple[int, int], int], rank: int, dtype: torch.
     return cost.steps
 
 
-def rows_of(steps: Sequence[Step], **labels: object) -> list[dict]:
+def rows_of(steps: Sequence[Step], model: str, rank: int, weights: str, way: str) -> list[dict]:
     """A CSV row for each part of a refresh, and one for all of it."""
     sums, seconds = totals(steps), predicted_seconds(steps)
     products = "bf16" if sums["whole matrices", "bf16_flops"] else "fp32 copies"
@@ -119,8 +119,7 @@ def rows_of(steps: Sequence[Step], **labels: object) -> list[dict]:
         sums["all", quantity] = sum(sums[part, quantity] for part in PARTS)
     seconds["all"] = sum(seconds[part] for part in PARTS)
     return [
-        labels
-        | {"products": products, "part": part}
+        {"model": model, "rank": rank, "weights": weights, "products": products, "way": way, "part": part}
         | {quantity: f"{sums[part, quantity]:.4g}" for quantity in QUANTITIES}
         | {"predicted_ms": f"{1e3 * seconds[part]:.4g}"}
         for part in (*PARTS, "all")
@@ -161,8 +160,7 @@ def main() -> None:
     for weights, dtype in DTYPES.items():
         for way in WAYS:
             steps = warm_refresh(shapes, rank, dtype, way)
-            labels = {"model": model, "rank": rank, "weights": weights, "way": way}
-            new = rows_of(steps, **labels)
+            new = rows_of(steps, model, rank, weights, way)
             results.show(new, ["part", *QUANTITIES, "predicted_ms"])
             print(verdict(new) + "\n")
             found += new
