@@ -7,7 +7,9 @@ was where a card had been timed: an H100 took 320 ms for a warm refresh of an ol
 code (bench/README.md), and 197 are predicted.
 
 A refresh depends on numbers, which fake tensors lack. Here the iteration converges after one
-degree, brackets of thresholds hold, and every entry stays. That is the usual warm refresh.
+degree, brackets of thresholds hold, and every entry stays. That is the usual warm refresh. How
+eigenproblems are solved depends on the torch that counts (`ops/symmetric_eigen.py`); from 2.12 on
+it is one call of torch for each batch.
 
 Rows are counted for weights in bf16 and in fp32, and two ways: with the reference implementations
 of the subspace-iteration ops, and with the CUDA ops. The column ``products`` says how the weights

@@ -334,7 +334,7 @@ TABLES = {
             "waits": "{ops.waits:.0f}",
             "GB": "{ops.bytes/GB:.1f}",
             "TFLOP bf16, TF32, fp32": "{ops.bf16_flops/T:.2f}, {ops.tf32_flops/T:.2f}, {ops.fp32_flops/T:.2f}",
-            "eigenproblems": "{ops.eigenproblems:.0f} in {ops.eigenproblem_calls:.0f} calls",
+            "eigenproblems": "{ops.eigenproblems:.0f}",
             "predicted": "{ops.predicted_ms:.1f} ms",
             "references: launches": "{references.launches:.0f}",
             "GB ": "{references.bytes/GB:.1f}",
