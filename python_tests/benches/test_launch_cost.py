@@ -77,6 +77,10 @@ PROGRAMS = {
         [Work(2 * sum(PRODUCT), bf16=FLOPS)],
     ),
     "bf16 to fp32": (wide_product, [Work(2 * PRODUCT[0] + 4 * PRODUCT[1], bf16=FLOPS)]),
+    "a product into a result": (
+        lambda: torch.bmm(on_device(2, 3, 4), on_device(2, 4, 5), out=on_device(2, 3, 5)),
+        [Work(4 * sum(PRODUCT), fp32=FLOPS)],
+    ),
     "a matrix": (lambda: on_device(3, 4) @ on_device(4, 5), [Work(4 * (12 + 20 + 15), fp32=120)]),
     "a product and a sum": (
         lambda: torch.addmm(on_device(3, 5), on_device(3, 4), on_device(4, 5)),
