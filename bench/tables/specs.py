@@ -325,4 +325,5 @@ TABLES = {
         },
         cpu_loop_rows(),
     ),
-} | CARD_TABLES | COMPUTED_TABLES
+    **COMPUTED_TABLES,
+} | CARD_TABLES
