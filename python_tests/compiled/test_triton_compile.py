@@ -58,6 +58,18 @@ def test_triton_compile_passes_agree(compiled, target):
     assert len(PASSES) > 1 and len({compiled[case.name, target].products for case in PASSES}) == 1
 
 
+@pytest.mark.parametrize("target", [90, 100])
+def test_triton_compile_of_a_fused_weight_gradient_lets_two_programs_share_a_multiprocessor(compiled, target):
+    """So one program's copies and stores run beside the product of the other.
+
+    A multiprocessor of these targets has 65,536 registers and 228 KiB of shared memory.
+    """
+    for name in ("bf16 to fp32", "fp16 to fp32", "bf16 to bf16"):
+        record = compiled[f"packed_weight_grad: {name}", target]
+        assert record.threads * record.registers <= 65536 // 2
+        assert record.static_shared + record.dynamic_shared <= 113 * 1024
+
+
 def test_triton_compile_covers_every_kernel():
     """Each kernel of the package has a case, so a new kernel cannot be forgotten."""
     import importlib
