@@ -50,6 +50,19 @@ def test_triton_compile_tiles(compiled, case, target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", [case for case in PASSES if case.multiples], ids=lambda case: case.name)
+def test_triton_compile_copies_tiles_ahead(compiled, case, target):
+    """Before the loop copies of all stages but one are under way, and the loop asks for one more.
+
+    With one buffer, each copy would wait for the product before it.
+    """
+    record, tile = compiled[case.name, target], case.constants
+    copies = (tile["ROWS"] + tile["COLUMNS"]) * tile["DEPTH"] * 4 // 16 // record.threads
+    assert case.options["num_stages"] >= 3 and record.wide_copies == case.options["num_stages"] * copies
+    assert record.static_shared + record.dynamic_shared >= 2 * copies * record.threads * 16
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_triton_compile_passes_agree(compiled, target):
     """All passes over a low-rank product multiply with the same instructions.
 
