@@ -133,12 +133,13 @@ def test_each_summary_is_printed_last_and_logged(dry_run):
     assert not printed
 
 
-def test_budgets_fit_into_four_and_seven_minutes():
+def test_budgets_fit_into_five_seven_and_three_minutes():
     sums = {part: sum(stage.budget for stage in stages) for part, stages in gpu_suite.STAGES.items()}
-    assert gpu_suite.LIMITS_S == {"check": 300, "time": 395}
+    assert gpu_suite.LIMITS_S == {"check": 300, "time": 395, "experiments": 180}
     assert all(sums[part] <= limit for part, limit in gpu_suite.LIMITS_S.items()), sums
     names = {part: {stage.name for stage in stages} for part, stages in gpu_suite.STAGES.items()}
-    assert names == {"check": CHECKED, "time": TIMED | {"machine"}}
+    assert names == {"check": CHECKED, "time": TIMED | {"machine"}, "experiments": {"machine", "experiments"}}
+    assert gpu_suite.DEFAULT == ("check", "time")
 
 
 STAGES = """
