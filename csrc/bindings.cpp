@@ -2,7 +2,6 @@
 // shapes and dispatches on dtypes; it computes nothing. The public ops, with their schemas, fake
 // implementations and argument checks, are in lift_kernels/ops.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -11,6 +10,7 @@
 
 #ifdef LIFT_WITH_CUDA
 #include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
 #endif
 
 #include <algorithm>
