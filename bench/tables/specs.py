@@ -10,6 +10,7 @@ from bench.tables.rows import (
     kernel_rows,
     mask_rows,
     packed_op_rows,
+    refresh_cost_rows,
     refresh_rows,
     step_rows,
 )
@@ -327,17 +328,18 @@ TABLES = {
     "refresh-cost": Table(
         "refresh_cost.csv",
         {
-            "part": "{label}",
-            "launches": "{twins.launches:.0f}",
-            "GB": "{twins.bytes/GB:.1f}",
-            "TFLOP TF32, fp32": "{twins.tf32_flops/T:.2f}, {twins.fp32_flops/T:.2f}",
-            "launches, helpers": "{helpers.launches:.0f}",
-            "GB, helpers": "{helpers.bytes/GB:.1f}",
-            "TFLOP, helpers": "{helpers.tf32_flops/T:.2f}, {helpers.fp32_flops/T:.2f}",
+            "weights": "{label}",
+            "part": "{ops.part}",
+            "launches": "{ops.launches:.0f}",
+            "waits": "{ops.waits:.0f}",
+            "GB": "{ops.bytes/GB:.1f}",
+            "TFLOP bf16, TF32, fp32": "{ops.bf16_flops/T:.2f}, {ops.tf32_flops/T:.2f}, {ops.fp32_flops/T:.2f}",
+            "eigenproblems": "{ops.eigenproblems:.0f}",
+            "predicted": "{ops.predicted_ms:.1f} ms",
+            "references: launches": "{references.launches:.0f}",
+            "GB ": "{references.bytes/GB:.1f}",
+            "predicted ": "{references.predicted_ms:.1f} ms",
         },
-        [
-            (part, {way: {"part": part, "way": way} for way in ("twins", "helpers")})
-            for part in ("whole matrices", "tall blocks", "eigenproblems")
-        ],
+        refresh_cost_rows(),
     ),
 } | CARD_TABLES
