@@ -107,7 +107,8 @@ def warm_refresh(shapes: Mapping[tuple[int, int], int], rank: int, dtype: torch.
         with cuda.recording(cost):
             optimizer.refresh()
         report = optimizer.last_refresh
-        wrong = [matrix for matrix in report.matrices if (matrix.method, matrix.passes) != ("warm", 4)]
+        passes = 4 if dtype == torch.float32 else 3  # The last product in TF32 is made again, in fp32.
+        wrong = [matrix for matrix in report.matrices if (matrix.method, matrix.passes) != ("warm", passes)]
         if wrong:
             raise RuntimeError(f"not a warm refresh of one degree: {wrong[0]}")
     return cost.steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bench.tables.card import CARD_TABLES
+from bench.tables.computed import COMPUTED_TABLES
 from bench.tables.rows import (
     baseline_rows,
     cpu_loop_rows,
@@ -10,7 +11,6 @@ from bench.tables.rows import (
     kernel_rows,
     mask_rows,
     packed_op_rows,
-    refresh_cost_rows,
     refresh_rows,
     step_rows,
 )
@@ -325,21 +325,5 @@ TABLES = {
         },
         cpu_loop_rows(),
     ),
-    "refresh-cost": Table(
-        "refresh_cost.csv",
-        {
-            "weights": "{label}",
-            "part": "{ops.part}",
-            "launches": "{ops.launches:.0f}",
-            "waits": "{ops.waits:.0f}",
-            "GB": "{ops.bytes/GB:.1f}",
-            "TFLOP bf16, TF32, fp32": "{ops.bf16_flops/T:.2f}, {ops.tf32_flops/T:.2f}, {ops.fp32_flops/T:.2f}",
-            "eigenproblems": "{ops.eigenproblems:.0f}",
-            "predicted": "{ops.predicted_ms:.1f} ms",
-            "references: launches": "{references.launches:.0f}",
-            "GB ": "{references.bytes/GB:.1f}",
-            "predicted ": "{references.predicted_ms:.1f} ms",
-        },
-        refresh_cost_rows(),
-    ),
+    **COMPUTED_TABLES,
 } | CARD_TABLES

@@ -5,7 +5,8 @@ There are two methods. *Gram* takes the top eigenvectors of the smaller Gram mat
 where A is the matrix with its shorter side inside. It starts from a random block of about 2 r
 vectors (cold start), or from the basis of the last mask, about 1.5 r vectors (warm start). It stops
 when the Ritz energy, the sum of the top r Ritz values, has stalled. Matrices of one shape are
-factored together, because small factorizations would leave a GPU idle.
+factored together, because small factorizations would leave a GPU idle. There bf16 matrices are
+multiplied as they are, and all others in fp32.
 """
 
 from __future__ import annotations

@@ -207,13 +207,13 @@ def _select(
     copies of the weights (2 or 4 bytes per entry), which are free again. So the memory budget
     holds.
     """
-    expected = None
-    if any(threshold is not None for threshold in thresholds):
+    known = [threshold for threshold in thresholds if threshold is not None]
+    expected = threshold_bracket.around(torch.stack(known)) if known else None
+    if expected is not None and len(known) < len(thresholds):
+        rest = iter(expected)
         expected = torch.stack(
             [
-                threshold_bracket.sampled(f.left, f.right, k)
-                if threshold is None
-                else threshold_bracket.around(threshold)
+                threshold_bracket.sampled(f.left, f.right, k) if threshold is None else next(rest)
                 for f, threshold in zip(factors, thresholds)
             ]
         )

@@ -55,7 +55,7 @@ def bf16_product(a: Tensor, b: Tensor, terms: int = 1) -> Tensor:
 
     Args:
         a: (b, m, k) bf16. Nothing is rounded here.
-        b: (b, k, n), fp32 or bf16. Entries of bf16 are one term.
+        b: (b, k, n), or (k, n) for all, fp32 or bf16. Entries of bf16 are one term.
         terms: bf16 numbers for an fp32 entry.
 
     Returns:
@@ -75,5 +75,5 @@ def bf16_product(a: Tensor, b: Tensor, terms: int = 1) -> Tensor:
 
 def _with_fp32_sums(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda:
-        return torch.bmm(a, b, out_dtype=torch.float32)
+        return torch.bmm(a, b.expand(len(a), -1, -1), out_dtype=torch.float32)
     return a.float() @ b.float()  # Torch has no such product on CPUs. These have the same digits.

@@ -63,6 +63,13 @@ def test_empty_and_single_products(terms, m, k, n):
     assert torch.equal(bf16_product(a, b, terms), torch.full((2, m, n), 3.0 * k))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("terms", [1, 2, 3])
+def test_one_block_for_a_whole_batch(terms, device):
+    a, b = factors(device=device)
+    assert torch.equal(bf16_product(a, b[1], terms), bf16_product(a, b[1].expand(3, -1, -1), terms))
+
+
 def test_what_is_not_finite_stays_so():
     a, b = factors()
     b[0, 3, 2], b[1, 0, 0] = float("nan"), float("inf")
