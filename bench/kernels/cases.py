@@ -171,8 +171,8 @@ def weight_grad_case(dtype, out, precision="tf32", one=None):
     An fp32 one is by TF32 or exact. ``one``: the side "m" or "n" that is 1, which the compiler
     takes for a constant.
     """
-    types = {name: f"*{dtype}" for name in ("grad_output", "input")} | {"indices": "*i32", "out": f"*{FORMATS[out]}"}
-    types |= dict.fromkeys(("tokens", "count", "stride"), "i32") | dict.fromkeys({"m", "n"} - {one}, "i32")
+    types = {name: f"*{dtype}" for name in ("grad_output", "input")} | {"out": f"*{FORMATS[out]}", "tokens": "i32"}
+    types |= dict.fromkeys(("bitmap", "firsts"), "*i32") | dict.fromkeys({"m", "n"} - {one}, "i32")
     name = (
         f"packed_weight_grad: {dtype}{f' by {precision}' if dtype == 'fp32' else ''} to "
         f"{out}{f', {one} = 1' if one else ''}"
@@ -189,6 +189,15 @@ def weight_grad_case(dtype, out, precision="tf32", one=None):
         by_target=partial(targets.weight_grad_options, fp32=dtype == "fp32", tf32=precision == "tf32"),
         tensor_cores=precision != "ieee",
     )
+
+
+def tile_firsts_case():
+    """The search that comes before the fused product of a weight gradient."""
+    from lift_kernels.ops.triton import packed_weight_grad
+
+    types = dict.fromkeys(("indices", "firsts"), "*i32") | dict.fromkeys(("m", "n", "count", "stride"), "i32")
+    constants = {"COLUMNS": 128, "BLOCK": packed_weight_grad.SEARCHES}
+    return Case("packed_weight_grad: firsts of tiles", "packed_weight_grad._tile_firsts_kernel", types, constants)
 
 
 def select_cases():
@@ -247,6 +256,7 @@ CASES = (
     adamw_case("bf16", "bf16", "fp32", master=True, packed=True, births=True, aligned=False),
     *packed_cases(),
     *migrate_cases(),
+    tile_firsts_case(),
     weight_grad_case("bf16", "fp32"),
     weight_grad_case("fp16", "fp32"),
     weight_grad_case("bf16", "bf16"),

@@ -35,15 +35,18 @@ def test_options_for_amd(target):
 
 
 @pytest.mark.parametrize("fp32, tf32", [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("square", [False, True])
 @pytest.mark.parametrize("arch", CARDS)
-def test_options_of_the_fused_weight_gradient(arch, fp32, tf32):
-    options = targets.weight_grad_options(CARDS[arch], fp32=fp32, tf32=tf32)
+def test_options_of_the_fused_weight_gradient(monkeypatch, arch, square, fp32, tf32):
+    """``square``: the compiler is Triton 3.7 or later."""
+    monkeypatch.setattr(targets, "SQUARE_TILES", square)
+    options = targets.weight_grad_options.__wrapped__(CARDS[arch], fp32=fp32, tf32=tf32)
     old = arch < 80
     assert options["WIDEN"] == (old and not fp32)
     assert options["PRECISION"] == ("tf32" if tf32 and not old else "ieee")
     exact = old or (fp32 and not tf32)
-    assert options["COLUMNS"] == (128 if 90 <= arch < 120 and not exact else 64)
-    assert set(options) == {*("ROWS", "COLUMNS", "TOKENS", "ENTRIES", "PRECISION", "WIDEN", "num_warps", "num_stages")}
+    assert options["COLUMNS"] == (128 if square and 90 <= arch < 120 and not exact else 64)
+    assert set(options) == {*("ROWS", "COLUMNS", "TOKENS", "PRECISION", "WIDEN", "num_warps", "num_stages")}
 
 
 @pytest.mark.parametrize("arch", CARDS)

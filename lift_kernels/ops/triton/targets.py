@@ -10,12 +10,19 @@ from __future__ import annotations
 import functools
 
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 
 from .. import dispatch
 
 ASSUMED = GPUTarget("cuda", 90, 32)
 """The target where no card runs anything: in Triton's interpreter, and on fake tensors."""
+
+SQUARE_TILES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7)
+"""Whether the compiler has registers for square tiles of weight gradients on sm_90 and sm_100.
+
+Triton 3.6 spills hundreds of them.
+"""
 
 
 def target_of(device: torch.device) -> GPUTarget:
@@ -92,10 +99,10 @@ def weight_grad_options(target: GPUTarget, *, fp32: bool, tf32: bool) -> dict:
     """
     tf32 = tf32 and has_tf32(target)
     exact = not has_tensor_cores(target) or (fp32 and not tf32)
-    # The sides of a tile of the gradient, the tokens of one step of the product, and the entries of
-    # a row that the epilogue writes at once. Square tiles spill where warps multiply one by one and
-    # not four together, depending on the version of Triton. So do exact products.
-    square = target.backend == "cuda" and 90 <= target.arch < 120 and not exact
-    options: dict[str, object] = {"ROWS": 128, "COLUMNS": 128 if square else 64, "TOKENS": 32, "ENTRIES": 8}
+    # The sides of a tile of the gradient, and the tokens of one step of the product. The columns
+    # are a multiple of 32, the bits of a word of the bitmap. Where warps multiply one by one and
+    # not four together, a square tile takes most registers, and so does an exact product.
+    square = SQUARE_TILES and target.backend == "cuda" and 90 <= target.arch < 120 and not exact
+    options: dict[str, object] = {"ROWS": 128, "COLUMNS": 128 if square else 64, "TOKENS": 32}
     options |= {"PRECISION": "tf32" if tf32 else "ieee", "WIDEN": exact and not fp32}
     return options | {"num_warps": 8, "num_stages": 3}
