@@ -7,7 +7,8 @@ their bodies and not their fakes. Otherwise a wait inside an op would stay unsee
 What is replaced while a `FakeCuda` is entered, and nothing else:
 
 - the choice of a backend for CUDA tensors, which becomes Triton where an op has it
-- ``kernel[grid](...)`` of Triton, and the private CUDA ops, which are only counted
+- ``kernel[grid](...)`` of Triton, and the private CUDA ops, which are only counted; with a CPU
+  tensor among their arguments they raise ValueError
 - streams, events, device guards and ``pin_memory`` of torch, which need a CUDA build; the guard of
   C++ code is ``device_guard.cpp beside this file``
 - ``data_ptr`` of fake tensors, which have no memory: an address that belongs to their storage
@@ -122,6 +123,7 @@ class FakeCuda:
         from triton.runtime.jit import JITFunction
 
         def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+            _refuse_cpu_tensors(kernel.fn.__name__, (arguments, options))
             self.launch(kernel.fn.__name__)
 
         def choose(requested: str | None, device: torch.device, op: str) -> str:
@@ -145,6 +147,7 @@ class FakeCuda:
         yield torch.cuda, "synchronize", lambda device=None: self.wait("torch.cuda.synchronize")
         yield torch.cuda, "is_current_stream_capturing", lambda: False
         yield torch.cuda, "current_device", lambda: 0
+        yield torch.cuda.tunable, "is_enabled", lambda: False
         yield torch.cuda, "_exchange_device", lambda device: 0
         yield torch.cuda, "_maybe_exchange_device", lambda device: 0
         yield Tensor, "pin_memory", lambda tensor, device=None: tensor.clone()
@@ -169,6 +172,7 @@ class _Device(TorchDispatchMode):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         if func.namespace == NATIVE:
+            _refuse_cpu_tensors(str(func), leaves)
             return self.cuda.launch(str(func))
         if func.namespace not in OF_TORCH:
             with self:  # The body: what the dispatcher would run on real CUDA tensors.
@@ -281,6 +285,14 @@ class _Device(TorchDispatchMode):
 def _on_device(leaf: object) -> bool:
     device = leaf if isinstance(leaf, torch.device) else leaf.device if isinstance(leaf, FakeTensor) else None
     return device is not None and device.type == "cuda"
+
+
+def _refuse_cpu_tensors(kernel: str, arguments: object) -> None:
+    """Raise ValueError for a CPU tensor among the arguments of a launch, or in a tuple of them."""
+    for leaf in tree_leaves(arguments):
+        tensor = getattr(leaf, "base", leaf)  # of a tensor descriptor
+        if isinstance(tensor, Tensor) and not _on_device(tensor):
+            raise ValueError(f"{kernel} is launched with a CPU tensor of shape {tuple(tensor.shape)}, {tensor.dtype}")
 
 
 def _is_true(tensor: Tensor) -> bool:
