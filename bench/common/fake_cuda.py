@@ -44,7 +44,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.common.device_events import Event, Recording, package_frames
+from bench.common.device_events import Event, Recording, package_frames, refuse_cpu_tensors
 from lift_kernels.ops import dispatch
 from lift_kernels.ops.device_tables import DeviceTables
 
@@ -123,7 +123,7 @@ class FakeCuda:
         from triton.runtime.jit import JITFunction
 
         def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
-            _refuse_cpu_tensors(kernel.fn.__name__, (arguments, options))
+            refuse_cpu_tensors(kernel.fn.__name__, (arguments, options))
             self.launch(kernel.fn.__name__)
 
         def choose(requested: str | None, device: torch.device, op: str) -> str:
@@ -172,7 +172,7 @@ class _Device(TorchDispatchMode):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         if func.namespace == NATIVE:
-            _refuse_cpu_tensors(str(func), leaves)
+            refuse_cpu_tensors(str(func), leaves)
             return self.cuda.launch(str(func))
         if func.namespace not in OF_TORCH:
             with self:  # The body: what the dispatcher would run on real CUDA tensors.
@@ -227,6 +227,10 @@ class _Device(TorchDispatchMode):
 
     def _linalg_check_errors(self, func, args, kwargs):
         self.cuda.wait(str(func))
+
+    def _fused_adamw_(self, func, args, kwargs):
+        refuse_cpu_tensors(str(func), args[:6])  # Fake tensors let numbers on the CPU pass, which CUDA does not.
+        return self._faked(func, "_fused_adamw_", args, kwargs)
 
     def _index(self, func, args, kwargs):
         indices = self._positions(func, args[1])
@@ -285,14 +289,6 @@ class _Device(TorchDispatchMode):
 def _on_device(leaf: object) -> bool:
     device = leaf if isinstance(leaf, torch.device) else leaf.device if isinstance(leaf, FakeTensor) else None
     return device is not None and device.type == "cuda"
-
-
-def _refuse_cpu_tensors(kernel: str, arguments: object) -> None:
-    """Raise ValueError for a CPU tensor among the arguments of a launch, or in a tuple of them."""
-    for leaf in tree_leaves(arguments):
-        tensor = getattr(leaf, "base", leaf)  # of a tensor descriptor
-        if isinstance(tensor, Tensor) and not _on_device(tensor):
-            raise ValueError(f"{kernel} is launched with a CPU tensor of shape {tuple(tensor.shape)}, {tensor.dtype}")
 
 
 def _is_true(tensor: Tensor) -> bool:

@@ -138,6 +138,13 @@ def native_scatter(x, host):
     torch.ops.lift_kernels_native.packed_scatter_.default(x, positions, host)
 
 
+def fused_step(x, host):
+    """Of torch's AdamW, whose fake lets step counts on the CPU pass."""
+    lists = [[x], [x], [x], [x], []]
+    options = dict(lr=0.1, beta1=0.9, beta2=0.9, weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False)
+    torch._fused_adamw_(*lists, [host], **options)
+
+
 # name: a launch with a CPU tensor, and what is launched
 LAUNCHES_WITH_CPU_TENSORS = {
     "Triton": (lambda x, host: _empty_kernel[(1,)](host), "_empty_kernel"),
@@ -147,6 +154,7 @@ LAUNCHES_WITH_CPU_TENSORS = {
         lambda x, host: _empty_kernel[(1,)](TensorDescriptor(host, [4], [1], [4])),
         "_empty_kernel",
     ),
+    "fused step": (fused_step, "_fused_adamw_"),
     "private op": (native_scatter, "lift_kernels_native.packed_scatter_"),
 }
 
