@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,10 +103,10 @@ def set_gradients(gradients: dict[str, Tensor], number: int) -> None:
         gradient.copy_(torch.randn(gradient.shape, generator=generator))
 
 
-def assert_same_run(case: Case, device: str, graph) -> None:
+def assert_same_run(case: Case, device: str, graph, after_capture: Callable[[], object] = lambda: None) -> None:
     """Check that replays with refreshes in between equal steps without a graph, to the bit.
 
-    A refresh must exchange some entries.
+    A refresh must exchange some entries. ``after_capture`` is called once.
     """
     runs = [Training(case.mode, case.dtype, device=device, scheduled=case.scheduled, **case.options) for _ in range(2)]
     graphed, eager = runs
@@ -121,6 +122,7 @@ def assert_same_run(case: Case, device: str, graph) -> None:
         graphed.optimizer.step()
     eager.optimizer.step()
     graph.capture(graphed.optimizer.step)
+    after_capture()
     graphed.assert_same(eager, "the capture, in which nothing runs")
     for number in range(1, 6):
         for run, of_one in zip(runs, gradients):

@@ -25,7 +25,7 @@ on_both = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=p
 
 
 class Mixed(nn.Module):
-    """A linear layer, a Conv1D with its transposed weight, and stacked experts, which get a hook."""
+    """A linear layer, a Conv1D with its transposed weight, and experts, which get a hook."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -11,7 +11,8 @@ import torch
 from helpers.graph_training import CASES, Training, assert_same_run, loss_of
 from helpers.graphs import CpuGraph, CudaGraph
 
-from lift_kernels.ops import dispatch
+from lift_kernels.ops import bias_correction, dispatch
+from lift_kernels.ops.triton import launch_tables
 
 pytestmark = pytest.mark.interpreter if dispatch.interpreting() else pytest.mark.gpu
 DEVICE, Graph = ("cpu", CpuGraph) if dispatch.interpreting() else ("cuda", CudaGraph)
@@ -23,9 +24,25 @@ def test_a_replayed_step_equals_an_eager_one(name):
     assert_same_run(CASES[name], DEVICE, Graph())
 
 
+def test_tables_of_a_graph_stay_though_many_others_come():
+    """Addresses and segments of other launches push out those that no graph reads."""
+    kept = []
+
+    def crowd_out():
+        device = torch.device(DEVICE, torch.cuda.current_device()) if DEVICE == "cuda" else torch.device("cpu")
+        x = torch.zeros(300, device=device)
+        for i in range(300):
+            kept.append(launch_tables.pointer_table([x[i:]], device).data)
+            kept.append(launch_tables.block_table([i * 64], [7], 10**6, 64, device).data)
+            kept.append(bias_correction.bias_table(0.5, 0.5 + i / 1000, device))
+
+    assert_same_run(CASES["packed fp32, per entry"], DEVICE, Graph(), crowd_out)
+    assert len(kept) == 900
+
+
 @pytest.mark.parametrize("mode", ["matrix", "packed"])
 def test_a_replayed_training_step_equals_an_eager_one(mode):
-    """The forward and the backward pass are in the graph too, so lists of packed layers are read."""
+    """The forward and the backward pass are in the graph too, which read lists of packed layers."""
     graphed, eager = (Training(mode, torch.float32, device=DEVICE) for _ in range(2))
     x = torch.empty(12, 24, device=DEVICE)
 

@@ -42,7 +42,7 @@ def test_the_host_reads_nothing_in_a_capture(read):
 
 
 if dispatch.interpreting():
-    # These break the package on purpose. A run that reads the old tensor, or does not follow it, differs.
+    # These break the package on purpose.
 
     @pytest.mark.parametrize("buffer", ["indices", "exp_avg", "exp_avg_sq", "master", "births", "steps"])
     def test_a_buffer_that_a_refresh_makes_anew_is_noticed(buffer, monkeypatch):

@@ -1,0 +1,89 @@
+"""Memory of a refresh and of a save: on a GPU all of it, on the CPU that of large fp32 tensors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.bits import BF16, FP32
+from helpers.tensor_accounts import PeakBytes
+from torch import nn
+
+from lift_kernels import LiftAdamW
+from lift_kernels.masks import principal
+from lift_kernels.masks.costs import block_width
+from lift_kernels.masks.principal import MaskRequest, principal_masks
+
+RANK = 16
+on_both = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+@contextlib.contextmanager
+def peak_of(device: str, numel: int) -> Iterator[SimpleNamespace]:
+    """Bytes at the peak beyond those before. On the CPU fp32 tensors of ``numel`` entries count."""
+    found = SimpleNamespace(bytes=0)
+    if device == "cpu":
+        with PeakBytes(numel) as peak:
+            yield found
+        found.bytes = peak.peak
+        return
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    yield found
+    torch.cuda.synchronize()
+    found.bytes = torch.cuda.max_memory_allocated() - before
+
+
+def matrices(device: str, dtype: torch.dtype, count: int, shape: tuple[int, int]) -> list[torch.Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    return [torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(count)]
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("method", ["chebyshev", "gram"])
+@on_both
+def test_a_refresh_keeps_to_its_budget(device, method, dtype, monkeypatch):
+    """The budget counts the fp32 copies of weights that are factored together; here those of two.
+
+    Beside them lie blocks of the iteration or Gram matrices, factors, bitmaps, and the scratch of
+    libraries. They must stay below another copy, so that a second set of copies would be seen.
+    """
+    shape = (2048, 4096) if device == "cuda" else (300, 4096)
+    if method == "gram" and device == "cuda":
+        shape = (256, 32768)
+    weights = matrices(device, dtype, 5, shape)
+    copy = 4 * weights[0].numel()
+    requests = [MaskRequest(w, RANK, w.numel() // 50, f"w{i}") for i, w in enumerate(weights)]
+    monkeypatch.setattr(principal, "MEMORY_BUDGET", 2 * copy)
+    budget = None if device == "cuda" else 2 * copy  # Without a GPU it would be one matrix at a time.
+    principal_masks(requests[:2], method=method, memory_budget=budget)  # Libraries take their scratch once.
+    with peak_of(device, weights[0].numel()) as peak:
+        masks = principal_masks(requests, method=method, memory_budget=budget)
+    blocks = 8 * 4 * sum(shape) * block_width(shape, RANK)
+    assert blocks < copy and len(masks) == 5
+    assert peak.bytes <= 2 * copy + copy * (device == "cuda"), f"{peak.bytes / copy:.2f} copies"
+    assert device == "cpu" or peak.bytes >= 2 * copy, "the budget was not used"
+
+
+@on_both
+def test_a_state_dict_takes_no_memory_of_the_device(device):
+    """Every tensor is copied to the host by itself. Only samples of the weights are made before."""
+    weights = [nn.Parameter(w) for w in matrices(device, BF16, 3, (512, 1024))]
+    optimizer = LiftAdamW(weights, rank=4, density=0.2, selection="magnitude", refresh_interval=None)
+    for w in weights:
+        w.grad = torch.ones_like(w)
+    optimizer.step()
+    optimizer.state_dict()
+    size = sum(t.numel() * t.element_size() for w in weights for t in optimizer.state[w].values())
+    assert size > 4_000_000
+    with peak_of(device, weights[0].numel() // 5) as peak:
+        saved = optimizer.state_dict()
+    assert peak.bytes <= (size // 20 if device == "cuda" else size), "the state lies on the device twice"
+    for i, w in enumerate(weights):
+        for key in ("indices", "exp_avg", "exp_avg_sq", "master"):
+            assert saved["state"][i][key].device.type == "cpu"
+            assert torch.equal(saved["state"][i][key], optimizer.state[w][key].cpu())
