@@ -47,8 +47,8 @@ class CudaGraph:
 class CpuGraph:
     """The emulation.
 
-    As on a GPU nothing that is captured takes place before it is replayed, the host reads no
-    tensor, and no table is built.
+    As on a GPU nothing that is captured takes place before it is replayed, and until then the
+    results hold anything. The host reads no tensor, and no table is built.
     """
 
     def __init__(self) -> None:
@@ -59,6 +59,7 @@ class CpuGraph:
     def warming_up() -> Iterator[None]:
         yield
 
+    @torch.no_grad()
     def capture(self, step: Callable[[], object]) -> None:
         from triton.runtime.interpreter import InterpretedFunction
 
@@ -71,8 +72,10 @@ class CpuGraph:
             stack.enter_context(mock.patch.object(InterpretedFunction, "run", launch))
             stack.enter_context(mock.patch.object(dispatch, "capturing", lambda: True))
             stack.enter_context(mock.patch.object(DeviceTables, "_upload", staticmethod(_refuse_table)))
-            stack.enter_context(_Capture(self._calls))
+            capture = stack.enter_context(_Capture(self._calls))
             step()
+        for tensor in capture.results:
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 1 if tensor.dtype == torch.bool else 99)
 
     @torch.no_grad()
     def replay(self) -> None:
@@ -89,6 +92,7 @@ class _Capture(TorchDispatchMode):
     def __init__(self, calls: list[Callable[[], None]]) -> None:
         super().__init__()
         self.calls = calls
+        self.results: list[Tensor] = []  # tensors that hold nothing before the first replay
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -118,6 +122,9 @@ class _Capture(TorchDispatchMode):
         out = func(*args, **kwargs)
         if not any(returns):  # The others are views.
             self.calls.append(lambda: _into(out, func(*args, **kwargs)))
+            given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+            made = [leaf.detach() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+            self.results += [tensor for tensor in made if tensor.untyped_storage()._cdata not in given]
         return out
 
 

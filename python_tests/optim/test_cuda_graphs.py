@@ -24,6 +24,19 @@ def test_a_replayed_step_equals_an_eager_one(name):
     assert_same_run(CASES[name], DEVICE, Graph())
 
 
+def test_what_a_capture_counts_can_be_saved_before_the_first_replay():
+    """Flags of skipped steps are added up on the device, where a capture computes nothing."""
+    training = Training("matrix", torch.float32, device=DEVICE)
+    training.make_gradients()
+    training.optimizer.found_inf = torch.zeros((), device=DEVICE)
+    graph = Graph()
+    with graph.warming_up():
+        training.optimizer.step()
+    graph.capture(training.optimizer.step)
+    saved = training.optimizer.state_dict()
+    assert saved["param_groups"][0]["steps_since_refresh"] == 2, "the captured step counts, though it does not run"
+
+
 def test_tables_of_a_graph_stay_though_many_others_come():
     """Addresses and segments of other launches push out those that no graph reads."""
     kept = []

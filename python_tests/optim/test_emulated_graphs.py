@@ -18,14 +18,16 @@ CASE = CASES["bf16 matrices, per entry, clipped"]
 
 
 def test_nothing_takes_place_before_the_replay():
-    x, y, graph = torch.ones(4), torch.zeros(4), CpuGraph()
+    x, y, doubled, graph = torch.ones(4), torch.zeros(4), [], CpuGraph()
 
     def step():
-        y.view(2, 2).add_(x.view(2, 2) * 2)
+        doubled.append(x.view(2, 2) * 2)
+        y.view(2, 2).add_(doubled[0])
         torch.add(x, y, out=x)
 
     graph.capture(step)
     assert (x.tolist(), y.tolist(), len(graph)) == ([1.0] * 4, [0.0] * 4, 3)
+    assert doubled[0].isnan().all()
     graph.replay()
     assert (x.tolist(), y.tolist()) == ([3.0] * 4, [2.0] * 4)
     x.fill_(10.0)
