@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.graph_training import CASES, Training, assert_same_run, loss_of
+from helpers.graph_training import CASES, Training, assert_same_run, loss_of, set_gradients
 from helpers.graphs import CpuGraph, CudaGraph
 
 from lift_kernels.ops import bias_correction, dispatch
@@ -35,6 +35,24 @@ def test_what_a_capture_counts_can_be_saved_before_the_first_replay():
     graph.capture(training.optimizer.step)
     saved = training.optimizer.state_dict()
     assert saved["param_groups"][0]["steps_since_refresh"] == 2, "the captured step counts, though it does not run"
+
+
+def test_a_capture_without_a_step_before_is_refused_and_leaves_no_trace():
+    """The step that follows finds no table of the failed capture."""
+    runs = [
+        Training("matrix", torch.bfloat16, device=DEVICE, bias_correction="per_entry", betas=(0.81, 0.93))
+        for _ in range(2)
+    ]
+    for run in runs:
+        run.optimizer.refresh()  # the first masks
+        run.make_gradients()
+        set_gradients(run.gradients(), 0)
+    refused, other = runs
+    with pytest.raises(RuntimeError, match="run the step once before the capture|a table is built inside a capture"):
+        Graph().capture(refused.optimizer.step)
+    for run in runs:
+        run.optimizer.step()
+    refused.assert_same(other, "the step after the capture")
 
 
 def test_tables_of_a_graph_stay_though_many_others_come():
