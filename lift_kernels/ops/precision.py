@@ -1,4 +1,4 @@
-"""The precision of fp32 products on a GPU, whatever the user's setting."""
+"""The precision of products on a GPU, whatever the user's setting."""
 
 from __future__ import annotations
 
@@ -44,3 +44,36 @@ def matmul_precision(tensor: Tensor, precision: str) -> Iterator[None]:
         matmul.fp32_precision = before
         if tuned:
             torch.cuda.tunable.enable(True)
+
+
+def bf16_product(a: Tensor, b: Tensor, terms: int = 1) -> Tensor:
+    """Multiply bf16 matrices with fp32 ones on bf16 tensor cores, with sums in fp32.
+
+    Each entry of ``b`` becomes a sum of ``terms`` bf16 numbers: 1 term has 8 significant bits, 2
+    have 16, and 3 have the 24 of fp32. Their products stand side by side in one call, so that ``a``
+    is read once.
+
+    Args:
+        a: (b, m, k) bf16. Nothing is rounded here.
+        b: (b, k, n), or (k, n) for all, fp32 or bf16. Entries of bf16 are one term.
+        terms: bf16 numbers for an fp32 entry.
+
+    Returns:
+        (b, m, n) fp32, contiguous.
+    """
+    if b.dtype == torch.bfloat16:
+        return _with_fp32_sums(a, b)
+    width = b.shape[-1]
+    split = b.new_empty(*b.shape[:-1], terms * width, dtype=torch.bfloat16)
+    rest = b
+    for term, part in enumerate(split.split(width, dim=-1), start=1):
+        part.copy_(rest)
+        rest = rest - part if term < terms else rest
+    product = _with_fp32_sums(a, split)
+    return product if terms == 1 else product.unflatten(-1, (terms, width)).sum(-2)
+
+
+def _with_fp32_sums(a: Tensor, b: Tensor) -> Tensor:
+    if a.is_cuda:
+        return torch.bmm(a, b.expand(len(a), -1, -1), out_dtype=torch.float32)
+    return a.float() @ b.float()  # Torch has no such product on CPUs. These have the same digits.
