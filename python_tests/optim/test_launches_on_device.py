@@ -15,7 +15,7 @@ from bench.common.fake_cuda import FakeCuda
 from lift_kernels import LiftAdamW, lift_param_groups, pack_gradients
 from lift_kernels.nn.grad_hooks import hooked_parameters, pack_gradient
 from lift_kernels.nn.linear import PackedLinear
-from lift_kernels.ops import bias_correction, device_tables
+from lift_kernels.ops import bias_correction, device_tables, dispatch
 from lift_kernels.optim import lift_adamw as lift_adamw_module
 from lift_kernels.optim.packed_state import PackedState
 
@@ -24,9 +24,13 @@ BF16, FP32 = torch.bfloat16, torch.float32
 MASK = {"rank": 16, "density": 0.1}
 
 
+NATIVE = dict.fromkeys(dispatch.ops_of("native-cuda"), "native-cuda")
+
+
 @pytest.fixture(scope="module")
-def cuda():
-    with FakeCuda() as cuda:
+def cuda(request):
+    """Triton kernels, or where a test says so the native CUDA ops, of which there are fewer."""
+    with FakeCuda(getattr(request, "param", None)) as cuda:
         yield cuda
 
 
@@ -118,6 +122,19 @@ def test_launches_with_a_learning_rate_on_the_device(cuda):
     for group in optimizer.param_groups:
         group["lr"] = torch.tensor(1e-3, device="cuda")
     steps_on_the_device(cuda, model, optimizer)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("cuda", [NATIVE], indirect=True, ids=["native-cuda"])
+def test_launches_of_native_ops_in_a_refresh(cuda):
+    model, optimizer = make("packed", side=600, mask_method="chebyshev", warm_start="cpu")
+    with cuda.recording() as events:
+        backward(model)
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.refresh()
+    found = {event.what.partition(".")[2].partition(".")[0] for event in events.launches if "native" in event.what}
+    assert found >= {"packed_gather", "gram", "cholesky_inverse", "multiply_upper_", "bitmap_to_indices"}
 
 
 @pytest.mark.parametrize("warm_start", ["device", "cpu"])
