@@ -68,8 +68,12 @@ def packed_gradients(model):
     return found | {"experts": (model.experts.lift_grad, model.experts.lift_indices)}
 
 
-@pytest.mark.parametrize("name", USES)
-@on_both
+@pytest.mark.parametrize(
+    "name, device",
+    [(name, "cpu") for name in USES]
+    # Compilation takes seconds, so a GPU does it once.
+    + [pytest.param(name, "cuda", marks=pytest.mark.gpu) for name in USES if name != "compile"],
+)
 def test_gradients_are_those_of_a_plain_model(name, device):
     """Over two masks, with two micro-batches each."""
     use, autocast = USES[name]
