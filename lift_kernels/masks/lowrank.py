@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.precision import has_bf16_products
 from ..ops.symmetric_eigen import symmetric_eigen
 from ..validation import check_finite, require
 from . import costs
@@ -228,11 +229,11 @@ def _tall_batch(weights: Sequence[Tensor], units: Sequence[float]) -> Tensor:
 
 
 def factored_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype in which a matrix is multiplied: fp32, or bf16 for a bf16 matrix on a GPU.
-
-    GPUs multiply bf16 faster than anything else. On CPUs it is slow.
+    """The dtype in which a matrix is multiplied: bf16 where it is bf16 on a GPU that is fast then,
+    else fp32.
     """
-    return torch.bfloat16 if weight.is_cuda and weight.dtype == torch.bfloat16 else torch.float32
+    bf16 = weight.dtype == torch.bfloat16 and has_bf16_products(weight.device)
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 def _oriented(long, short, basis, shape, unit, method="gram", passes=2, converged=True) -> LowRankFactors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -46,6 +47,21 @@ def matmul_precision(tensor: Tensor, precision: str) -> Iterator[None]:
             torch.cuda.tunable.enable(True)
 
 
+def has_bf16_products(device: torch.device) -> bool:
+    """Return whether `bf16_product` is fast on a device.
+
+    NVIDIA's tensor cores know bf16 from sm_80 on. Torch refuses it with fp32 sums on some AMD
+    GPUs, and CPUs take longer than for fp32.
+    """
+    return device.type == "cuda" and torch.version.hip is None and _capability(device.index) >= (8, 0)
+
+
+@functools.cache
+def _capability(index: int | None) -> tuple[int, int]:
+    """Compute capability of a card. Fake CUDA tensors count as on an H100."""
+    return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else (9, 0)
+
+
 def bf16_product(a: Tensor, b: Tensor, terms: int = 1) -> Tensor:
     """Multiply bf16 matrices with fp32 ones on bf16 tensor cores, with sums in fp32.
 
@@ -75,5 +91,6 @@ def bf16_product(a: Tensor, b: Tensor, terms: int = 1) -> Tensor:
 
 def _with_fp32_sums(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda:
-        return torch.bmm(a, b.expand(len(a), -1, -1), out_dtype=torch.float32)
+        with matmul_precision(a, "ieee"):  # TunableOp, which that disables, refuses two dtypes.
+            return torch.bmm(a, b.expand(len(a), -1, -1), out_dtype=torch.float32)
     return a.float() @ b.float()  # Torch has no such product on CPUs. These have the same digits.

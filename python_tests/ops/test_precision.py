@@ -87,6 +87,20 @@ def test_a_gpu_reads_the_weights_once(monkeypatch):
     assert calls == [(3, 40, 10)]
 
 
+@pytest.mark.parametrize(
+    ("capability", "hip", "fast"),
+    [((7, 5), None, False), ((8, 0), None, True), ((12, 0), None, True), ((9, 4), "6.4", False)],
+)
+def test_cards_without_bf16_multiply_in_fp32(capability, hip, fast, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    precision._capability.cache_clear()
+    assert precision.has_bf16_products(torch.device("cuda", 0)) == fast
+    assert not precision.has_bf16_products(torch.device("cpu"))
+    precision._capability.cache_clear()
+
+
 PRECISIONS = """
 import torch
 from types import SimpleNamespace
