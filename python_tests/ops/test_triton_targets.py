@@ -15,12 +15,15 @@ CARDS = {arch: GPUTarget("cuda", arch, 32) for arch in (70, 75, 80, 86, 89, 90, 
 MI300, MI200 = GPUTarget("hip", "gfx942", 64), GPUTarget("hip", "gfx90a", 64)
 
 
+@pytest.mark.parametrize("newer", [False, True])
 @pytest.mark.parametrize("arch", CARDS)
-def test_a_lowrank_product_has_fp32_error_on_every_card(arch):
+def test_a_lowrank_product_has_fp32_error_on_every_card(monkeypatch, arch, newer):
     """TF32 three times where it exists, else fp32; the same in all passes."""
-    scan, histogram = (targets.lowrank_options(CARDS[arch], histogram=value) for value in (False, True))
+    monkeypatch.setattr(targets, "TRITON_3_7", newer)
+    make = targets.lowrank_options.__wrapped__
+    scan, histogram = (make(CARDS[arch], histogram=value) for value in (False, True))
     assert scan["PRECISION"] == ("tf32x3" if arch >= 80 else "ieee")
-    assert scan.get("maxnreg") == (128 if 90 <= arch < 120 else None) and "maxnreg" not in histogram
+    assert scan.get("maxnreg") == (128 if 90 <= arch < (140 if newer else 120) else None) and "maxnreg" not in histogram
     assert {k: v for k, v in scan.items() if k != "maxnreg"} == histogram
 
 
@@ -39,7 +42,7 @@ def test_options_for_amd(target):
 @pytest.mark.parametrize("arch", CARDS)
 def test_options_of_the_fused_weight_gradient(monkeypatch, arch, square, fp32, tf32):
     """``square``: the compiler is Triton 3.7 or later."""
-    monkeypatch.setattr(targets, "SQUARE_TILES", square)
+    monkeypatch.setattr(targets, "TRITON_3_7", square)
     options = targets.weight_grad_options.__wrapped__(CARDS[arch], fp32=fp32, tf32=tf32)
     old = arch < 80
     assert options["WIDEN"] == (old and not fp32)

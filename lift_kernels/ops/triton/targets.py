@@ -18,10 +18,10 @@ from .. import dispatch
 ASSUMED = GPUTarget("cuda", 90, 32)
 """The target where no card runs anything: in Triton's interpreter, and on fake tensors."""
 
-SQUARE_TILES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7)
-"""Whether the compiler has registers for square tiles of weight gradients on sm_90 and sm_100.
+TRITON_3_7 = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7)
+"""Whether the compiler is Triton 3.7 or later.
 
-Triton 3.6 spills hundreds of them.
+Triton 3.6 spills in square tiles of weight gradients, and in a limited low-rank product on sm_120.
 """
 
 
@@ -81,7 +81,8 @@ def lowrank_options(target: GPUTarget, *, histogram: bool = False) -> dict:
     # A depth of 32 is faster by 17 % on an H100, but some passes then spill registers there, and
     # all on an A100.
     options |= {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": False}
-    if target.backend == "cuda" and 90 <= target.arch < 120 and not histogram:
+    newest = 140 if TRITON_3_7 else 120
+    if target.backend == "cuda" and 90 <= target.arch < newest and not histogram:
         # Two programs then fit on a multiprocessor, so that one multiplies while the other selects.
         # Elsewhere, and in the histogram, the compiler needs fewer registers when it has no limit.
         options["maxnreg"] = 128
@@ -102,7 +103,7 @@ def weight_grad_options(target: GPUTarget, *, fp32: bool, tf32: bool) -> dict:
     # The sides of a tile of the gradient, and the tokens of one step of the product. The columns
     # are a multiple of 32, the bits of a word of the bitmap. Where warps multiply one by one and
     # not four together, a square tile takes most registers, and so does an exact product.
-    square = SQUARE_TILES and target.backend == "cuda" and 90 <= target.arch < 120 and not exact
+    square = TRITON_3_7 and target.backend == "cuda" and 90 <= target.arch < 120 and not exact
     options: dict[str, object] = {"ROWS": 128, "COLUMNS": 128 if square else 64, "TOKENS": 32}
     options |= {"PRECISION": "tf32" if tf32 else "ieee", "WIDEN": exact and not fp32}
     return options | {"num_warps": 8, "num_stages": 3}
