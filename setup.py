@@ -76,9 +76,16 @@ def static_runtime(toolkit: Path) -> Path | None:
 
 def cuda_archs(nvcc: Path) -> list[str]:
     """Return the target architectures: those of LIFT_CUDA_ARCHS, or all that nvcc knows."""
-    chosen = os.environ.get("LIFT_CUDA_ARCHS")
+    given = os.environ.get("LIFT_CUDA_ARCHS", "")
+    chosen = [arch for arch in re.split(r"[;,\s]+", given) if arch]
+    for arch in chosen:  # nvcc's own error would only leave the CUDA ops out.
+        if re.fullmatch(r"\d{2,3}[af]?", arch) is None:
+            sys.exit(
+                f"setup.py: LIFT_CUDA_ARCHS={given!r} has {arch!r}; name architectures by their number, "
+                "90 for sm_90, with semicolons between them, as in 80;90"
+            )
     if chosen:
-        return chosen.split(";")
+        return chosen
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
     return [arch for arch in CUDA_ARCHS if f"sm_{arch}" in known] or ["80"]
 

@@ -49,6 +49,8 @@ CUDA_12_4 = "sm_50\\nsm_75\\nsm_80\\nsm_86\\nsm_89\\nsm_90\\nsm_90a\\n"
         (CUDA_13, None, ["75", "80", "90", "100", "120"]),
         (CUDA_12_4, None, ["75", "80", "90"]),
         (CUDA_13, "86;90", ["86", "90"]),
+        (CUDA_13, "86; 90a;", ["86", "90a"]),
+        (CUDA_12_4, ";", ["75", "80", "90"]),
         (CUDA_12_4, "120", ["120"]),  # nvcc says what is wrong with it
         ("", None, ["80"]),
     ],
@@ -57,6 +59,17 @@ def test_architectures(toolkit, monkeypatch, codes, chosen, expected):
     if chosen:
         monkeypatch.setenv("LIFT_CUDA_ARCHS", chosen)
     assert SETUP.cuda_archs(toolkit(codes) / "bin" / "nvcc") == expected
+
+
+@pytest.mark.parametrize(
+    "chosen, wrong", [("native", "native"), ("80;9.0", "9.0"), ("sm_90", "sm_90"), ("90+PTX", "90+PTX")]
+)
+def test_an_architecture_that_is_no_number_is_named(toolkit, monkeypatch, chosen, wrong):
+    """Before, nvcc failed, and the CUDA ops were left out."""
+    monkeypatch.setenv("LIFT_CUDA_ARCHS", chosen)
+    with pytest.raises(SystemExit) as stopped:
+        SETUP.cuda_archs(toolkit(CUDA_13) / "bin" / "nvcc")
+    assert f"LIFT_CUDA_ARCHS={chosen!r} has {wrong!r}; name architectures by their number" in str(stopped.value)
 
 
 @pytest.mark.parametrize(
