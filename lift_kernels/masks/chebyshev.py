@@ -122,7 +122,7 @@ def image_of(tall: Tensor, block: Tensor) -> Tensor:
 
     bf16 matrices are multiplied as they are, with X as two bf16 terms. With one term the error of X
     reaches the Ritz values and vectors. Masks of trained matrices then lose 0.4 % of their entries
-    on average, 4 % at worst (`bench.mask_rounding`).
+    on average, 6 % at worst (`bench.mask_rounding`).
     """
     return bf16_product(tall, block, terms=2) if tall.dtype == torch.bfloat16 else product(tall, block)
 
