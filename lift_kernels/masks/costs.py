@@ -68,7 +68,7 @@ def _chebyshev_flops(shape: Sequence[int], rank: int, warm: bool, device: str) -
     long, short = max(shape), min(shape)
     width, passes = block_width(shape, rank, warm=warm), 3 if warm else 17
     # Gram matrix, Ritz values, orthonormalization. A warm start needs them after its degree alone.
-    # On the CPU they count twice: they take longer than their flops say, and smaller matrices need a
+    # On the CPU they count twice: they take longer than their flops, and smaller matrices need a
     # second degree. Counted once, the iteration was chosen where it takes 1.2 to 3.7 times as long.
     small = 2.0 * long * width**2 + _eigh_flops(width, device) + 6.0 * short * width**2
     rounds = (2 if device == "cpu" else 1) if warm else 8
