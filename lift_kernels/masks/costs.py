@@ -87,9 +87,14 @@ def block_width(shape: Sequence[int], rank: int, *, warm: bool = False) -> int:
     return min(min(shape), max(math.ceil((WARM_OVERSAMPLING if warm else OVERSAMPLING) * rank), rank + 8))
 
 
-def factoring_bytes(shape: Sequence[int], rank: int, itemsize: int) -> int:
+def factoring_bytes(shape: Sequence[int], rank: int, itemsize: int, method: str = "chebyshev") -> int:
     """Memory that an m x n matrix takes while it is factored on a GPU, at most.
 
     It is the copy, of ``itemsize`` bytes an entry, and about three fp32 blocks on either side.
+    ``"gram"`` has about three fp32 Gram matrices, where those are larger. ``"auto"`` takes that
+    method where they are not, or are small.
     """
-    return itemsize * shape[0] * shape[1] + 3 * 4 * block_width(shape, rank) * (shape[0] + shape[1])
+    entries = block_width(shape, rank) * (shape[0] + shape[1])
+    if method == "gram":
+        entries = max(entries, min(shape) ** 2)
+    return itemsize * shape[0] * shape[1] + 3 * 4 * entries

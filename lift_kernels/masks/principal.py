@@ -148,7 +148,7 @@ def principal_masks(
 
     Raises as `principal_indices` does, before or between batches. Nothing is changed in any case.
     """
-    batches = _batches(requests, memory_budget)
+    batches = _batches(requests, memory_budget, method)
     masks: dict[int, Mask] = {}
 
     def make(batch: list[int]) -> list[Mask]:
@@ -248,7 +248,7 @@ def _workers(count: int) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(threads)  # The workers have set it for threads to come, too.
 
 
-def _batches(requests: Sequence[MaskRequest], memory_budget: int | None) -> list[list[int]]:
+def _batches(requests: Sequence[MaskRequest], memory_budget: int | None, method: str) -> list[list[int]]:
     """Numbers of the requests that are factored together, in order of their first."""
     kinds: dict[tuple, list[int]] = defaultdict(list)
     for i, r in enumerate(requests):
@@ -260,6 +260,7 @@ def _batches(requests: Sequence[MaskRequest], memory_budget: int | None) -> list
         budget = memory_budget if memory_budget is not None else MEMORY_BUDGET if weight.is_cuda else 0
         size = 1
         if budget and weight.dim() == 2:
-            size = max(1, budget // max(1, factoring_bytes(weight.shape, rank, factored_dtype(weight).itemsize)))
+            each = factoring_bytes(weight.shape, rank, factored_dtype(weight).itemsize, method)
+            size = max(1, budget // max(1, each))
         batches += [members[at : at + size] for at in range(0, len(members), size)]
     return batches
