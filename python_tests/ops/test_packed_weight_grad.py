@@ -168,6 +168,24 @@ def test_packed_weight_grad_after_the_newer_precision_switch(backend, switch):
         switch.fp32_precision = before
 
 
+@pytest.mark.parametrize("columns, widen", [(64, False), (128, False), (64, True)])
+@pytest.mark.parametrize("n", [128, 260])
+def test_fused_products_in_the_tiles_of_every_card(backend, monkeypatch, columns, widen, n):
+    """Else the interpreter would run only those of an exact fp32 product, which are narrow."""
+    if backend.name != "triton":
+        return
+    from lift_kernels.ops.triton import packed_weight_grad as launcher
+
+    given = launcher.weight_grad_options
+    changes = {"COLUMNS": columns, "WIDEN": widen, "PRECISION": "ieee"}
+    monkeypatch.setattr(launcher, "weight_grad_options", lambda *card, **case: given(*card, **case) | changes)
+    grad_output, input = factors(backend, 33, 130, n, BF16)
+    for k in (1, 900, 130 * n):
+        index = index_list(backend, 130, n, k)
+        out = ops.packed_weight_grad(grad_output, input, index, fused=True, backend=backend.name)
+        assert_entries(out, grad_output, input, index, exact=False)
+
+
 def test_tiles_count_the_entries_before_them_up_to_the_last_position(backend):
     """Of a matrix with 2^31 entries, in rows of eight tiles, by a kernel that runs first."""
     if backend.name != "triton":
