@@ -84,7 +84,9 @@ def _packed_weight_grad_kernel(
             at_grad += ahead * m
             at_input += ahead * n
         lane = tl.arange(0, ENTRIES)
-        for done in range(0, longest, ENTRIES):
+        # What a gather computes from its layout alone would otherwise move out of the loop and stay
+        # in registers. With Triton 3.6 registers then spill.
+        for done in tl.range(0, longest, ENTRIES, disable_licm=True):
             place = first[:, None] + done + lane[None, :]
             real = place < last[:, None]
             index = tl.load(indices + place, mask=real, other=0).to(tl.int64)
