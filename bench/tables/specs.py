@@ -340,4 +340,18 @@ TABLES = {
             for part in ("whole matrices", "tall blocks", "eigenproblems")
         ],
     ),
+    "corners": Table(
+        "corners.csv",
+        {
+            "Python": "{row.python}",
+            "torch": "{row.torch}",
+            "triton": "{row.triton}",
+            "numpy": "{row.numpy}",
+            "passed": "{row.passed:.0f}",
+            "failed": "{row.failed:.0f}",
+            "seconds": "{row.seconds:.0f}",
+            "status": "{row.status}",
+        },
+        each=[{"python": "*"}],
+    ),
 } | CARD_TABLES
