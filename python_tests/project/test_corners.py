@@ -105,7 +105,11 @@ def test_counts_of_a_report(corners, tmp_path):
 
 
 def test_the_suite_needs_no_more_than_is_installed(corners):
-    needs = {*corners.TEST_NEEDS, *(folder.name for folder in TESTS.iterdir())}
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    packages = [text.partition(">")[0] for name in corners.EXTRAS.split(",") for text in extras[name]]
+    assert {"triton", "transformers", "safetensors", "peft"} <= set(packages)
+    needs = {*corners.TEST_NEEDS, *packages, *(folder.name for folder in TESTS.iterdir())}
     for file in {*corners.SUITE, *corners.INTERPRETED}:
         assert (TESTS / file).is_file(), file
         assert extras_of_file(file) <= needs, file
