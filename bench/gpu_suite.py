@@ -4,11 +4,13 @@
         at most 5 minutes on 16 cores: extension, gpu tests, compute-sanitizer
     python bench/gpu_suite.py --part time --out FOLDER
         at most 7 minutes: timings
+    python bench/gpu_suite.py --part experiments --out FOLDER
+        at most 3 minutes: settings that may be faster, not a part of the timings
     python bench/gpu_suite.py --dry-run
         both on the CPU, with tiny shapes and without build; no limit of time
 
 Each writes ``FOLDER/gpu_check.csv`` or ``gpu_time.csv`` with a log beside it, and prints a table of
-all rows last. Without ``--part`` one follows the other. ``--only STAGE ...`` takes some stages.
+all rows last. Without ``--part`` time follows check. ``--only STAGE ...`` takes some stages.
 ``--commit HASH`` names that of a checkout without git.
 
 Every stage of `STAGES` runs in a process of its own. Its budget is a limit after which the process
@@ -93,8 +95,14 @@ STAGES = {
         Stage("factorizations", "bench.gpu_parts.factorizations:work", 30),
         Stage("training", "bench.gpu_parts.training:work", 70),
     ],
+    "experiments": [
+        Stage("machine", "bench.gpu_parts.machine:work", 15),
+        Stage("experiments", "bench.gpu_parts.experiments:work", 150),
+    ],
 }
-LIMITS_S = {"check": 300, "time": 395}
+LIMITS_S = {"check": 300, "time": 395, "experiments": 180}
+NAMED_ONLY = {"experiments"}
+"""Parts that run only when ``--part`` names them."""
 SUMMARY = [
     "stage",
     "variant",
@@ -267,9 +275,9 @@ def end_group(process: subprocess.Popen) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit status: 0 when every stage was green."""
-    names = [stage.name for stages in STAGES.values() for stage in stages]
+    names = list(dict.fromkeys(stage.name for stages in STAGES.values() for stage in stages))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=STAGES, help="check: build and gpu tests; time: timings; without it both")
+    parser.add_argument("--part", choices=STAGES, help="one of them; without it check and time")
     parser.add_argument("--out", type=Path, default=Path("gpu_suite"), help="folder of CSVs and logs")
     parser.add_argument("--only", nargs="+", choices=names, help="these stages alone")
     parser.add_argument("--commit", help="of a checkout without git")
@@ -286,7 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not given.dry_run and not torch.cuda.is_available():
         raise SystemExit("torch sees no CUDA device; --dry-run tries the suite on the CPU")
     green = True
-    for part in [given.part] if given.part else STAGES:
+    for part in [given.part] if given.part else [part for part in STAGES if part not in NAMED_ONLY]:
         stages = [stage for stage in STAGES[part] if not given.only or stage.name in given.only]
         if stages:
             green &= Suite(part, given.out, given.dry_run, given.commit).run(stages)

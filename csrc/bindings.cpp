@@ -10,6 +10,7 @@
 
 #ifdef LIFT_WITH_CUDA
 #include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
 #endif
 
 #include <algorithm>
@@ -301,11 +302,19 @@ void use_cpu_level(int64_t level) {
 }
 
 #ifdef LIFT_WITH_CUDA
-// torch's current stream, from a function that only a CUDA build of torch exports. The extension
-// does not link to that library. Python loads torch's libraries into a local scope that
-// RTLD_DEFAULT does not search, so the library is looked up by name. It is never loaded here
-// (RTLD_NOLOAD).
-lift::DeviceStream current_stream(const Tensor& tensor) {
+// torch's current stream on a tensor's device. While this lives, that device is torch's current one.
+// A temporary in a call lives until the call has returned.
+struct CurrentStream {
+  torch::stable::accelerator::DeviceGuard guard;
+  lift::DeviceStream stream;
+
+  operator lift::DeviceStream() const { return stream; }
+};
+
+// The stream comes from a function that only a CUDA build of torch exports. The extension does not
+// link to that library. Python loads torch's libraries into a local scope that RTLD_DEFAULT does
+// not search, so the library is looked up by name. It is never loaded here (RTLD_NOLOAD).
+CurrentStream current_stream(const Tensor& tensor) {
   using GetStream = AOTITorchError (*)(int32_t, void**);
   static const auto get = [] {
     void* const loaded = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
@@ -315,7 +324,7 @@ lift::DeviceStream current_stream(const Tensor& tensor) {
   STD_TORCH_CHECK(get != nullptr, "lift_kernels_native: this torch was built without CUDA");
   lift::DeviceStream stream{tensor.get_device(), nullptr};
   STD_TORCH_CHECK(get(stream.device, &stream.handle) == 0, "lift_kernels_native: torch gave no CUDA stream");
-  return stream;
+  return {torch::stable::accelerator::DeviceGuard(stream.device), stream};
 }
 
 void check_cuda(int error) { STD_TORCH_CHECK(error == 0, "lift_kernels_native: CUDA error ", error); }

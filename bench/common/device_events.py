@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lift_kernels
 
@@ -25,12 +25,35 @@ class Event(NamedTuple):
     frames: tuple[str, ...]
 
 
+class Call(NamedTuple):
+    """What a launch works on.
+
+    Attributes:
+        op: of torch, a kernel of Triton, or the name of a function of a library.
+        args, kwargs: its arguments. Those of a kernel are all in ``kwargs``.
+        out: its results, or None.
+    """
+
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any = None
+
+
 class Recording:
     """Waits and launches in the order in which they came."""
 
     def __init__(self) -> None:
         self.waits: list[Event] = []
         self.launches: list[Event] = []
+
+    def waited(self, event: Event) -> None:
+        """Take note of a wait."""
+        self.waits.append(event)
+
+    def launched(self, event: Event, call: Call) -> None:
+        """Take note of a launch. This class does not look at ``call``."""
+        self.launches.append(event)
 
     def inside(self, folder: str) -> Recording:
         """Those that came through a file of this folder or name of the package."""

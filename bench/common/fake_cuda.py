@@ -6,27 +6,25 @@ their bodies and not their fakes. Otherwise a wait inside an op would stay unsee
 
 What is replaced while a `FakeCuda` is entered, and nothing else:
 
-- the choice of a backend for CUDA tensors, which becomes Triton where an op has it
+- the choice of a backend for CUDA tensors, which becomes Triton where an op has it, or what
+  ``backends`` names
 - ``kernel[grid](...)`` of Triton, and the private CUDA ops, which are only counted
 - streams, events, device guards and ``pin_memory`` of torch, which need a CUDA build; the guard of
   C++ code is ``device_guard.cpp beside this file``
 - ``data_ptr`` of fake tensors, which have no memory: an address that belongs to their storage
+- the batched solver of cuSOLVER, which is only counted
 - the caches of `DeviceTables`, which start empty and are put back
 
-A number read from the device is 0 or False. Only ``all()``, and what follows from it, is True. A
-list of positions read from the device is empty. So checks of values pass.
+A number read from the device is 0 or False. Only ``all()``, ``<=`` a number that is not negative,
+and what follows from them, is True. A list of positions read from the device is empty. So checks of
+values pass, and an iteration that stops where growth is small stops.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -43,9 +41,9 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.common.device_events import Event, Recording, package_frames
-from lift_kernels.ops import dispatch
-from lift_kernels.ops.device_tables import DeviceTables
+from bench.common.device_events import Call, Event, Recording, package_frames
+from bench.common.device_stubs import Solvers, device_guard, empty_tables
+from lift_kernels.ops import dispatch, symmetric_eigen
 
 NATIVE = "lift_kernels_native"
 OF_TORCH = {"aten", "prim", "prims", "profiler", "inductor", "higher_order"}
@@ -73,16 +71,25 @@ class FakeCuda:
     ...         x.sum().item()
     >>> len(events.waits), len(events.launches)
     (1, 1)
+
+    Args:
+        backends: of ops of the package, by name, in place of Triton.
+
+    Raises RuntimeError where a CUDA op is named and the compiled extension, which has its schema,
+    cannot be loaded.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, backends: Mapping[str, str] | None = None) -> None:
+        self._backends = backends or {}
+        if "native-cuda" in self._backends.values() and (problem := dispatch._load_native()):
+            raise RuntimeError(problem)
         self._recordings: list[Recording] = []
         self._stack = contextlib.ExitStack()
 
     @contextlib.contextmanager
-    def recording(self) -> Iterator[Recording]:
-        """Record what happens inside."""
-        events = Recording()
+    def recording(self, events: Recording | None = None) -> Iterator[Recording]:
+        """Record what happens inside, in ``events`` where it is given."""
+        events = events or Recording()
         self._recordings.append(events)
         try:
             yield events
@@ -91,24 +98,24 @@ class FakeCuda:
 
     def wait(self, what: str) -> None:
         """Record that the host waits for the device."""
-        self._note("waits", what)
-
-    def launch(self, what: str) -> None:
-        """Record one launch."""
-        self._note("launches", what)
-
-    def _note(self, kind: str, what: str) -> None:
         if self._recordings:
             event = Event(what, package_frames())
             for recording in self._recordings:
-                getattr(recording, kind).append(event)
+                recording.waited(event)
+
+    def launch(self, what: str, call: Call) -> None:
+        """Record one launch."""
+        if self._recordings:
+            event = Event(what, package_frames())
+            for recording in self._recordings:
+                recording.launched(event, call)
 
     def __enter__(self) -> FakeCuda:
         with contextlib.ExitStack() as stack:
             for target, name, stub in self._stubs():
                 stack.enter_context(mock.patch.object(target, name, stub))
-            stack.enter_context(_empty_tables())
-            stack.enter_context(_device_guard())
+            stack.enter_context(empty_tables())
+            stack.enter_context(device_guard())
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(_Device(self))
             self._stack = stack.pop_all()
@@ -122,12 +129,14 @@ class FakeCuda:
         from triton.runtime.jit import JITFunction
 
         def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
-            self.launch(kernel.fn.__name__)
+            named = dict(zip(kernel.arg_names, arguments)) | options
+            self.launch(kernel.fn.__name__, Call(kernel, (), named))
 
         def choose(requested: str | None, device: torch.device, op: str) -> str:
             if device.type != "cuda":
                 return chosen(requested, device, op)
-            return requested or ("triton" if "triton" in dispatch.OPS[op] else "reference")
+            usual = "triton" if "triton" in dispatch.OPS[op] else "reference"
+            return requested or self._backends.get(op, usual)
 
         chosen = dispatch.choose
         for name, module in list(sys.modules.items()):
@@ -140,13 +149,17 @@ class FakeCuda:
             wait_event=lambda event: None,
             wait_stream=lambda stream: None,
             synchronize=lambda: self.wait("Stream.synchronize"),
+            cuda_stream=0,
         )
         yield torch.cuda, "current_stream", lambda device=None: stream
         yield torch.cuda, "synchronize", lambda device=None: self.wait("torch.cuda.synchronize")
         yield torch.cuda, "is_current_stream_capturing", lambda: False
         yield torch.cuda, "current_device", lambda: 0
+        yield torch.cuda.tunable, "is_enabled", lambda: False
         yield torch.cuda, "_exchange_device", lambda device: 0
         yield torch.cuda, "_maybe_exchange_device", lambda device: 0
+        solver = symmetric_eigen.BatchedSolver(Solvers(self.launch))
+        yield symmetric_eigen, "_solver", lambda: solver
         yield Tensor, "pin_memory", lambda tensor, device=None: tensor.clone()
         yield FakeTensor, "data_ptr", _address
         yield FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist()
@@ -169,7 +182,7 @@ class _Device(TorchDispatchMode):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         if func.namespace == NATIVE:
-            return self.cuda.launch(str(func))
+            return self._launch(func, args, kwargs)
         if func.namespace not in OF_TORCH:
             with self:  # The body: what the dispatcher would run on real CUDA tensors.
                 return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args, **kwargs)
@@ -191,13 +204,17 @@ class _Device(TorchDispatchMode):
             [leaf for leaf in tree_leaves(x) if isinstance(leaf, FakeTensor)] for x in ((args, kwargs), out)
         )
         if name not in NOT_LAUNCHING and (not results or any(result.numel() for result in results)):
-            self.cuda.launch(str(func))
+            self._launch(func, args, kwargs, out)
         kept = name in KEEPS_TRUE and all(_is_true(t) for t in inputs)
         inverted = name in ("bitwise_not", "logical_not") and not _is_true(inputs[0])
-        if name == "all" or kept or inverted:
+        at_most = name == "le" and not isinstance(args[1], Tensor) and args[1] >= 0
+        if name == "all" or kept or inverted or at_most:
             for result in results:
                 result._all_true = True
         return out
+
+    def _launch(self, func, args, kwargs, out=None):
+        self.cuda.launch(str(func), Call(func, args, kwargs, out))
 
     # ---- ops that may wait; the name of a method is that of an op --------------------------------
 
@@ -207,27 +224,32 @@ class _Device(TorchDispatchMode):
         return number if dtype == torch.bool else float(number) if dtype.is_floating_point else int(number)
 
     def _equal(self, func, args, kwargs):
-        self.cuda.launch(str(func))
+        self._launch(func, args, kwargs)
         self.cuda.wait(str(func))
         return True
 
     def _nonzero(self, func, args, kwargs):
-        self.cuda.launch(str(func))
+        self._launch(func, args, kwargs)
         self.cuda.wait(str(func))
         return args[0].new_empty(0, args[0].dim(), dtype=torch.int64)
 
     def _masked_select(self, func, args, kwargs):
-        self.cuda.launch(str(func))
+        self._launch(func, args, kwargs)
         self.cuda.wait(str(func))
         return args[0].new_empty(0)
 
     def _linalg_check_errors(self, func, args, kwargs):
         self.cuda.wait(str(func))
 
+    def _linalg_eigh(self, func, args, kwargs):
+        out = self._faked(func, "_linalg_eigh", args, kwargs)
+        self.cuda.wait(f"{func} checks for errors")
+        return out
+
     def _index(self, func, args, kwargs):
         indices = self._positions(func, args[1])
         if len(indices) != len(args[1]) or any(a is not b for a, b in zip(indices, args[1])):
-            self.cuda.launch(str(func))  # The list is empty here, but not on a device.
+            self._launch(func, args, kwargs)  # The list is empty here, but not on a device.
         return self._faked(func, "index", (args[0], indices), kwargs)
 
     def _index_put(self, func, args, kwargs):
@@ -246,7 +268,8 @@ class _Device(TorchDispatchMode):
         for index in indices:
             masks = index is not None and index.dtype in (torch.bool, torch.uint8)
             if masks or (index is not None and index.is_cpu and index.dim()):
-                self.cuda.launch("nonzero of a mask" if masks else "copy of positions to the device")
+                what = "nonzero of a mask" if masks else "copy of positions to the device"
+                self.cuda.launch(what, Call(what, (index,), {}))
                 self.cuda.wait(f"{func} with {'a mask' if masks else 'positions on the CPU'}")
             empty = [torch.empty(0, dtype=torch.int64, device="cuda") for _ in range(index.dim())] if masks else []
             found += empty or [index]
@@ -256,10 +279,11 @@ class _Device(TorchDispatchMode):
         source, target = args[0], kwargs.get("device") or args[0].device
         if source.device.type == target.type:
             return self._faked(func, "_to_copy", args, kwargs)
-        self._crossed(func, source.device, target, kwargs.get("non_blocking", False))
         dtype = kwargs.get("dtype") or source.dtype
-        if target.type == "cuda":
-            return torch.empty(source.shape, dtype=dtype, device=target)
+        out = torch.empty(source.shape, dtype=dtype, device=target) if target.type == "cuda" else None
+        self._crossed(Call(func, args, kwargs, out), source.device, target, kwargs.get("non_blocking", False))
+        if out is not None:
+            return out
         with unset_fake_temporarily():
             return (torch.ones if _is_true(source) else torch.zeros)(source.shape, dtype=dtype)
 
@@ -267,13 +291,14 @@ class _Device(TorchDispatchMode):
         dest, source, *rest = args
         if source.device.type == dest.device.type:
             return self._faked(func, "copy_", args, kwargs)
-        self._crossed(func, source.device, dest.device, rest[0] if rest else kwargs.get("non_blocking", False))
+        non_blocking = rest[0] if rest else kwargs.get("non_blocking", False)
+        self._crossed(Call(func, args, kwargs), source.device, dest.device, non_blocking)
         return dest
 
-    def _crossed(self, func, source, dest, non_blocking):
+    def _crossed(self, call, source, dest, non_blocking):
         """A copy between host and device. Without non_blocking CUDA waits in both directions."""
-        what = f"{func} {source.type} to {dest.type}"
-        self.cuda.launch(what)
+        what = f"{call.op} {source.type} to {dest.type}"
+        self.cuda.launch(what, call)
         if not non_blocking:
             self.cuda.wait(what)
 
@@ -290,43 +315,3 @@ def _is_true(tensor: Tensor) -> bool:
 def _address(tensor: Tensor) -> int:
     """A number that is unique to the storage of a fake tensor, plus the offset within it."""
     return (tensor.untyped_storage()._cdata << 14) + tensor.storage_offset() * tensor.element_size()
-
-
-@contextlib.contextmanager
-def _empty_tables() -> Iterator[None]:
-    """Let the caches of device tables be empty inside, so that no fake table is found later."""
-    modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "lift_kernels"]
-    tables = {id(x): x for module in modules for x in vars(module).values() if isinstance(x, DeviceTables)}
-    before = [(table, dict(vars(table))) for table in tables.values()]
-    for table, attributes in before:
-        vars(table).update({key: type(value)() for key, value in attributes.items() if isinstance(value, dict)})
-    try:
-        yield
-    finally:
-        for table, attributes in before:
-            vars(table).clear()
-            vars(table).update(attributes)
-
-
-@contextlib.contextmanager
-def _device_guard() -> Iterator[None]:
-    library = _guard_library()
-    library.put_in()
-    try:
-        yield
-    finally:
-        library.take_out()
-
-
-@functools.cache
-def _guard_library() -> ctypes.CDLL:
-    torch_folder = Path(torch.__file__).parent
-    source, flags = (
-        Path(__file__).with_name("device_guard.cpp"),
-        ["-std=c++20", "-shared", "-fPIC", "-L", torch_folder / "lib"],
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "device_guard.so"
-        command = ["g++", source, *flags, "-I", torch_folder / "include", "-o", target, "-lc10"]
-        subprocess.run(command, check=True)
-        return ctypes.CDLL(str(target))

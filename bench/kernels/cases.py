@@ -153,9 +153,9 @@ def weight_grad_case(dtype, out, precision="tf32", one=None):
     """
     from lift_kernels.ops.triton import packed_weight_grad
 
-    types = {name: f"*{dtype}" for name in ("grad_output", "input")} | {"indices": "*i32", "out": f"*{FORMATS[out]}"}
-    types |= dict.fromkeys(("tokens", "count", "stride"), "i32") | dict.fromkeys({"m", "n"} - {one}, "i32")
-    constants = {name: getattr(packed_weight_grad, name) for name in ("ROWS", "COLUMNS", "TOKENS", "ENTRIES")}
+    types = {name: f"*{dtype}" for name in ("grad_output", "input")} | {"out": f"*{FORMATS[out]}", "tokens": "i32"}
+    types |= dict.fromkeys(("bitmap", "firsts"), "*i32") | dict.fromkeys({"m", "n"} - {one}, "i32")
+    constants = {name: getattr(packed_weight_grad, name) for name in ("ROWS", "COLUMNS", "TOKENS", "ROW_AXIS")}
     constants |= {"PRECISION": precision} | ({one: 1} if one else {})
     name = (
         f"packed_weight_grad: {dtype}{f' by {precision}' if dtype == 'fp32' else ''} to "
@@ -173,6 +173,15 @@ def weight_grad_case(dtype, out, precision="tf32", one=None):
         options=options,
         tensor_cores=precision != "ieee",
     )
+
+
+def tile_firsts_case():
+    """The search that comes before the fused product of a weight gradient."""
+    from lift_kernels.ops.triton import packed_weight_grad
+
+    types = dict.fromkeys(("indices", "firsts"), "*i32") | dict.fromkeys(("m", "n", "count", "stride"), "i32")
+    constants = {"COLUMNS": packed_weight_grad.COLUMNS, "BLOCK": packed_weight_grad.SEARCHES}
+    return Case("packed_weight_grad: firsts of tiles", "packed_weight_grad._tile_firsts_kernel", types, constants)
 
 
 def select_cases():
@@ -230,6 +239,7 @@ CASES = (
     adamw_case("bf16", "bf16", "fp32", master=True, packed=True, births=True, aligned=False),
     *packed_cases(),
     *migrate_cases(),
+    tile_firsts_case(),
     weight_grad_case("bf16", "fp32"),
     weight_grad_case("fp16", "fp32"),
     weight_grad_case("bf16", "bf16"),

@@ -54,6 +54,27 @@ def refresh_rows() -> Rows:
     ]
 
 
+def refresh_cost_rows() -> Rows:
+    """A warm refresh by parts. Not every way to multiply the weights has been counted."""
+    parts = (
+        *("copies and checks of weights", "whole matrices", "tall blocks", "eigenproblems"),
+        *("selection", "migration", "all"),
+    )
+    states = (
+        ("bf16, multiplied in bf16", {"weights": "bf16", "products": "bf16"}),
+        ("bf16, multiplied as fp32 copies", {"weights": "bf16", "products": "fp32 copies"}),
+        ("fp32", {"weights": "fp32", "products": "fp32 copies"}),
+    )
+    return [
+        (
+            f"?{label}",
+            {alias: chosen | {"part": part, "way": way} for alias, way in (("ops", "cuda ops"), ("references",) * 2)},
+        )
+        for label, chosen in states
+        for part in parts
+    ]
+
+
 def baseline_rows() -> Rows:
     lift = {
         "**ours**, dense gradients": (

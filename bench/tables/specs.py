@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bench.tables.card import CARD_TABLES
+from bench.tables.computed import COMPUTED_TABLES
 from bench.tables.rows import (
     baseline_rows,
     cpu_loop_rows,
@@ -324,22 +325,6 @@ TABLES = {
         },
         cpu_loop_rows(),
     ),
-    "refresh-cost": Table(
-        "refresh_cost.csv",
-        {
-            "part": "{label}",
-            "launches": "{twins.launches:.0f}",
-            "GB": "{twins.bytes/GB:.1f}",
-            "TFLOP TF32, fp32": "{twins.tf32_flops/T:.2f}, {twins.fp32_flops/T:.2f}",
-            "launches, helpers": "{helpers.launches:.0f}",
-            "GB, helpers": "{helpers.bytes/GB:.1f}",
-            "TFLOP, helpers": "{helpers.tf32_flops/T:.2f}, {helpers.fp32_flops/T:.2f}",
-        },
-        [
-            (part, {way: {"part": part, "way": way} for way in ("twins", "helpers")})
-            for part in ("whole matrices", "tall blocks", "eigenproblems")
-        ],
-    ),
     "corners": Table(
         "corners.csv",
         {
@@ -354,4 +339,5 @@ TABLES = {
         },
         each=[{"python": "*"}],
     ),
+    **COMPUTED_TABLES,
 } | CARD_TABLES

@@ -12,7 +12,6 @@ int bitmap_to_indices_cuda(int32_t* bitmaps, int64_t matrices, int64_t rows, int
                            int64_t capacity, const int32_t* counts, int64_t k, int32_t* totals, int32_t* indices,
                            float* thresholds, int32_t* status, DeviceStream stream) {
   if (matrices == 0) return 0;
-  const DeviceGuard guard(stream.device);
   const cudaStream_t launch_stream = cuda_stream(stream);
   const cuda::BitmapShape shape = cuda::BitmapShape::of(rows, columns);
   const int64_t tiles = shape.tiles(kTileThreads);

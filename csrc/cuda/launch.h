@@ -1,4 +1,4 @@
-// What every launch needs: the device, the grid size and the kernel for a dtype.
+// What every launch needs: the stream, the grid size and the kernel for a dtype.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -15,24 +15,13 @@ constexpr int kThreads = 256;
 
 inline unsigned blocks_for(int64_t n) { return unsigned(std::min<int64_t>((n + kThreads - 1) / kThreads, 1 << 16)); }
 
-// Makes the device of a stream the current device, as launches require, and restores the old one.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    cudaGetDevice(&previous_);
-    if (previous_ != device) cudaSetDevice(device);
-    changed_ = previous_ != device;
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(previous_);
-  }
-
- private:
-  int previous_ = 0;
-  bool changed_ = false;
-};
-
-inline cudaStream_t cuda_stream(DeviceStream stream) { return static_cast<cudaStream_t>(stream.handle); }
+// The stream to launch on, after its device was made current. The caller holds torch's guard, which
+// makes the old device current again. This library has a CUDA runtime of its own, so it does not
+// ask that one which device is current for torch.
+inline cudaStream_t cuda_stream(DeviceStream stream) {
+  cudaSetDevice(stream.device);
+  return static_cast<cudaStream_t>(stream.handle);
+}
 
 template <class F>
 void dispatch_dtype(DType dtype, const F& f) {

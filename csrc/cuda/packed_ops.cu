@@ -7,7 +7,6 @@ namespace lift {
 int packed_gather_cuda(const void* source, DType from, const int32_t* indices, int64_t k, void* out, DType to,
                        DeviceStream stream) {
   if (k == 0) return 0;
-  const DeviceGuard guard(stream.device);
   dispatch_dtype(from, [&](auto a) {
     dispatch_dtype(to, [&](auto b) {
       cuda::packed_gather_kernel<<<blocks_for(k), kThreads, 0, cuda_stream(stream)>>>(
@@ -20,7 +19,6 @@ int packed_gather_cuda(const void* source, DType from, const int32_t* indices, i
 int packed_scatter_cuda(void* dest, DType to, const int32_t* indices, int64_t k, const void* values, DType from,
                         DeviceStream stream) {
   if (k == 0) return 0;
-  const DeviceGuard guard(stream.device);
   dispatch_dtype(from, [&](auto a) {
     dispatch_dtype(to, [&](auto b) {
       cuda::packed_scatter_kernel<<<blocks_for(k), kThreads, 0, cuda_stream(stream)>>>(
@@ -33,7 +31,6 @@ int packed_scatter_cuda(void* dest, DType to, const int32_t* indices, int64_t k,
 int packed_migrate_cuda(const void* values, int width, const int32_t* old_indices, int64_t k_old,
                         const int32_t* new_indices, int64_t k_new, void* out, DeviceStream stream) {
   if (k_new == 0) return 0;
-  const DeviceGuard guard(stream.device);
   const auto launch = [&](auto type) {
     using T = decltype(type);
     cuda::packed_migrate_kernel<<<blocks_for(k_new), kThreads, 0, cuda_stream(stream)>>>(

@@ -5,7 +5,8 @@ There are two methods. *Gram* takes the top eigenvectors of the smaller Gram mat
 where A is the matrix with its shorter side inside. It starts from a random block of about 2 r
 vectors (cold start), or from the basis of the last mask, about 1.5 r vectors (warm start). It stops
 when the Ritz energy, the sum of the top r Ritz values, has stalled. Matrices of one shape are
-factored together, because small factorizations would leave a GPU idle.
+factored together, because small factorizations would leave a GPU idle. There bf16 matrices are
+multiplied as they are, and all others in fp32.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.precision import has_bf16_products
 from ..ops.symmetric_eigen import symmetric_eigen
 from ..validation import check_finite, require
 from . import costs
@@ -201,28 +203,37 @@ def _units(weights: Sequence[Tensor], names: Sequence[str]) -> list[float]:
     return units
 
 
-def _tall(weight: Tensor, unit: float) -> Tensor:
-    """fp32 (long, short) view or copy of a matrix, in units of 1/unit."""
-    matrix = weight.detach().float()
+def _tall(weight: Tensor, unit: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(long, short) view or copy of a matrix in a dtype, in units of 1/unit."""
+    matrix = weight.detach().to(dtype)
     if unit != 1.0:  # Only a copy is changed in place.
-        matrix = matrix * unit if weight.dtype == torch.float32 else matrix.mul_(unit)
+        matrix = matrix * unit if weight.dtype == dtype else matrix.mul_(unit)
     return matrix if weight.shape[0] >= weight.shape[1] else matrix.T
 
 
 def _tall_batch(weights: Sequence[Tensor], units: Sequence[float]) -> Tensor:
-    """(b, long, short) fp32: `_tall` of matrices of one shape, without a second copy of any."""
+    """(b, long, short): `_tall` of matrices of one shape, without a second copy of any.
+
+    Each copy lies as its matrix does, so wide matrices give a transposed view.
+    """
+    dtype = factored_dtype(weights[0])
     if len(weights) == 1:
-        return _tall(weights[0], units[0])[None]
-    if weights[0].dtype == torch.float32 and set(units) == {1.0}:  # `_tall` copies none of them.
-        return torch.stack([_tall(weight, 1.0) for weight in weights])
+        return _tall(weights[0], units[0], dtype)[None]
     rows, columns = weights[0].shape
-    size = (len(weights), max(rows, columns), min(rows, columns))
-    out = torch.empty(size, dtype=torch.float32, device=weights[0].device)
+    out = torch.empty(len(weights), rows, columns, dtype=dtype, device=weights[0].device)
     for place, weight, unit in zip(out, weights, units):
-        place.copy_(weight if rows >= columns else weight.T)
+        place.copy_(weight)
         if unit != 1.0:
             place.mul_(unit)
-    return out
+    return out if rows >= columns else out.mT
+
+
+def factored_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which a matrix is multiplied: bf16 where it is bf16 on a GPU that is fast then,
+    else fp32.
+    """
+    bf16 = weight.dtype == torch.bfloat16 and has_bf16_products(weight.device)
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 def _oriented(long, short, basis, shape, unit, method="gram", passes=2, converged=True) -> LowRankFactors:

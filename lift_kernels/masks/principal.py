@@ -16,10 +16,12 @@ from torch import Tensor
 from .. import ops
 from ..ops import threshold_bracket
 from .budget import check_rank, entry_count
-from .lowrank import TOLERANCE, LowRankFactors, batched_factors, small_factors
+from .costs import factoring_bytes
+from .lowrank import TOLERANCE, LowRankFactors, batched_factors, factored_dtype, small_factors
 
-MEMORY_BUDGET = 2**31
-"""Bytes of fp32 copies of weights that are factored together on a GPU.
+MEMORY_BUDGET = 3 * 2**30
+"""Bytes for the matrices that are factored together on a GPU: their copies, and the blocks of the
+iteration.
 
 On the CPU one matrix at a time keeps a core busy.
 """
@@ -139,8 +141,9 @@ def principal_masks(
     Args:
         method, generator, tolerance: of `low_rank_factors`. A given ``generator`` keeps the
             matrices in order.
-        memory_budget: bytes of fp32 copies that are factored together; None: `MEMORY_BUDGET` on a
-            GPU, one matrix at a time on the CPU.
+        memory_budget: bytes for matrices that are factored together, at least one, as
+            `costs.factoring_bytes` counts them; None: `MEMORY_BUDGET` on a GPU, one matrix at a
+            time on the CPU.
         on_batch_done: is called with the number of masks after every batch, for a progress bar.
 
     Raises as `principal_indices` does, before or between batches. Nothing is changed in any case.
@@ -201,15 +204,16 @@ def _select(
 
     ``thresholds`` are the k-th magnitudes of the last masks, where they are known. On a GPU,
     bitmaps (twice 1/8 byte per entry) and candidates (4 bytes for each of the k) need less than the
-    fp32 copies (4 bytes per entry), which are free again. So the memory budget holds.
+    copies of the weights (2 or 4 bytes per entry), which are free again. So the memory budget
+    holds.
     """
-    expected = None
-    if any(threshold is not None for threshold in thresholds):
+    known = [threshold for threshold in thresholds if threshold is not None]
+    expected = threshold_bracket.around(torch.stack(known)) if known else None
+    if expected is not None and len(known) < len(thresholds):
+        rest = iter(expected)
         expected = torch.stack(
             [
-                threshold_bracket.sampled(f.left, f.right, k)
-                if threshold is None
-                else threshold_bracket.around(threshold)
+                threshold_bracket.sampled(f.left, f.right, k) if threshold is None else next(rest)
                 for f, threshold in zip(factors, thresholds)
             ]
         )
@@ -252,8 +256,10 @@ def _batches(requests: Sequence[MaskRequest], memory_budget: int | None) -> list
         kinds[(r.weight.shape, r.weight.dtype, r.weight.device, r.rank, basis)].append(i)
     batches = []
     for members in kinds.values():
-        weight = requests[members[0]].weight
+        weight, rank = requests[members[0]].weight, requests[members[0]].rank
         budget = memory_budget if memory_budget is not None else MEMORY_BUDGET if weight.is_cuda else 0
-        size = max(1, budget // (4 * max(1, weight.numel())))
+        size = 1
+        if budget and weight.dim() == 2:
+            size = max(1, budget // max(1, factoring_bytes(weight.shape, rank, factored_dtype(weight).itemsize)))
         batches += [members[at : at + size] for at in range(0, len(members), size)]
     return batches

@@ -37,8 +37,9 @@ def packed_weight_grad(
             m * n < 2^31.
         dtype: of the result, float32, bfloat16 or float16. None is float32.
         fused: only for the Triton backend. One kernel keeps the selected entries of each tile of
-            the product, in place of torch's product and a gather. It needs no dense gradient and
-            does not round to the dtype of ``input`` in between.
+            the product, in place of torch's product and a gather. It needs no dense gradient, only
+            a bit for each entry of the weight, and does not round to the dtype of ``input`` in
+            between.
         validate: check that ``indices`` is sorted, unique and in range, which waits for the device.
             Without it, positions out of range are undefined behavior.
         backend: name of a backend, see `lift_kernels.backends`. None takes the fastest usable one.

@@ -1,7 +1,8 @@
-"""The precision of fp32 products on a GPU, whatever the user's setting."""
+"""The precision of products on a GPU, whatever the user's setting."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -44,3 +45,52 @@ def matmul_precision(tensor: Tensor, precision: str) -> Iterator[None]:
         matmul.fp32_precision = before
         if tuned:
             torch.cuda.tunable.enable(True)
+
+
+def has_bf16_products(device: torch.device) -> bool:
+    """Return whether `bf16_product` is fast on a device.
+
+    NVIDIA's tensor cores know bf16 from sm_80 on. Torch refuses it with fp32 sums on some AMD
+    GPUs, and CPUs take longer than for fp32.
+    """
+    return device.type == "cuda" and torch.version.hip is None and _capability(device.index) >= (8, 0)
+
+
+@functools.cache
+def _capability(index: int | None) -> tuple[int, int]:
+    """Compute capability of a card. Fake CUDA tensors count as on an H100."""
+    return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else (9, 0)
+
+
+def bf16_product(a: Tensor, b: Tensor, terms: int = 1) -> Tensor:
+    """Multiply bf16 matrices with fp32 ones on bf16 tensor cores, with sums in fp32.
+
+    Each entry of ``b`` becomes a sum of ``terms`` bf16 numbers: 1 term has 8 significant bits, 2
+    have 16, and 3 have the 24 of fp32. Their products stand side by side in one call, so that ``a``
+    is read once.
+
+    Args:
+        a: (b, m, k) bf16. Nothing is rounded here.
+        b: (b, k, n), or (k, n) for all, fp32 or bf16. Entries of bf16 are one term.
+        terms: bf16 numbers for an fp32 entry.
+
+    Returns:
+        (b, m, n) fp32, contiguous.
+    """
+    if b.dtype == torch.bfloat16:
+        return _with_fp32_sums(a, b)
+    width = b.shape[-1]
+    split = b.new_empty(*b.shape[:-1], terms * width, dtype=torch.bfloat16)
+    rest = b
+    for term, part in enumerate(split.split(width, dim=-1), start=1):
+        part.copy_(rest)
+        rest = rest - part if term < terms else rest
+    product = _with_fp32_sums(a, split)
+    return product if terms == 1 else product.unflatten(-1, (terms, width)).sum(-2)
+
+
+def _with_fp32_sums(a: Tensor, b: Tensor) -> Tensor:
+    if a.is_cuda:
+        with matmul_precision(a, "ieee"):  # TunableOp, which that disables, refuses two dtypes.
+            return torch.bmm(a, b.expand(len(a), -1, -1), out_dtype=torch.float32)
+    return a.float() @ b.float()  # Torch has no such product on CPUs. These have the same digits.

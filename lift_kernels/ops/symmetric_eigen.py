@@ -41,15 +41,25 @@ def symmetric_eigen(matrices: Tensor) -> tuple[Tensor, Tensor]:
     return values.view(matrices.shape[:-1]), vectors.reshape(matrices.shape)
 
 
+def solved_together(side: int) -> bool:
+    """Whether `symmetric_eigen` solves the fp32 problems of a batch on a GPU together."""
+    return torch.version.hip is None and (side <= _LARGEST or not _torch_loops())
+
+
+def _torch_loops() -> bool:
+    """Whether torch solves the problems of a batch on a GPU one after the other."""
+    return torch.__version__ < "2.12"  # compared as versions, not as strings
+
+
 def _slow_in_torch(matrices: Tensor) -> bool:
-    """Whether torch would solve these one after the other."""
+    """Whether the solver here is faster than torch's."""
     return (
         matrices.is_cuda
         and matrices.dtype == torch.float32
         and 32 < matrices.shape[-1] <= _LARGEST
         and matrices.numel() > 0
         and torch.version.hip is None
-        and torch.__version__ < "2.12"  # compared as versions, not as strings
+        and _torch_loops()
     )
 
 

@@ -183,7 +183,5 @@ def _basis_width(shape: torch.Size, rank: int, method: str) -> int:
     """
     if method == "svd" or costs.block_width(shape, rank) == min(shape):
         return 0
-    iterated = method == "chebyshev" or any(
-        costs.cheapest_method(shape, rank, warm=True, device=device) == "chebyshev" for device in ("cpu", "cuda")
-    )
+    iterated = method == "chebyshev" or costs.may_leave_basis(shape, rank)
     return costs.block_width(shape, rank, warm=True) if iterated else 0

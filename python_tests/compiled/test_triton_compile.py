@@ -50,12 +50,37 @@ def test_triton_compile_tiles(compiled, case, target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", [case for case in PASSES if case.multiples], ids=lambda case: case.name)
+def test_triton_compile_copies_tiles_ahead(compiled, case, target):
+    """Before the loop copies of all stages but one are under way, and the loop asks for one more.
+
+    With one buffer, each copy would wait for the product before it.
+    """
+    record, tile = compiled[case.name, target], case.constants
+    copies = (tile["ROWS"] + tile["COLUMNS"]) * tile["DEPTH"] * 4 // 16 // record.threads
+    assert case.options["num_stages"] >= 3 and record.wide_copies == case.options["num_stages"] * copies
+    assert record.static_shared + record.dynamic_shared >= 2 * copies * record.threads * 16
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_triton_compile_passes_agree(compiled, target):
     """All passes over a low-rank product multiply with the same instructions.
 
     Only then do they see the same bits.
     """
     assert len(PASSES) > 1 and len({compiled[case.name, target].products for case in PASSES}) == 1
+
+
+@pytest.mark.parametrize("target", [90, 100])
+def test_triton_compile_of_a_fused_weight_gradient_lets_two_programs_share_a_multiprocessor(compiled, target):
+    """So one program's copies and stores run beside the product of the other.
+
+    A multiprocessor of these targets has 65,536 registers and 228 KiB of shared memory.
+    """
+    for name in ("bf16 to fp32", "fp16 to fp32", "bf16 to bf16"):
+        record = compiled[f"packed_weight_grad: {name}", target]
+        assert record.threads * record.registers <= 65536 // 2
+        assert record.static_shared + record.dynamic_shared <= 113 * 1024
 
 
 def test_triton_compile_covers_every_kernel():

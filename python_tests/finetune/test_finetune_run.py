@@ -31,7 +31,7 @@ def test_finetune_keeps_no_bases(settings, monkeypatch):
     The state still has the size of a run without bases.
     """
     monkeypatch.setattr(costs, "SMALL_SIDE", 0)
-    monkeypatch.setitem(costs._EIGH_COST, "cpu", 1e6)
+    monkeypatch.setitem(costs._EIGH_FLOPS, "cpu", lambda n: 1e6 * n**3)
     monkeypatch.setattr(costs, "block_width", lambda shape, rank, warm=False: rank + 1)
     report = run(settings(name="bases", steps=6, eval_problems=2, refresh_drift=0))
     assert report["optimizer_state_bytes.measured"] < 16 * (report["entries"] + 65 * 14)

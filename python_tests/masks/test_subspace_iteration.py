@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.tensor_accounts import PeakBytes
+from torch.torch_version import TorchVersion
 
 from lift_kernels import principal_indices
 from lift_kernels.masks import chebyshev, costs, lowrank
@@ -82,6 +83,48 @@ def test_products_in_tf32_cost_no_fidelity(monkeypatch):
         mask = largest_indices((weight @ factors.right @ factors.right.T).abs(), 3000)
         overlap, captured = quality(mask, weight, 8)
         assert factors.converged and overlap >= 0.985 and captured >= 0.9999
+
+
+@pytest.fixture
+def multiplied_in_bf16(monkeypatch):
+    """bf16 matrices are multiplied as on a GPU, without fp32 copies."""
+    monkeypatch.setattr(lowrank, "factored_dtype", lambda weight: weight.dtype)
+
+
+def mask_quality(factors, weight, rank=8):
+    mask = largest_indices((factors.left @ factors.right.T).abs(), round(0.05 * weight.numel()))
+    return quality(mask, weight.float(), rank)
+
+
+@pytest.mark.usefixtures("multiplied_in_bf16")
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300)])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("scale", [1.0, 2.0**-40])
+def test_products_in_bf16_cost_no_fidelity(shape, count, scale):
+    weights = [(slow_spectrum(*shape, seed=seed) * scale).bfloat16() for seed in range(count)]
+    cold = batched_factors(weights, 8, method="chebyshev")
+    warm = batched_factors(weights, 8, method="chebyshev", warm_starts=[f.basis for f in cold])
+    for weight, first, second in zip(weights, cold, warm):
+        assert (second.method, second.passes) == ("warm", 3) and first.left.dtype == torch.float32
+        for factors in (first, second):
+            overlap, captured = mask_quality(factors, weight)
+            assert factors.converged and overlap >= 0.985 and captured >= 0.9999
+
+
+@pytest.mark.usefixtures("multiplied_in_bf16")
+@pytest.mark.parametrize("shape", [(90, 60), (60, 90)])
+def test_exact_factors_of_bf16_matrices_need_no_fp32_copy(shape, monkeypatch):
+    """A Gram matrix of bf16 products has the digits of one in fp32."""
+    weight = slow_spectrum(*shape).bfloat16()
+    tall = weight[None] if shape[0] > shape[1] else weight.T[None]
+    long, short, _ = lowrank._gram(tall, weight.shape, 8)
+    exact = low_rank_factors(weight, 8, method="svd")
+    left, right = (long[0], short[0]) if shape[0] > shape[1] else (short[0], long[0])
+    torch.testing.assert_close(left @ right.T, exact.left @ exact.right.T, atol=1e-5, rtol=0.0)
+
+
+def test_cpus_multiply_in_fp32():
+    assert lowrank.factored_dtype(torch.ones(2, 2).bfloat16()) == torch.float32
 
 
 def test_a_warm_start_takes_three_passes_after_a_small_change():
@@ -199,7 +242,8 @@ def test_masks_of_many_shapes_keep_their_order():
     shapes = [(40, 60), (60, 40), (40, 60), (30, 30), (40, 60)]
     requests = [MaskRequest(slow_spectrum(*s, seed=i), 4, 50 + i, f"w{i}") for i, s in enumerate(shapes)]
     counted = []
-    masks = principal_masks(requests, memory_budget=2 * 4 * 2400, on_batch_done=counted.append)
+    budget = 2 * costs.factoring_bytes((40, 60), 4, 4)
+    masks = principal_masks(requests, memory_budget=budget, on_batch_done=counted.append)
     assert sorted(counted) == [1, 1, 1, 2] and sum(counted) == len(requests)
     for request, mask in zip(requests, masks):
         assert torch.equal(mask.indices, principal_indices(request.weight, 4, request.k)) and mask.seconds > 0
@@ -259,6 +303,49 @@ def test_auto_takes_what_is_predicted_to_be_faster():
     assert costs.cheapest_method((576, 576), 288, warm=True, device="cuda") == "gram"
 
 
+@pytest.mark.parametrize(("version", "together"), [("2.11.0+cu130", False), ("2.12.0", True)])
+def test_the_method_follows_from_how_torch_solves_eigenproblems(version, together, monkeypatch):
+    """Before torch 2.12 those of sides above 512 are solved one by one, which takes longer."""
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    for side, alone in ((128, False), (512, False), (513, not together)):
+        cost = 9.0e9 * side if alone else 3.9e9 * side / 32 + 600 * side**3
+        assert costs._eigh_flops(side, "cuda") == cost
+    assert costs._eigh_flops(4096, "cuda") == pytest.approx(600 * 4096**3, rel=0.02)
+    method = costs.cheapest_method((600, 600), 150, device="cuda")  # a block of 300
+    assert method == ("gram" if together else "chebyshev")
+    assert costs._eigh_flops(100, "cpu") == 12e6
+
+
+def test_eigenproblems_cost_what_was_measured_on_a_card():
+    """An H100 at 412 TFLOP/s: 3.44 ms for 32 of side 256, 1.12 for 32 of side 128, 95 for 4096."""
+    for side, measured in ((256, 3.44e-3), (128, 1.12e-3)):
+        assert 32 * costs._eigh_flops(side, "cuda, together") / 412e12 == pytest.approx(measured, rel=0.2)
+    for side, measured in ((256, 4.92e-3), (512, 13.5e-3), (4096, 95.2e-3)):
+        assert costs._eigh_flops(side, "cuda, one by one") / 412e12 == pytest.approx(measured, rel=0.2)
+
+
+def test_a_basis_has_room_in_a_state_wherever_some_device_leaves_one():
+    shapes = [(576, 576), (1536, 576), (600, 600), (4096, 1024), (256, 4096), (300, 300)]
+    for shape in shapes:
+        for rank in (8, 64, 150, 250):
+            kinds = [
+                costs.cheapest_method(shape, rank, warm=True, device=d) for d in ("cpu", "cuda", *costs._EIGH_FLOPS)
+            ]
+            assert costs.may_leave_basis(shape, rank) == ("chebyshev" in kinds)
+
+
+def test_a_batch_holds_the_memory_budget(monkeypatch):
+    """Copies and blocks of as many matrices as fit, at least one."""
+    sizes = []
+    requests = [MaskRequest(slow_spectrum(60, 40, seed=i), 4, 50) for i in range(5)]
+    each = 4 * 60 * 40 + 12 * costs.block_width((60, 40), 4) * 100
+    assert each == costs.factoring_bytes((60, 40), 4, 4)
+    for budget in (0, each, 2 * each - 1, 2 * each, 5 * each):
+        sizes.append([])
+        principal_masks(requests, memory_budget=budget, on_batch_done=sizes[-1].append)
+    assert sizes == [[1] * 5, [1] * 5, [1] * 5, [2, 2, 1], [5]]
+
+
 @pytest.mark.parametrize("shape", [(50, 3), (40, 8, 5), (7, 40)])
 def test_a_basis_of_another_shape_is_refused(shape):
     with pytest.raises(
@@ -313,7 +400,8 @@ def test_a_batch_holds_the_bits_of_its_matrices(shape, dtype):
     before = [weight.clone() for weight in weights]
     batch = lowrank._tall_batch(weights, units)
     assert torch.equal(batch, torch.stack([lowrank._tall(w, unit) for w, unit in zip(weights, units)]))
-    assert batch.is_contiguous() and all(map(torch.equal, weights, before))
+    lies = batch if shape[0] >= shape[1] else batch.mT  # as the matrices do, so that copies are fast
+    assert lies.is_contiguous() and all(map(torch.equal, weights, before))
 
 
 @pytest.mark.parametrize("shape", [(400, 300), (300, 400)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from helpers.bits import BF16, FP16, FP32, assert_near, bits, random_indices
@@ -20,6 +22,7 @@ SHAPES = {  # tokens, m, n, k
     "one row": (33, 1, 300, 60),
     "one column": (33, 300, 1, 60),
     "several tiles": (70, 260, 391, 5000),
+    "all entries of several tiles": (2, 140, 300, 42000),
 }
 
 
@@ -165,6 +168,35 @@ def test_packed_weight_grad_after_the_newer_precision_switch(backend, switch):
             assert torch.equal(ops.packed_weight_grad(grad_output, input, index, backend=backend.name, **way), expected)
     finally:
         switch.fp32_precision = before
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_either_side_of_a_tile_may_be_its_rows(backend, monkeypatch, axis):
+    """Which one it is depends on the version of Triton."""
+    if backend.name != "triton":
+        return
+    module = importlib.import_module("lift_kernels.ops.triton.packed_weight_grad")
+    monkeypatch.setattr(module, "ROW_AXIS", axis)
+    grad_output, input = factors(backend, 70, 260, 391)
+    index = index_list(backend, 260, 391, 5000)
+    out = ops.packed_weight_grad(grad_output, input, index, backend="triton", fused=True)
+    assert_entries(out, grad_output, input, index, exact=False)
+
+
+def test_tiles_count_the_entries_before_them_up_to_the_last_position(backend):
+    """Of a matrix with 2^31 entries, in rows of eight tiles, by a kernel that runs first."""
+    if backend.name != "triton":
+        return
+    from lift_kernels.ops.triton.packed_weight_grad import _tile_firsts_kernel
+
+    m, n, columns = 4, 2**29, 2**26
+    index = torch.tensor([0, 2**26 - 1, 2**26, 2**29, 2**30 - 1, 2**31 - 2**26, 2**31 - 1], dtype=torch.int32)
+    index = index.to(backend.device)
+    firsts = torch.full((8, m), -1, dtype=torch.int32, device=backend.device)
+    _tile_firsts_kernel[(1,)](index, firsts, m, n, len(index), 4, COLUMNS=columns, BLOCK=64)
+    starts = torch.arange(8)[:, None] * columns + torch.arange(m)[None, :] * n
+    assert torch.equal(firsts.cpu(), (index.long().cpu()[:, None, None] < starts).sum(0).int())
+    assert firsts[:, 3].tolist() == [5] * 8 and firsts[:3, 0].tolist() == [0, 2, 3]
 
 
 def test_packed_weight_grad_needs_a_backend_for_fused(backend):

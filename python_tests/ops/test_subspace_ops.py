@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -191,60 +189,6 @@ def test_the_doctor_compares_the_helpers_with_their_twins(monkeypatch):
     monkeypatch.setattr(ops, "cholesky_qr_", lambda block, *, backend: qr(block, backend=backend) if backend else None)
     error, limit = selfcheck._qr(None, "cpu")
     assert error > limit
-
-
-PRECISIONS = """
-import torch
-from types import SimpleNamespace
-from lift_kernels.ops.precision import matmul_precision, tf32_allowed
-matmul = torch.backends.cuda.matmul
-tuned = [True]  # TunableOp, which a CPU build of torch lacks
-torch.cuda.tunable.is_enabled, torch.cuda.tunable.enable = lambda: tuned[-1], tuned.append
-{start}
-assert tf32_allowed() == {tf32}
-def read(get):
-    try:
-        return get()
-    except RuntimeError:
-        return "refused"
-def state():
-    ways = lambda: matmul.allow_tf32, lambda: matmul.fp32_precision, torch.get_float32_matmul_precision
-    return [read(get) for get in ways]
-before = state()
-on_a_gpu = SimpleNamespace(is_cuda=True)
-for precision in ("tf32", "ieee"):
-    try:
-        with matmul_precision(on_a_gpu, precision):
-            assert matmul.fp32_precision == precision and not torch.cuda.tunable.is_enabled()
-            raise KeyError
-    except KeyError:
-        pass
-    assert state() == before, (state(), before)
-    assert torch.cuda.tunable.is_enabled()
-"""
-
-
-@pytest.mark.parametrize(
-    ("start", "tf32"),
-    [
-        ("", False),
-        ("torch.set_float32_matmul_precision('highest')", False),
-        ("matmul.allow_tf32 = True", True),
-        ("torch.set_float32_matmul_precision('medium')", True),
-        ("matmul.fp32_precision = 'tf32'", True),
-        ("torch.backends.fp32_precision = 'tf32'", True),
-        ("torch.backends.fp32_precision = 'tf32'; matmul.fp32_precision = 'ieee'", False),
-    ],
-)
-def test_the_precision_of_products_comes_back(start, tf32):
-    """This holds for each of torch's switches.
-
-    Some of them cannot be read once another was set.
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", PRECISIONS.format(start=start, tf32=tf32)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def test_helpers_on_meta_tensors_give_shapes():

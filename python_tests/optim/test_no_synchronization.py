@@ -107,3 +107,14 @@ def test_a_refresh_moves_all_matrices_with_two_waits_and_twenty_launches(name, c
     events = events.outside("masks/")
     assert any("migrate" in event.what for event in events.launches), events.report()
     assert len(events.waits) <= 2 and len(events.launches) <= 20, events.report()
+
+
+@pytest.mark.parametrize("name", ["matrix", "packed", "per entry"])
+def test_a_saved_state_takes_no_memory_of_the_card(name, cuda, optimizers):
+    """Each tensor is copied to host memory, without a clone on the card before."""
+    with cuda.recording() as events:
+        saved = optimizers[name].state_dict()
+    tensors = [x for entry in saved["state"].values() for x in entry.values() if isinstance(x, torch.Tensor)]
+    assert len(saved["state"]) == MATRICES and {tensor.device.type for tensor in tensors} == {"cpu"}
+    assert any("cuda to cpu" in event.what for event in events.launches)
+    assert not any("clone" in event.what for event in events.launches), events.report()

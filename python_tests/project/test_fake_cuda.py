@@ -9,7 +9,7 @@ import triton
 import lift_kernels
 from bench.common.fake_cuda import NOT_LAUNCHING, FakeCuda
 from lift_kernels import ops
-from lift_kernels.ops import dispatch
+from lift_kernels.ops import dispatch, symmetric_eigen
 from lift_kernels.ops.device_tables import DeviceTables, Table
 
 
@@ -65,6 +65,7 @@ PROGRAMS = {
     "fill by mask": (filled_by_mask, 0, 2),
     "masked_select": (lambda x: x.masked_select(x > 0), 1, 2),
     "equal": (lambda x: torch.equal(x, x + 1), 1, 2),
+    "eigenproblems": (lambda x: torch.linalg.eigh(x.view(2, 2)), 1, 1),
     "synchronize": (waiting_synchronize, 1, 0),
     "stream": (on_the_stream, 1, 0),
     "upload": (lambda x: torch.ones(3).to(x.device), 1, 1),
@@ -110,6 +111,46 @@ def test_checks_of_values_pass():
         assert x[0].item() == 0 and x.nonzero().numel() == 0 and x.sum().tolist() == 0
 
 
+def test_numbers_are_at_most_any_limit_that_is_not_negative():
+    with FakeCuda():
+        x = torch.ones(4, device="cuda")
+        assert (x <= 0.5).tolist() == [True] * 4 and (x <= 0).all() and not (x <= -1).any()
+        assert (x <= 0.5)[1:].clone().tolist() == [True] * 3 and (x <= x).tolist() == [False] * 4
+
+
+def test_the_backends_of_ops_can_be_named():
+    with FakeCuda({"packed_gather": "native-cuda", "packed_l2_norm": "reference"}) as cuda:
+        x, indices = torch.ones(4, device="cuda"), torch.empty(2, dtype=torch.int32, device="cuda")
+        with cuda.recording() as events:
+            ops.packed_gather(x, indices)
+            ops.packed_gather(x, indices, backend="triton")
+            ops.packed_scatter_(x, indices, x[:2])
+        names = [dispatch.choose(None, x.device, op) for op in ("packed_gather", "packed_l2_norm", "packed_scatter_")]
+    assert names == ["native-cuda", "reference", "triton"]
+    kernels = ["lift_kernels_native.packed_gather.default", "_packed_gather_kernel", "_packed_scatter_kernel"]
+    assert [event.what for event in events.launches] == kernels
+
+
+def test_a_cuda_op_needs_the_extension(monkeypatch):
+    monkeypatch.setattr(dispatch, "_load_native", lambda: "no extension")
+    with pytest.raises(RuntimeError, match="no extension"):
+        FakeCuda({"packed_gather": "native-cuda"})
+    FakeCuda({"packed_gather": "triton"})
+
+
+def test_the_batched_solver_of_cusolver_launches_and_waits(monkeypatch):
+    monkeypatch.setattr(symmetric_eigen, "_slow_in_torch", lambda matrices: True)
+    with FakeCuda() as cuda, cuda.recording() as events:
+        values, vectors = symmetric_eigen.symmetric_eigen(torch.empty(3, 40, 40, device="cuda"))
+    assert values.shape == (3, 40) and vectors.shape == (3, 40, 40)
+    assert [event.what for event in events.launches] == [
+        "aten.clone.default",
+        "cusolverDnXsyevBatched",
+        "aten.any.default",
+    ]
+    assert len(events.waits) == 1
+
+
 def test_cpu_tensors_keep_their_numbers():
     with FakeCuda():
         indices = torch.tensor([0, 2], dtype=torch.int32)
@@ -145,11 +186,23 @@ def test_nothing_stays_replaced(monkeypatch):
     device, table = torch.device("cpu"), Table(torch.ones(1), True)
     assert tables.get("before", device, lambda: table) is table
     names = ("current_stream", "synchronize", "is_current_stream_capturing", "_exchange_device")
-    before = [dispatch.choose, torch.Tensor.pin_memory, triton.JITFunction.run, *(vars(torch.cuda)[n] for n in names)]
+    before = [
+        symmetric_eigen._solver,
+        dispatch.choose,
+        torch.Tensor.pin_memory,
+        triton.JITFunction.run,
+        *(vars(torch.cuda)[n] for n in names),
+    ]
     with FakeCuda():
         assert tables.get("inside", device, lambda: table._replace(aligned=False)).aligned is False
         assert dispatch.choose(None, torch.device("cuda"), "packed_gather") == "triton"
-    after = [dispatch.choose, torch.Tensor.pin_memory, triton.JITFunction.run, *(vars(torch.cuda)[n] for n in names)]
+    after = [
+        symmetric_eigen._solver,
+        dispatch.choose,
+        torch.Tensor.pin_memory,
+        triton.JITFunction.run,
+        *(vars(torch.cuda)[n] for n in names),
+    ]
     assert after == before
     assert tables.get("before", device, list) is table and tables.get("inside", device, lambda: table) is table
 

@@ -1,6 +1,8 @@
 """Weight gradients of linear layers at the selected entries, in one kernel.
 
-It keeps only the selected entries of its product.
+It keeps only the selected entries of its product. Two small launches come before: one marks the
+entries of the list in a bitmap of the matrix, the other counts those before each tile of each row.
+So a tile reads a few words of each row, and it knows which of its entries to store, and where.
 """
 
 from __future__ import annotations
@@ -12,66 +14,92 @@ from torch import Tensor
 
 from .. import dispatch
 from ..precision import tf32_allowed
+from .bitmap_to_indices import popcount, set_bits
 from .rounding import bits, narrow
 
-ROWS, COLUMNS, TOKENS, ENTRIES = 128, 128, 32, 8
-"""Tile sizes of the fused kernel.
+ROWS, COLUMNS, TOKENS = 128, 128, 32
+"""Sides of a tile of the gradient, and the tokens of one step of the product.
 
-They are the sides of a tile of the gradient, the tokens of one step of the product, and the entries
-of a row that the epilogue writes at once.
+``COLUMNS`` is a multiple of 32, the bits of a word of the bitmap.
 """
 WARPS, STAGES = 8, 3
+ROW_AXIS = 0 if triton.__version__.startswith("3.6.") else 1
+"""Which side of a tile are the rows of the gradient.
+
+A thread must hold few rows, so that it needs few words of the bitmap, which cost registers. Nothing
+is known of the places that a tile is stored to. Then Triton 3.6 lets neighboring threads store
+along the first side of a tile, and later ones along the second. With the other side hundreds of
+registers spill.
+"""
+SEARCHES = 256
+"""Searches of one program of the first kernel."""
 
 
-@triton.jit
-def _lower_bound(indices, bound, count, stride):
-    """Count how many of the ``count`` sorted ``indices`` lie below each int64 ``bound``.
+@triton.jit(do_not_specialize=["m", "n", "count", "stride"])
+def _tile_firsts_kernel(
+    indices,  # (count,) int32, sorted
+    firsts,  # (tiles, m) int32
+    m,
+    n,
+    count,
+    stride,  # largest power of two up to count
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Count the entries before each tile of each row, by bisection.
 
-    ``stride`` is the largest power of two up to count, or 0 for none.
+    Neighbors are tiles of one row, so that their searches walk through the same cache lines. The
+    counts of one tile lie side by side, as the product reads them.
     """
-    low = tl.zeros_like(bound).to(tl.int32)
+    across = tl.cdiv(n, COLUMNS)
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row, tile = place // across, place % across
+    bound = row * n + tile * COLUMNS
+    low = tl.zeros([BLOCK], dtype=tl.int32)
     while stride > 0:
-        ahead = low + stride
-        inside = ahead <= count
-        below = inside & (tl.load(indices + ahead - 1, mask=inside, other=0).to(tl.int64) < bound)
-        low = tl.where(below, ahead, low)
+        inside = low <= count - stride  # the sum of both could wrap
+        below = inside & (tl.load(indices + low + (stride - 1), mask=inside, other=0).to(tl.int64) < bound)
+        low = tl.where(below, low + stride, low)
         stride = stride >> 1
-    return low
+    tl.store(firsts + tile * m + row, low, mask=row < m)
 
 
-@triton.jit(do_not_specialize=["tokens", "count", "stride"])
+@triton.jit(do_not_specialize=["tokens"])
 def _packed_weight_grad_kernel(
     grad_output,  # (tokens, m) fp32, bf16 or fp16, row-major
     input,  # (tokens, n), the same
-    indices,  # (count,) int32, sorted
+    bitmap,  # (m, ceil(n / 32)) int32: the entries that are kept
+    firsts,  # (tiles, m) int32: entries before each tile of each row
     out,  # (count,) in any storage format
     tokens,
     m,
     n,
-    count,
-    stride,  # largest power of two up to count, 0 for none
     PRECISION: tl.constexpr,  # of an fp32 product: "ieee" or "tf32"
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
-    ENTRIES: tl.constexpr,
+    ROW_AXIS: tl.constexpr,  # 0, or 1 for a transposed tile
 ):
-    """Form a tile of grad_output^T @ input, and store only the entries in the index list.
+    """Form a tile of the gradient, and store only the entries in the index list.
 
-    The entries of a row within a tile are neighbors in the list. So each row of the tile searches
-    for its first and its last one. There are no atomics, because every entry belongs to one tile.
+    The bits below an entry's in its row of the tile say how many places it stands behind the
+    first. There are no atomics, because every entry belongs to one tile.
     """
+    WORDS: tl.constexpr = COLUMNS // 32
+    OTHER: tl.constexpr = 1 - ROW_AXIS
+    HEIGHT: tl.constexpr = COLUMNS if ROW_AXIS else ROWS
+    BREADTH: tl.constexpr = ROWS if ROW_AXIS else COLUMNS
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS
-    start = row.to(tl.int64) * n + column
-    width = tl.minimum(n - column, COLUMNS)
-    first = _lower_bound(indices, start, count, stride)
-    last = tl.where(row < m, _lower_bound(indices, start + width, count, stride), first)
-    longest = tl.max(last - first, axis=0)
-    if longest > 0:
+    width = tl.cdiv(n, 32)
+    words = bitmap + row.to(tl.int64) * width + column // 32
+    found = tl.zeros([ROWS], dtype=tl.int32)
+    for i in tl.static_range(WORDS):
+        found = found | tl.load(words + i, mask=(row < m) & (column // 32 + i < width), other=0)
+    if tl.max((found != 0).to(tl.int32), axis=0) > 0:
         token = tl.arange(0, TOKENS)
         columns = column + tl.arange(0, COLUMNS)
-        tile = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+        tile = tl.zeros([HEIGHT, BREADTH], dtype=tl.float32)
         at_grad = grad_output + token.to(tl.int64)[:, None] * m + row[None, :]
         at_input = input + token.to(tl.int64)[:, None] * n + columns[None, :]
         # An int64 step: a side of 1 is a constant to the compiler and has no dtype to convert.
@@ -80,18 +108,24 @@ def _packed_weight_grad_kernel(
             inside = token[:, None] < tokens - done
             g = tl.load(at_grad, mask=inside & (row[None, :] < m), other=0.0)
             x = tl.load(at_input, mask=inside & (columns[None, :] < n), other=0.0)
-            tile = tl.dot(tl.trans(g), x, tile, input_precision=PRECISION)
+            if ROW_AXIS:
+                tile = tl.dot(tl.trans(x), g, tile, input_precision=PRECISION)
+            else:
+                tile = tl.dot(tl.trans(g), x, tile, input_precision=PRECISION)
             at_grad += ahead * m
             at_input += ahead * n
-        lane = tl.arange(0, ENTRIES)
-        # What a gather computes from its layout alone would otherwise move out of the loop and stay
-        # in registers. With Triton 3.6 registers then spill.
-        for done in tl.range(0, longest, ENTRIES, disable_licm=True):
-            place = first[:, None] + done + lane[None, :]
-            real = place < last[:, None]
-            index = tl.load(indices + place, mask=real, other=0).to(tl.int64)
-            within = tl.where(real, index - start[:, None], 0).to(tl.int32)
-            tl.store(out + place, narrow(tl.gather(tile, within, axis=1), out.dtype.element_ty), mask=real)
+        place = tl.load(firsts + tl.program_id(1).to(tl.int64) * m + row, mask=row < m, other=0)
+        lane = tl.expand_dims(tl.arange(0, COLUMNS), ROW_AXIS)
+        marks = tl.zeros([HEIGHT, BREADTH], dtype=tl.uint32)
+        places = tl.zeros([HEIGHT, BREADTH], dtype=tl.int32)
+        for i in tl.static_range(WORDS):
+            word = tl.load(words + i, mask=(row < m) & (column // 32 + i < width), other=0).to(tl.uint32)
+            marks = tl.where(lane // 32 == i, tl.expand_dims(word, OTHER), marks)
+            places = tl.where(lane // 32 == i, tl.expand_dims(place, OTHER), places)
+            place += popcount(word)
+        bit = tl.full([1, 1], 1, tl.uint32) << (lane % 32).to(tl.uint32)
+        places += popcount(marks & (bit - 1))
+        tl.store(out + places, narrow(tile, out.dtype.element_ty), mask=(marks & bit) != 0)
 
 
 def packed_weight_grad_triton(grad_output: Tensor, input: Tensor, indices: Tensor, out: Tensor) -> None:
@@ -112,22 +146,28 @@ def packed_weight_grad_triton(grad_output: Tensor, input: Tensor, indices: Tenso
         grad_output, input = grad_output.float(), input.float()
     (tokens, m), n = grad_output.shape, input.shape[1]
     precision = "tf32" if tf32_allowed() else "ieee"
+    tiles = triton.cdiv(n, COLUMNS)
+    bitmap = torch.zeros(m, triton.cdiv(n, 32), dtype=torch.int32, device=indices.device)
+    firsts = torch.empty(tiles, m, dtype=torch.int32, device=indices.device)
     with torch.cuda.device_of(indices):
-        _packed_weight_grad_kernel[(triton.cdiv(m, ROWS), triton.cdiv(n, COLUMNS))](
+        set_bits(bitmap, indices, n)
+        _tile_firsts_kernel[(triton.cdiv(firsts.numel(), SEARCHES),)](
+            indices, firsts, m, n, count, 1 << (count.bit_length() - 1), COLUMNS=COLUMNS, BLOCK=SEARCHES
+        )
+        _packed_weight_grad_kernel[(triton.cdiv(m, ROWS), tiles)](
             grad_output,
             input,
-            indices,
+            bitmap,
+            firsts,
             bits(out),
             tokens,
             m,
             n,
-            count,
-            1 << (count.bit_length() - 1),
             PRECISION=precision,
             ROWS=ROWS,
             COLUMNS=COLUMNS,
             TOKENS=TOKENS,
-            ENTRIES=ENTRIES,
+            ROW_AXIS=ROW_AXIS,
             num_warps=WARPS,
             num_stages=STAGES,
         )

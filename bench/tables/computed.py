@@ -1,0 +1,39 @@
+"""The tables of what is computed and not timed."""
+
+from __future__ import annotations
+
+from bench.tables.rows import refresh_cost_rows
+from bench.tables.types import Table
+
+COMPUTED_TABLES = {
+    "refresh-cost": Table(
+        "refresh_cost.csv",
+        {
+            "weights": "{label}",
+            "part": "{ops.part}",
+            "launches": "{ops.launches:.0f}",
+            "waits": "{ops.waits:.0f}",
+            "GB": "{ops.bytes/GB:.1f}",
+            "TFLOP bf16, TF32, fp32": "{ops.bf16_flops/T:.2f}, {ops.tf32_flops/T:.2f}, {ops.fp32_flops/T:.2f}",
+            "eigenproblems": "{ops.eigenproblems:.0f}",
+            "predicted": "{ops.predicted_ms:.1f} ms",
+            "references: launches": "{references.launches:.0f}",
+            "GB ": "{references.bytes/GB:.1f}",
+            "predicted ": "{references.predicted_ms:.1f} ms",
+        },
+        refresh_cost_rows(),
+    ),
+    "mask-rounding": Table(
+        "mask_rounding.csv",
+        {
+            "rank": "{row.rank}",
+            "products": "{row.products}",
+            "start": "{row.start}",
+            "overlap": "{row.overlap_mean:.4f} / {row.overlap_min:.3f}",
+            "captured": "{row.captured_mean:.5f} / {row.captured_min:.4f}",
+            "passes": "{row.passes:.3g}",
+            "converged": "{row.converged:.0f} of {row.matrices:.0f}",
+        },
+        each=[{"status": "ok"}],
+    ),
+}

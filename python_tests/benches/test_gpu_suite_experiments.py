@@ -1,0 +1,135 @@
+"""The part of the GPU suite that tries other settings: each is named, in place and put back."""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import importlib
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from bench import gpu_suite
+from bench.gpu_parts import experiments
+from bench.gpu_parts.runner import Run
+
+TRITON = "lift_kernels.ops.triton"
+
+
+@pytest.mark.slow
+@pytest.mark.native
+def test_a_dry_run_names_every_setting(tmp_path):
+    assert gpu_suite.main(["--dry-run", "--part", "experiments", "--only", "experiments", "--out", str(tmp_path)]) == 0
+    with (tmp_path / "gpu_experiments.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["variant"] != gpu_suite.WHOLE]
+    assert {row["status"] for row in rows} == {"ok"} and {row["correct"] for row in rows} == {"yes"}
+    names = [row["variant"] for row in rows]
+    assert [name for name in names if name.startswith("step")] == [
+        "step, as it is",
+        *(f"step, fetches of {size} bytes" for size in (32, 64, 128)),
+        *(f"step, {warps} warps" for warps in (4, 8)),
+    ]
+    depths = [f"selection, depth {depth}, {stages} stages" for depth in (16, 32) for stages in (2, 3, 4)]
+    assert [name for name in names if name.startswith("selection")] == ["selection, as it is", *depths]
+    assert sum(name.startswith("fused product") for name in names) == 1 + len(experiments.TILES)
+    for row in rows:
+        first = row["variant"].endswith("as it is")
+        assert bool(row["baseline"]) == (not first)
+        assert row["prediction"] or first
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    """All settings by name, from a run that times nothing."""
+    found = {}
+
+    def compare(run, given, make, **labels):
+        found.update({name: setting for name, _, setting in given})
+
+    monkeypatch.setattr(experiments, "compare", compare)
+    (tmp_path / "rows").touch()
+    experiments.work(Run("experiments", "cpu", tmp_path / "rows", math.inf, 1))
+    return found
+
+
+def values(settings_of, module, *names):
+    """Constants of a Triton module before, under and after a setting."""
+    module = importlib.import_module(f"{TRITON}.{module}")
+
+    def take():
+        found = [getattr(module, name) for name in names]
+        return [dict(value) if isinstance(value, dict) else value for value in found]
+
+    before = take()
+    with settings_of():
+        under = take()
+    assert take() == before
+    return before, under
+
+
+def test_settings_of_the_selection_are_in_place_and_put_back(settings):
+    before, under = values(settings["selection, depth 32, 4 stages"], "lowrank_topk", "TILE", "TILE_OPTIONS")
+    assert under == [before[0] | {"DEPTH": 32}, before[1] | {"num_stages": 4}] != before
+
+
+def test_settings_of_the_fused_product_are_in_place_and_put_back(settings):
+    names = "ROWS", "COLUMNS", "TOKENS", "WARPS", "STAGES"
+    before, under = values(settings["fused product, 128 x 64 x 64, 4 warps, 3 stages"], "packed_weight_grad", *names)
+    assert under == [128, 64, 64, 4, 3] != before
+
+
+def test_a_setting_of_warps_replaces_those_of_the_launch(settings, monkeypatch):
+    module, launches = importlib.import_module(f"{TRITON}.sparse_adamw"), []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: launches.append((grid, arguments, options))
+
+    kernel = Kernel()
+    monkeypatch.setattr(module, "_sparse_adamw_kernel", kernel)
+    with settings["step, 8 warps"]():
+        module._sparse_adamw_kernel[(3,)](1, 2, BLOCK=64, num_warps=4)
+    assert launches == [((3,), (1, 2), {"BLOCK": 64, "num_warps": 8})]
+    assert module._sparse_adamw_kernel is kernel
+
+
+def test_a_fetch_granularity_is_set_read_and_put_back(settings, monkeypatch):
+    """On a runtime that does not take more than 64."""
+    limits, calls = {5: 64}, []
+
+    def get(pointer, limit):
+        ctypes.cast(pointer, ctypes.POINTER(ctypes.c_size_t))[0] = limits[limit]
+
+    def put(limit, size):
+        calls.append(size.value)
+        limits[limit] = min(64, size.value)
+
+    monkeypatch.setattr(
+        experiments, "cuda_runtime", lambda: SimpleNamespace(cudaDeviceGetLimit=get, cudaDeviceSetLimit=put)
+    )
+    for size, taken in ((32, 32), (128, 64)):
+        with settings[f"step, fetches of {size} bytes"]() as columns:
+            assert columns == {"in_effect": taken}
+        assert limits == {5: 64}
+    assert calls == [32, 64, 128, 64]
+
+
+def test_a_setting_that_fails_stops_no_other(tmp_path):
+    (tmp_path / "rows").touch()
+    run = Run("experiments", "cuda", tmp_path / "rows", math.inf, 1)
+
+    def fails():
+        raise RuntimeError("out of resource: shared memory")
+
+    run.time = lambda name, **given: run.add(name, **given) and 1.0
+    tried = [("as it is", "", experiments.nullcontext), ("bad", "slower", fails), ("good", "", experiments.nullcontext)]
+    experiments.compare(run, tried, dict, op="step")
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert [(row["variant"], row["status"]) for row in rows] == [
+        ("as it is", "ok"),
+        ("bad", "failed: out of resource: shared memory"),
+        ("good", "ok"),
+    ]
+    assert rows[2]["against"] == ["as it is", 1.0]
