@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
 import lift_kernels
 
 PACKAGE = str(Path(lift_kernels.__file__).parent)
@@ -88,3 +91,11 @@ def package_frames() -> tuple[str, ...]:
             files.append(file)
         frame = frame.f_back
     return tuple(files)
+
+
+def refuse_cpu_tensors(kernel: str, arguments: object) -> None:
+    """Raise ValueError for a CPU tensor among the arguments of a launch, or in a tuple of them."""
+    for leaf in tree_leaves(arguments):
+        tensor = getattr(leaf, "base", leaf)  # of a tensor descriptor
+        if isinstance(tensor, Tensor) and tensor.device.type == "cpu":
+            raise ValueError(f"{kernel} is launched with a CPU tensor of shape {tuple(tensor.shape)}, {tensor.dtype}")

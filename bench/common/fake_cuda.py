@@ -8,7 +8,8 @@ What is replaced while a `FakeCuda` is entered, and nothing else:
 
 - the choice of a backend for CUDA tensors, which becomes Triton where an op has it, or what
   ``backends`` names
-- ``kernel[grid](...)`` of Triton, and the private CUDA ops, which are only counted
+- ``kernel[grid](...)`` of Triton, and the private CUDA ops, which are only counted; with a CPU
+  tensor among their arguments they raise ValueError
 - streams, events, device guards and ``pin_memory`` of torch, which need a CUDA build; the guard of
   C++ code is ``device_guard.cpp beside this file``
 - ``data_ptr`` of fake tensors, which have no memory: an address that belongs to their storage
@@ -41,7 +42,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.common.device_events import Call, Event, Recording, package_frames
+from bench.common.device_events import Call, Event, Recording, package_frames, refuse_cpu_tensors
 from bench.common.device_stubs import Solvers, device_guard, empty_tables
 from lift_kernels.ops import dispatch, symmetric_eigen
 
@@ -129,6 +130,7 @@ class FakeCuda:
         from triton.runtime.jit import JITFunction
 
         def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+            refuse_cpu_tensors(kernel.fn.__name__, (arguments, options))
             named = dict(zip(kernel.arg_names, arguments)) | options
             self.launch(kernel.fn.__name__, Call(kernel, (), named))
 
@@ -182,6 +184,7 @@ class _Device(TorchDispatchMode):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         if func.namespace == NATIVE:
+            refuse_cpu_tensors(str(func), leaves)
             return self._launch(func, args, kwargs)
         if func.namespace not in OF_TORCH:
             with self:  # The body: what the dispatcher would run on real CUDA tensors.
@@ -240,6 +243,10 @@ class _Device(TorchDispatchMode):
 
     def _linalg_check_errors(self, func, args, kwargs):
         self.cuda.wait(str(func))
+
+    def _fused_adamw_(self, func, args, kwargs):
+        refuse_cpu_tensors(str(func), args[:6])  # Fake tensors let numbers on the CPU pass, which CUDA does not.
+        return self._faked(func, "_fused_adamw_", args, kwargs)
 
     def _linalg_eigh(self, func, args, kwargs):
         out = self._faked(func, "_linalg_eigh", args, kwargs)

@@ -7,12 +7,12 @@ smaller in fp64 than any that was left out (1e-4), and the threshold is the smal
 Factors take turns.
 
 Refresh (`principal_masks`, Chebyshev iteration, r = 128, weights with a slowly decaying spectrum).
-Roofline: 2 m n l FLOPs a pass and 2 m n r for the selection at the TF32 rate, or one read of the
-weights a pass. ``eigh_share`` and ``orth_share``: the time between events around the eigenproblems,
-and around the ops that orthonormalize, over that of the refreshes. Checked: the overlap of the
-first matrix's mask with the reference's exact one is above 0.9. Refreshes wait for the card, and
-touch gigabytes. So they are timed from one synchronization to the next. One layer comes first: its
-time says how many layers fit into the stage's budget.
+Roofline: 2 m n l FLOPs a pass and 2 m n r for the selection at the bf16 rate, the dtype of the
+weights, or one read of the weights a pass. ``eigh_share`` and ``orth_share``: the time between
+events around the eigenproblems, and around the ops that orthonormalize, over that of the refreshes.
+Checked: the overlap of the first matrix's mask with the reference's exact one is above 0.9.
+Refreshes wait for the card, and touch gigabytes. So they are timed from one synchronization to the
+next. One layer comes first: its time says how many layers fit into the stage's budget.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def refresh_rows(run: Run, model: Model, weights: list[Tensor], exact: Tensor, r
             f"{'one layer' if layers == 1 else 'all matrices' if layers == model.layers else f'{layers} layers'}",
             measured=taken,
             problem=problem,
-            rate="tf32",
+            rate="bf16",
             op="principal_masks",
             model=model.name,
             dtype="bf16",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..masks.principal import Mask
+from ..ops import dispatch
 from . import drift
 from .mask_options import MaskOptions
 from .matrix_ref import MatrixRef
@@ -195,8 +196,8 @@ class RefreshSchedule:
         for group in groups:
             group["steps_since_refresh"] += 1
             spread = group["refresh_schedule"] == "spread"
-            if found_inf is not None and not spread:
-                # GradScaler adds up the flags of all devices.
+            if found_inf is not None and not spread and not dispatch.capturing():
+                # GradScaler adds up the flags of all devices. A capture would compute nothing here.
                 self._skipped[id(group)] = self._skipped.get(id(group), 0) + (found_inf != 0).int()
             may_be_due |= spread or self._is_due(group)
         return may_be_due

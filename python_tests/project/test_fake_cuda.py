@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import lift_kernels
 from bench.common.fake_cuda import NOT_LAUNCHING, FakeCuda
@@ -171,6 +172,54 @@ def test_events_know_the_files_they_came_from():
 def test_an_unknown_result_is_an_error():
     with FakeCuda(), pytest.raises(NotImplementedError, match="let fake_cuda know"):
         torch.ones(4, device="cuda").unique()
+
+
+def native_scatter(x, host):
+    positions = torch.empty(4, dtype=torch.int32, device="cuda")
+    torch.ops.lift_kernels_native.packed_scatter_.default(x, positions, host)
+
+
+def fused_step(x, host):
+    """Of torch's AdamW, whose fake lets step counts on the CPU pass."""
+    lists = [[x], [x], [x], [x], []]
+    options = dict(lr=0.1, beta1=0.9, beta2=0.9, weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False)
+    torch._fused_adamw_(*lists, [host], **options)
+
+
+# name: a launch with a CPU tensor, and what is launched
+LAUNCHES_WITH_CPU_TENSORS = {
+    "Triton": (lambda x, host: _empty_kernel[(1,)](host), "_empty_kernel"),
+    "Triton by name": (lambda x, host: _empty_kernel[(1,)](x=host), "_empty_kernel"),
+    "Triton, in a tuple": (lambda x, host: _empty_kernel[(1,)]((x, (host,))), "_empty_kernel"),
+    "Triton, by a descriptor": (
+        lambda x, host: _empty_kernel[(1,)](TensorDescriptor(host, [4], [1], [4])),
+        "_empty_kernel",
+    ),
+    "fused step": (fused_step, "_fused_adamw_"),
+    "private op": (native_scatter, "lift_kernels_native.packed_scatter_"),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES_WITH_CPU_TENSORS)
+def test_a_cpu_tensor_in_a_launch_is_an_error(name):
+    program, launched = LAUNCHES_WITH_CPU_TENSORS[name]
+    with FakeCuda() as cuda, cuda.recording() as events:
+        x = torch.empty(4, device="cuda")
+        with pytest.raises(ValueError, match=rf"{launched}.* is launched with a CPU tensor of shape \(4,\)"):
+            program(x, torch.ones(4))
+        assert not events.launches
+        program(x, x)
+    assert len(events.launches) == 1
+
+
+def test_ops_of_torch_take_no_cpu_tensors_but_numbers():
+    with FakeCuda():
+        x = torch.empty(4, device="cuda")
+        assert (x * torch.tensor(2.0)).is_cuda
+        with pytest.raises(RuntimeError, match="device"):
+            x + torch.ones(4)
+        with pytest.raises(RuntimeError, match="device"):
+            torch.stack([x, torch.ones(4)])
 
 
 def test_addresses_are_those_of_storages():
