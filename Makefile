@@ -91,7 +91,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# CPU ops and CUDA ops for sm_80, sm_90 and sm_100 in one abi3 file; LIFT_CUDA=0 make wheel where there is no nvcc.
+# CPU ops and CUDA ops for sm_75 to sm_120 in one abi3 file; LIFT_CUDA=0 make wheel where there is no nvcc.
 # An old build folder would put modules into the wheel that the package no longer has.
 wheel: $(VENV)/.packages
 	rm -rf build

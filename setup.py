@@ -6,8 +6,10 @@ torch, so plain ``nvcc -c`` compiles them. The CUDA runtime is linked statically
 
 Environment variables:
 
-- ``LIFT_CUDA=0`` leaves CUDA out. ``LIFT_CUDA=1`` makes a missing nvcc an error.
-- ``LIFT_CUDA_ARCHS`` lists the target architectures, by default ``80;90;100``.
+- ``LIFT_CUDA=0`` leaves CUDA out. ``LIFT_CUDA=1`` makes a missing nvcc or CUDA runtime an error.
+- ``LIFT_CUDA_ARCHS`` lists the target architectures. By default these are the ones of
+  ``75;80;90;100;120`` that nvcc knows. Code for sm_80 also runs on sm_86, sm_87 and sm_89, and code
+  for sm_100 and sm_120 on the later cards of their generation.
 - ``CUDA_HOME`` is the CUDA toolkit. By default it is the toolkit of ``nvcc`` on PATH.
 - ``LIFT_REQUIRE_NATIVE=1`` makes a failed build of the extension an error.
 
@@ -40,6 +42,8 @@ CXX_FLAGS = [
     "-fvisibility=hidden",
     "-g0",
 ]
+# One for each generation of cards.
+CUDA_ARCHS = ["75", "80", "90", "100", "120"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "--fmad=false", "-Xcompiler=-fPIC", "-Xptxas=-v"]
 
 
@@ -70,19 +74,35 @@ def static_runtime(toolkit: Path) -> Path | None:
     return None
 
 
-def compile_cuda(toolkit: Path, build_dir: Path) -> list[str]:
-    """Compile the CUDA sources in parallel and return the object files.
+def cuda_archs(nvcc: Path) -> list[str]:
+    """Return the target architectures: those of LIFT_CUDA_ARCHS, or all that nvcc knows."""
+    chosen = os.environ.get("LIFT_CUDA_ARCHS")
+    if chosen:
+        return chosen.split(";")
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    return [arch for arch in CUDA_ARCHS if f"sm_{arch}" in known] or ["80"]
 
-    They contain machine code for each target, and PTX of the last target for future GPUs.
+
+def code_flags(archs: list[str]) -> list[str]:
+    """Return nvcc's options for machine code of each target, and for PTX.
+
+    PTX serves cards whose generation is not among the targets, if they are newer than it. That of
+    sm_100 serves sm_110 as well, which lies between two targets.
     """
-    archs = os.environ.get("LIFT_CUDA_ARCHS", "80;90;100").split(";")
-    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    ptx = "100" if "100" in archs else archs[-1]
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [*flags, f"-gencode=arch=compute_{ptx},code=compute_{ptx}"]
+
+
+def compile_cuda(toolkit: Path, build_dir: Path) -> list[str]:
+    """Compile the CUDA sources in parallel and return the object files."""
+    nvcc = toolkit / "bin" / "nvcc"
+    targets = code_flags(cuda_archs(nvcc))
     build_dir.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: str) -> str:
         target = str(build_dir / (Path(source).stem + ".cu.o"))
-        command = [str(toolkit / "bin" / "nvcc"), "-c", *NVCC_FLAGS, *targets, source, "-o", target]
+        command = [str(nvcc), "-c", *NVCC_FLAGS, *targets, source, "-o", target]
         print(*command, flush=True)
         subprocess.run(command, check=True)
         return target
@@ -97,8 +117,14 @@ def add_cuda(ext: Extension, build_dir: Path) -> None:
     The CPU ops never depend on CUDA.
     """
     toolkit = cuda_toolkit()
-    runtime = static_runtime(toolkit) if toolkit is not None else None
+    if toolkit is None:
+        return
+    runtime = static_runtime(toolkit)
     if runtime is None:
+        problem = f"{toolkit} has nvcc, but no libcudart_static.a; install the package cuda-cudart-dev (cudart_static)"
+        if os.environ.get("LIFT_CUDA") == "1":
+            sys.exit(f"setup.py: LIFT_CUDA=1, but {problem}")
+        print(f"lift_kernels: {problem}; the CUDA ops are left out, GPUs use Triton", file=sys.stderr)
         return
     try:
         ext.extra_objects = compile_cuda(toolkit, build_dir)

@@ -78,10 +78,10 @@ def level_of_backend(request):
 
 @pytest.fixture(scope="session")
 def kernels():
-    """Records of `bench.kernels.compile`: all Triton and CUDA kernels, compiled once per target."""
+    """Records of `bench.kernels.compile`: all Triton and CUDA kernels, once per tested target."""
     from bench.kernels.compile import survey
 
-    return survey()
+    return survey(scope="tested")
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -110,21 +111,22 @@ def step(run: Run) -> None:
     compare(run, settings, make, **labels_of(model, layers, BF16))
 
 
+def launch_options(module: ModuleType, function: str, **changes: object) -> AbstractContextManager:
+    """Let a launcher take other options than those that ``function`` gives it for the card."""
+    given = getattr(module, function)
+    return mock.patch.object(module, function, lambda *card, **case: given(*card, **case) | changes)
+
+
 def selection(run: Run) -> None:
     model = LLAMA_2_7B.on(run.device)
     (m, n), rank = model.layer[-1], rank_of(model)
     generator, k = torch.Generator(run.device).manual_seed(0), round(DENSITY * m * n)
     left, right = (torch.randn(side, rank, generator=generator, device=run.device) for side in (m, n))
 
-    @contextmanager
-    def tile(depth: int, stages: int) -> Iterator[None]:
+    def tile(depth: int, stages: int) -> AbstractContextManager:
         from lift_kernels.ops.triton import lowrank_topk
 
-        with (
-            mock.patch.dict(lowrank_topk.TILE, DEPTH=depth),
-            mock.patch.dict(lowrank_topk.TILE_OPTIONS, num_stages=stages),
-        ):
-            yield
+        return launch_options(lowrank_topk, "lowrank_options", DEPTH=depth, num_stages=stages)
 
     def make() -> dict:
         problem = run.problem(lambda: selection_problem(left, right, k, ops.lowrank_topk(left, right, k)))
@@ -158,7 +160,7 @@ def weight_gradient(run: Run) -> None:
         from lift_kernels.ops.triton import packed_weight_grad
 
         sides = {"ROWS": rows, "COLUMNS": columns, "TOKENS": tokens}
-        return mock.patch.multiple(packed_weight_grad, WARPS=warps, STAGES=stages, **sides)
+        return launch_options(packed_weight_grad, "weight_grad_options", num_warps=warps, num_stages=stages, **sides)
 
     def call() -> list[torch.Tensor]:
         options = {} if run.dry else {"fused": True}

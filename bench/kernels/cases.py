@@ -5,9 +5,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
-TARGETS = (80, 90, 100)
+from triton.backends.compiler import GPUTarget
+
+from lift_kernels.ops.triton import targets
+
+TARGETS = (75, 80, 86, 89, 90, 100, 120)
+TESTED = (80, 90, 100)
+"""Targets for which `make test` compiles every kernel.
+
+It compiles those whose options depend on the target for `TESTED_PRODUCTS`, too.
+"""
+TESTED_PRODUCTS = (75, 120)
 BLOCK = 1024
 THREADS = 128
 FORMATS = {"fp32": "fp32", "fp16": "fp16", "bf16": "i16", "int32": "i32"}  # bf16 travels as bit patterns
@@ -31,12 +43,20 @@ class Case:
     stores: tuple[str, ...] | None = ()
     multiples: tuple[str, ...] = ()  # of 16
     options: dict[str, object] = field(default_factory=dict)  # compiler options instead of the streaming kernels'
-    tensor_cores: bool = False
-    wide_copies: bool = False  # all copies to shared memory past the registers must move 128 bits
+    by_target: Callable[[GPUTarget], dict] | None = None  # more constants and options, as the launcher takes them
+    tensor_cores: bool = False  # on cards that have them
+    # All copies to shared memory past the registers must move 128 bits, on cards that have them.
+    wide_copies: bool = False
 
     def needed(self, streams: tuple[str, ...] | None) -> int:
         """128-bit accesses a thread makes when all of these streams move that wide."""
         return sum(BLOCK // THREADS * BYTES[dtype] // 16 for dtype in streams or ())
+
+    def targets(self, tested: bool) -> tuple[int, ...]:
+        """CUDA targets to compile for: those of the report, or fewer that are ``tested``."""
+        if not tested:
+            return TARGETS
+        return (*TESTED, *TESTED_PRODUCTS) if self.by_target else TESTED
 
 
 @dataclass(frozen=True)
@@ -151,26 +171,22 @@ def weight_grad_case(dtype, out, precision="tf32", one=None):
     An fp32 one is by TF32 or exact. ``one``: the side "m" or "n" that is 1, which the compiler
     takes for a constant.
     """
-    from lift_kernels.ops.triton import packed_weight_grad
-
     types = {name: f"*{dtype}" for name in ("grad_output", "input")} | {"out": f"*{FORMATS[out]}", "tokens": "i32"}
     types |= dict.fromkeys(("bitmap", "firsts"), "*i32") | dict.fromkeys({"m", "n"} - {one}, "i32")
-    constants = {name: getattr(packed_weight_grad, name) for name in ("ROWS", "COLUMNS", "TOKENS", "ROW_AXIS")}
-    constants |= {"PRECISION": precision} | ({one: 1} if one else {})
     name = (
         f"packed_weight_grad: {dtype}{f' by {precision}' if dtype == 'fp32' else ''} to "
         f"{out}{f', {one} = 1' if one else ''}"
     )
-    options = {"num_warps": packed_weight_grad.WARPS, "num_stages": packed_weight_grad.STAGES, "enable_fp_fusion": True}
     return Case(
         name,
         "packed_weight_grad._packed_weight_grad_kernel",
         types,
-        constants,
+        {one: 1} if one else {},
         None,
         None,
         multiples=tuple(sorted({"m", "n"} - {one})),
-        options=options,
+        options={"enable_fp_fusion": True},
+        by_target=partial(targets.weight_grad_options, fp32=dtype == "fp32", tf32=precision == "tf32"),
         tensor_cores=precision != "ieee",
     )
 
@@ -180,13 +196,13 @@ def tile_firsts_case():
     from lift_kernels.ops.triton import packed_weight_grad
 
     types = dict.fromkeys(("indices", "firsts"), "*i32") | dict.fromkeys(("m", "n", "count", "stride"), "i32")
-    constants = {"COLUMNS": packed_weight_grad.COLUMNS, "BLOCK": packed_weight_grad.SEARCHES}
+    constants = {"COLUMNS": 128, "BLOCK": packed_weight_grad.SEARCHES}
     return Case("packed_weight_grad: firsts of tiles", "packed_weight_grad._tile_firsts_kernel", types, constants)
 
 
 def select_cases():
     """The passes over the tiles of a low-rank product, and the kernels of bitmaps."""
-    from lift_kernels.ops.triton import bitmap_to_indices, lowrank_topk
+    from lift_kernels.ops.triton import bitmap_to_indices
 
     factors = {"left": "*fp32", "right": "*fp32", "m": "i32", "n": "i32", "r": "i32", "bracket": "*i32"}
     scan = factors | {"bitmap": "*i32", "counts": "*i32", "capacity": "i32"}
@@ -195,8 +211,9 @@ def select_cases():
         "ties": ("lowrank_topk._lowrank_topk_kernel", scan | {"ties": "*i32"}),
         "histogram": ("lowrank_topk._lowrank_histogram_kernel", factors | {"histogram": "*i32", "shift": "i32"}),
     }
-    tile = {"constants": lowrank_topk.TILE, "options": lowrank_topk.TILE_OPTIONS, "tensor_cores": True}
     for name, (kernel, types) in passes.items():
+        by_target = partial(targets.lowrank_options, histogram=name == "histogram")
+        tile = {"by_target": by_target, "tensor_cores": True}
         yield Case(f"lowrank_topk: {name}", kernel, types, multiples=("r",), wide_copies=True, **tile)
         yield Case(f"lowrank_topk: {name}, odd rank", kernel, types, **tile)
     block = {"BLOCK": BLOCK}

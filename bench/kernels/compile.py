@@ -23,12 +23,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+from triton.backends.compiler import GPUTarget
 
 from bench import ROOT
-from bench.kernels.cases import CASES, CUDA_LAUNCHES, TARGETS, THREADS, Case, Launch
+from bench.kernels import variants
+from bench.kernels.cases import CASES, CUDA_LAUNCHES, TARGETS, TESTED, THREADS, Case, Launch
+from lift_kernels.ops.triton.targets import has_tensor_cores
 
 WORKERS = 2
-SYSTEM_SHARED = 1024  # bytes that the system takes of each block
+SYSTEM_SHARED = 1024  # bytes that the system takes of each block from sm_80 on
 
 
 @dataclass(frozen=True)
@@ -62,29 +67,37 @@ class Compiled:
     products: str = ""  # the same in PTX, which names the types; Triton only
 
 
-def compile_case(case: Case, target: int) -> Compiled:
-    """Compile for one CUDA target (80, 90, 100).
+def compile_for(case: Case, target: GPUTarget) -> Any:
+    """What Triton compiles a case to, with the launcher's options for the target.
 
     It is done as the launcher would for tensors at multiples of 16 bytes.
     """
     import triton
     import triton.language as tl
-    from triton.backends.compiler import GPUTarget
 
     module, function = case.kernel.split(".")
     kernel = getattr(importlib.import_module(f"lift_kernels.ops.triton.{module}"), function)
     formats = {"fp32": tl.float32, "fp16": tl.float16, "i16": tl.int16}
     signature = {name: case.types.get(name, "constexpr") for name in kernel.arg_names}
+    launch = case.by_target(target) if case.by_target else {}
+    values = case.constants | launch
     constants, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name not in case.types:
-            value = case.constants.get(name)
+            value = values.get(name)
             constants[(position,)] = formats.get(value, value) if isinstance(value, str) else value
         elif case.types[name].startswith("*") or name in case.multiples:
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
     options = {"num_warps": THREADS // 32, "enable_fp_fusion": False} | case.options
-    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    options |= {name: value for name, value in launch.items() if name not in kernel.arg_names}
+    return triton.compile(source, target=target, options=options)
+
+
+def compile_case(case: Case, target: int) -> Compiled:
+    """Compile for one CUDA target, such as 80."""
+    card = GPUTarget("cuda", target, 32)
+    compiled = compile_for(case, card)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(compiled.asm["cubin"])
@@ -97,9 +110,9 @@ def compile_case(case: Case, target: int) -> Compiled:
         dynamic_shared=compiled.metadata.shared,
         needed_loads=case.needed(case.loads),
         needed_stores=case.needed(case.stores),
-        needs_wide_copies=case.wide_copies,
-        needs_tensor_cores=case.tensor_cores,
-        products=_count(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*", compiled.asm["ptx"]),
+        needs_wide_copies=case.wide_copies and target >= 80,
+        needs_tensor_cores=case.tensor_cores and has_tensor_cores(card),
+        products=count_matches(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*", compiled.asm["ptx"]),
         **counts,
     )
 
@@ -139,17 +152,22 @@ def compile_cuda(source: Path | str, target: int, launches: dict[str, Launch] = 
     return records
 
 
-def survey(only: str = "") -> list[Compiled]:
-    """Every kernel whose name contains ``only``, on every target.
+def survey(only: str = "", scope: str = "report") -> list[Compiled]:
+    """Every kernel whose name contains ``only``, on every target of a scope.
 
     CUDA kernels are left out where `nvcc` finds no compiler. RuntimeError with the compiler's
     message when one does not compile.
+
+    Args:
+        only: part of the names.
+        scope: ``"report"``, ``"tested"`` for the targets that `make test` compiles for, or
+            ``"all"`` for every Triton variant on the targets of `variants`.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
 
     def worker(i: int) -> list[Compiled]:
-        command = [sys.executable, "-m", "bench.kernels.compile", only, str(i)]
+        command = [sys.executable, "-m", "bench.kernels.compile", only, str(i), scope]
         done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
         if done.returncode != 0:
             raise RuntimeError(f"compiling the kernels failed:\n{done.stderr}")
@@ -157,7 +175,7 @@ def survey(only: str = "") -> list[Compiled]:
 
     with ThreadPoolExecutor(WORKERS) as pool:
         records = [record for share in pool.map(worker, range(WORKERS)) for record in share]
-    order = {case.name: place for place, case in enumerate(CASES)}
+    order = {case.name: place for place, case in enumerate(variants.every_case())}
     return sorted(records, key=lambda r: (r.language != "triton", order.get(r.kernel, 0), r.kernel, r.target))
 
 
@@ -217,7 +235,7 @@ def _machine_code(cubin: Path, target: int) -> dict[str, dict]:
             "wide_stores": _wide("STG", text),
             "wide_copies": wide,
             "narrow_copies": len(copies) - wide,
-            "tensor_cores": _count(r"(?<![\w.])[A-Z]*MMA\b[\w.]*", text),
+            "tensor_cores": count_matches(r"(?<![\w.])[A-Z]*MMA\b[\w.]*", text),
         }
     return found
 
@@ -227,7 +245,7 @@ def _wide(access: str, sass: str) -> int:
     return sum(int(bits) // 128 for bits in re.findall(rf"\b{access}\.(?:\w+\.)*?(128|256)\b", sass))
 
 
-def _count(pattern: str, text: str) -> str:
+def count_matches(pattern: str, text: str) -> str:
     """What matches, as "6 HMMA.16816.F32, 2 ..."."""
     kinds = Counter(re.findall(pattern, text))
     return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
@@ -245,12 +263,19 @@ def _demangled(names: list[str]) -> list[str]:
     return [re.sub(r"(?:\(anonymous namespace\)|\w+)::", "", line) for line in lines]
 
 
-def _jobs(only: str) -> Iterator[tuple[Case | str, int]]:
+def _jobs(only: str, scope: str) -> Iterator[tuple[Case | str, int]]:
     """What is to be compiled: CUDA sources and Triton cases, each for each target."""
-    sources = build().CUDA_SOURCES if nvcc() is not None else []
-    for work in (*sources, *(case for case in CASES if only in case.name)):
-        for target in TARGETS:
-            yield work, target
+    if scope == "all":
+        yield from (
+            (case, target) for case in variants.every_case() if only in case.name for target in variants.TARGETS
+        )
+        return
+    tested = scope == "tested"
+    for source in build().CUDA_SOURCES if nvcc() is not None else []:
+        yield from ((source, target) for target in (TESTED if tested else TARGETS))
+    for case in CASES:
+        if only in case.name:
+            yield from ((case, target) for target in case.targets(tested))
 
 
 def _main() -> None:
@@ -258,8 +283,9 @@ def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("only", help="part of the kernels' names")
     parser.add_argument("worker", type=int)
+    parser.add_argument("scope")
     arguments = parser.parse_args()
-    for work, target in list(_jobs(arguments.only))[arguments.worker :: WORKERS]:
+    for work, target in list(_jobs(arguments.only, arguments.scope))[arguments.worker :: WORKERS]:
         records = compile_cuda(work, target) if isinstance(work, str) else [compile_case(work, target)]
         for record in records:
             if arguments.only in record.kernel:

@@ -1,9 +1,10 @@
-"""Every Triton and CUDA kernel compiled for sm_80, sm_90 and sm_100, and its machine code.
+"""Every Triton and CUDA kernel compiled for sm_75 to sm_120, and its machine code.
 
 The loops of the CPU ops are reported for each level of instruction sets. It needs no GPU, and no
 CPU that has the levels.
 
-    python -m bench.kernels.report [--only TEXT] [--cpu] [--markdown] [--csv PATH] [--cpu-csv PATH]
+    python -m bench.kernels.report [--only TEXT] [--cpu | --all] [--markdown] [--csv PATH]
+        [--cpu-csv PATH]
 
 The exit status is 1 when a kernel spills, uses local memory, fits on no multiprocessor, lost wide
 accesses that `bench.kernels.cases` declares, or multiplies by other units than declared. It is 1,
@@ -85,9 +86,13 @@ class Multiprocessor:
 
 
 MULTIPROCESSORS = {
+    75: Multiprocessor(shared=64 * 1024, warps=32, blocks=16, system_shared=0, shared_unit=256),  # T4, RTX 20
     80: Multiprocessor(shared=164 * 1024),  # A100
+    86: Multiprocessor(shared=100 * 1024, warps=48, blocks=16),  # A10, RTX 30
+    89: Multiprocessor(shared=100 * 1024, warps=48, blocks=24),  # L4, RTX 40
     90: Multiprocessor(shared=228 * 1024),  # H100, H200
     100: Multiprocessor(shared=228 * 1024),  # B200
+    120: Multiprocessor(shared=100 * 1024, warps=48, blocks=24),  # RTX 50, RTX PRO 6000
 }
 
 
@@ -115,18 +120,17 @@ def occupancy(target: int, threads: int, registers: int, shared: int) -> Occupan
     """How many blocks fit on a multiprocessor.
 
     A block has ``threads`` threads with ``registers`` each, and ``shared`` bytes. A warp takes
-    registers in units of 256 from one of four partitions. A block takes shared memory in units of
-    128 bytes and 1 KiB more for the system. No more than 32 blocks and 64 warps are resident.
-    KeyError for a target without limits.
+    registers in units of 256 from one of four partitions. A block takes shared memory in units, and
+    from sm_80 on 1 KiB more for the system. `MULTIPROCESSORS` has these units, and the blocks and
+    warps that can be resident. KeyError for a target without limits.
     """
     unit = MULTIPROCESSORS[target]
     warps = -(-threads // 32)
     warp_registers = -(-registers * 32 // unit.register_unit) * unit.register_unit
     fitting_warps = unit.partitions * (unit.registers // unit.partitions // max(warp_registers, unit.register_unit))
     block_shared = -(-(shared + unit.system_shared) // unit.shared_unit) * unit.shared_unit
-    return Occupancy(
-        fitting_warps // warps, unit.shared // block_shared, min(unit.blocks, unit.warps // warps), threads, unit.warps
-    )
+    by_shared = unit.shared // block_shared if block_shared else unit.blocks
+    return Occupancy(fitting_warps // warps, by_shared, min(unit.blocks, unit.warps // warps), threads, unit.warps)
 
 
 def occupancy_of(record: Compiled) -> Occupancy:
@@ -213,22 +217,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose name contains TEXT")
     parser.add_argument("--cpu", action="store_true", help="only the loops of the CPU ops")
+    parser.add_argument("--all", action="store_true", help="every Triton variant, for fewer targets; no CUDA, no CPU")
     parser.add_argument("--markdown", action="store_true", help="a Markdown table")
     parser.add_argument("--csv", type=Path, metavar="PATH", help="write all counts to this file, too")
     parser.add_argument("--cpu-csv", type=Path, metavar="PATH", help="and those of the CPU to this one")
     arguments = parser.parse_args(argv)
     try:
-        records = [] if arguments.cpu else survey(arguments.only)
-        loops = cpu.survey(arguments.only)
+        records = [] if arguments.cpu else survey(arguments.only, "all" if arguments.all else "report")
+        loops = [] if arguments.all else cpu.survey(arguments.only)
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 2
     table = [line(record) for record in records]
-    if no_nvcc() and not arguments.cpu:
+    if no_nvcc() and not arguments.cpu and not arguments.all:
         table.append({"kernel": no_nvcc(), "verdict": "not compiled"})
     cpu_table = [cpu.line(one) for one in loops]
     absent = [reason for architecture in cpu.LEVELS if (reason := cpu.missing(architecture))]
-    cpu_table += [{"function": reason, "verdict": "not compiled"} for reason in absent]
+    cpu_table += [{"function": reason, "verdict": "not compiled"} for reason in absent if not arguments.all]
     for rows, columns in ((table, COLUMNS), (cpu_table, cpu.COLUMNS)):
         if rows:
             show(rows, columns, arguments.markdown)

@@ -150,7 +150,7 @@ def kernel_rows() -> Rows:
         "`arena_migrate_`, put": {"kernel": "arena_migrate: put *"},
         "`packed_l2_norm`": {"kernel": "packed_square_sums: *"},
         "`packed_weight_grad`, fused, bf16": {"kernel": "packed_weight_grad: bf16 to fp32"},
-        "`lowrank_topk`, rank a multiple of 16": {"kernel": "lowrank_topk: *", "needs_wide_copies": "True"},
+        "`lowrank_topk`, rank a multiple of 16": {"kernel": "lowrank_topk: *[!k]"},
         "`set_bits`": {"kernel": "set_bits", "language": "triton"},
         "`count_bits`": {"kernel": "count_bits", "language": "triton"},
         "`list_bits`": {"kernel": "list_bits", "language": "triton"},
@@ -170,8 +170,16 @@ def kernel_rows() -> Rows:
         "CUDA `bitmap_to_indices`, place": {"kernel": "bitmap_place_kernel<*"},
         "CUDA `bitmap_to_indices`, list": {"kernel": "bitmap_list_kernel<*"},
     }
+    generations = {"sm75": "75", "sm8x": "8?", "sm90": "90", "sm100": "100", "sm120": "120"}
     return [
-        (label, {"all": chosen, **{f"sm{target}": {**chosen, "target": target} for target in ("80", "90", "100")}})
+        (
+            label,
+            {
+                "all": chosen,
+                "multiplied?": {**chosen, "needs_tensor_cores": "True"},
+                **{alias: {**chosen, "target": target} for alias, target in generations.items()},
+            },
+        )
         for label, chosen in selections.items()
     ]
 

@@ -94,7 +94,18 @@ def _machine() -> list[Line]:
             f"{torch.version.cuda}"
         )
         lines.append(Line(OK, "GPU", about))
+        if missing := _missing_units(i):
+            lines.append(Line(ABSENT, "GPU", f"{found.name}: {missing}"))
     return lines
+
+
+def _missing_units(index: int) -> str:
+    """Return what is slow on a GPU because it lacks units, or an empty string."""
+    if importlib.util.find_spec("triton") is None:
+        return ""
+    from ..ops.triton.targets import lacks, target_of
+
+    return lacks(target_of(torch.device("cuda", index)))
 
 
 def _backends() -> list[Line]:

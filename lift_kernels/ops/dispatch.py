@@ -221,7 +221,8 @@ def _native_cuda() -> Backend:
     if runtime == 0:
         return Backend(
             False,
-            "the extension was built without CUDA; nvcc was not found at build time; install nvcc, and build again",
+            "the extension was built without CUDA; nvcc or its static runtime was not found at build time; install "
+            "the CUDA toolkit, and build again",
         )
     if not torch.cuda.is_available():
         return Backend(False, "torch sees no CUDA device")

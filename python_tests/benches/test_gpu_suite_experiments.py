@@ -54,30 +54,27 @@ def settings(tmp_path, monkeypatch):
     return found
 
 
-def values(settings_of, module, *names):
-    """Constants of a Triton module before, under and after a setting."""
+def options_of(settings_of, module, function, **case):
+    """Options of a launch on an H100 before and under a setting."""
     module = importlib.import_module(f"{TRITON}.{module}")
-
-    def take():
-        found = [getattr(module, name) for name in names]
-        return [dict(value) if isinstance(value, dict) else value for value in found]
-
-    before = take()
+    card = importlib.import_module(f"{TRITON}.targets").ASSUMED
+    before = dict(getattr(module, function)(card, **case))
     with settings_of():
-        under = take()
-    assert take() == before
+        under = getattr(module, function)(card, **case)
+    assert getattr(module, function)(card, **case) == before
     return before, under
 
 
 def test_settings_of_the_selection_are_in_place_and_put_back(settings):
-    before, under = values(settings["selection, depth 32, 4 stages"], "lowrank_topk", "TILE", "TILE_OPTIONS")
-    assert under == [before[0] | {"DEPTH": 32}, before[1] | {"num_stages": 4}] != before
+    before, under = options_of(settings["selection, depth 32, 4 stages"], "lowrank_topk", "lowrank_options")
+    assert under == before | {"DEPTH": 32, "num_stages": 4} != before
 
 
 def test_settings_of_the_fused_product_are_in_place_and_put_back(settings):
-    names = "ROWS", "COLUMNS", "TOKENS", "WARPS", "STAGES"
-    before, under = values(settings["fused product, 128 x 64 x 64, 4 warps, 3 stages"], "packed_weight_grad", *names)
-    assert under == [128, 64, 64, 4, 3] != before
+    setting = settings["fused product, 128 x 64 x 64, 4 warps, 3 stages"]
+    before, under = options_of(setting, "packed_weight_grad", "weight_grad_options", fp32=False, tf32=False)
+    changes = {"ROWS": 128, "COLUMNS": 64, "TOKENS": 64, "num_warps": 4, "num_stages": 3}
+    assert under == before | changes != before
 
 
 def test_a_setting_of_warps_replaces_those_of_the_launch(settings, monkeypatch):

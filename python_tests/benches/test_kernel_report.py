@@ -19,7 +19,7 @@ import pytest
 from bench import ROOT
 from bench.kernels import compile as kernel_compile
 from bench.kernels import report as kernel_report
-from bench.kernels.cases import CASES, CUDA_LAUNCHES, TARGETS, Launch
+from bench.kernels.cases import CASES, CUDA_LAUNCHES, TARGETS, TESTED, Launch
 from bench.kernels.compile import Compiled
 
 pytestmark = pytest.mark.slow
@@ -70,14 +70,14 @@ def compile_in_process(case, target) -> Compiled:
 
 
 def report(monkeypatch, records, *arguments) -> int:
-    monkeypatch.setattr(kernel_report, "survey", lambda only: list(records))
+    monkeypatch.setattr(kernel_report, "survey", lambda only, scope: list(records))
     monkeypatch.setattr(kernel_report.cpu, "survey", lambda only: [])
     monkeypatch.setattr(kernel_report.cpu, "missing", lambda architecture: "")
     return kernel_report.main(arguments)
 
 
 def test_the_kernels_as_they_are(kernels, monkeypatch, capsys, tmp_path):
-    """No faults, every case and every target; CSV and Markdown hold each compilation."""
+    """No faults, every case and every tested target; CSV and Markdown hold each compilation."""
     assert report(monkeypatch, kernels, "--csv", str(tmp_path / "kernels.csv"), "--markdown") == 0
     shown = [line for line in capsys.readouterr().out.splitlines() if re.match(r"\| (?!---)", line)]
     with (tmp_path / "kernels.csv").open() as file:
@@ -85,13 +85,13 @@ def test_the_kernels_as_they_are(kernels, monkeypatch, capsys, tmp_path):
     missing = kernel_compile.no_nvcc()
     assert len(rows) == len(kernels) and len(shown) == 1 + len(kernels) + bool(missing)
     triton = {(row["kernel"], int(row["target"])) for row in rows if row["language"] == "triton"}
-    assert triton == {(case.name, target) for case in CASES for target in TARGETS}
+    assert triton == {(case.name, target) for case in CASES for target in case.targets(tested=True)}
     assert all(row["verdict"] == "ok" and row["compiler"] and float(row["occupancy"]) > 0 for row in rows)
     assert all(re.fullmatch(r"\d+ (H|HG|UTCH)MMA[\w.]*", row["tensor_cores"]) for row in rows if row["tensor_cores"])
 
 
 def test_every_cuda_kernel_is_in_the_report(kernels):
-    """All sources of setup.py, for all targets; no entry of the table is of a kernel that is
+    """All sources of setup.py, for all tested targets; no entry of the table is of a kernel that is
     gone.
     """
     cuda = {(record.kernel, record.target) for record in kernels if record.language == "cuda"}
@@ -101,7 +101,7 @@ def test_every_cuda_kernel_is_in_the_report(kernels):
     source = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cu*"))
     names = set(re.findall(r"__global__[^(;]*?(?:__launch_bounds__\([^)]*\)[^(;]*?)?(\w+)\(", source))
     assert names == {name.split("<")[0] for name, _ in cuda}
-    assert {target for _, target in cuda} == set(TARGETS)
+    assert {target for _, target in cuda} == set(TESTED)
     assert all(entry in {name for name, _ in cuda} | names for entry in CUDA_LAUNCHES)
 
 
@@ -195,13 +195,27 @@ def test_faults(changes, fault):
         # warps.
         (90, 1024, 32, 227 * 1024, (2, 1, 2)),
         (90, 1024, 32, 227 * 1024 + 1, (2, 0, 2)),
+        # 32 warps. The system takes no shared memory: 64 KiB for one block, in units of 256 bytes.
+        (75, 256, 64, 64 * 1024, (4, 1, 4)),
+        (75, 128, 32, 4097, (16, 15, 8)),
+        (75, 32, 32, 0, (64, 16, 16)),  # without shared memory only the blocks are limited
+        # 48 warps; 16 blocks at most on sm_86, 24 on sm_89 and sm_120. 99 KiB for one block.
+        (86, 32, 32, 0, (64, 100, 16)),
+        (89, 32, 32, 0, (64, 100, 24)),
+        (120, 256, 128, 48 * 1024, (2, 2, 6)),
+        (120, 256, 32, 99 * 1024, (8, 1, 6)),
+        (86, 256, 32, 99 * 1024 + 1, (8, 0, 6)),
     ],
 )
 def test_occupancy(target, threads, registers, shared, expected):
     fit = kernel_report.occupancy(target, threads, registers, shared)
     assert (fit.by_registers, fit.by_shared, fit.by_threads) == expected
     assert fit.blocks == min(expected)
-    assert fit.share == min(expected) * (threads // 32) / 64
+    assert fit.share == min(expected) * (threads // 32) / {75: 32, 86: 48, 89: 48, 120: 48}.get(target, 64)
+
+
+def test_every_target_has_limits():
+    assert set(kernel_report.MULTIPROCESSORS) == set(TARGETS)
 
 
 def test_bytes_in_flight():
@@ -214,4 +228,4 @@ def test_the_command(tmp_path):
     command = [sys.executable, "-m", "bench.kernels.report", "--only", "set_bits", "--csv", str(tmp_path / "k.csv")]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert re.findall(r"^set_bits +sm_(\d+) .* ok *$", done.stdout, re.MULTILINE) == ["80", "90", "100"]
+    assert re.findall(r"^set_bits +sm_(\d+) .* ok *$", done.stdout, re.MULTILINE) == list(map(str, TARGETS))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import lift_kernels
 from lift_kernels import ops
 from lift_kernels.cli import doctor, main, selfcheck
 from lift_kernels.ops import cpu_levels, dispatch
+from lift_kernels.ops.triton import targets
 
 
 def report(capsys) -> tuple[int, dict[str, tuple[str, str]]]:
@@ -45,6 +47,26 @@ def test_a_sound_machine(capsys):
     assert lines["package transformers"] == ("OK", importlib.metadata.version("transformers"))
     if not torch.cuda.is_available():
         assert lines["GPU"][0] == "--" and "no CUDA device" in lines["GPU"][1]
+
+
+@pytest.mark.parametrize("capability, slow", [((7, 5), True), ((8, 9), False), ((12, 0), False)])
+def test_what_a_gpu_lacks_is_said(monkeypatch, capability, slow):
+    """A card without tensor cores for bf16 and TF32 gets a line of its own."""
+    name, (major, minor) = "A Card", capability
+    found = SimpleNamespace(name=name, major=major, minor=minor, total_memory=16 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    targets._target.cache_clear()
+    lines = [str(line) for line in doctor._machine()[1:]]
+    targets._target.cache_clear()
+    assert lines[0].startswith(f"OK     GPU: {name}, sm_{major}{minor}, 16 GiB, CUDA ")
+    assert len(lines) == 1 + slow
+    assert not slow or lines[1].startswith(
+        f"--     GPU: {name}: it has no tensor cores for bf16 and TF32: every op works"
+    )
 
 
 @pytest.mark.native

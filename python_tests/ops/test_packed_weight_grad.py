@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from helpers.bits import BF16, FP16, FP32, assert_near, bits, random_indices
@@ -168,19 +166,6 @@ def test_packed_weight_grad_after_the_newer_precision_switch(backend, switch):
             assert torch.equal(ops.packed_weight_grad(grad_output, input, index, backend=backend.name, **way), expected)
     finally:
         switch.fp32_precision = before
-
-
-@pytest.mark.parametrize("axis", [0, 1])
-def test_either_side_of_a_tile_may_be_its_rows(backend, monkeypatch, axis):
-    """Which one it is depends on the version of Triton."""
-    if backend.name != "triton":
-        return
-    module = importlib.import_module("lift_kernels.ops.triton.packed_weight_grad")
-    monkeypatch.setattr(module, "ROW_AXIS", axis)
-    grad_output, input = factors(backend, 70, 260, 391)
-    index = index_list(backend, 260, 391, 5000)
-    out = ops.packed_weight_grad(grad_output, input, index, backend="triton", fused=True)
-    assert_entries(out, grad_output, input, index, exact=False)
 
 
 def test_tiles_count_the_entries_before_them_up_to_the_last_position(backend):

@@ -15,12 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .bitmap_to_indices import list_bits, popcount, set_bits
-
-# Three TF32 products of split factors make one product: fp32 error on tensor cores.
-TILE = {"ROWS": 128, "COLUMNS": 64, "DEPTH": 16, "PRECISION": "tf32x3"}
-# Two programs fit on a multiprocessor, so that one multiplies while the other selects. A depth of
-# 32 is faster by 17 % on an H100, but some passes then spill registers there, and all on an A100.
-TILE_OPTIONS = {"num_warps": 8, "num_stages": 3, "maxnreg": 128, "enable_fp_fusion": False}
+from .targets import lowrank_options, target_of
 
 
 @triton.jit
@@ -266,5 +261,6 @@ def _kth_key(left: Tensor, right: Tensor, k: int) -> Tensor:
 def _launch_tiles(kernel, left: Tensor, right: Tensor, *arguments) -> None:
     """Run a kernel with one program per tile of each product."""
     (batch, m, r), n = left.shape, right.shape[1]
-    grid = (batch * triton.cdiv(m, TILE["ROWS"]) * triton.cdiv(n, TILE["COLUMNS"]),)
-    kernel[grid](left, right, m, n, r, *arguments, **TILE, **TILE_OPTIONS)
+    options = lowrank_options(target_of(left.device), histogram=kernel is _lowrank_histogram_kernel)
+    grid = (batch * triton.cdiv(m, options["ROWS"]) * triton.cdiv(n, options["COLUMNS"]),)
+    kernel[grid](left, right, m, n, r, *arguments, **options)

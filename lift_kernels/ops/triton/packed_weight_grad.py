@@ -16,21 +16,8 @@ from .. import dispatch
 from ..precision import tf32_allowed
 from .bitmap_to_indices import popcount, set_bits
 from .rounding import bits, narrow
+from .targets import target_of, weight_grad_options
 
-ROWS, COLUMNS, TOKENS = 128, 128, 32
-"""Sides of a tile of the gradient, and the tokens of one step of the product.
-
-``COLUMNS`` is a multiple of 32, the bits of a word of the bitmap.
-"""
-WARPS, STAGES = 8, 3
-ROW_AXIS = 0 if triton.__version__.startswith("3.6.") else 1
-"""Which side of a tile are the rows of the gradient.
-
-A thread must hold few rows, so that it needs few words of the bitmap, which cost registers. Nothing
-is known of the places that a tile is stored to. Then Triton 3.6 lets neighboring threads store
-along the first side of a tile, and later ones along the second. With the other side hundreds of
-registers spill.
-"""
 SEARCHES = 256
 """Searches of one program of the first kernel."""
 
@@ -75,20 +62,18 @@ def _packed_weight_grad_kernel(
     m,
     n,
     PRECISION: tl.constexpr,  # of an fp32 product: "ieee" or "tf32"
+    WIDEN: tl.constexpr,  # multiply bf16 or fp16 as fp32
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
-    ROW_AXIS: tl.constexpr,  # 0, or 1 for a transposed tile
 ):
-    """Form a tile of the gradient, and store only the entries in the index list.
+    """Form a tile of input^T @ grad_output, and store only the entries in the index list.
 
     The bits below an entry's in its row of the tile say how many places it stands behind the
-    first. There are no atomics, because every entry belongs to one tile.
+    first. There are no atomics, because every entry belongs to one tile. The tile is transposed:
+    a thread then holds few rows, so it needs few words of the bitmap, which cost registers.
     """
     WORDS: tl.constexpr = COLUMNS // 32
-    OTHER: tl.constexpr = 1 - ROW_AXIS
-    HEIGHT: tl.constexpr = COLUMNS if ROW_AXIS else ROWS
-    BREADTH: tl.constexpr = ROWS if ROW_AXIS else COLUMNS
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS
     width = tl.cdiv(n, 32)
@@ -99,7 +84,7 @@ def _packed_weight_grad_kernel(
     if tl.max((found != 0).to(tl.int32), axis=0) > 0:
         token = tl.arange(0, TOKENS)
         columns = column + tl.arange(0, COLUMNS)
-        tile = tl.zeros([HEIGHT, BREADTH], dtype=tl.float32)
+        tile = tl.zeros([COLUMNS, ROWS], dtype=tl.float32)
         at_grad = grad_output + token.to(tl.int64)[:, None] * m + row[None, :]
         at_input = input + token.to(tl.int64)[:, None] * n + columns[None, :]
         # An int64 step: a side of 1 is a constant to the compiler and has no dtype to convert.
@@ -108,20 +93,20 @@ def _packed_weight_grad_kernel(
             inside = token[:, None] < tokens - done
             g = tl.load(at_grad, mask=inside & (row[None, :] < m), other=0.0)
             x = tl.load(at_input, mask=inside & (columns[None, :] < n), other=0.0)
-            if ROW_AXIS:
-                tile = tl.dot(tl.trans(x), g, tile, input_precision=PRECISION)
-            else:
-                tile = tl.dot(tl.trans(g), x, tile, input_precision=PRECISION)
+            if WIDEN:
+                g = g.to(tl.float32)
+                x = x.to(tl.float32)
+            tile = tl.dot(tl.trans(x), g, tile, input_precision=PRECISION)
             at_grad += ahead * m
             at_input += ahead * n
         place = tl.load(firsts + tl.program_id(1).to(tl.int64) * m + row, mask=row < m, other=0)
-        lane = tl.expand_dims(tl.arange(0, COLUMNS), ROW_AXIS)
-        marks = tl.zeros([HEIGHT, BREADTH], dtype=tl.uint32)
-        places = tl.zeros([HEIGHT, BREADTH], dtype=tl.int32)
+        lane = tl.arange(0, COLUMNS)[:, None]
+        marks = tl.zeros([COLUMNS, ROWS], dtype=tl.uint32)
+        places = tl.zeros([COLUMNS, ROWS], dtype=tl.int32)
         for i in tl.static_range(WORDS):
             word = tl.load(words + i, mask=(row < m) & (column // 32 + i < width), other=0).to(tl.uint32)
-            marks = tl.where(lane // 32 == i, tl.expand_dims(word, OTHER), marks)
-            places = tl.where(lane // 32 == i, tl.expand_dims(place, OTHER), places)
+            marks = tl.where(lane // 32 == i, word[None, :], marks)
+            places = tl.where(lane // 32 == i, place[None, :], places)
             place += popcount(word)
         bit = tl.full([1, 1], 1, tl.uint32) << (lane % 32).to(tl.uint32)
         places += popcount(marks & (bit - 1))
@@ -136,7 +121,8 @@ def packed_weight_grad_triton(grad_output: Tensor, input: Tensor, indices: Tenso
         input: (t, n) of the same dtype. It is made contiguous.
         indices: (k,) int32, sorted.
         out: (k,) fp32, bf16 or fp16. Sums are fp32. Products of fp32 are exact or TF32, like
-            torch's own products on the GPU.
+            torch's own products on the GPU. They are exact, and slow, where a card lacks units for
+            the dtype.
     """
     count = indices.numel()
     if count == 0:
@@ -145,16 +131,19 @@ def packed_weight_grad_triton(grad_output: Tensor, input: Tensor, indices: Tenso
     if dispatch.interpreting():  # its dot does not support bf16, and widening changes no value
         grad_output, input = grad_output.float(), input.float()
     (tokens, m), n = grad_output.shape, input.shape[1]
-    precision = "tf32" if tf32_allowed() else "ieee"
-    tiles = triton.cdiv(n, COLUMNS)
+    options = weight_grad_options(
+        target_of(indices.device), fp32=grad_output.dtype == torch.float32, tf32=tf32_allowed()
+    )
+    columns = options["COLUMNS"]
+    tiles = triton.cdiv(n, columns)
     bitmap = torch.zeros(m, triton.cdiv(n, 32), dtype=torch.int32, device=indices.device)
     firsts = torch.empty(tiles, m, dtype=torch.int32, device=indices.device)
     with torch.cuda.device_of(indices):
         set_bits(bitmap, indices, n)
         _tile_firsts_kernel[(triton.cdiv(firsts.numel(), SEARCHES),)](
-            indices, firsts, m, n, count, 1 << (count.bit_length() - 1), COLUMNS=COLUMNS, BLOCK=SEARCHES
+            indices, firsts, m, n, count, 1 << (count.bit_length() - 1), COLUMNS=columns, BLOCK=SEARCHES
         )
-        _packed_weight_grad_kernel[(triton.cdiv(m, ROWS), tiles)](
+        _packed_weight_grad_kernel[(triton.cdiv(m, options["ROWS"]), tiles)](
             grad_output,
             input,
             bitmap,
@@ -163,11 +152,5 @@ def packed_weight_grad_triton(grad_output: Tensor, input: Tensor, indices: Tenso
             tokens,
             m,
             n,
-            PRECISION=precision,
-            ROWS=ROWS,
-            COLUMNS=COLUMNS,
-            TOKENS=TOKENS,
-            ROW_AXIS=ROW_AXIS,
-            num_warps=WARPS,
-            num_stages=STAGES,
+            **options,
         )
