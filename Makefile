@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: setup finetune test fuzz architectures cross bench report lint wheel clean
+.PHONY: setup finetune test fuzz architectures cross corners bench report lint wheel clean
 setup: $(VENV)/.native
 
 $(VENV)/.packages: .ci/requirements.txt
@@ -47,6 +47,15 @@ fuzz: setup
 # Other machines: the extension compiled for aarch64, and the CPU kernels in emulation. As root it installs the tools; a minute.
 cross: setup
 	@.ci/cross
+
+# The wheel and a short suite in four new environments: Python 3.11 and 3.13, each with torch 2.11 and the newest torch. They
+# take about 5 GB of disk, one after the other, and about 5 GB of downloads. PYTHON311 and PYTHON313 name a Python that is not
+# on PATH. ARGS="--allow-missing" goes on without it. LIFT_CUDA=0 make corners where there is no nvcc.
+corners: export OMP_WAIT_POLICY ?= passive
+corners: export GOMP_SPINCOUNT ?= 0
+corners: wheel
+	$(BIN)/python .ci/corners --csv bench/results/versions/corners.csv $(ARGS)
+	$(BIN)/python -m bench.tables
 
 # The peers of the extra [bench], one by one: one that cannot be had is named in its row. Nothing installed is replaced, torch least.
 PEERS := bitsandbytes flashoptim galore-torch apollo-torch torchao scikit-learn

@@ -28,7 +28,7 @@ from bench.tables.render import BLOCK, rewrite
 from bench.tables.specs import TABLES
 from bench.tables.types import TableError
 
-READMES = [ROOT / "README.md", ROOT / "bench" / "README.md", ROOT / "csrc" / "README.md"]
+READMES = [ROOT / name for name in ("README.md", "bench/README.md", "csrc/README.md", "docs/architecture.md")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

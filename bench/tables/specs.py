@@ -329,5 +329,19 @@ TABLES = {
         },
         cpu_loop_rows(),
     ),
+    "corners": Table(
+        "corners.csv",
+        {
+            "Python": "{row.python}",
+            "torch": "{row.torch}",
+            "triton": "{row.triton}",
+            "numpy": "{row.numpy}",
+            "passed": "{row.passed:.0f}",
+            "failed": "{row.failed:.0f}",
+            "seconds": "{row.seconds:.0f}",
+            "status": "{row.status}",
+        },
+        each=[{"python": "*"}],
+    ),
     **COMPUTED_TABLES,
 } | CARD_TABLES

@@ -131,6 +131,13 @@ def _triton_interpreter(reason: str) -> Line:
 
     The interpreter must be chosen before triton is imported, so the check is a process of its own.
     """
+    if _release("triton") == (3, 6) and _release("numpy") >= (2, 4):
+        return Line(
+            ABSENT,
+            "triton",
+            f"{reason.split(';')[0]}; not checked in Triton's interpreter, which in Triton 3.6 needs NumPy below 2.4: "
+            "pip install 'numpy<2.4'",
+        )
     command = [sys.executable, "-m", "lift_kernels.cli.selfcheck"]
     try:
         done = subprocess.run(
@@ -151,6 +158,14 @@ def _triton_interpreter(reason: str) -> Line:
         f"{len(dispatch.ops_of('triton'))} ops agree with the reference in Triton's interpreter (not on a GPU: "
         f"{reason.split(';')[0]})",
     )
+
+
+def _release(package: str) -> tuple[int, ...]:
+    """Return the first two numbers of a package's version, or none where it is not known."""
+    try:
+        return tuple(int(number) for number in importlib.metadata.version(package).split(".")[:2])
+    except importlib.metadata.PackageNotFoundError:
+        return ()
 
 
 def _defaults() -> list[Line]:

@@ -6,6 +6,7 @@ It fails if the default backend is broken.
 from __future__ import annotations
 
 import importlib.metadata
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -142,3 +143,25 @@ def test_a_missing_package_is_said_with_its_remedy(monkeypatch, capsys, no_subpr
         "--",
         "not installed (for nothing); pip install no-such-package",
     )
+
+
+@pytest.mark.parametrize(
+    "triton, numpy, checked", [("3.6.0", "2.4.6", False), ("3.6.0", "2.3.5", True), ("3.7.1", "2.4.6", True)]
+)
+def test_a_numpy_too_new_for_the_interpreter_is_said_with_its_remedy(monkeypatch, triton, numpy, checked):
+    """That is no fault of the kernels. They are not checked then, and nothing is broken."""
+    ran = []
+
+    def run(command, **options):
+        ran.append(command)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(importlib.metadata, "version", {"triton": triton, "numpy": numpy}.__getitem__)
+    monkeypatch.setattr(subprocess, "run", run)
+    line = doctor._triton_interpreter("torch sees no CUDA device; more")
+    assert bool(ran) == checked and line.state == ("OK" if checked else "--") and not line.fatal
+    if not checked:
+        assert line.text == (
+            "torch sees no CUDA device; not checked in Triton's interpreter, which in Triton 3.6 needs NumPy below "
+            "2.4: pip install 'numpy<2.4'"
+        )
