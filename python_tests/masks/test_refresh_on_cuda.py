@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 from helpers.bits import BF16, FP32, bits
+from helpers.tensor_accounts import PeakBytes
 from torch import Tensor, nn
 
+from bench.common.fake_cuda import FakeCuda
 from bench.gpu_parts.masks import slow_spectrum
 from lift_kernels import LiftAdamW
+from lift_kernels.masks import costs
 from lift_kernels.masks.principal import Mask, MaskRequest, principal_masks
 
 
@@ -127,3 +130,15 @@ def test_refreshes_of_a_run_that_goes_on_from_the_host(place, warm_start):
         assert torch.equal(bits(w.detach()), bits(o.detach()))
         for key, value in optimizer.state[w].items():
             assert torch.equal(bits(value), bits(loaded.state[o][key])), key
+
+
+def test_the_exact_method_holds_the_memory_budget():
+    """On fake CUDA tensors: copies, Gram matrices and their vectors, of as many as fit."""
+    each = costs.factoring_bytes((1024, 1024), 32, 2, "gram")
+    assert each == (2 + 12) * 2**20 and costs.factoring_bytes((1024, 1024), 32, 2) == (2 + 1.5) * 2**20
+    with FakeCuda():
+        weights = [torch.zeros(1024, 1024, dtype=BF16, device="cuda") for _ in range(8)]
+        requests, sizes = [MaskRequest(weight, 32, 100) for weight in weights], []
+        with PeakBytes(1024 * 1024) as account:
+            principal_masks(requests, method="gram", memory_budget=2 * each, on_batch_done=sizes.append)
+    assert sizes == [2, 2, 2, 2] and 2 * 2 * 2**22 <= account.peak <= 2 * each

@@ -356,21 +356,6 @@ def test_a_batch_holds_the_memory_budget(monkeypatch):
     assert sizes == [[1] * 5, [1] * 5, [1] * 5, [2, 2, 1], [5]]
 
 
-def test_the_exact_method_holds_the_memory_budget():
-    """On fake CUDA tensors: copies, Gram matrices and their vectors, of as many as fit."""
-    pytest.importorskip("triton")
-    from bench.common.fake_cuda import FakeCuda
-
-    each = costs.factoring_bytes((1024, 1024), 32, 2, "gram")
-    assert each == (2 + 12) * 2**20 and costs.factoring_bytes((1024, 1024), 32, 2) == (2 + 1.5) * 2**20
-    with FakeCuda():
-        weights = [torch.zeros(1024, 1024, dtype=torch.bfloat16, device="cuda") for _ in range(8)]
-        requests, sizes = [MaskRequest(weight, 32, 100) for weight in weights], []
-        with PeakBytes(1024 * 1024) as account:
-            principal_masks(requests, method="gram", memory_budget=2 * each, on_batch_done=sizes.append)
-    assert sizes == [2, 2, 2, 2] and 2 * 2 * 2**22 <= account.peak <= 2 * each
-
-
 @pytest.mark.parametrize("shape", [(50, 3), (40, 8, 5), (7, 40)])
 def test_a_basis_of_another_shape_is_refused(shape):
     with pytest.raises(
