@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -163,9 +164,11 @@ def _triton_interpreter(reason: str) -> Line:
 def _release(package: str) -> tuple[int, ...]:
     """Return the first two numbers of a package's version, or none where it is not known."""
     try:
-        return tuple(int(number) for number in importlib.metadata.version(package).split(".")[:2])
+        version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ()
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    return tuple(map(int, numbers.groups())) if numbers else ()
 
 
 def _defaults() -> list[Line]:

@@ -205,7 +205,7 @@ def _select(
     ``thresholds`` are the k-th magnitudes of the last masks, where they are known. On a GPU,
     bitmaps (twice 1/8 byte per entry) and candidates (4 bytes for each of the k) need less than the
     copies of the weights (2 or 4 bytes per entry), which are free again. So the memory budget
-    holds.
+    holds for a k below 0.4 m n.
     """
     known = [threshold for threshold in thresholds if threshold is not None]
     expected = threshold_bracket.around(torch.stack(known)) if known else None

@@ -146,7 +146,14 @@ def test_a_missing_package_is_said_with_its_remedy(monkeypatch, capsys, no_subpr
 
 
 @pytest.mark.parametrize(
-    "triton, numpy, checked", [("3.6.0", "2.4.6", False), ("3.6.0", "2.3.5", True), ("3.7.1", "2.4.6", True)]
+    "triton, numpy, checked",
+    [
+        ("3.6.0", "2.4.6", False),
+        ("3.6.0", "2.5rc1", False),
+        ("3.6.0", "2.3.5", True),
+        ("3.7.1", "2.4.6", True),
+        ("3.7.dev0", "2.4.6", True),
+    ],
 )
 def test_a_numpy_too_new_for_the_interpreter_is_said_with_its_remedy(monkeypatch, triton, numpy, checked):
     """That is no fault of the kernels. They are not checked then, and nothing is broken."""
