@@ -85,7 +85,7 @@ def cuda_archs(nvcc: Path) -> list[str]:
                 "90 for sm_90, with semicolons between them, as in 80;90"
             )
     if chosen:
-        return chosen
+        return sorted(chosen, key=lambda arch: int(arch.rstrip("af")))
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
     return [arch for arch in CUDA_ARCHS if f"sm_{arch}" in known] or ["80"]
 

@@ -50,6 +50,7 @@ CUDA_12_4 = "sm_50\\nsm_75\\nsm_80\\nsm_86\\nsm_89\\nsm_90\\nsm_90a\\n"
         (CUDA_12_4, None, ["75", "80", "90"]),
         (CUDA_13, "86;90", ["86", "90"]),
         (CUDA_13, "86; 90a;", ["86", "90a"]),
+        (CUDA_13, "120;80", ["80", "120"]),  # PTX is that of the newest
         (CUDA_12_4, ";", ["75", "80", "90"]),
         (CUDA_12_4, "120", ["120"]),  # nvcc says what is wrong with it
         ("", None, ["80"]),
