@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.ranks import PREAMBLE, start_ranks, wait_for_all
+from helpers.ranks import run_ranks
 
 WORKER = """
 from lift_kernels import trained_entries_hook
@@ -54,12 +54,5 @@ dist.destroy_process_group()
 )
 def test_ranks_train_what_one_process_trains(device, collectives, tmp_path):
     world = min(2, torch.cuda.device_count()) if device == "cuda" else 2
-    processes = start_ranks(PREAMBLE + WORKER, world, tmp_path, device, collectives)
-    try:
-        wait_for_all(processes)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    outputs = [(tmp_path / f"{rank}.log").read_text() for rank in range(world)]
+    outputs = run_ranks(WORKER, world, tmp_path, device, collectives)
     assert all("same bits" in output for output in outputs), outputs

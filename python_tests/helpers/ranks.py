@@ -35,12 +35,12 @@ def backward(model, step, rank=rank):
 """
 
 
-def run_ranks(worker: str, world: int, folder: Path) -> list[str]:
+def run_ranks(worker: str, world: int, folder: Path, *arguments: str) -> list[str]:
     """Run ``world`` processes, check that each ends well, and return what each printed.
 
-    ``worker`` is code that follows `PREAMBLE`.
+    ``worker`` is code that follows `PREAMBLE`. It finds the arguments in sys.argv[4:].
     """
-    processes = start_ranks(PREAMBLE + worker, world, folder)
+    processes = start_ranks(PREAMBLE + worker, world, folder, *arguments)
     try:
         wait_for_all(processes)
     finally:
