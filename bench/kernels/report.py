@@ -39,6 +39,7 @@ loops (`bench.kernels.cpu`).
 from __future__ import annotations
 
 import argparse
+import csv
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -200,6 +201,14 @@ def nvcc_version() -> str:
     return f"nvcc {text.split('release ')[1].split(',')[0]}"
 
 
+def rows_kept(path: Path, levels: Sequence[str]) -> list[dict]:
+    """The rows of a CSV at levels that this machine cannot compile for. They have their commit."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row["level"] in levels]
+
+
 def show(rows: Sequence[dict[str, str]], columns: Sequence[str], markdown: bool) -> None:
     if not markdown:
         results.show(rows, columns)
@@ -239,7 +248,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             show(rows, columns, arguments.markdown)
     if arguments.cpu_csv:
         commit = results.commit()
-        results.write_csv(arguments.cpu_csv, [cpu.csv_row(one, commit) for one in loops])
+        missing = [level for name, levels in cpu.LEVELS.items() if cpu.missing(name) for level in levels]
+        kept = rows_kept(arguments.cpu_csv, missing)
+        results.write_csv(arguments.cpu_csv, [cpu.csv_row(one, commit) for one in loops] + kept)
     if arguments.csv:
         compilers = {"triton": f"triton {metadata.version('triton')}", "cuda": nvcc_version()}
         commit = results.commit()

@@ -75,6 +75,19 @@ def test_the_loops_as_they_are(survey, monkeypatch, capsys, tmp_path):
     assert all(row["verdict"] == "ok" and row["compiler"].startswith("g++ ") for row in rows)
 
 
+def test_rows_of_a_compiler_that_is_missing_stay(survey, monkeypatch, tmp_path):
+    """Those of the levels that were compiled are replaced."""
+    target = tmp_path / "loops.csv"
+    monkeypatch.setattr(cpu, "survey", lambda only: survey)
+    monkeypatch.setattr(cpu, "missing", lambda architecture: "no compiler" if architecture == "aarch64" else "")
+    target.write_text("function,level,verdict,commit\nupdate,aarch64,ok,1234567\nupdate,x86-64-v2,ok,1234567\n")
+    assert kernel_report.main(["--cpu", "--cpu-csv", str(target)]) == 0
+    with target.open() as file:
+        rows = list(csv.DictReader(file))
+    old = [(row["function"], row["level"], row["verdict"]) for row in rows if row["commit"] == "1234567"]
+    assert old == [("update", "aarch64", "ok")] and len(rows) == len(survey) + 1
+
+
 def test_every_function_of_the_tables_has_a_row(survey):
     """Whoever adds one writes the CSV again, by `make report`."""
     names = [name for names in tables().values() for name in names]
