@@ -11,11 +11,12 @@ import pytest
 import torch
 from helpers.spectra import assert_index_list, assert_principal, stable_top, truncated, with_spectrum
 
-from lift_kernels import principal_indices
+from lift_kernels import ops, principal_indices
 from lift_kernels.masks.budget import entry_count
 from lift_kernels.masks.lowrank import low_rank_factors
 from lift_kernels.masks.principal import MaskRequest, principal_masks
 from lift_kernels.masks.selection import largest_indices, random_indices
+from lift_kernels.ops import threshold_bracket
 
 
 @pytest.mark.parametrize("method", ["auto", "gram", "svd"])
@@ -200,6 +201,31 @@ def test_masks_of_a_batch_are_those_of_each_matrix(backend):
         assert_index_list(mask.indices, request.k, 60 * 90)
         assert mask.threshold.shape == () and torch.allclose(mask.threshold, one.threshold, rtol=1e-4)
         assert torch.isin(mask.indices, one.indices).double().mean() > 0.99
+
+
+@pytest.mark.parametrize("known", [(), (0, 1, 2, 3), (1, 3), (0,)])
+def test_each_matrix_of_a_batch_gets_its_own_bracket(known, monkeypatch):
+    """Around its last threshold, or sampled. Without any threshold the op samples them."""
+    weights = [float(i + 1) * with_spectrum(60, 90, [0.9**i for i in range(60)], seed=i) for i in range(4)]
+    requests = [MaskRequest(weight, 6, 270) for weight in weights]
+    thresholds = [mask.threshold for mask in principal_masks(requests, method="gram")]
+    requests = [replace(r, threshold=thresholds[i] if i in known else None) for i, r in enumerate(requests)]
+    given = []
+    select = ops.lowrank_topk
+
+    def recorded(left, right, k, *, bracket, backend):
+        given.append((left, right, bracket))
+        return select(left, right, k, bracket=bracket, backend=backend)
+
+    monkeypatch.setattr(ops, "lowrank_topk", recorded)
+    principal_masks(requests, method="gram", memory_budget=2**30)
+    ((lefts, rights, brackets),) = given
+    if not known:
+        assert brackets is None
+        return
+    for i, (left, right, bracket) in enumerate(zip(lefts, rights, brackets)):
+        around, drawn = threshold_bracket.around(thresholds[i]), threshold_bracket.sampled(left, right, 270)
+        assert torch.equal(bracket, around if i in known else drawn)
 
 
 def test_random_indices():
