@@ -42,7 +42,7 @@ def cheapest_method(shape: Sequence[int], rank: int, *, warm: bool = False, devi
 def may_leave_basis(shape: Sequence[int], rank: int) -> bool:
     """Whether `cheapest_method` iterates from a basis on some device, with some version of torch.
 
-    Saved states have room for the basis then, and go from one to the other.
+    Saved states keep a place for the basis then, and go from one to the other.
     """
     if min(shape) <= SMALL_SIDE or block_width(shape, rank) == min(shape):
         return False

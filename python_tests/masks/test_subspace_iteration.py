@@ -334,7 +334,7 @@ def test_eigenproblems_cost_what_was_measured_on_a_card():
         assert costs._eigh_flops(side, "cuda, one by one") / 412e12 == pytest.approx(measured, rel=0.2)
 
 
-def test_a_basis_has_room_in_a_state_wherever_some_device_leaves_one():
+def test_a_state_keeps_a_place_for_a_basis_wherever_some_device_leaves_one():
     shapes = [(576, 576), (1536, 576), (600, 600), (4096, 1024), (256, 4096), (300, 300)]
     for shape in shapes:
         for rank in (8, 64, 150, 250):
