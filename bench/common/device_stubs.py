@@ -68,10 +68,8 @@ def device_guard() -> Iterator[None]:
 @functools.cache
 def _guard_library() -> ctypes.CDLL:
     torch_folder = Path(torch.__file__).parent
-    source, flags = (
-        Path(__file__).with_name("device_guard.cpp"),
-        ["-std=c++20", "-shared", "-fPIC", "-L", torch_folder / "lib"],
-    )
+    source = Path(__file__).with_name("device_guard.cpp")
+    flags = ["-std=c++20", "-shared", "-fPIC", "-L", torch_folder / "lib"]
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "device_guard.so"
         command = ["g++", source, *flags, "-I", torch_folder / "include", "-o", target, "-lc10"]

@@ -88,11 +88,11 @@ def block_width(shape: Sequence[int], rank: int, *, warm: bool = False) -> int:
 
 
 def factoring_bytes(shape: Sequence[int], rank: int, itemsize: int, method: str = "chebyshev") -> int:
-    """Memory that an m x n matrix takes while it is factored on a GPU, at most.
+    """Memory that an m x n matrix takes while it is factored on a GPU, about.
 
-    It is the copy, of ``itemsize`` bytes an entry, and about three fp32 blocks on either side.
-    ``"gram"`` has about three fp32 Gram matrices, where those are larger. ``"auto"`` takes that
-    method where they are not, or are small.
+    It is the copy, of ``itemsize`` bytes an entry, and three fp32 blocks on either side. ``"gram"``
+    has three fp32 Gram matrices, where those are larger. ``"auto"`` takes that method where they
+    are not, or are small: then it needs up to twice as much.
     """
     entries = block_width(shape, rank) * (shape[0] + shape[1])
     if method == "gram":

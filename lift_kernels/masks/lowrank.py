@@ -229,9 +229,7 @@ def _tall_batch(weights: Sequence[Tensor], units: Sequence[float]) -> Tensor:
 
 
 def factored_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype in which a matrix is multiplied: bf16 where it is bf16 on a GPU that is fast then,
-    else fp32.
-    """
+    """The dtype in which a matrix is multiplied: fp32, or bf16 where a GPU is fast with it."""
     bf16 = weight.dtype == torch.bfloat16 and has_bf16_products(weight.device)
     return torch.bfloat16 if bf16 else torch.float32
 
