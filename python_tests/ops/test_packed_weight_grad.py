@@ -200,6 +200,8 @@ def test_tiles_count_the_entries_before_them_up_to_the_last_position(backend):
     starts = torch.arange(8)[:, None] * columns + torch.arange(m)[None, :] * n
     assert torch.equal(firsts.cpu(), (index.long().cpu()[:, None, None] < starts).sum(0).int())
     assert firsts[:, 3].tolist() == [5] * 8 and firsts[:3, 0].tolist() == [0, 2, 3]
+    _tile_firsts_kernel[(1,)](index, firsts, m, n, 4, 4, COLUMNS=columns, BLOCK=64)  # no entry of later tiles
+    assert firsts[:, 1].tolist() == [3] + [4] * 7 and firsts[:, 2].tolist() == [4] * 8
 
 
 def test_packed_weight_grad_needs_a_backend_for_fused(backend):
