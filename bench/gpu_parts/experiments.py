@@ -9,7 +9,7 @@ checked before it is timed, and put back afterwards. In the dry run settings are
 - The step of LLaMA-2-7B from dense gradients: bytes that the card fetches for a sector that is read
   (cudaLimitMaxL2FetchGranularity; ``in_effect`` says what the card took), and warps of a program.
 - The selection: depth of a step of the product, and stages of its pipeline.
-- The fused weight gradient: tiles, tokens of a step, stages and warps.
+- The fused weight gradient: tiles, tokens of a step, stages, warps, and the order of tiles.
 """
 
 from __future__ import annotations
@@ -143,12 +143,16 @@ def selection(run: Run) -> None:
     compare(run, settings, make, op="lowrank_topk", model=model.name, dtype="fp32", shape=shape)
 
 
-TILES = {  # rows, columns, tokens, warps, stages
-    (128, 128, 64, 8, 3): "faster: half the steps of the product, still two programs a multiprocessor",
-    (128, 128, 32, 8, 4): "a little faster",
-    (128, 64, 64, 8, 3): "slower: fewer FLOPs for a byte",
-    (128, 64, 64, 4, 3): "slower: 4 warps hide less",
-    (256, 128, 32, 8, 3): "slower: one program a multiprocessor, registers may spill",
+WHOLE_COLUMNS = 2**15  # tiles: more than any matrix here has
+TILES = {  # rows, columns, tokens, warps, stages, tiles of a band
+    (128, 64, 32, 8, 3, 8): "as it is with Triton 3.6",
+    (128, 64, 32, 8, 3, WHOLE_COLUMNS): "as at 9db6b77, 4.8 ms: grad_output comes from memory for each column of tiles",
+    (128, 128, 32, 8, 3, 8): "1.3 x faster: a third fewer bytes; as it is with Triton 3.7, spills with 3.6",
+    (128, 128, 32, 8, 3, WHOLE_COLUMNS): "slower than in bands, by less than with 64 columns",
+    (128, 128, 64, 8, 3, 8): "a little faster than 32 tokens: half the steps of the product",
+    (128, 128, 32, 8, 4, 8): "no difference to 3 stages",
+    (128, 64, 64, 8, 3, 8): "a little faster than 32 tokens",
+    (256, 64, 64, 8, 3, 8): "slower: one program a multiprocessor",
 }
 
 
@@ -156,10 +160,10 @@ def weight_gradient(run: Run) -> None:
     model = LLAMA_2_7B.on(run.device)
     given = Problem(run, model, 2048 // 64 if run.dry else 2048)
 
-    def tile(rows: int, columns: int, tokens: int, warps: int, stages: int) -> AbstractContextManager:
+    def tile(rows: int, columns: int, tokens: int, warps: int, stages: int, band: int) -> AbstractContextManager:
         from lift_kernels.ops.triton import packed_weight_grad
 
-        sides = {"ROWS": rows, "COLUMNS": columns, "TOKENS": tokens}
+        sides = {"ROWS": rows, "COLUMNS": columns, "TOKENS": tokens, "BAND": band}
         return launch_options(packed_weight_grad, "weight_grad_options", num_warps=warps, num_stages=stages, **sides)
 
     def call() -> list[torch.Tensor]:
@@ -169,11 +173,12 @@ def weight_gradient(run: Run) -> None:
     def make() -> dict:
         return {"calls": call, "problem": run.problem(lambda: given.wrong(call())), "flops": given.flops}
 
-    # At commit 3e07857 an H100 took 5.1 ms. It multiplied for 1.2 ms at torch's rate.
-    settings: list[Setting] = [("fused product, as it is", "1.7 to 2.6 ms for 2048 tokens on an H100", nullcontext)]
+    # At commit 9db6b77, without bands, an H200 took 4.8 ms. Torch multiplies for 1.1 ms.
+    settings: list[Setting] = [("fused product, as it is", "3.5 ms: what 128 x 64 tiles read from L2", nullcontext)]
     for sizes, prediction in TILES.items():
-        rows, columns, tokens, warps, stages = sizes
-        name = f"fused product, {rows} x {columns} x {tokens}, {warps} warps, {stages} stages"
+        rows, columns, tokens, warps, stages, band = sizes
+        order = "whole columns" if band == WHOLE_COLUMNS else f"bands of {band}"
+        name = f"fused product, {rows} x {columns} x {tokens}, {warps} warps, {stages} stages, {order}"
         settings.append((name, prediction, partial(tile, *sizes)))
     compare(run, settings, make, **given.labels("packed_weight_grad"))
 

@@ -71,9 +71,9 @@ def test_settings_of_the_selection_are_in_place_and_put_back(settings):
 
 
 def test_settings_of_the_fused_product_are_in_place_and_put_back(settings):
-    setting = settings["fused product, 128 x 64 x 64, 4 warps, 3 stages"]
+    setting = settings["fused product, 128 x 128 x 32, 8 warps, 4 stages, bands of 8"]
     before, under = options_of(setting, "packed_weight_grad", "weight_grad_options", fp32=False, tf32=False)
-    changes = {"ROWS": 128, "COLUMNS": 64, "TOKENS": 64, "num_warps": 4, "num_stages": 3}
+    changes = {"ROWS": 128, "COLUMNS": 128, "TOKENS": 32, "BAND": 8, "num_warps": 8, "num_stages": 4}
     assert under == before | changes != before
 
 

@@ -49,7 +49,7 @@ def test_options_of_the_fused_weight_gradient(monkeypatch, arch, square, fp32, t
     assert options["PRECISION"] == ("tf32" if tf32 and not old else "ieee")
     exact = old or (fp32 and not tf32)
     assert options["COLUMNS"] == (128 if square and 90 <= arch < 120 and not exact else 64)
-    assert set(options) == {*("ROWS", "COLUMNS", "TOKENS", "PRECISION", "WIDEN", "num_warps", "num_stages")}
+    assert set(options) == {*("ROWS", "COLUMNS", "TOKENS", "BAND", "PRECISION", "WIDEN", "num_warps", "num_stages")}
 
 
 @pytest.mark.parametrize("arch", CARDS)

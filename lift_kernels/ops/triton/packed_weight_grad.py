@@ -51,6 +51,21 @@ def _tile_firsts_kernel(
     tl.store(firsts + tile * m + row, low, mask=row < m)
 
 
+@triton.jit
+def _tile_in_bands(down, across, BAND: tl.constexpr):
+    """Return this program's tile, as its place down and across a grid of ``down`` x ``across``.
+
+    Programs walk through bands of BAND tiles down, column by column. Those that run at once then
+    share both factors. Side by side in one column, they would read all of ``grad_output`` from
+    memory for each column of tiles.
+    """
+    program = tl.program_id(0)
+    first = program // (BAND * across) * BAND
+    height = tl.minimum(down - first, BAND)
+    place = program - first * across
+    return first + place % height, place // height
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _packed_weight_grad_kernel(
     grad_output,  # (tokens, m) fp32, bf16 or fp16, row-major
@@ -66,6 +81,7 @@ def _packed_weight_grad_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
+    BAND: tl.constexpr,
 ):
     """Form a tile of input^T @ grad_output, and store only the entries in the index list.
 
@@ -74,8 +90,9 @@ def _packed_weight_grad_kernel(
     a thread then holds few rows, so it needs few words of the bitmap, which cost registers.
     """
     WORDS: tl.constexpr = COLUMNS // 32
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS
+    down, across = _tile_in_bands(tl.cdiv(m, ROWS), tl.cdiv(n, COLUMNS), BAND)
+    row = down * ROWS + tl.arange(0, ROWS)
+    column = across * COLUMNS
     width = tl.cdiv(n, 32)
     words = bitmap + row.to(tl.int64) * width + column // 32
     found = tl.zeros([ROWS], dtype=tl.int32)
@@ -99,7 +116,7 @@ def _packed_weight_grad_kernel(
             tile = tl.dot(tl.trans(x), g, tile, input_precision=PRECISION)
             at_grad += ahead * m
             at_input += ahead * n
-        place = tl.load(firsts + tl.program_id(1).to(tl.int64) * m + row, mask=row < m, other=0)
+        place = tl.load(firsts + across.to(tl.int64) * m + row, mask=row < m, other=0)
         lane = tl.arange(0, COLUMNS)[:, None]
         marks = tl.zeros([COLUMNS, ROWS], dtype=tl.uint32)
         places = tl.zeros([COLUMNS, ROWS], dtype=tl.int32)
@@ -143,7 +160,7 @@ def packed_weight_grad_triton(grad_output: Tensor, input: Tensor, indices: Tenso
         _tile_firsts_kernel[(triton.cdiv(firsts.numel(), SEARCHES),)](
             indices, firsts, m, n, count, 1 << (count.bit_length() - 1), COLUMNS=columns, BLOCK=SEARCHES
         )
-        _packed_weight_grad_kernel[(triton.cdiv(m, options["ROWS"]), tiles)](
+        _packed_weight_grad_kernel[(triton.cdiv(m, options["ROWS"]) * tiles,)](
             grad_output,
             input,
             bitmap,

@@ -104,6 +104,6 @@ def weight_grad_options(target: GPUTarget, *, fp32: bool, tf32: bool) -> dict:
     # are a multiple of 32, the bits of a word of the bitmap. Where warps multiply one by one and
     # not four together, a square tile takes most registers, and so does an exact product.
     square = TRITON_3_7 and target.backend == "cuda" and 90 <= target.arch < 120 and not exact
-    options: dict[str, object] = {"ROWS": 128, "COLUMNS": 128 if square else 64, "TOKENS": 32}
+    options: dict[str, object] = {"ROWS": 128, "COLUMNS": 128 if square else 64, "TOKENS": 32, "BAND": 8}
     options |= {"PRECISION": "tf32" if tf32 else "ieee", "WIDEN": exact and not fp32}
     return options | {"num_warps": 8, "num_stages": 3}
