@@ -82,8 +82,13 @@ def step(rows: Sequence[Row]) -> Figure | None:
 
 
 def training(rows: Sequence[Row]) -> Figure | None:
-    """Tokens a second and peak memory of training by each method, or None."""
-    chosen = [row for row in rows if row["stage"] == "training" and row["variant"] != "(whole stage)"]
+    """Tokens a second and peak memory of training by each method, or None.
+
+    Those of the larger model, if that was timed.
+    """
+    methods = [row for row in rows if row["variant"] != "(whole stage)"]
+    by_size = ([row for row in methods if row["stage"] == stage] for stage in ("training 7B", "training"))
+    chosen = next((rows for rows in by_size if timed(rows)), [])
     if not (found := timed(chosen)):
         return None
     heads, cells = speeds(found)

@@ -1,6 +1,7 @@
 """A training step of a random Llama in plain torch, by LIFT and by other methods.
 
-The others are full fine-tuning, that of the linear layers alone, LoRA and SHiRA. The adapters are
+There is one of 1.1 B and one of 6.7 B, LLaMA-2-7B's size. The others are full fine-tuning, that of
+the linear layers alone, LoRA and SHiRA, of which the larger model leaves some out. The adapters are
 peft's, with about as many trained entries as LIFT and all else as peft chooses it. So they are fp32
 on a bf16 model, and run under autocast, as in a Trainer with bf16. LIFT trains from dense (matrix
 mode) and from packed gradients, with masks of 5 % clustered by rows and no refresh. A step is
@@ -50,6 +51,7 @@ class Size(NamedTuple):
 
 
 SIZE = Size(2048, 5632, 22, 32, 4, 32000, 8, 2048)  # 1.1 B parameters; with fewer tokens the host is the limit
+LARGE = Size(4096, 11008, 32, 32, 32, 32000, 2, 2048)  # 6.7 B parameters, LLaMA-2-7B's
 TINY = Size(64, 96, 2, 4, 2, 97, 2, 16)
 
 
@@ -191,11 +193,19 @@ def flops(name: str, linear: int, head: int, trained: int) -> float:
 
 
 def work(run: Run) -> None:
-    size = TINY if run.dry else SIZE
+    time_methods(run, TINY if run.dry else SIZE, tuple(METHODS))
+
+
+def large(run: Run) -> None:
+    time_methods(run, TINY if run.dry else LARGE, (methods.FULL, LORA, *LIFT))
+
+
+def time_methods(run: Run, size: Size, names: tuple[str, ...]) -> None:
+    """A row for each method, in the same order, against full fine-tuning."""
     generator = torch.Generator(run.device).manual_seed(0)
     tokens = torch.randint(size.vocabulary, (size.batch, size.length), generator=generator, device=run.device)
     against = None
-    for name in METHODS:
+    for name in names:
         try:
             taken = time_method(run, name, size, tokens, against)
         except Exception as error:  # a package is missing, or memory: the other methods go on

@@ -212,10 +212,10 @@ def select_cases():
         "histogram": ("lowrank_topk._lowrank_histogram_kernel", factors | {"histogram": "*i32", "shift": "i32"}),
     }
     for name, (kernel, types) in passes.items():
-        by_target = partial(targets.lowrank_options, histogram=name == "histogram")
-        tile = {"by_target": by_target, "tensor_cores": True}
-        yield Case(f"lowrank_topk: {name}", kernel, types, multiples=("r",), wide_copies=True, **tile)
-        yield Case(f"lowrank_topk: {name}, odd rank", kernel, types, **tile)
+        options = partial(targets.lowrank_options, histogram=name == "histogram")
+        wide, narrow = ({"by_target": partial(options, wide=wide), "tensor_cores": True} for wide in (True, False))
+        yield Case(f"lowrank_topk: {name}", kernel, types, multiples=("r",), wide_copies=True, **wide)
+        yield Case(f"lowrank_topk: {name}, odd rank", kernel, types, **narrow)
     block = {"BLOCK": BLOCK}
     types = {"bitmap": "*i32", "positions": "*i32", "count": "i32", "n": "i32"}
     yield Case("set_bits", "bitmap_to_indices._set_bits_kernel", types, block, ("int32",))

@@ -131,5 +131,6 @@ CARD_TABLES = {
             **ROOFLINE,
         },
         "training",
+        "training 7B",
     ),
 }

@@ -98,6 +98,22 @@ def test_training(folder):
     assert rates.get_title("left") == "Random Llama, 1.1 B, bf16, 4 × 1024 tokens"
 
 
+def test_training_of_the_larger_model(folder):
+    """It takes the place of the smaller one, but not where it has no time."""
+    small = card_rows.time_rows()
+    large = [
+        row | {"stage": "training 7B", "model": "random Llama, 6.7 B", "tokens_per_s": row["tokens_per_s"] / 4}
+        for row in small
+        if row["stage"] == "training"
+    ]
+    figure = plots.make("gpu_training", card_rows.write(folder, gpu_time=[*small, *large]))
+    assert [length for _, length, _ in bars(figure.axes[0])] == [4096.0, 5120.0]
+    assert figure.axes[0].get_title("left") == "Random Llama, 6.7 B, bf16, 4 × 1024 tokens"
+    killed = [card_rows.row("training 7B", "(whole stage)", status="killed after 75 s")]
+    figure = plots.make("gpu_training", card_rows.write(folder, gpu_time=[*small, *killed]))
+    assert [length for _, length, _ in bars(figure.axes[0])] == [16384.0, 20480.0]
+
+
 def test_other_methods_and_no_memory(folder):
     """A method that came later is drawn as it is called. The dry run measures no memory."""
     rows = [{k: v for k, v in row.items() if k not in ("peak_gb", "state_gb")} for row in card_rows.time_rows()]

@@ -31,6 +31,7 @@ TIMED = {
     "refresh",
     "factorizations",
     "training",
+    "training 7B",
 }
 CHECKED = {"build", "tests", "sanitizer"}
 
@@ -77,7 +78,7 @@ def test_dry_run_is_green_with_five_packages(dry_run):
     checked, rows = rows_of(folder / "gpu_check.csv"), rows_of(folder / "gpu_time.csv")
     assert {row["stage"] for row in checked} == CHECKED and {row["stage"] for row in rows} == TIMED | {"machine"}
     without = [row for row in rows if row["variant"].startswith(("LoRA", "SHiRA"))]
-    assert [row["status"] for row in without] == 2 * ["missing: not installed (peft is missing): pip install peft"]
+    assert [row["status"] for row in without] == 3 * ["missing: not installed (peft is missing): pip install peft"]
     for row in (*checked, *rows):
         assert row["status"] == "ok" or row["stage"] == "build" or row in without, row
         assert all(row[column] for column in ("device", "torch", "triton", "python", "lift_kernels", "cuda")), row

@@ -66,14 +66,15 @@ def options_of(settings_of, module, function, **case):
 
 
 def test_settings_of_the_selection_are_in_place_and_put_back(settings):
-    before, under = options_of(settings["selection, depth 32, 4 stages"], "lowrank_topk", "lowrank_options")
-    assert under == before | {"DEPTH": 32, "num_stages": 4} != before
+    setting = settings["selection, depth 16, 4 stages"]
+    before, under = options_of(setting, "lowrank_topk", "lowrank_options", wide=True)
+    assert under == before | {"DEPTH": 16, "num_stages": 4} != before
 
 
 def test_settings_of_the_fused_product_are_in_place_and_put_back(settings):
-    setting = settings["fused product, 128 x 128 x 32, 8 warps, 4 stages, bands of 8"]
+    setting = settings["fused product, 128 x 64 x 64, 8 warps, 3 stages, bands of 16"]
     before, under = options_of(setting, "packed_weight_grad", "weight_grad_options", fp32=False, tf32=False)
-    changes = {"ROWS": 128, "COLUMNS": 128, "TOKENS": 32, "BAND": 8, "num_warps": 8, "num_stages": 4}
+    changes = {"ROWS": 128, "COLUMNS": 64, "TOKENS": 64, "BAND": 16, "num_warps": 8, "num_stages": 3}
     assert under == before | changes != before
 
 

@@ -146,6 +146,15 @@ def test_training_reports_memory_and_frees_each_model(card, monkeypatch):
     assert ["ratio" in row for row in rows] == [False] + 5 * [True]
 
 
+@pytest.mark.native
+def test_training_of_the_larger_model_leaves_two_methods_out(card, monkeypatch):
+    monkeypatch.setattr(training, "LARGE", training.TINY)
+    training.large(card)
+    names = [training.methods.FULL, training.LORA, training.methods.MATRIX, training.methods.PACKED]
+    assert statuses(card) == {"ok": 4} and [row["variant"] for row in card.found()] == names
+    assert [row.get("baseline") for row in card.found()] == [None] + 3 * [names[0]]
+
+
 def test_training_counts_the_products_of_each_method():
     counted = {name: training.flops(name, 100, 10, 7) for name in training.METHODS}
     assert counted.pop(training.methods.FULL) == 6 * 110 and counted.pop(training.LORA) == 4 * 110 + 6 * 7

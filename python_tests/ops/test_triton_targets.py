@@ -21,17 +21,20 @@ def test_a_lowrank_product_has_fp32_error_on_every_card(monkeypatch, arch, newer
     """TF32 three times where it exists, else fp32; the same in all passes."""
     monkeypatch.setattr(targets, "TRITON_3_7", newer)
     make = targets.lowrank_options.__wrapped__
-    scan, histogram = (make(CARDS[arch], histogram=value) for value in (False, True))
-    assert scan["PRECISION"] == ("tf32x3" if arch >= 80 else "ieee")
-    assert scan.get("maxnreg") == (128 if 90 <= arch < (140 if newer else 120) else None) and "maxnreg" not in histogram
-    assert {k: v for k, v in scan.items() if k != "maxnreg"} == histogram
+    for wide in (True, False):
+        scan, histogram = (make(CARDS[arch], wide=wide, histogram=value) for value in (False, True))
+        assert scan["PRECISION"] == ("tf32x3" if arch >= 80 else "ieee")
+        assert scan["DEPTH"] == (32 if wide and 90 <= arch < 120 else 16)
+        assert scan.pop("maxnreg", None) == (128 if 90 <= arch < (140 if newer else 120) else None)
+        assert histogram.pop("maxnreg", None) == (128 if 90 <= arch < 120 else None)
+        assert scan == histogram
 
 
 @pytest.mark.parametrize("target", [MI300, MI200], ids=lambda target: target.arch)
 def test_options_for_amd(target):
     """Triton refuses there ``maxnreg``, the precision tf32x3 and, but on gfx942, tf32."""
-    options = targets.lowrank_options(target)
-    assert options["PRECISION"] == "ieee" and "maxnreg" not in options
+    options = targets.lowrank_options(target, wide=True)
+    assert options["PRECISION"] == "ieee" and options["DEPTH"] == 16 and "maxnreg" not in options
     fast = targets.weight_grad_options(target, fp32=True, tf32=True)
     assert fast["PRECISION"] == ("tf32" if target is MI300 else "ieee")
     assert not targets.weight_grad_options(target, fp32=False, tf32=False)["WIDEN"] and targets.lacks(target) == ""
@@ -48,7 +51,10 @@ def test_options_of_the_fused_weight_gradient(monkeypatch, arch, square, fp32, t
     assert options["WIDEN"] == (old and not fp32)
     assert options["PRECISION"] == ("tf32" if tf32 and not old else "ieee")
     exact = old or (fp32 and not tf32)
-    assert options["COLUMNS"] == (128 if square and 90 <= arch < 120 and not exact else 64)
+    large = 90 <= arch < 120 and not exact
+    tokens, small = 32 if fp32 else 64, (128, 64, 32, 3)
+    tile = small if not large else (128, 128, 32, 3 if fp32 else 4) if square else (256, 64, tokens, 3)
+    assert tuple(options[name] for name in ("ROWS", "COLUMNS", "TOKENS", "num_stages")) == tile
     assert set(options) == {*("ROWS", "COLUMNS", "TOKENS", "BAND", "PRECISION", "WIDEN", "num_warps", "num_stages")}
 
 

@@ -115,14 +115,14 @@ def _lowrank_topk_kernel(
     place = matrix * m * width + rows[:, None] * width + word[None, :]
     inside = (rows < m)[:, None] & (word < width)[None, :]
     above = _pack_words(keys > high, ROWS, WORDS)
-    near = _pack_words((keys >= low) & (keys <= high), ROWS, WORDS)
     tl.store(bitmap + place, above, mask=inside)
-    if ties is not None:
-        tl.store(ties + place, near, mask=inside)
-
     definite = tl.sum(popcount(above))
     if definite > 0:
         tl.atomic_add(counts + 2 * matrix, definite, sem="relaxed")
+
+    near = _pack_words((keys >= low) & (keys <= high), ROWS, WORDS)
+    if ties is not None:
+        tl.store(ties + place, near, mask=inside)
     near_bits = popcount(near)
     total = tl.sum(near_bits)
     if total > 0:
@@ -261,6 +261,7 @@ def _kth_key(left: Tensor, right: Tensor, k: int) -> Tensor:
 def _launch_tiles(kernel, left: Tensor, right: Tensor, *arguments) -> None:
     """Run a kernel with one program per tile of each product."""
     (batch, m, r), n = left.shape, right.shape[1]
-    options = lowrank_options(target_of(left.device), histogram=kernel is _lowrank_histogram_kernel)
+    histogram = kernel is _lowrank_histogram_kernel
+    options = lowrank_options(target_of(left.device), wide=r % 16 == 0, histogram=histogram)
     grid = (batch * triton.cdiv(m, options["ROWS"]) * triton.cdiv(n, options["COLUMNS"]),)
     kernel[grid](left, right, m, n, r, *arguments, **options)
