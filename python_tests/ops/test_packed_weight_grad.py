@@ -168,22 +168,42 @@ def test_packed_weight_grad_after_the_newer_precision_switch(backend, switch):
         switch.fp32_precision = before
 
 
-@pytest.mark.parametrize("columns, widen", [(64, False), (128, False), (64, True)])
+@pytest.mark.parametrize(
+    "rows, columns, tokens, widen",
+    [(128, 64, 32, False), (128, 128, 32, False), (256, 64, 64, False), (128, 64, 32, True)],
+)
 @pytest.mark.parametrize("n", [128, 260])
-def test_fused_products_in_the_tiles_of_every_card(backend, monkeypatch, columns, widen, n):
+def test_fused_products_in_the_tiles_of_every_card(backend, monkeypatch, rows, columns, tokens, widen, n):
     """Else the interpreter would run only those of an exact fp32 product, which are narrow."""
     if backend.name != "triton":
         return
     from lift_kernels.ops.triton import packed_weight_grad as launcher
 
     given = launcher.weight_grad_options
-    changes = {"COLUMNS": columns, "WIDEN": widen, "PRECISION": "ieee"}
+    tile = {"ROWS": rows, "COLUMNS": columns, "TOKENS": tokens, "num_stages": 3}
+    changes = tile | {"WIDEN": widen, "PRECISION": "ieee"}
     monkeypatch.setattr(launcher, "weight_grad_options", lambda *card, **case: given(*card, **case) | changes)
     grad_output, input = factors(backend, 33, 130, n, BF16)
     for k in (1, 900, 130 * n):
         index = index_list(backend, 130, n, k)
         out = ops.packed_weight_grad(grad_output, input, index, fused=True, backend=backend.name)
         assert_entries(out, grad_output, input, index, exact=False)
+
+
+@pytest.mark.parametrize("band", [1, 3, 7, 16])
+def test_bands_of_tiles_hold_each_tile_once(backend, monkeypatch, band):
+    """7 x 5 tiles: whole bands, a lower one at the end, and one that is higher than the matrix."""
+    if backend.name != "triton":
+        return
+    from lift_kernels.ops.triton import packed_weight_grad as launcher
+
+    given = launcher.weight_grad_options
+    tile = {"ROWS": 16, "COLUMNS": 32, "TOKENS": 16, "BAND": band}
+    monkeypatch.setattr(launcher, "weight_grad_options", lambda *card, **case: given(*card, **case) | tile)
+    grad_output, input = factors(backend, 5, 100, 150, BF16)
+    index = index_list(backend, 100, 150, 15000)
+    out = ops.packed_weight_grad(grad_output, input, index, fused=True, backend=backend.name)
+    assert_entries(out, grad_output, input, index, exact=False)
 
 
 def test_tiles_count_the_entries_before_them_up_to_the_last_position(backend):
