@@ -95,6 +95,18 @@ CARD_TABLES = {
         "selection",
         "bitmaps",
     ),
+    "gpu_experiments": Table(
+        "gpu_experiments.csv",
+        {
+            "setting": "{row.variant}",
+            "on": "{row.model}, {row.shape}",
+            "expected": "{row.prediction}",
+            "time": TIME,
+            "speed against the first": "{row.ratio:.3g} x",
+        },
+        each=rows_of("experiments"),
+        partial=True,
+    ),
     "gpu_refresh": timed(
         {
             "model": "{row.model}, {row.shape}||{row.model}||{row.stage}",
