@@ -144,7 +144,6 @@ def selection(run: Run) -> None:
 
 
 WHOLE_COLUMNS = 2**15  # tiles: more than any matrix here has
-WHOLE_COLUMNS = 2**15  # tiles: more than any matrix here has
 TILES = {  # rows, columns, tokens, warps, stages, tiles of a band
     (256, 64, 64, 8, 3, 16): "as it is with Triton 3.6",
     (128, 128, 32, 8, 4, 16): "as it is with Triton 3.7, spills with 3.6",

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 from bench.kernels.cases import BLOCK, CASES, FORMATS, Case, adamw_case, weight_grad_case
+from lift_kernels.ops.triton.targets import lowrank_options
 
 TARGETS = (75, 89, 120)
 """Targets whose multiprocessors hold less than those of the cards that were measured."""
@@ -20,7 +22,7 @@ FLOATS = ("fp32", "fp16", "bf16")
 def every_case() -> list[Case]:
     """All variants, each once. Those of `cases` come first."""
     known = {case.name: case for case in CASES}
-    for case in (*_steps(), *_packed(), *_migrations(), *_weight_grads()):
+    for case in (*_steps(), *_packed(), *_migrations(), *_weight_grads(), *_selections()):
         known.setdefault(case.name, case)
     return list(known.values())
 
@@ -73,6 +75,14 @@ def _migrations() -> Iterator[Case]:
             yield replace(
                 case, name=f"{case.name}, unaligned", constants=case.constants | unaligned, loads=(), stores=()
             )
+
+
+def _selections() -> Iterator[Case]:
+    """Passes over a low-rank product whose rank is a multiple of 16 and not of 32."""
+    for case in CASES:
+        if case.name.startswith("lowrank_topk") and case.multiples:
+            narrow = partial(lowrank_options, wide=False, histogram="histogram" in case.name)
+            yield replace(case, name=f"{case.name}, rank 16", by_target=narrow)
 
 
 def _weight_grads() -> Iterator[Case]:

@@ -16,7 +16,8 @@ from lift_kernels import ops
 from lift_kernels.ops import dispatch, threshold_bracket
 from lift_kernels.ops.reference import lowrank_topk_ref
 
-SHAPES = [(1, 1, 1), (1, 300, 1), (300, 1, 2), (7, 5, 3), (64, 64, 16), (65, 129, 5), (130, 70, 33), (50, 200, 20)]
+SHAPES = [(1, 1, 1), (1, 300, 1), (300, 1, 2), (7, 5, 3), (64, 64, 16)]
+SHAPES += [(65, 129, 5), (130, 70, 33), (50, 200, 20), (60, 70, 48), (40, 150, 64)]
 
 
 def check(backend, left, right, k, bracket=None):
@@ -121,6 +122,19 @@ def test_lowrank_topk_is_deterministic(backend):
     for bracket in (None, threshold_bracket.around(threshold), torch.zeros(2, device=backend.device)):
         again = ops.lowrank_topk(left, right, 1000, bracket=bracket, backend=backend.name)
         assert torch.equal(again[0], first[0]) and torch.equal(again[1], first[1])
+
+
+@pytest.mark.parametrize("rank, wide", [(16, False), (32, True), (48, False), (64, True)])
+def test_all_passes_over_a_product_take_the_same_steps(backend, monkeypatch, rank, wide):
+    """A bracket that misses makes passes of each kind."""
+    if backend.name != "triton":
+        return
+    from lift_kernels.ops.triton import lowrank_topk as launcher
+
+    given, asked = launcher.lowrank_options, []
+    monkeypatch.setattr(launcher, "lowrank_options", lambda card, **case: asked.append(case) or given(card, **case))
+    check(backend, *whole_factors(50, 60, rank), 100, bracket=[1e6, 2e6])
+    assert {case["wide"] for case in asked} == {wide} and {case["histogram"] for case in asked} == {False, True}
 
 
 @pytest.mark.parametrize("m, n", [(70, 90), (300, 1), (1, 65)])

@@ -262,6 +262,6 @@ def _launch_tiles(kernel, left: Tensor, right: Tensor, *arguments) -> None:
     """Run a kernel with one program per tile of each product."""
     (batch, m, r), n = left.shape, right.shape[1]
     histogram = kernel is _lowrank_histogram_kernel
-    options = lowrank_options(target_of(left.device), wide=r % 16 == 0, histogram=histogram)
+    options = lowrank_options(target_of(left.device), wide=r % 32 == 0, histogram=histogram)
     grid = (batch * triton.cdiv(m, options["ROWS"]) * triton.cdiv(n, options["COLUMNS"]),)
     kernel[grid](left, right, m, n, r, *arguments, **options)

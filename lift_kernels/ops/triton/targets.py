@@ -77,7 +77,7 @@ def lowrank_options(target: GPUTarget, *, wide: bool, histogram: bool = False) -
 
     Args:
         target: of the card.
-        wide: the rank is a multiple of 16, so that the compiler copies 16 bytes at once.
+        wide: the rank is a multiple of 32.
         histogram: the pass makes a histogram. Others keep candidates or ties.
     """
     tf32x3 = target.backend == "cuda" and has_tf32(target)
@@ -88,8 +88,8 @@ def lowrank_options(target: GPUTarget, *, wide: bool, histogram: bool = False) -
         # An H200 scans 11 matrices of 11008 x 4096 in 2.57 ms, and in 3.04 ms at a depth of 16.
         # Elsewhere it takes more registers than there are.
         options["DEPTH"] = 32
-    behind = 140 if TRITON_3_7 and not histogram else 120
-    if target.backend == "cuda" and 90 <= target.arch < behind:
+    limited = range(90, 140 if TRITON_3_7 and not histogram else 120)
+    if target.backend == "cuda" and target.arch in limited:
         # Two programs then fit on a multiprocessor, so that one multiplies while the other selects.
         # Elsewhere the compiler needs fewer registers when it has no limit.
         options["maxnreg"] = 128
