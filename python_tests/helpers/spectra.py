@@ -14,6 +14,13 @@ def with_spectrum(m: int, n: int, values: list[float], seed: int = 0) -> torch.T
     return (left * torch.tensor(values, dtype=torch.float64) @ right.T).float()
 
 
+def slow_spectrum(m: int, n: int, seed: int = 0, decay: float = 0.15) -> torch.Tensor:
+    """A matrix with singular values i^-decay, as flat around the rank as in trained weights."""
+    generator = torch.Generator().manual_seed(seed)
+    u, v = (torch.linalg.qr(torch.randn(size, min(m, n), generator=generator)).Q for size in (m, n))
+    return (u * torch.arange(1, min(m, n) + 1).float() ** -decay) @ v.T
+
+
 def truncated(weight: torch.Tensor, rank: int) -> torch.Tensor:
     """The best rank-r approximation, in fp64."""
     u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
