@@ -146,3 +146,18 @@ CARD_TABLES = {
         "training 7B",
     ),
 }
+
+LAUNCHED_ALONE = {
+    "gpu_triton_3_7": Table(
+        "gpu_triton_3_7.csv",
+        {
+            "product": "{row.stage}",
+            "on": "{row.shape}",
+            "way": "{row.variant}",
+            "time": "{row.median_ms:.3g} ms",
+            "largest error": "{row.error}",
+        },
+        each=[{"stage": "fused product"}, {"stage": "selection"}],
+    ),
+}
+"""Of kernels that another compiler made, launched on a card outside of the suite."""

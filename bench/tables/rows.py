@@ -150,7 +150,7 @@ def kernel_rows() -> Rows:
         "`arena_migrate_`, put": {"kernel": "arena_migrate: put *"},
         "`packed_l2_norm`": {"kernel": "packed_square_sums: *"},
         "`packed_weight_grad`, fused, bf16": {"kernel": "packed_weight_grad: bf16 to fp32"},
-        "`lowrank_topk`, rank a multiple of 16": {"kernel": "lowrank_topk: *[!k]"},
+        "`lowrank_topk`, rank a multiple of 32": {"kernel": "lowrank_topk: *[!k]"},
         "`set_bits`": {"kernel": "set_bits", "language": "triton"},
         "`count_bits`": {"kernel": "count_bits", "language": "triton"},
         "`list_bits`": {"kernel": "list_bits", "language": "triton"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.tables.card import CARD_TABLES
+from bench.tables.card import CARD_TABLES, LAUNCHED_ALONE
 from bench.tables.computed import COMPUTED_TABLES
 from bench.tables.rows import (
     baseline_rows,
@@ -344,4 +344,5 @@ TABLES = {
         each=[{"python": "*"}],
     ),
     **COMPUTED_TABLES,
+    **LAUNCHED_ALONE,
 } | CARD_TABLES

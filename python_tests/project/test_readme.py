@@ -164,6 +164,22 @@ def test_the_readmes_figures_of_a_card():
     assert f"{speed:.2f} x as fast as full fine-tuning, in {peaks[0]:.1f} GB and not {peaks[1]:.1f}" in text
 
 
+def test_the_parts_of_a_refresh_on_a_card():
+    """Sums of the profile, and what the counted launches predict."""
+    results, measured = ROOT / "bench/results", Counter()
+    with (results / "nvidia-h200/refresh_profile.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            measured[row["part"]] += float(row["ms"])
+    with (results / "computed/refresh_cost.csv").open(newline="") as file:
+        kind = {"model": "LLaMA-2-7B, 224 matrices", "weights": "bf16", "products": "bf16", "way": "cuda ops"}
+        rows = [row for row in csv.DictReader(file) if kind.items() <= row.items()]
+    predicted = {row["part"]: float(row["predicted_ms"]) for row in rows}
+    text = (ROOT / "bench/README.md").read_text()
+    assert len(measured) == 5
+    for part, ms in measured.items():
+        assert f"| {part} | {ms:.0f} ms | {predicted[part]:.0f} ms |" in text
+
+
 def finetune_and_delta(tmp_path, model: Path, *options: str):
     """Train a few steps, make a delta against the given model and apply it, by the command line."""
     arguments = [

