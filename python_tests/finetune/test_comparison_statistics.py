@@ -49,6 +49,15 @@ def test_one_seed_with_a_pilot_covers_the_truth_where_samples_alone_do_not(a):
     assert a < 0.1 or np.mean(alone) < 0.85
 
 
+def test_a_pilot_adds_its_variance_for_each_trained_run():
+    pilot = statistics.SeedPart(variance=0.5, df=1, rest=1.0)
+    for runs in (1, 2):
+        found = statistics.estimate(np.array([[1.0, 2.0, 3.0, 4.0]]), pilot, runs)
+        seeds, samples = 0.5 * runs, 5 / 3 / 4
+        assert found.error == pytest.approx(math.sqrt(seeds + samples))
+        assert found.df == pytest.approx((seeds + samples) ** 2 / (seeds**2 / 1 + samples**2 / 3))
+
+
 def test_a_worked_example_by_hand():
     """Three seeds, two samples: the mean squares are 2, 6 and 2."""
     d = np.array([[0.0, 2.0], [2.0, 2.0], [1.0, 5.0]])
