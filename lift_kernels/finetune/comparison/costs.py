@@ -38,12 +38,17 @@ class Costs:
     def expected(self, stage: str, label: str, rows: Sequence[Row]) -> float:
         """Return the seconds of a run of a method in a stage, by the rows where they say it."""
         own = [row for row in rows if row.machine == self.machine and row.status == "ok"]
-        trained = [row for row in own if row.stage != "base"]
+        rest = {row: row.seconds - row.train_seconds for row in own}
+        same = [spent for row, spent in rest.items() if row.stage == stage]
+        known = [spent / self.evaluation[row.stage] for row, spent in rest.items()]
+        evaluation = median(same) if same else self.evaluation[stage] * (median(known) if known else 1.0)
+        return evaluation + (0.0 if stage == "base" else self._training(label, own))
+
+    def _training(self, label: str, rows: Sequence[Row]) -> float:
+        """The seconds of training: of the method, or else of any method, or else estimated."""
+        trained = [row for row in rows if row.stage != "base"]
         same = [row.train_seconds for row in trained if row.method == label]
-        any_method = [row.train_seconds for row in trained]
-        train = median(same) if same else fmean(any_method) if any_method else self.train
-        rest = [row.seconds - row.train_seconds for row in own if row.stage == stage]
-        return (0.0 if stage == "base" else train) + (median(rest) if rest else self.evaluation[stage])
+        return median(same) if same else fmean([r.train_seconds for r in trained]) if trained else self.train
 
     def total(self, left: Counter[tuple[str, str]], rows: Sequence[Row]) -> float:
         """Return the seconds of runs that remain, by stage and label."""

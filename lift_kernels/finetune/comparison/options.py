@@ -19,8 +19,8 @@ DEFAULTS: dict[str, Any] = {"steps": 30, "metric": "none", "seed": 0}
 """Options of a training run that differ from those of finetune."""
 QUICK: dict[str, Any] = {"steps": 20, "seeds": 1, "most_rates": 1, "validation": 32, "test": 64, "pieces": 20}
 """What --quick sets where no option says otherwise."""
-MAY_CHANGE = ("methods", "seeds", "budget", "device", "output", "quick")
-"""Options that a comparison may go on with where they differ: its finished runs stay valid."""
+MAY_CHANGE = ("seeds", "device")
+"""Options that may differ where a comparison goes on; so may all methods but the first."""
 OF_SETTINGS = tuple(
     "model data split problems loss shots packing truncate metric neutral gradients density rank budget_rank include "
     "exclude extra refresh_interval refresh_drift steps epochs batch_size accumulation checkpointing max_length dtype "
@@ -156,10 +156,10 @@ def resumed(place: str, task: str | None, given: dict[str, Any]) -> Comparison:
     Args:
         place: its directory, or the file of its rows.
         task: which of several tasks; None where there is one.
-        given: further options that the user gave. Those of MAY_CHANGE replace the saved ones.
+        given: further options that the user gave, which replace the saved ones.
 
     Raises:
-        UserError: where there is no comparison, and for another option with another value.
+        UserError: where there is no comparison, and for an option that may not change.
     """
     path = Path(place).expanduser()
     folder = path if path.is_dir() else path.parent
@@ -191,7 +191,11 @@ def check_same(options: Comparison, saved: dict[str, Any], folder: Path) -> None
     """
     form = saved_form(options)
     for name, value in form.items():
-        if name not in MAY_CHANGE and saved.get(name) != value:
+        if name == "methods" and saved.get(name):  # The pilot is of the reference.
+            same = value[0] == saved[name][0]
+        else:
+            same = name in MAY_CHANGE or saved.get(name) == value
+        if not same:
             raise UserError(
                 f"{name} is {_text(value)}, and the comparison in {folder} has {_text(saved.get(name))}; leave the "
                 "option out with --resume, or choose another --output"

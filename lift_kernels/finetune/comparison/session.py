@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...checkpoint.atomic_file import write_atomic
-from ...errors import FileError, UserError
+from ...errors import FileError
 from . import costs, options, picture, plan, rows, summary, verdict
 from .costs import Costs, duration
 from .material import Material, load
 from .options import ROWS, Comparison, design_of
-from .rows import Row
+from .rows import STAGES, Row
 from .trial import CannotRun, run_trial
 
 TABLE, PICTURE, VERDICT = "table.md", "compare.png", "verdict.txt"
@@ -27,34 +27,33 @@ class Session:
         design: what runs.
         rows: finished runs of the task.
         failed: methods that cannot run, and why.
+        began: the time by `time.perf_counter` from which the budget counts.
         costs: what runs will cost.
     """
 
-    def __init__(self, shared: Material, found: Sequence[Row]) -> None:
+    def __init__(self, shared: Material, found: Sequence[Row], began: float) -> None:
         self.shared, self.options = shared, shared.options
         self.design = design_of(self.options)
         self.folder = Path(self.options.output).expanduser()
         self.rows = list(found)
         self.failed: dict[str, str] = {}
-        self.began = time.perf_counter()
+        self.began = began
         self.costs: Costs = costs.measured(shared)
 
     def left(self, most: bool) -> Counter[tuple[str, str]]:
         """Return the runs that remain, by stage and label."""
         return plan.remaining(self.design, self.rows, self.failed, most)
 
-    def remains(self) -> str:
+    def remains(self, by_stage: bool = False) -> str:
         """Return how many runs remain and how long they take, for people."""
-        least, most = (self.left(most) for most in (False, True))
-        seconds = [self.costs.total(left, self.rows) for left in (least, most)]
-        runs, time_left = (
-            low if low == high else f"{low} to {high}"
-            for low, high in (
-                (str(least.total()), str(most.total())),
-                (duration(seconds[0]), duration(seconds[1])),
-            )
-        )
-        return f"{runs} runs, about {time_left}" if most.total() else "none"
+        both = [self.left(most) for most in (False, True)]
+        if not both[1].total():
+            return "none"
+        runs = _span(*(left.total() for left in both))
+        time_left = _span(*(duration(self.costs.total(left, self.rows)) for left in both))
+        stages = {s: _span(*(sum(n for (t, _), n in left.items() if t == s) for left in both)) for s in STAGES}
+        detail = f" ({', '.join(f'{s} {n}' for s, n in stages.items() if n != '0')})" if by_stage else ""
+        return f"{runs} run{'' if runs == '1' else 's'}{detail}, about {time_left}"
 
     def over_budget(self, trial: plan.Trial) -> bool:
         """Return whether a run would end after the budget."""
@@ -65,7 +64,7 @@ class Session:
 
     def run(self) -> bool:
         """Run what remains; return whether the comparison is complete."""
-        print(f"to run: {self.remains()}", flush=True)
+        print(f"to run: {self.remains(by_stage=True)}", flush=True)
         while (trial := plan.next_trial(self.design, self.rows, self.failed)) is not None:
             if self.over_budget(trial):
                 print(f"the budget of {duration(self.options.budget or 0)} has no time for another run")
@@ -148,6 +147,10 @@ class Session:
         return [*rates, "other models and data", f"other lengths of training than {self.shared.steps} steps"]
 
 
+def _span(low: object, high: object) -> str:
+    return str(low) if low == high else f"{low} to {high}"
+
+
 def compare(chosen: Comparison) -> bool:
     """Run a comparison to its end or its budget, and write what it found.
 
@@ -160,6 +163,7 @@ def compare(chosen: Comparison) -> bool:
     Raises:
         UserError: for input that cannot be used, and where finished runs have other options.
     """
+    began = time.perf_counter()
     folder = Path(chosen.output).expanduser()
     saved = options.read_saved(folder).get(chosen.task)
     if saved is not None:
@@ -172,15 +176,13 @@ def compare(chosen: Comparison) -> bool:
         options.save(chosen, shared.digests)
     except OSError as error:
         raise FileError(f"cannot write {folder}: {error.strerror}; choose another --output") from error
-    session = Session(shared, found)
+    session = Session(shared, found, began)
     if found:
         print(f"{folder} holds {len(found)} rows of {chosen.task}, which are kept")
-    complete = False
     try:
         complete = session.run()
-    finally:
-        session.write(complete)
+    except KeyboardInterrupt:
+        session.write(complete=False)
+        raise
+    session.write(complete)
     return complete
-
-
-__all__ = ["Session", "UserError", "compare"]
