@@ -93,7 +93,8 @@ def read_entries(
     starts = dict(defaults)
     for text in first:
         method, _, number = text.partition("=")
-        starts[_known(method, defaults, f"--rates {text}")] = _rate(number, f"--rates {text}")
+        _known(method, defaults, f"--rates {text}")
+        starts[method] = _rate(number, f"--rates {text}")
     entries, seen = [], Counter[str]()
     for name in names:
         method, at, number = name.partition("@")
@@ -105,10 +106,9 @@ def read_entries(
     return tuple(entries)
 
 
-def _known(method: str, methods: Collection[str], option: str) -> str:
+def _known(method: str, methods: Collection[str], option: str) -> None:
     if method not in methods:
         raise UserError(f"{option} has the unknown method {method!r}; use one of {', '.join(methods)}")
-    return method
 
 
 def _rate(text: str, option: str) -> float:
@@ -156,19 +156,23 @@ def next_trial(design: Design, rows: Sequence[Row], failed: Collection[str] = ()
             return Trial("rates", entry, rate, 0)
     for seed in range(design.seeds):
         for entry in entries:
-            if not entry.fixed and not any(map(math.isfinite, searches[entry].values())):
-                continue  # Every rate diverged.
+            if not entry.fixed and _all_diverged(searches[entry]):
+                continue
             rate = final_rate(entry, rows)
             if ("final", entry.label, rate, seed) not in done:
                 return Trial("final", entry, rate, seed)
     return None
 
 
+def _all_diverged(losses: Mapping[float, float]) -> bool:
+    return not any(map(math.isfinite, losses.values()))
+
+
 def remaining(design: Design, rows: Sequence[Row], failed: Collection[str], most: bool) -> Counter[tuple[str, str]]:
     """Return how many runs remain at least or at most, by stage and label.
 
-    At least, the best rate of a search is the first one or the best so far. At most, every search
-    tries as many rates as it may.
+    At least, the best rate of a search is the first one or the best so far, or the next one where
+    all have diverged. At most, every search tries as many rates as it may.
 
     Args:
         design: what the comparison runs.
@@ -187,7 +191,8 @@ def remaining(design: Design, rows: Sequence[Row], failed: Collection[str], most
         if not entry.fixed:
             left["rates", entry.label] = _rates_left(design, entry, found, most, entry is reference)
         finals = sum(row.stage == "final" and row.method == entry.label for row in rows)
-        left["final", entry.label] = max(0, design.seeds - finals)
+        hopeless = not entry.fixed and not left["rates", entry.label] and _all_diverged(found)
+        left["final", entry.label] = 0 if hopeless else max(0, design.seeds - finals)
     return +left
 
 
@@ -195,7 +200,6 @@ def _rates_left(design: Design, entry: Entry, found: dict[float, float], most: b
     """Runs that a search still needs, beside those of the pilot."""
     losses = dict(found)
     while (rate := next_rate(losses, entry.rate, design.most_rates)) is not None:
-        open_end = all(map(math.isinf, losses.values()))
-        losses[rate] = 0.0 if open_end else math.inf  # a rate that is no better ends the search soonest
+        losses[rate] = 0.0 if _all_diverged(losses) else math.inf  # a rate that is no better ends the search soonest
     whole = design.most_rates if most and len(losses) > len(found) else len(losses)
     return whole - len(found) - int(piloted and not found)
