@@ -11,24 +11,21 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import TrainingArguments
 
 from ..checkpoint.atomic_file import write_atomic
 from ..errors import UserError
 from ..optim.lift_adamw import LiftAdamW
-from . import evaluation, prompts, report, run_dir
+from . import evaluation, report, run_dir
 from .config import DTYPES, Settings
 from .data import SHOTS, RunData, prepare_data
 from .forward import form_of
 from .measure import Measurement, measure
-from .methods import CLIP_NORM, prepare, state_bytes, trained_entries
+from .methods import prepare, state_bytes, trained_entries
 from .model_io import Source, find_model, load_model, stored_dtype
 from .model_kinds import check_tokens
 from .parallel import Ranks, joined
 from .timing import Clock, PhaseTimer
-from .trainer import AnswerTrainer
-
-WARMUP = 0.03  # share of the steps
+from .training import train
 
 
 @dataclass
@@ -162,7 +159,7 @@ def _load(settings: Settings, ranks: Ranks) -> dict[str, Any]:
 def _prepare(job: Run) -> Method:
     """Set up the method with its masks, and find the checkpoint of a resumed run."""
     try:
-        ready = prepare(job.model, job.settings, job.clock, job.ranks.group)
+        ready = prepare(job.model, job.tokenizer, job.settings, job.data, job.clock, job.ranks.group)
     except ValueError as error:  # an option that does not fit this model's matrices, or weights that are not finite
         raise UserError(str(error)) from error
     job.model = ready.model
@@ -201,50 +198,19 @@ def _measure(job: Run, when: str) -> Measurement:
 
 def _train(job: Run, method: Method) -> list[float]:
     """Train up to ``job.steps`` steps and return the loss of every step."""
-    settings, optimizer = job.settings, method.optimizer
-    arguments = TrainingArguments(
-        output_dir=str(job.folder),
-        max_steps=job.steps,
-        per_device_train_batch_size=job.data.rows,
-        train_sampling_strategy="group_by_length",
-        learning_rate=optimizer.param_groups[0]["lr"],
-        lr_scheduler_type="linear",
-        warmup_steps=max(1, round(WARMUP * job.steps)),
-        # LiftAdamW clips by the norm over its own entries. The norm over dense gradients is larger
-        # and would clip harder.
-        max_grad_norm=0.0 if isinstance(optimizer, LiftAdamW) else CLIP_NORM,
-        logging_steps=10,
-        save_strategy="no",  # AnswerTrainer saves
-        report_to="none",
-        remove_unused_columns=False,
-        dataloader_pin_memory=job.model.device.type == "cuda",
-        use_cpu=job.model.device.type == "cpu",
-        seed=settings.seed,
-        log_level_replica="error",
-        average_tokens_across_devices=False,  # AnswerTrainer counts the tokens of the batch
-        ddp_find_unused_parameters=True,  # such as those of an expert that no token of this rank chose
-        ddp_broadcast_buffers=False,  # a rank may run more forward passes than another (`answer_loss`)
-    )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # one process drives one GPU: DataParallel would give every replica its own weights
-    trainer = AnswerTrainer(
-        model=job.model,
-        args=arguments,
-        train_dataset=job.data.sequences,
-        data_collator=lambda batch: prompts.collate(batch, job.tokenizer.pad_token_id),
-        optimizers=(optimizer, None),
+    return train(
+        job.model,
+        job.tokenizer,
+        method.optimizer,
+        job.data,
+        job.steps,
+        job.settings,
         clock=job.clock,
         ranks=job.ranks,
-        save_steps=settings.save_steps,
+        folder=job.folder,
         identity=method.identity,
+        checkpoint=method.checkpoint,
     )
-    try:
-        trainer.train_from(method.checkpoint)
-    except Exception:
-        trainer.callback_handler.on_train_end(arguments, trainer.state, trainer.control)  # closes the progress bar
-        raise
-    job.clock.separate_refreshes()
-    return trainer.losses
 
 
 def _save(job: Run, method: Method) -> dict[str, Any]:
