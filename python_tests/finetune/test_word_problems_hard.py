@@ -6,7 +6,6 @@ import zlib
 
 import pytest
 
-from lift_kernels.finetune.evaluation import extract_number
 from lift_kernels.finetune.word_problems import ITEMS, NAMES, TEMPLATES, fact, generate, split_of
 from lift_kernels.finetune.word_problems_hard import KINDS, LARGEST, STORIES
 
@@ -34,7 +33,6 @@ def test_every_equation_and_answer_is_right(split):
             assert operator != "/" or left % right == 0
         assert all(step[0] == before[3] for before, step in itertools.pairwise(problem.steps))
         assert problem.answer.endswith(f" = {problem.steps[-1][3]}. The answer is {problem.steps[-1][3]}.")
-        assert extract_number(problem.answer) == problem.steps[-1][3]
 
 
 def test_answer_follows_from_the_question_alone(split):
