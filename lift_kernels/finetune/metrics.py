@@ -26,7 +26,7 @@ class Metric:
     Attributes:
         name: one of `config.METRICS`.
         description: what counts as right.
-        why: why it was chosen.
+        why: why it is taken, in words that follow its name.
         choices: the answers that metric choice compares, sorted.
     """
 
@@ -56,7 +56,7 @@ def choose_metric(samples: Sequence[Sample], asked: str | None, tokenizer) -> Me
         return _metric(samples, asked, "as asked for")
     name, why = _fitting(samples, tokenizer)
     skip = "" if name == "none" else "; --metric none skips it"
-    return _metric(samples, name, f"chosen, for {why}{skip}")
+    return _metric(samples, name, f"for {why}{skip}")
 
 
 def _metric(samples: Sequence[Sample], name: str, why: str) -> Metric:
