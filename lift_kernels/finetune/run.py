@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,15 +17,18 @@ import transformers
 from ..checkpoint.atomic_file import write_atomic
 from ..errors import UserError
 from ..optim.lift_adamw import LiftAdamW
-from . import evaluation, report, run_dir
+from . import report, run_dir
 from .config import DTYPES, Settings
 from .data import SHOTS, RunData, prepare_data
 from .forward import form_of
-from .measure import Measurement, measure
+from .measure import Measurement, changes, measure
 from .methods import prepare, state_bytes, trained_entries
+from .metrics import choose_metric
 from .model_io import Source, find_model, load_model, stored_dtype
-from .model_kinds import check_tokens
+from .model_kinds import check_tokens, position_limit
+from .neutral import neutral_pieces
 from .parallel import Ranks, joined
+from .prompts import Example, Sample
 from .timing import Clock, PhaseTimer
 from .training import train
 
@@ -42,6 +47,7 @@ class Run:
         steps: optimizer steps.
         model: the model; `_prepare` and `_save` replace it where a method wraps or merges it.
         tokenizer: its tokenizer.
+        neutral: what the neutral text is, and its pieces.
         clock: durations of the parts of a training step.
     """
 
@@ -54,6 +60,7 @@ class Run:
     steps: int
     model: Any
     tokenizer: Any
+    neutral: tuple[str, list[Example]]
     clock: Clock
 
 
@@ -140,6 +147,10 @@ def _load(settings: Settings, ranks: Ranks) -> dict[str, Any]:
     form_of(model)  # refuses a model that cannot be called, before the run has a directory
     data = prepare_data(settings, tokenizer)
     print(f"data: {data.description}")
+    metric = choose_metric(data.heldout, settings.metric, tokenizer)
+    data = replace(data, metric=metric.name)
+    print(f"metric: {metric.name}, {metric.why}")
+    neutral = neutral_pieces(tokenizer, settings.neutral, position_limit(model.config))
     check_tokens(model, tokenizer, [*data.sequences, *data.encoded], data.longest, data.together)
     if data.rows < ranks.count:
         raise UserError(
@@ -152,6 +163,7 @@ def _load(settings: Settings, ranks: Ranks) -> dict[str, Any]:
         "steps": settings.steps or math.ceil((settings.epochs or 1) * len(data.sequences) / data.rows),
         "model": model,
         "tokenizer": tokenizer,
+        "neutral": neutral,
         "clock": Clock(model.device),
     }
 
@@ -182,18 +194,36 @@ def _find_checkpoint(job: Run, identity: dict[str, str]) -> dict[str, Any] | Non
 
 def _measure_before(job: Run) -> Measurement:
     """Measure the untrained model, or read what the interrupted run measured."""
-    path = job.folder / run_dir.BEFORE
-    earlier = job.ranks.first(lambda: json.loads(path.read_text()) if path.exists() else None)
+    path, texts = job.folder / run_dir.BEFORE, {"texts": _fingerprint(job)}
+    earlier = job.ranks.first(lambda: _read_before(path, texts))
     if earlier is not None:
         return Measurement(**earlier)
     measured = _measure(job, "before")
-    job.ranks.first(lambda: write_atomic(path, json.dumps(measured.saved())))
+    job.ranks.first(lambda: write_atomic(path, json.dumps(texts | measured.saved())))
     return measured
 
 
+def _read_before(path: Path, texts: dict[str, str]) -> dict[str, Any] | None:
+    """Return what the interrupted run measured, on the same texts, or None."""
+    if not path.exists():
+        return None
+    earlier = json.loads(path.read_text())
+    if earlier.pop("texts", None) != texts["texts"]:
+        raise UserError(
+            f"the held-out or the neutral texts are not those of the interrupted run in {path.parent}; restore the "
+            "files of --data and --neutral and the version of Python, or start a new run"
+        )
+    return earlier
+
+
+def _fingerprint(job: Run) -> str:
+    """Return a fingerprint of all texts that the run is measured on."""
+    texts = [job.data.encoded, job.data.asked, job.data.prefix, job.neutral[1]]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
+
 def _measure(job: Run, when: str) -> Measurement:
-    neutral = evaluation.neutral_examples(job.tokenizer)
-    return measure(job.model, job.tokenizer, job.data, neutral, job.ranks, when)
+    return measure(job.model, job.tokenizer, job.data, job.neutral[1], job.ranks, when)
 
 
 def _train(job: Run, method: Method) -> list[float]:
@@ -241,14 +271,22 @@ def _results(
     job: Run, method: Method, before: Measurement, after: Measurement, sizes: dict[str, Any], timer: PhaseTimer
 ) -> report.Report:
     """Assemble the report."""
-    clock = job.clock
+    clock, metric = job.clock, choose_metric(job.data.heldout, job.data.metric, job.tokenizer)
     return {
         "method": job.settings.method,
         "model.name": job.source.gguf_file or job.source.location,
         "model.description": job.source.description,
         "data.description": job.data.description,
-        **dict(sorted((before.figures | after.figures).items())),
-        "exact_match.problems": len(job.data.heldout),
+        "data.together": job.data.together,
+        **dict(sorted((before.figures | after.figures | changes(before, after)).items())),
+        "heldout_loss.unit": f"nats per {_counted_token(job)}",
+        "heldout.samples": len(job.data.heldout),
+        "exact_match.problems": len(after.answers) or None,
+        "metric": metric.name,
+        "metric.description": metric.description,
+        "neutral.description": job.neutral[0],
+        "neutral.pieces": len(job.neutral[1]),
+        "neutral.tokens": sum(len(piece["input_ids"]) for piece in job.neutral[1]),
         **sizes,
         **clock.refresh_figures(),
         "seconds.forward_backward": median(clock.forward_backward),
@@ -270,13 +308,24 @@ def _write_report(
     job: Run, results: report.Report, losses: list[float], before: Measurement, after: Measurement
 ) -> report.Report:
     """Write answers, plot and report, print the table, and return the report."""
-    rows = zip(job.data.heldout, before.answers, after.answers, strict=True)
-    report.write_answers(
-        job.folder / run_dir.ANSWERS,
-        [{"question": p.question, "expected": p.answer, "before": b, "after": a} for p, b, a in rows],
-    )
+    report.write_answers(job.folder / run_dir.ANSWERS, _answer_rows(job.data.heldout, before, after))
     report.plot_losses(results, losses, list(job.clock.refreshes), job.folder / run_dir.PLOT)
     report.write_json(results, job.folder / run_dir.REPORT)  # written last: a run with a report is finished
     run_dir.finish(job.folder)
     print(f"\n{report.table(results)}\n\nwritten to {job.folder}: report.json, answers.jsonl, loss.png, model/")
     return results
+
+
+def _answer_rows(heldout: Sequence[Sample], before: Measurement, after: Measurement) -> list[dict[str, Any]]:
+    """Return what each held-out sample got before and after training."""
+    nothing: list[None] = [None] * len(heldout)
+    columns = (before.answers or nothing, after.answers or nothing, before.target, after.target)
+    names = ("question", "expected", "before", "after", "loss_before", "loss_after", "where")
+    rows = zip(heldout, *columns, strict=True)
+    return [dict(zip(names, (p.question or p.prompt, p.answer, *row, p.where), strict=True)) for p, *row in rows]
+
+
+def _counted_token(job: Run) -> str:
+    """Return what the losses of samples are means over."""
+    answers = job.settings.loss == "answers" and any(sample.answer for sample in job.data.heldout)
+    return "answer token" if answers else "token"
