@@ -15,8 +15,8 @@ import transformers
 from ..checkpoint.atomic_file import write_atomic
 from ..errors import UserError
 from ..optim.lift_adamw import LiftAdamW
-from . import evaluation, report, run_dir
-from .config import DTYPES, Settings
+from . import evaluation, report, run_dir, trained
+from .config import ADAPTERS, DTYPES, Settings
 from .data import SHOTS, RunData, prepare_data
 from .forward import form_of
 from .measure import Measurement, measure
@@ -25,6 +25,7 @@ from .model_io import Source, find_model, load_model, stored_dtype
 from .model_kinds import check_tokens
 from .parallel import Ranks, joined
 from .timing import Clock, PhaseTimer
+from .trained import Kind
 from .training import train
 
 
@@ -65,6 +66,7 @@ class Method:
         optimizer: optimizer of the trained parameters.
         covered: weights that the method adapts, in whole or in part.
         share: their share of the model's matrices outside embeddings and head.
+        kinds: what is trained and what is left out, by kind of layer.
         identity: fingerprints of the frozen weights and the training data (`run_dir.identity`).
         checkpoint: state of the interrupted run, or None at the start.
     """
@@ -72,6 +74,7 @@ class Method:
     optimizer: torch.optim.Optimizer
     covered: list[torch.Tensor]
     share: float
+    kinds: list[Kind]
     identity: dict[str, str]
     checkpoint: dict[str, Any] | None
 
@@ -163,8 +166,10 @@ def _prepare(job: Run) -> Method:
     except ValueError as error:  # an option that does not fit this model's matrices, or weights that are not finite
         raise UserError(str(error)) from error
     job.model = ready.model
+    print(trained.table(ready.kinds), flush=True)
     identity = run_dir.identity(job.model, job.data.sequences)
-    return Method(ready.optimizer, ready.covered, ready.share, identity, _find_checkpoint(job, identity))
+    checkpoint = _find_checkpoint(job, identity)
+    return Method(ready.optimizer, ready.covered, ready.share, ready.kinds, identity, checkpoint)
 
 
 def _find_checkpoint(job: Run, identity: dict[str, str]) -> dict[str, Any] | None:
@@ -218,7 +223,7 @@ def _save(job: Run, method: Method) -> dict[str, Any]:
     entries, weights = trained_entries(method.optimizer), sum(p.numel() for p in method.covered)
     state, gradients = state_bytes(method.optimizer), job.clock.gradient_bytes
     lift = isinstance(method.optimizer, LiftAdamW)
-    if job.settings.method == "lora":
+    if job.settings.method in ADAPTERS:
         job.model = job.model.merge_and_unload()
     job.ranks.first(lambda: run_dir.save_once(job.model, job.tokenizer, job.folder))
     return {
@@ -226,6 +231,7 @@ def _save(job: Run, method: Method) -> dict[str, Any]:
         "covered_weights": weights,
         "covered_share": method.share,
         "density": entries / weights,
+        "trained.by_kind": [kind.row() for kind in method.kinds],
         "optimizer_state_bytes.measured": state,
         "optimizer_state_bytes.dense": 8 * weights,  # two fp32 moments
         "gradient_bytes.measured": gradients,

@@ -10,9 +10,8 @@ from transformers import TrainingArguments
 
 from ..optim.lift_adamw import LiftAdamW
 from . import prompts
-from .config import Settings
+from .config import CLIP_NORM, Settings
 from .data import RunData
-from .methods import CLIP_NORM
 from .parallel import Ranks
 from .timing import Clock
 from .trainer import AnswerTrainer
