@@ -8,12 +8,15 @@ import torch
 
 from .checks import check_settings
 
-SPARSE = ("lift", "magnitude", "gradient", "random")
-"""Methods that train chosen entries of each matrix with LiftAdamW."""
+SPARSE = ("lift", "magnitude", "gradient", "random", "off_principal", "blocks", "runs", "random_runs")
+"""Methods that train chosen entries of each matrix with LiftAdamW.
+
+The last three choose blocks of 4 x 4 and runs of 16 entries, for comparisons (`masks`).
+"""
 ADAPTERS = ("lora", "shira")
 """Methods of peft, whose adapters are merged into the saved model."""
 METHODS = (*SPARSE, "full", *ADAPTERS)
-FIXED = ("gradient", "random")
+FIXED = ("gradient", "random", "random_runs")
 """Sparse methods that keep their first masks. Later ones would be the same, or need gradients."""
 LEARNING_RATES = dict.fromkeys(METHODS, 1e-3) | {"full": 1e-4}
 """Default peak learning rate of each method."""

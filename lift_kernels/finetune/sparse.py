@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..masks.block_selections import principal_blocks, principal_runs, random_runs
 from ..nn.packing import pack_gradients
 from ..nn.param_groups import lift_param_groups, pattern_of, stacked_weights
 from ..nn.weight_kinds import LINEAR, weights_of
@@ -29,7 +30,13 @@ GRADIENT_BATCHES = 4
 
 def selection_of(settings: Settings) -> str | Callable[..., Tensor]:
     """Return how LiftAdamW chooses the entries of a method, its option ``selection``."""
-    return {"lift": "principal"}.get(settings.method, settings.method)
+    others: dict[str, str | Callable[..., Tensor]] = {
+        "lift": "principal",
+        "blocks": principal_blocks(settings.rank),
+        "runs": principal_runs(settings.rank),
+        "random_runs": random_runs(settings.seed),
+    }
+    return others.get(settings.method, settings.method)
 
 
 def sparse_optimizer(
