@@ -16,12 +16,13 @@ def add_parser(commands: Any) -> None:
         help="fine-tune a language model on question/answer problems and report the result",
         description="Fine-tune a language model, measure it before and after, and write a report, a plot and the "
         "model. The defaults train SmolLM2-135M-Instruct on generated word problems.",
+        usage="%(prog)s [options]",
         formatter_class=argparse.RawTextHelpFormatter,
     )
     _add_data(parser.add_argument_group("data"))
-    _add_method(parser.add_argument_group("method: what is trained"))
+    _add_method(parser.add_argument_group("method", "what is trained"))
     _add_training(parser.add_argument_group("training"))
-    _add_measuring(parser.add_argument_group("measuring before and after training"))
+    _add_measuring(parser.add_argument_group("measuring", "before and after training"))
     _add_output(parser.add_argument_group("output"))
     parser.set_defaults(run=run, input_errors=())
 
@@ -37,7 +38,8 @@ def _add_data(group: Any) -> None:
         "--data",
         nargs="+",
         metavar="FILE|DIR|ID",
-        help="what to train on: files, folders, hub ids; at most a fifth is held out\n(default: generated word problems)",
+        help="what to train on: files, folders, hub ids; at most a fifth is held out\n"
+        "(default: generated word problems)",
     )
     add("--split", help="split of data that has several (default: train)")
     add("--problems", help="level of the generated word problems: plain or hard (default: plain)")
@@ -65,7 +67,7 @@ METHODS = {
     "magnitude": "the largest weights",
     "gradient": "the largest gradients of the first batches; the masks stay",
     "random": "random entries; the masks stay",
-    "off_principal": "the least entries of the approximation, without the largest weights",
+    "off_principal": "the smallest entries of the approximation, without the largest weights",
     "blocks": "blocks of 4 x 4 with the largest sums of the approximation, to compare",
     "runs": "runs of 16 in a row with the largest sums, to compare",
     "random_runs": "random runs of 16, to compare",
