@@ -14,7 +14,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "finetune",
         help="fine-tune a language model on question/answer problems and report the result",
-        description="Fine-tune a language model, measure it before and after, and write a report, a plot and the "
+        description="Fine-tune a language model, measure it before and after, and write a report, a plot and the\n"
         "model. The defaults train SmolLM2-135M-Instruct on generated word problems.",
         usage="%(prog)s [options]",
         formatter_class=argparse.RawTextHelpFormatter,

@@ -24,6 +24,7 @@ from .methods import prepare, state_bytes, trained_entries
 from .model_io import Source, find_model, load_model, stored_dtype
 from .model_kinds import check_tokens
 from .parallel import Ranks, joined
+from .precision import autocast
 from .timing import Clock, PhaseTimer
 from .trained import Kind
 from .training import train
@@ -144,19 +145,38 @@ def _load(settings: Settings, ranks: Ranks) -> dict[str, Any]:
     data = prepare_data(settings, tokenizer)
     print(f"data: {data.description}")
     check_tokens(model, tokenizer, [*data.sequences, *data.encoded], data.longest, data.together)
-    if data.rows < ranks.count:
-        raise UserError(
-            f"a batch of {settings.batch_size} samples makes {data.rows} sequences, too few for {ranks.count} ranks; "
-            f"take at most {data.rows} ranks, or --batch-size {SHOTS * ranks.count}"
-        )
+    _check_batch(settings, data, ranks)
     return {
         "source": source,
         "data": data,
-        "steps": settings.steps or math.ceil((settings.epochs or 1) * len(data.sequences) / data.rows),
+        "steps": settings.steps or _steps_of(settings.epochs or 1, data),
         "model": model,
         "tokenizer": tokenizer,
         "clock": Clock(model.device),
     }
+
+
+def _check_batch(settings: Settings, data: RunData, ranks: Ranks) -> None:
+    """Raise UserError unless a batch has enough sequences for all backward passes and ranks."""
+    if data.rows % settings.accumulation:
+        fits = [n for n in range(1, data.rows + 1) if data.rows % n == 0]
+        raise UserError(
+            f"a batch of {settings.batch_size} samples makes {data.rows} sequences, which {settings.accumulation} "
+            f"passes cannot share; take --accumulation {' or '.join(map(str, fits))}, or a larger --batch-size"
+        )
+    rows = data.rows // settings.accumulation
+    if rows < ranks.count:
+        passes = f" in each of {settings.accumulation} passes" if settings.accumulation > 1 else ""
+        raise UserError(
+            f"a batch of {settings.batch_size} samples makes {rows} sequences{passes}, too few for {ranks.count} "
+            f"ranks; take at most {rows} ranks, or --batch-size {SHOTS * ranks.count * settings.accumulation}"
+        )
+
+
+def _steps_of(epochs: float, data: RunData) -> int:
+    """Return how many steps so many passes over the data take. The last batch may be small."""
+    each = math.ceil(len(data.sequences) / data.rows)
+    return max(1, math.ceil(epochs * each - 1e-9))  # 0.1 x 30 is 3.0000000000000004
 
 
 def _prepare(job: Run) -> Method:
@@ -198,7 +218,8 @@ def _measure_before(job: Run) -> Measurement:
 
 def _measure(job: Run, when: str) -> Measurement:
     neutral = evaluation.neutral_examples(job.tokenizer)
-    return measure(job.model, job.tokenizer, job.data, neutral, job.ranks, when)
+    with autocast(job.settings, job.model.device):
+        return measure(job.model, job.tokenizer, job.data, neutral, job.ranks, when)
 
 
 def _train(job: Run, method: Method) -> list[float]:
