@@ -17,8 +17,8 @@ import transformers
 from ..checkpoint.atomic_file import write_atomic
 from ..errors import UserError
 from ..optim.lift_adamw import LiftAdamW
-from . import report, run_dir
-from .config import DTYPES, Settings
+from . import report, run_dir, trained
+from .config import ADAPTERS, DTYPES, Settings
 from .data import SHOTS, RunData, prepare_data
 from .forward import form_of
 from .measure import Measurement, changes, measure
@@ -28,8 +28,10 @@ from .model_io import Source, find_model, load_model, stored_dtype
 from .model_kinds import check_tokens, position_limit
 from .neutral import neutral_pieces
 from .parallel import Ranks, joined
+from .precision import autocast
 from .prompts import Example, Sample
 from .timing import Clock, PhaseTimer
+from .trained import Kind
 from .training import train
 
 
@@ -72,6 +74,7 @@ class Method:
         optimizer: optimizer of the trained parameters.
         covered: weights that the method adapts, in whole or in part.
         share: their share of the model's matrices outside embeddings and head.
+        kinds: what is trained and what is left out, by kind of layer.
         identity: fingerprints of the frozen weights and the training data (`run_dir.identity`).
         checkpoint: state of the interrupted run, or None at the start.
     """
@@ -79,6 +82,7 @@ class Method:
     optimizer: torch.optim.Optimizer
     covered: list[torch.Tensor]
     share: float
+    kinds: list[Kind]
     identity: dict[str, str]
     checkpoint: dict[str, Any] | None
 
@@ -152,20 +156,39 @@ def _load(settings: Settings, ranks: Ranks) -> dict[str, Any]:
     print(f"metric: {metric.name}, {metric.why}")
     neutral = neutral_pieces(tokenizer, settings.neutral, position_limit(model.config))
     check_tokens(model, tokenizer, [*data.sequences, *data.encoded], data.longest, data.together)
-    if data.rows < ranks.count:
-        raise UserError(
-            f"a batch of {settings.batch_size} samples makes {data.rows} sequences, too few for {ranks.count} ranks; "
-            f"take at most {data.rows} ranks, or --batch-size {SHOTS * ranks.count}"
-        )
+    _check_batch(settings, data, ranks)
     return {
         "source": source,
         "data": data,
-        "steps": settings.steps or math.ceil((settings.epochs or 1) * len(data.sequences) / data.rows),
+        "steps": settings.steps or _steps_of(settings.epochs or 1, data),
         "model": model,
         "tokenizer": tokenizer,
         "neutral": neutral,
         "clock": Clock(model.device),
     }
+
+
+def _check_batch(settings: Settings, data: RunData, ranks: Ranks) -> None:
+    """Raise UserError unless a batch has enough sequences for all backward passes and ranks."""
+    if data.rows % settings.accumulation:
+        fits = [n for n in range(1, data.rows + 1) if data.rows % n == 0]
+        raise UserError(
+            f"a batch of {settings.batch_size} samples makes {data.rows} sequences, which {settings.accumulation} "
+            f"passes cannot share; take --accumulation {' or '.join(map(str, fits))}, or a larger --batch-size"
+        )
+    rows = data.rows // settings.accumulation
+    if rows < ranks.count:
+        passes = f" in each of {settings.accumulation} passes" if settings.accumulation > 1 else ""
+        raise UserError(
+            f"a batch of {settings.batch_size} samples makes {rows} sequences{passes}, too few for {ranks.count} "
+            f"ranks; take at most {rows} ranks, or --batch-size {SHOTS * ranks.count * settings.accumulation}"
+        )
+
+
+def _steps_of(epochs: float, data: RunData) -> int:
+    """Return how many steps so many passes over the data take. The last batch may be small."""
+    each = math.ceil(len(data.sequences) / data.rows)
+    return max(1, math.ceil(epochs * each - 1e-9))  # 0.1 x 30 is 3.0000000000000004
 
 
 def _prepare(job: Run) -> Method:
@@ -175,8 +198,10 @@ def _prepare(job: Run) -> Method:
     except ValueError as error:  # an option that does not fit this model's matrices, or weights that are not finite
         raise UserError(str(error)) from error
     job.model = ready.model
+    print(trained.table(ready.kinds), flush=True)
     identity = run_dir.identity(job.model, job.data.sequences)
-    return Method(ready.optimizer, ready.covered, ready.share, identity, _find_checkpoint(job, identity))
+    checkpoint = _find_checkpoint(job, identity)
+    return Method(ready.optimizer, ready.covered, ready.share, ready.kinds, identity, checkpoint)
 
 
 def _find_checkpoint(job: Run, identity: dict[str, str]) -> dict[str, Any] | None:
@@ -223,7 +248,8 @@ def _fingerprint(job: Run) -> str:
 
 
 def _measure(job: Run, when: str) -> Measurement:
-    return measure(job.model, job.tokenizer, job.data, job.neutral[1], job.ranks, when)
+    with autocast(job.settings, job.model.device):
+        return measure(job.model, job.tokenizer, job.data, job.neutral[1], job.ranks, when)
 
 
 def _train(job: Run, method: Method) -> list[float]:
@@ -248,7 +274,7 @@ def _save(job: Run, method: Method) -> dict[str, Any]:
     entries, weights = trained_entries(method.optimizer), sum(p.numel() for p in method.covered)
     state, gradients = state_bytes(method.optimizer), job.clock.gradient_bytes
     lift = isinstance(method.optimizer, LiftAdamW)
-    if job.settings.method == "lora":
+    if job.settings.method in ADAPTERS:
         job.model = job.model.merge_and_unload()
     job.ranks.first(lambda: run_dir.save_once(job.model, job.tokenizer, job.folder))
     return {
@@ -256,6 +282,7 @@ def _save(job: Run, method: Method) -> dict[str, Any]:
         "covered_weights": weights,
         "covered_share": method.share,
         "density": entries / weights,
+        "trained.by_kind": [kind.row() for kind in method.kinds],
         "optimizer_state_bytes.measured": state,
         "optimizer_state_bytes.dense": 8 * weights,  # two fp32 moments
         "gradient_bytes.measured": gradients,
