@@ -87,7 +87,7 @@ def _common_form(rows: Sequence[Row]) -> str:
             continue
         form = form or found
         if found != form:
-            bad.append((row.where, f"{_said(found)}, where rows before have {_said(form)}; give one form in a run"))
+            bad.append((row.where, f"has {_said(found)}, and rows before have {_said(form)}; give one form in a run"))
     refuse_first(bad)
     return form
 
@@ -170,8 +170,10 @@ def _text(values: dict, column: str) -> str:
 
 
 def _checked(text: str, what: str) -> str:
-    if any("\ud800" <= c <= "\udfff" for c in text) if not text.isascii() else False:
-        raise _BadRow(f"{what} has half of a surrogate pair, which is no character; remove it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _BadRow(f"{what} has half of a surrogate pair, which is no character; remove it") from error
     return text
 
 
