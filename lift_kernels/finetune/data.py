@@ -12,14 +12,13 @@ from typing import Any
 from ..errors import UserError
 from . import metrics, prompts, word_problems
 from .config import STEPS, Settings
-from .forms import QUESTION, TEXT, read_samples
+from .forms import QUESTION, read_samples
 from .forward import check_packing
 from .prompts import Example, Sample
 from .sequences import encode_samples, training_sequences
 
 SHOTS = 4
 """Worked examples in front of a question about a number, and the most of them in a sequence."""
-SHORT = 8  # words of an answer that is likely to be the only right one
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ def choose_samples(settings: Settings, tokenizer: Any) -> Choice:
     samples = different(found)
     if len(samples) < len(found):
         print(f"{len(found) - len(samples)} samples of {origin} repeat a prompt and are left out")
-    metric = choose_metric(settings.metric, form, samples)
+    metric = _metric(settings, form, samples)
     shots = _shots(settings, form, metric)
     if shots:
         samples = [prompts.worked_example(s.question, s.answer, s.where) for s in samples]
@@ -174,30 +173,12 @@ def _held_out(count: int, settings: Settings) -> int:
     return min(settings.eval_problems, count // 5)
 
 
-def choose_metric(wanted: str | None, form: str, samples: Sequence[Sample]) -> str:
-    """Return how answers are scored, one of METRICS.
-
-    Args:
-        wanted: the metric that the user names; None chooses by the answers. Those to questions that
-            all hold a number are compared by it, other short ones exactly, and long ones not.
-        form: form of the rows, a key of `forms.FORMS`.
-        samples: all samples.
-
-    Raises:
-        UserError: where an answer has not what the metric compares.
-    """
-    wordless = [sample for sample in samples if metrics.extract_number(sample.answer) is None]
-    if wanted == "number" and form != TEXT and wordless:
-        raise UserError(f"{wordless[0].where}: the answer has no number to compare; add it, or give another --metric")
-    if wanted not in (None, "none") and form == TEXT:
-        raise UserError(f"metric is {wanted}, and rows of text have no answer; leave out --metric")
-    if wanted is not None:
-        return wanted
-    if form == TEXT:
-        return "none"
-    if form == QUESTION and not wordless:
-        return "number"
-    return "exact" if all(len(sample.answer.split()) <= SHORT for sample in samples) else "none"
+def _metric(settings: Settings, form: str, samples: Sequence[Sample]) -> str:
+    """Return how answers are scored: as the user says, or by the numbers of all answers."""
+    if settings.metric is not None:
+        return settings.metric
+    numbers = all(metrics.extract_number(sample.answer) is not None for sample in samples)
+    return "number" if form == QUESTION and numbers else "none"
 
 
 def _shots(settings: Settings, form: str, metric: str) -> int:
@@ -223,7 +204,7 @@ def _generated_choice(settings: Settings) -> Choice:
 
 
 def _generated(count: int, split: word_problems.Split, settings: Settings, shots: int) -> list[Sample]:
-    level = () if settings.problems == "plain" else (settings.problems,)
-    found = word_problems.generate(count, split, settings.seed, *level)
+    level: Any = settings.problems
+    found = word_problems.generate(count, split, settings.seed, level)
     make = prompts.worked_example if shots else prompts.single_example
     return [make(problem.question, problem.answer) for problem in found]
