@@ -34,7 +34,8 @@ def row_losses(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, tor
 
     Args:
         model: a causal language model.
-        batch: input ids, attention mask and labels, each (rows, tokens), as from `collate`.
+        batch: input ids, attention mask and labels, and position ids of packed samples, each (rows,
+            tokens), as from `collate`. The first token of a text has no label.
 
     Returns:
         The losses in nats, fp32 (rows,) with a gradient, and the labelled tokens, int64 (rows,).
@@ -45,7 +46,7 @@ def row_losses(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, tor
         losses, counts = zip(*(row_losses(model, row) for row in rows), strict=True)
         return torch.cat(losses), torch.cat(counts)
     columns = (labels != IGNORE).any(0).nonzero()[:, 0]
-    logits = logits_at(model, batch["input_ids"], mask, columns - 1)
+    logits = logits_at(model, batch["input_ids"], mask, columns - 1, batch.get("position_ids"))
     target = labels[:, columns]
     loss = cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=IGNORE, reduction="none")
     return loss.view(target.shape).sum(1), (target != IGNORE).sum(1)
