@@ -1,4 +1,8 @@
-"""Selection of the entries to train: principal weights, and the baselines beside them."""
+"""Selection of the entries to train: principal weights, and the baselines beside them.
+
+A callable with a true attribute ``numbered`` is called with ``number=``, too: that of the matrix,
+which stays the same at a refresh (`block_selections.random_runs`).
+"""
 
 from __future__ import annotations
 
@@ -13,14 +17,17 @@ from torch import Tensor
 
 from .._progress import progress_bar
 from ..validation import check_finite, check_index_form, check_index_lists, require
+from .chebyshev import exact_product
 from .costs import mask_cost
-from .principal import Mask, MaskRequest, principal_masks
+from .lowrank import low_rank_factors
+from .principal import MEMORY_BUDGET, Mask, MaskRequest, principal_masks
 from .together import Replicas, agree_on_lists, agree_on_masks, make_together
 
-SELECTIONS = ("principal", "magnitude", "gradient", "random")
+SELECTIONS = ("principal", "off_principal", "magnitude", "gradient", "random")
 BAR_DELAY = 5.0
 """Seconds after which the masks of a model get a progress bar."""
 _BATCH_STRIDE = 1_000_003  # between the numbers of matrices of one batch
+_BLOCK_BYTES = 16  # an entry of a row block of |W_r|: the product, scores, their copy for a partition, flags
 
 
 class SelectionRequest(NamedTuple):
@@ -74,16 +81,18 @@ def make_masks(
     """A mask for every request, from its present weight.
 
     Args:
-        selection: ``"principal"`` (paper section 3), ``"magnitude"``, ``"gradient"``, ``"random"``
-            or a callable ``(weight, k) -> sorted int32 indices``, which every rank calls.
+        selection: ``"principal"`` (paper section 3), ``"off_principal"`` (`off_principal_mask`),
+            ``"magnitude"``, ``"gradient"``, ``"random"`` or a callable
+            ``(weight, k) -> sorted int32 indices``, which every rank calls.
         seed: of random masks.
         method: of `low_rank_factors`.
         backend: one of `lift_kernels.backends`, None for the fastest usable one.
         replicas: the ranks that make the masks together, each a part, where they are a group.
         keep_bases: whether other ranks are sent bases and thresholds, too.
 
-    Raises ValueError, naming the parameter, for non-finite weights, a missing gradient, or a wrong
-    index list from a callable. Raises RuntimeError on every rank where they cannot work together.
+    Raises ValueError, naming the parameter, for non-finite weights, a missing gradient, a density
+    that ``"off_principal"`` cannot have, or a wrong index list from a callable. Raises RuntimeError
+    on every rank where they cannot work together.
     """
     parts = [request.matrices() for request in requests]
     flat = [part for of_one in parts for part in of_one]
@@ -114,11 +123,16 @@ def _masks(
     shown: bool,
 ) -> list[Mask]:
     """Masks of matrices, by this process alone. ``shown``: with a progress bar."""
-    if selection == "principal":
-        with progress_bar(len(parts), "masks", "matrix", delay=BAR_DELAY, shown=shown) as bar:
+    for part in parts:
+        check_entries_left(selection, part.matrix.numel(), part.k, part.name)
+    with progress_bar(len(parts), "masks", "matrix", delay=BAR_DELAY, shown=shown) as bar:
+        if selection == "principal":
             principal = [_principal_request(part) for part in parts]
             return principal_masks(principal, method=method, backend=backend, on_batch_done=bar.update)
-    found = [_baseline_mask(part, selection, seed) for part in parts]
+        found = []
+        for part in parts:
+            found.append(_baseline_mask(part, selection, seed, method))
+            bar.update(1)
     if callable(selection):  # Together, because each check would wait for the device.
         check_index_lists([m.indices for m in found], [p.matrix.numel() for p in parts], [p.name for p in parts])
     return found
@@ -126,9 +140,10 @@ def _masks(
 
 def _cost(part: SelectionRequest, selection: str) -> float:
     """What a mask costs in comparison with others of the same selection."""
-    if selection != "principal":
+    if selection not in ("principal", "off_principal"):
         return float(part.matrix.numel())
-    warm, device = part.kept.get("basis") is not None, part.matrix.device.type
+    warm = selection == "principal" and part.kept.get("basis") is not None
+    device = part.matrix.device.type
     return mask_cost(part.matrix.shape, part.rank, warm=warm, device=device)
 
 
@@ -144,6 +159,15 @@ def check_selection(selection: str | Callable[[Tensor, int], Tensor]) -> None:
     )
 
 
+def check_entries_left(selection: str | Callable[[Tensor, int], Tensor], numel: int, k: int, name: str) -> None:
+    """Raise ValueError, naming the parameter, if a selection cannot find k of ``numel`` entries."""
+    require(
+        selection != "off_principal" or 3 * k <= numel,
+        f"{name}: selection='off_principal' leaves out the 2k largest weights, so it cannot choose k = {k} of {numel} "
+        f"entries (density {k / numel:.3g}); lower density to at most 1/3, or budget_rank",
+    )
+
+
 def check_seed(seed: int) -> None:
     """Raise TypeError unless random masks can be drawn with this seed."""
     require(isinstance(seed, int) and not isinstance(seed, bool), f"seed must be an integer, got {seed!r}", TypeError)
@@ -156,11 +180,16 @@ def _principal_request(part: SelectionRequest) -> MaskRequest:
     return MaskRequest(part.matrix, part.rank, part.k, part.name, **kept)
 
 
-def _baseline_mask(part: SelectionRequest, selection: str | Callable[[Tensor, int], Tensor], seed: int) -> Mask:
+def _baseline_mask(
+    part: SelectionRequest, selection: str | Callable[[Tensor, int], Tensor], seed: int, method: str
+) -> Mask:
     """A mask of any selection but the principal weights."""
     start = time.perf_counter()
-    indices = _selected(selection, part.matrix, part.grad, part.k, part.name, seed + part.number)
-    return Mask(indices, method=_label(selection), seconds=time.perf_counter() - start)
+    if selection == "off_principal":
+        mask = off_principal_mask(part.matrix, part.rank, part.k, part.name, method)
+    else:
+        mask = Mask(_selected(part, selection, seed), method=_label(selection))
+    return mask._replace(seconds=time.perf_counter() - start)
 
 
 def _joined(masks: list[Mask], numel: int) -> Mask:
@@ -193,12 +222,11 @@ def warm_part(entry: dict[str, Any], p: Tensor, where: str | None) -> dict[str, 
     return {key: entry[key].to(target) for key in ("basis", "threshold") if entry.get(key) is not None}
 
 
-def _selected(
-    selection: str | Callable[[Tensor, int], Tensor], matrix: Tensor, grad: Tensor | None, k: int, name: str, seed: int
-) -> Tensor:
+def _selected(part: SelectionRequest, selection: str | Callable[..., Tensor], seed: int) -> Tensor:
+    matrix, grad, k, name = part.matrix, part.grad, part.k, part.name
     check_finite(matrix, name)
     if selection == "random":
-        return random_indices(matrix.numel(), k, seed, matrix.device)
+        return random_indices(matrix.numel(), k, seed + part.number, matrix.device)
     if selection == "magnitude":
         return largest_indices(matrix.abs(), k)
     if selection == "gradient":
@@ -210,21 +238,60 @@ def _selected(
         check_finite(grad, name, "gradients", "no mask can be made from them: leave this step out")
         return largest_indices(grad.abs(), k)
     assert callable(selection)
-    indices = selection(matrix, k)
+    numbered = getattr(selection, "numbered", False)
+    indices = selection(matrix, k, number=part.number) if numbered else selection(matrix, k)
     check_index_form(indices, name, matrix.device)
     return indices.clone(memory_format=torch.contiguous_format)  # It may be a view of the list that it replaces.
 
 
-def largest_indices(magnitude: Tensor, k: int) -> Tensor:
-    """Flat, sorted int32 positions of the k largest entries of a non-negative tensor.
+@torch.no_grad()
+def off_principal_mask(
+    weight: Tensor, rank: int, k: int, name: str, method: str = "auto", memory_budget: int = MEMORY_BUDGET
+) -> Mask:
+    """The k entries of least |W_r| that are not among the 2k largest of |W|.
+
+    The updates of reinforcement learning lie there. Ties go to the lower position, among the
+    largest and among the chosen. Blocks of rows of W_r are computed one after the other, and the
+    best entries of each go on to the next.
+
+    Args:
+        weight: (m, n), fp32, bf16 or fp16, with 3k <= m * n.
+        rank, method: of `low_rank_factors`.
+        name: of the weight, for messages.
+        memory_budget: bytes for a row block of |W_r|, which has at least one row.
+
+    Raises ValueError, naming ``name``, for a rank or a k out of range and for non-finite weights.
+    """
+    check_entries_left("off_principal", weight.numel(), k, name)
+    factors = low_rank_factors(weight, rank, method=method, name=name)
+    left_out = _among_largest(weight.abs().reshape(-1), 2 * k)
+    (m, n), device = weight.shape, weight.device
+    rows = max(1, memory_budget // (_BLOCK_BYTES * n))
+    scores, kept = torch.empty(0, device=device), torch.empty(0, dtype=torch.int32, device=device)
+    for start in range(0, m, rows):
+        size = exact_product(factors.left[start : start + rows], factors.right.T).abs_().view(-1)
+        first, last = start * n, start * n + size.numel()
+        scores = torch.cat([scores, size.neg_().masked_fill_(left_out[first:last], -torch.inf)])
+        kept = torch.cat([kept, torch.arange(first, last, dtype=torch.int32, device=device)])
+        best = largest_indices(scores, min(k, scores.numel())).long()
+        scores, kept = scores[best], kept[best]
+    return Mask(kept, method="off_principal", passes=factors.passes, converged=factors.converged)
+
+
+def largest_indices(values: Tensor, k: int) -> Tensor:
+    """Flat, sorted int32 positions of the k largest entries of a tensor without NaN.
 
     Ties go to the lower position.
     """
-    flat = magnitude.reshape(-1)
+    return _among_largest(values.reshape(-1), k).nonzero().flatten().int()
+
+
+def _among_largest(flat: Tensor, k: int) -> Tensor:
+    """Whether each entry is one of the k largest."""
     chosen = flat > (threshold := _kth_largest(flat, k))
     ties = (flat == threshold).nonzero().flatten()
     chosen[ties[: k - int(chosen.sum())]] = True
-    return chosen.nonzero().flatten().int()
+    return chosen
 
 
 def random_indices(numel: int, k: int, seed: int, device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..masks.budget import mask_rank, trained_entries
 from ..masks.lowrank import METHODS
-from ..masks.selection import check_seed, check_selection
+from ..masks.selection import check_entries_left, check_seed, check_selection
 from ..nn.trainable import Trainable, trainable_of
 from ..ops import dispatch
 from ..ops.bias_correction import last_age
@@ -114,12 +114,16 @@ def warn_of_overridden(options: dict[str, Any], groups: Sequence[dict[str, Any]]
 
 
 def check_masks(group: dict[str, Any], selection: Any, names: Sequence[str]) -> None:
-    """Raise ValueError if the selection of entries cannot serve the refreshes of a group."""
+    """Raise ValueError if the selection of entries cannot serve the masks of a checked group."""
     bound = group.get("refresh_drift")
     require(
         bound is None or selection == "principal",
         f"refresh_drift={bound} predicts the drift of principal weights; leave it None with selection={selection!r}",
     )
+    for p, name in zip(group["params"], names):
+        if is_sparse(trainable := trainable_of(p), group):
+            matrix = trainable.matrix
+            check_entries_left(selection, matrix.shape[-2:].numel(), mask_size(matrix, group, name)[1], name)
     packed = [name for p, name in zip(group["params"], names) if trainable_of(p).indices is not None]
     if packed and selection == "gradient" and group["refresh_interval"] is not None:
         raise ValueError(

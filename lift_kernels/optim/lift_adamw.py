@@ -57,9 +57,9 @@ class LiftAdamW(Optimizer):
         state_dtype: of the moments, torch.float32 or torch.bfloat16.
         max_grad_norm: clips the norm over all trained entries of all groups. The host never waits.
         capturable: as in torch: the step may be captured in a CUDA graph. Refresh between replays.
-        selection: ``"principal"`` (the paper). For comparison ``"magnitude"``, ``"gradient"``
-            (largest when the mask is made) or ``"random"``, all with the same k, or a callable
-            ``(weight, k) -> sorted int32 indices``.
+        selection: ``"principal"`` (the paper), ``"off_principal"`` (the least |W_r| outside the 2k
+            largest weights), ``"magnitude"``, ``"gradient"`` (largest when the mask is made) or
+            ``"random"``, or a callable ``(weight, k) -> k sorted int32 indices``.
         mask_method: method of `low_rank_factors`.
         warm_start: where bases are kept, ``"device"`` or ``"cpu"``. None: refreshes start cold.
         seed: of random masks and of stochastic rounding.
@@ -140,8 +140,8 @@ class LiftAdamW(Optimizer):
         try:
             check_group(group)
             names = names_of(group, len(self.param_groups) - 1)
-            check_masks(group, self.selection, names)
             sparse = check_parameters(group, names, self.backend)
+            check_masks(group, self.selection, names)
             check_group_of_hooked(group["params"], names, self._replicas)
         except (ValueError, TypeError, RuntimeError):
             self.param_groups.pop()

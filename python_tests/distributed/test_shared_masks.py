@@ -8,7 +8,7 @@ from helpers.ranks import run_ranks
 
 WORKER = """
 group = None
-kinds = ("principal", "magnitude", "random", "gradient")
+kinds = ("principal", "off_principal", "magnitude", "random", "gradient")
 if world > 1:
     join()
     group = dist.group.WORLD
@@ -75,7 +75,8 @@ def found(tmp_path_factory):
     return results
 
 
-CASES = [(mode, kind) for mode in ("matrix", "packed") for kind in ("principal", "magnitude", "random", "gradient")]
+KINDS = ("principal", "off_principal", "magnitude", "random", "gradient")
+CASES = [(mode, kind) for mode in ("matrix", "packed") for kind in KINDS]
 
 
 @pytest.mark.slow

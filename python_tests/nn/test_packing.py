@@ -81,7 +81,7 @@ def test_pack_and_unpack_give_back_the_model():
 
 
 def test_masks_are_those_of_the_optimizer():
-    for selection in ("principal", "random"):
+    for selection in ("principal", "off_principal", "random"):
         packed, plain = TwoLinears(), TwoLinears()
         pack_gradients(packed, **OPTIONS, selection=selection, seed=5)
         optimizer = LiftAdamW(lift_param_groups(plain), **OPTIONS, selection=selection, seed=5)

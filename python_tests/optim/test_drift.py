@@ -424,7 +424,9 @@ def test_at_most_two_percent_of_the_state_of_a_model():
     assert samples < 0.012 * 16 * sum(count * entries[shape] for shape, count in shapes.items())
 
 
-@pytest.mark.parametrize("selection", ["magnitude", "gradient", "random", lambda w, k: torch.arange(k).int()])
+@pytest.mark.parametrize(
+    "selection", ["off_principal", "magnitude", "gradient", "random", lambda w, k: torch.arange(k).int()]
+)
 def test_other_selections_have_no_prediction(selection):
     weights = make_weights()
     with pytest.raises(ValueError, match=r"refresh_drift=0\.03 .* leave it None with selection="):

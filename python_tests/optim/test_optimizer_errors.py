@@ -73,7 +73,11 @@ CONSTRUCTOR_ERRORS = [
     ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm must be a positive number or None, got 0.0"),
     ({"max_grad_norm": float("nan")}, ValueError, "max_grad_norm must be a positive number or None, got nan"),
     ({"max_grad_norm": "1.0"}, ValueError, "max_grad_norm must be a positive number or None, got '1.0'"),
-    ({"selection": "largest"}, ValueError, "selection must be one of principal, magnitude, .*, got 'largest'"),
+    (
+        {"selection": "largest"},
+        ValueError,
+        "selection must be one of principal, off_principal, magnitude, .*, got 'largest'",
+    ),
     (
         {"backend": "cuda"},
         ValueError,
@@ -202,7 +206,7 @@ def test_a_weight_given_another_dtype_behind_the_back():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("selection", ["principal", "random", lambda w, k: torch.arange(k, dtype=torch.int32)])
+@pytest.mark.parametrize("selection", ["principal", "off_principal", "random", lambda w, k: torch.arange(k).int()])
 def test_non_finite_weights(value, selection):
     """At the first mask the step is refused. At a refresh by hand every mask stays."""
     weights = make_weights(SHAPES)
