@@ -80,16 +80,16 @@ def test_a_finished_comparison_runs_nothing_again(whole, tiny, capsys, monkeypat
 
 def test_the_test_part_is_measured_by_final_runs_alone(tiny, tmp_path, monkeypatch):
     seen, stage = [], []
-    losses_of, run_trial = trial.losses_of, session.run_trial
+    measure, run_trial = trial.measure, session.run_trial
     options = make_options(tiny, tmp_path, methods=["lift", "full@1e-3"], most_rates=2)
     hidden = material.load(options).test.encoded
 
-    def record(model, tokenizer, examples, *rest):
-        if any(example in hidden for example in examples):
+    def record(model, tokenizer, data, *rest):
+        if any(example in hidden for example in data.encoded):
             seen.append(stage[-1])
-        return losses_of(model, tokenizer, examples, *rest)
+        return measure(model, tokenizer, data, *rest)
 
-    monkeypatch.setattr(trial, "losses_of", record)
+    monkeypatch.setattr(trial, "measure", record)
     monkeypatch.setattr(session, "run_trial", lambda s, t: (stage.append(t.stage), run_trial(s, t))[1])
     compare(options)
     assert stage == ["base", "pilot", "pilot", "rates", "final", "final"]
