@@ -53,9 +53,8 @@ Loss = Callable[[nn.Module], Tensor]
 def word_problem_losses(tokenizer: Any, steps: int, seed: int = 0) -> Iterator[Loss]:
     """Losses of the batches of the default job, a random order of its sequences."""
     settings = Settings(steps=steps, batch_size=BATCH, seed=seed, device="cpu")
-    problems, *_ = data.choose_problems(settings)
-    _, examples = data.encode_short(tokenizer, problems, settings.max_length, "training")
-    sequences, size = data.training_sequences(tokenizer, examples, BATCH)
+    prepared = data.prepare_data(settings, tokenizer)
+    sequences, size = prepared.sequences, prepared.rows
     order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed)).tolist()
     for start in range(0, size * steps, size):
         chosen = [sequences[order[i % len(order)]] for i in range(start, start + size)]

@@ -36,4 +36,21 @@ COMPUTED_TABLES = {
         },
         each=[{"status": "ok"}],
     ),
+    "recipes": Table(
+        "recipes.csv",
+        {
+            "model": "{row.model}",
+            "a step": "{row.setting}",
+            "weights": "{row.weights_gb:.1f} GB",
+            "trained entries": "{row.entries_gb:.1f} GB",
+            "activations": "{row.activations_gb:.1f} GB",
+            "sum": "{row.total_gb:.1f} GB",
+            "card": "{row.card_gb} GB",
+            "minutes: H200": "{row.minutes_h200:.0f}",
+            "A100": "{row.minutes_a100?:.0f}",
+            "L40S": "{row.minutes_l40s?:.0f}",
+            "RTX 4090": "{row.minutes_rtx_4090?:.0f}",
+        },
+        each=[{}],
+    ),
 }

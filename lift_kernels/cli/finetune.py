@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     from ..finetune import Settings, run, settings_of
     from ..finetune.parallel import SaidElsewhere, said_once, speaks_for_node
 
-    given = {f.name: value for f in fields(Settings) if (value := getattr(options, f.name)) is not None}
+    given = {f.name: value for f in fields(Settings) if (value := getattr(options, f.name, None)) is not None}
     try:
         with said_once(speaks_for_node):
             if options.resume is not None and given:

@@ -1,22 +1,84 @@
-"""Question/answer problems of a run: generated or read from a file, split, and encoded."""
+"""The data of a run: generated or read from files, split, encoded and joined into sequences."""
 
 from __future__ import annotations
 
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
-from . import evaluation, prompts, word_problems
-from .config import Settings
-from .prompts import Example
-from .word_problems import Problem
+from . import metrics, prompts, word_problems
+from .config import STEPS, Settings
+from .prompts import Example, Sample
 
 SHOTS = 4  # worked examples in an evaluation prompt; also the most problems in a training sequence
 
 
-def read_problems(path: str | Path) -> list[Problem]:
+@dataclass(frozen=True)
+class RunData:
+    """What a run trains on and is measured on.
+
+    Attributes:
+        sequences: training sequences.
+        rows: how many of them make a batch, that is a step.
+        heldout: held-out samples.
+        encoded: their whole texts, one by one, labelled as in training.
+        asked: token ids of their prompts.
+        prefix: token ids of the worked examples in front of each prompt; [] without any.
+        lines: whether an answer ends with its line, as after worked examples.
+        metric: how answers are scored, one of METRICS.
+        longest: tokens of the longest sample.
+        together: the most samples in a text that the model reads.
+        description: a line about the data.
+    """
+
+    sequences: list[Example]
+    rows: int
+    heldout: list[Sample]
+    encoded: list[Example]
+    asked: list[list[int]]
+    prefix: list[int]
+    lines: bool
+    metric: str
+    longest: int
+    together: int
+    description: str
+
+
+def prepare_data(settings: Settings, tokenizer) -> RunData:
+    """Read or generate the samples of a run, split and encode them.
+
+    Args:
+        settings: options of the run.
+        tokenizer: tokenizer of the model.
+
+    Raises:
+        UserError: for data that cannot be used.
+    """
+    problems, heldout, shots, description = choose_problems(settings)
+    _, examples = encode_short(tokenizer, problems, settings.max_length, "training")
+    heldout, encoded = encode_short(tokenizer, heldout, settings.max_length, "held-out")
+    _, shown = encode_short(tokenizer, shots, settings.max_length, "few-shot")
+    sequences, rows = training_sequences(tokenizer, examples, settings.batch_size)
+    longest = max(len(e["input_ids"]) for e in [*examples, *encoded, *shown])
+    return RunData(
+        sequences=sequences,
+        rows=rows,
+        heldout=heldout,
+        encoded=[prompts.join(tokenizer, [example]) for example in encoded],
+        asked=[tokenizer(sample.prompt, add_special_tokens=False)["input_ids"] for sample in heldout],
+        prefix=prompts.join(tokenizer, shown)["input_ids"],
+        lines=True,
+        metric="number",
+        longest=longest,
+        together=SHOTS + 1,
+        description=description,
+    )
+
+
+def read_problems(path: str | Path) -> list[Sample]:
     """Read a JSONL file of objects with the strings "question" and "answer".
 
     Lines end in LF or CRLF. The file may begin with a byte-order mark.
@@ -35,7 +97,7 @@ def read_problems(path: str | Path) -> list[Problem]:
         raise UserError(f"cannot read {path}: {error.strerror}; check --data") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
-    problems: dict[str, Problem] = {}
+    problems: dict[str, Sample] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -46,13 +108,15 @@ def read_problems(path: str | Path) -> list[Problem]:
         question, answer = (row.get("question"), row.get("answer")) if isinstance(row, dict) else (None, None)
         if not (isinstance(question, str) and question.strip() and isinstance(answer, str) and answer.strip()):
             raise UserError(f'{path}, line {number}: needs an object with the strings "question" and "answer"')
-        if evaluation.extract_number(answer) is None:
+        if metrics.extract_number(answer) is None:
             raise UserError(f"{path}, line {number}: the answer contains no number to compare with")
-        problems.setdefault(" ".join(question.split()), Problem(question, answer))
+        problems.setdefault(
+            " ".join(question.split()), prompts.worked_example(question, answer, f"{path}, line {number}")
+        )
     return list(problems.values())
 
 
-def choose_problems(settings: Settings) -> tuple[list[Problem], list[Problem], list[Problem], str]:
+def choose_problems(settings: Settings) -> tuple[list[Sample], list[Sample], list[Sample], str]:
     """Generate or read the problems of a run and split them.
 
     Returns:
@@ -62,26 +126,31 @@ def choose_problems(settings: Settings) -> tuple[list[Problem], list[Problem], l
     Raises:
         UserError: for a file that cannot be used or holds too few problems.
     """
-    if settings.data is None:
-        heldout = word_problems.generate(settings.eval_problems, "heldout", settings.seed)
-        train = word_problems.generate(settings.steps * settings.batch_size + SHOTS, "train", settings.seed)
+    if not settings.data:
+        heldout = _generated(settings.eval_problems, "heldout", settings)
+        train = _generated((settings.steps or STEPS) * settings.batch_size + SHOTS, "train", settings)
         origin = "generated word problems"
     else:
-        train = read_problems(settings.data)
+        train = [sample for path in settings.data for sample in read_problems(path)]
         random.Random(settings.seed).shuffle(train)
         count = min(settings.eval_problems, len(train) // 5)
         if count == 0 or len(train) < count + SHOTS + settings.batch_size:
             least = 5 + SHOTS + settings.batch_size
-            raise UserError(f"{settings.data} holds {len(train)} different problems; give at least {least}")
+            raise UserError(f"{', '.join(settings.data)} holds {len(train)} different problems; give at least {least}")
         heldout, train = train[:count], train[count:]
-        origin = settings.data
+        origin = ", ".join(settings.data)
     shots, train = train[:SHOTS], train[SHOTS:]
     return train, heldout, shots, f"{origin}: {len(train)} for training, {len(heldout)} held out"
 
 
+def _generated(count: int, split: word_problems.Split, settings: Settings) -> list[Sample]:
+    found = word_problems.generate(count, split, settings.seed)
+    return [prompts.worked_example(problem.question, problem.answer) for problem in found]
+
+
 def encode_short(
-    tokenizer, problems: Sequence[Problem], max_length: int, part: str
-) -> tuple[list[Problem], list[Example]]:
+    tokenizer, problems: Sequence[Sample], max_length: int, part: str
+) -> tuple[list[Sample], list[Example]]:
     """Encode problems and leave out the long ones.
 
     Args:

@@ -13,14 +13,14 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .forward import Form, base_of, explained, form_of, positions_of
-from .prompts import collate, prompt
+from .prompts import collate
 
 
 @torch.no_grad()
 def greedy_answers(
-    model, tokenizer, questions: Sequence[str], prefix: list[int], max_new_tokens: int, batch_size: int, title: str
+    model, tokenizer, asked: Sequence[list[int]], prefix: list[int], max_new_tokens: int, batch_size: int, title: str
 ) -> list[str]:
-    """Answer questions by greedy decoding after a common prefix.
+    """Answer prompts by greedy decoding after a common prefix.
 
     Where the model allows it, the prefix runs through the model once, and every batch continues a
     copy of its key-value cache. Other models read the prefix in front of every question. A model
@@ -29,18 +29,18 @@ def greedy_answers(
     Args:
         model: a causal language model; it is put into evaluation mode.
         tokenizer: its tokenizer.
-        questions: questions to answer.
+        asked: token ids of the prompts.
         prefix: token ids in front of every prompt.
         max_new_tokens: most tokens of an answer.
         batch_size: questions per batch.
         title: text of the progress bar.
 
     Returns:
-        One answer per question, up to the first newline.
+        One answer per prompt, up to the first newline.
     """
     model.eval()
     form, stops = form_of(model), _stop_tokens(tokenizer, model.device)
-    encoded = [tokenizer(prompt(q), add_special_tokens=False)["input_ids"] for q in questions]
+    encoded = list(asked)
     cached = _cache_prefix(model, form, prefix, max(map(len, encoded), default=0) + max_new_tokens)
     if cached is None:
         encoded = [prefix + ids for ids in encoded]

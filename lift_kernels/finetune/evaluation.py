@@ -1,9 +1,7 @@
-"""Losses of a model on question/answer problems, and the numbers in its answers."""
+"""Losses of a model on encoded samples, and the neutral text."""
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Sequence
 
 import torch
@@ -34,46 +32,18 @@ NEUTRAL_TEXT = (
 )
 
 
-def extract_number(text: str) -> float | None:
-    """Return the final answer in a text, or None where it has no number.
-
-    The final answer is the number that follows "####" or "answer is", else the last number.
-    Thousands separators, decimals and signs are understood. Currency signs and markup in front of
-    the number are skipped.
-    """
-    number = r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
-    marked = re.findall(rf"(?:####|answer\s*(?:is|:|=))[^\w\n+-]*?({number})", text, flags=re.IGNORECASE)
-    found = marked or re.findall(number, text)
-    return float(found[-1].replace(",", "")) if found else None
-
-
-def same_number(text: str, expected: str) -> bool:
-    """Return whether both texts have the same final number (relative tolerance 1e-6)."""
-    found, wanted = extract_number(text), extract_number(expected)
-    return found is not None and wanted is not None and math.isclose(found, wanted, rel_tol=1e-6, abs_tol=1e-9)
-
-
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return Wilson's confidence interval of a proportion.
-
-    Args:
-        successes: number of successes.
-        trials: number of trials.
-        z: quantile of the normal distribution; the default gives 95 % confidence.
-
-    Returns:
-        Lower and upper bound; (0, 1) without trials.
-    """
-    if trials == 0:
-        return 0.0, 1.0
-    p, q = successes / trials, z * z / trials
-    center = (p + q / 2) / (1 + q)
-    half = math.sqrt(p * (1 - p) * q + q * q / 4) / (1 + q)
-    return max(0.0, center - half), min(1.0, center + half)
-
-
 def answer_loss(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
     """Return the summed cross-entropy of the labelled tokens of a batch, and their number.
+
+    Returns:
+        The loss in nats, a scalar with a gradient, and the number of labelled tokens.
+    """
+    losses, counts = row_losses(model, batch)
+    return losses.sum(), int(counts.sum())
+
+
+def row_losses(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the summed cross-entropy of the labelled tokens of each row, and their numbers.
 
     The head runs only on columns that some label needs. With a large vocabulary the head is a large
     part of the work. A model that reads padding as input gets one row at a time, without padding.
@@ -83,29 +53,31 @@ def answer_loss(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, in
         batch: input ids, attention mask and labels, each (rows, tokens), as from `collate`.
 
     Returns:
-        The loss in nats, a scalar with a gradient, and the number of labelled tokens.
+        The losses in nats, fp32 (rows,) with a gradient, and the labelled tokens, int64 (rows,).
     """
     mask, labels = batch["attention_mask"], batch["labels"]
     if not form_of(model).padding and not mask.all():
         rows = [{key: value[i : i + 1, mask[i] == 1] for key, value in batch.items()} for i in range(len(mask))]
-        losses, counts = zip(*(answer_loss(model, row) for row in rows), strict=True)
-        return torch.stack(losses).sum(), sum(counts)
+        losses, counts = zip(*(row_losses(model, row) for row in rows), strict=True)
+        return torch.cat(losses), torch.cat(counts)
     columns = (labels != IGNORE).any(0).nonzero()[:, 0]
     logits = logits_at(model, batch["input_ids"], mask, columns - 1)
-    target = labels[:, columns].flatten()
-    loss = cross_entropy(logits.flatten(0, 1).float(), target, ignore_index=IGNORE, reduction="sum")
-    return loss, int((target != IGNORE).sum())
+    target = labels[:, columns]
+    loss = cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=IGNORE, reduction="none")
+    return loss.view(target.shape).sum(1), (target != IGNORE).sum(1)
 
 
 def mean_loss(model, tokenizer, examples: Sequence[Example], batch_size: int, title: str) -> float:
-    """Return the mean cross-entropy of examples in nats per labelled token; see `summed_loss`."""
-    total, count = summed_loss(model, tokenizer, examples, batch_size, title)
-    return total / count
+    """Return the mean cross-entropy of examples in nats per labelled token; see `sample_losses`."""
+    losses = sample_losses(model, tokenizer, examples, batch_size, title)
+    return sum(total for total, _ in losses) / sum(count for _, count in losses)
 
 
 @torch.no_grad()
-def summed_loss(model, tokenizer, examples: Sequence[Example], batch_size: int, title: str) -> tuple[float, int]:
-    """Return the summed cross-entropy of examples in nats, and the number of labelled tokens.
+def sample_losses(
+    model, tokenizer, examples: Sequence[Example], batch_size: int, title: str
+) -> list[tuple[float, int]]:
+    """Return the summed cross-entropy (nats) and the number of labelled tokens of each example.
 
     Args:
         model: a causal language model; it is put into evaluation mode.
@@ -115,13 +87,15 @@ def summed_loss(model, tokenizer, examples: Sequence[Example], batch_size: int, 
         title: text of the progress bar.
     """
     model.eval()
-    ordered = sorted(examples, key=lambda e: len(e["input_ids"]))
-    total, count = 0.0, 0
-    for start in tqdm(range(0, len(ordered), batch_size), desc=title, unit="batch"):
-        batch = collate(ordered[start : start + batch_size], tokenizer.pad_token_id)
-        loss, n = answer_loss(model, {k: v.to(model.device) for k, v in batch.items()})
-        total, count = total + float(loss), count + n
-    return total, count
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
+    losses = [(0.0, 0)] * len(examples)
+    for start in tqdm(range(0, len(order), batch_size), desc=title, unit="batch"):
+        chosen = order[start : start + batch_size]
+        batch = collate([examples[i] for i in chosen], tokenizer.pad_token_id)
+        totals, counts = row_losses(model, {k: v.to(model.device) for k, v in batch.items()})
+        for i, total, count in zip(chosen, totals.tolist(), counts.tolist(), strict=True):
+            losses[i] = total, count
+    return losses
 
 
 def neutral_examples(tokenizer) -> list[Example]:

@@ -1,66 +1,81 @@
 """What a run measures before and after training: losses, answers and exact match.
 
-Every rank measures its share of the problems.
+Every rank measures its share of the samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from . import evaluation, prompts
+from . import evaluation, metrics
+from .data import RunData
 from .decoding import greedy_answers
 from .parallel import Ranks
-from .prompts import Example
-from .word_problems import Problem
+from .prompts import IGNORE, Example
 
 EVAL_BATCH = 32
 GENERATION_BATCH = 100  # decoding is bound by reading the weights, so a large batch costs little more than a small one
 
-Measurement: TypeAlias = tuple[dict[str, Any], list[str]]
-"""Losses and exact match by report key, and the answers that the model gave."""
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured at one time.
+
+    Attributes:
+        figures: losses and scores by report key.
+        answers: the model's answer to each held-out sample; [] without a metric.
+        target: mean loss of each held-out sample, nats per token.
+        neutral: mean loss of each piece of neutral text, nats per token.
+    """
+
+    figures: dict[str, Any]
+    answers: list[str]
+    target: list[float]
+    neutral: list[float]
+
+    def saved(self) -> dict[str, Any]:
+        """Return the JSON form; ``Measurement(**saved)`` is the same again."""
+        return asdict(self)
 
 
-def measure(
-    model,
-    tokenizer,
-    problems: Sequence[Problem],
-    encoded: Sequence[Example],
-    prefix: list[int],
-    ranks: Ranks,
-    when: str,
-) -> Measurement:
+def losses_of(model, tokenizer, examples: Sequence[Example], ranks: Ranks, title: str) -> list[tuple[float, int]]:
+    """Return summed loss (nats) and labelled tokens of each example, measured by all ranks."""
+    own = evaluation.sample_losses(model, tokenizer, ranks.own(examples), EVAL_BATCH, title)
+    return ranks.merge(own)
+
+
+def measure(model, tokenizer, data: RunData, neutral: Sequence[Example], ranks: Ranks, when: str) -> Measurement:
     """Measure losses (nats per token) and exact match; their keys end in ``when``.
 
     Args:
         model: a causal language model; it is put into evaluation mode.
         tokenizer: its tokenizer.
-        problems: held-out problems.
-        encoded: their encodings.
-        prefix: token ids of the worked examples in front of each question.
-        ranks: the ranks that share the problems; all get the whole result.
+        data: data of the run.
+        neutral: pieces of neutral text.
+        ranks: the ranks that share the samples; all get the whole result.
         when: before or after.
     """
-    longest = max(sum(label != prompts.IGNORE for label in e["labels"]) for e in encoded)
-
-    def mean_loss(examples: Sequence[Example], what: str) -> float:
-        own = ranks.own(examples)
-        parts = ranks.gather(evaluation.summed_loss(model, tokenizer, own, EVAL_BATCH, f"{what} loss {when}"))
-        return sum(total for total, _ in parts) / sum(count for _, count in parts)
-
-    loss = mean_loss([prompts.join(tokenizer, [example]) for example in encoded], "held-out")
-    neutral = mean_loss(evaluation.neutral_examples(tokenizer), "neutral")
-    questions = ranks.own([problem.question for problem in problems])
+    longest = max(sum(label != IGNORE for label in e["labels"]) for e in data.encoded)
+    target = losses_of(model, tokenizer, data.encoded, ranks, f"held-out loss {when}")
+    other = losses_of(model, tokenizer, neutral, ranks, f"neutral loss {when}")
+    asked = ranks.own(data.asked)
     answers = ranks.merge(
-        greedy_answers(model, tokenizer, questions, prefix, longest + 8, GENERATION_BATCH, f"answers {when}")
+        greedy_answers(model, tokenizer, asked, data.prefix, longest + 8, GENERATION_BATCH, f"answers {when}")
     )
-    correct = sum(evaluation.same_number(a, p.answer) for a, p in zip(answers, problems, strict=True))
-    low, high = evaluation.wilson_interval(correct, len(problems))
+    correct = sum(metrics.same_number(a, s.answer) for a, s in zip(answers, data.heldout, strict=True))
+    low, high = metrics.wilson_interval(correct, len(data.heldout))
     figures = {
-        f"heldout_loss.{when}": loss,
-        f"neutral_loss.{when}": neutral,
-        f"exact_match.{when}": correct / len(problems),
+        f"heldout_loss.{when}": _mean(target),
+        f"neutral_loss.{when}": _mean(other),
+        f"exact_match.{when}": correct / len(data.heldout),
         f"exact_match.{when}_low": low,
         f"exact_match.{when}_high": high,
     }
-    return figures, answers
+    return Measurement(figures, answers, [_mean([x]) for x in target], [_mean([x]) for x in other])
+
+
+def _mean(losses: Sequence[tuple[float, int]]) -> float:
+    """Return the mean loss per token."""
+    return sum(total for total, _ in losses) / sum(count for _, count in losses)

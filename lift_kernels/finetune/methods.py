@@ -16,6 +16,7 @@ from ..nn.trainable import trainable_of
 from ..nn.weight_kinds import LINEAR, MATRICES, weights_of
 from ..optim.lift_adamw import LiftAdamW
 from .config import LEARNING_RATES, Settings
+from .data import RunData
 from .forward import bypassed_layers
 from .timing import Clock
 
@@ -41,12 +42,21 @@ class Prepared:
     share: float
 
 
-def prepare(model, settings: Settings, clock: Clock, group: torch.distributed.ProcessGroup | None) -> Prepared:
+def prepare(
+    model,
+    tokenizer,
+    settings: Settings,
+    data: RunData,
+    clock: Clock,
+    group: torch.distributed.ProcessGroup | None,
+) -> Prepared:
     """Prepare a model for a method.
 
     Args:
         model: the loaded model; it is changed in place.
+        tokenizer: its tokenizer.
         settings: options of the run.
+        data: training sequences, from whose gradients a method may choose.
         clock: receives the time of the first mask.
         group: process group of the ranks that train the model together, or None.
 

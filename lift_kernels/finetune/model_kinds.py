@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
@@ -68,32 +68,33 @@ def check_weights(found: Any, description: str) -> None:
         )
 
 
-def check_tokens(model: Any, tokenizer: Any, ids: Iterable[list[int]], problems: int) -> None:
+def check_tokens(
+    model: Any, tokenizer: Any, examples: Iterable[Mapping[str, list[int]]], longest: int, together: int
+) -> None:
     """Refuse a tokenizer that does not belong to the model, and texts that are too long for it.
 
     Args:
         model: the model.
         tokenizer: its tokenizer.
-        ids: token ids of every problem.
-        problems: most problems in one text.
+        examples: encoded texts.
+        longest: tokens of the longest sample.
+        together: the most samples in a text that the model is to read.
 
     Raises:
         UserError: for a token without an embedding, and for too long a text.
     """
     rows = model.get_input_embeddings().weight.shape[0]
-    largest, longest = tokenizer.pad_token_id, 0
-    for problem in ids:
-        largest, longest = max(largest, *problem), max(longest, problems * len(problem))
+    largest = max(tokenizer.pad_token_id, *(max(e["input_ids"]) for e in examples))
     if largest >= rows:
         raise UserError(
             f"the tokenizer gives token {largest}, and the model has {rows} embeddings; give the model with its own "
             "tokenizer"
         )
     limit = position_limit(model.config)
-    if limit is not None and longest > limit:
+    if limit is not None and longest * together > limit:
         raise UserError(
-            f"a few-shot prompt may need {longest} tokens, and the model takes {limit}; lower --max-length to "
-            f"{limit // problems}, or give a model that takes more"
+            f"a text may need {longest * together} tokens, and the model takes {limit}; lower --max-length to "
+            f"{limit // together}, or give a model that takes more"
         )
 
 

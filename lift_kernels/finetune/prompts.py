@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-
-from .word_problems import Problem
 
 Example = dict[str, list[int]]  # "input_ids" and "labels"
 
 IGNORE = -100  # the label that a loss skips
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text to learn from.
+
+    Attributes:
+        prompt: the part that is given; "" for plain text.
+        completion: the part that is learned.
+        question: what was asked, for people.
+        answer: the expected answer, for the metric; "" where there is none.
+        where: file and line that it is from; "" for a generated sample.
+        whole: whether the text has its opening and ending tokens already, as that of a chat
+            template.
+    """
+
+    prompt: str
+    completion: str
+    question: str = ""
+    answer: str = ""
+    where: str = ""
+    whole: bool = False
 
 
 def prompt(question: str) -> str:
@@ -29,10 +50,15 @@ def opening(tokenizer) -> list[int]:
     return ids[:1] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
 
 
-def encode(tokenizer, problem: Problem) -> Example:
-    """Return the token ids of prompt and answer, with labels on the answer alone."""
-    head = tokenizer(prompt(problem.question), add_special_tokens=False)["input_ids"]
-    tail = tokenizer(completion(problem.answer), add_special_tokens=False)["input_ids"]
+def worked_example(question: str, answer: str, where: str = "") -> Sample:
+    """Return a question with its answer as a sample that others can follow in one sequence."""
+    return Sample(prompt(question), completion(answer), question, answer, where)
+
+
+def encode(tokenizer, sample: Sample) -> Example:
+    """Return the token ids of prompt and completion, with labels on the completion alone."""
+    head = tokenizer(sample.prompt, add_special_tokens=False)["input_ids"]
+    tail = tokenizer(sample.completion, add_special_tokens=False)["input_ids"]
     return {"input_ids": head + tail, "labels": [IGNORE] * len(head) + tail}
 
 

@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import transformers
-from transformers import TrainingArguments
 
 from ..checkpoint.atomic_file import write_atomic
 from ..errors import UserError
 from ..optim.lift_adamw import LiftAdamW
-from . import prompts, report, run_dir
+from . import evaluation, report, run_dir
 from .config import DTYPES, Settings
-from .data import SHOTS, choose_problems, encode_short, training_sequences
+from .data import SHOTS, RunData, prepare_data
 from .forward import form_of
 from .measure import Measurement, measure
-from .methods import CLIP_NORM, prepare, state_bytes, trained_entries
+from .methods import prepare, state_bytes, trained_entries
 from .model_io import Source, find_model, load_model, stored_dtype
 from .model_kinds import check_tokens
 from .parallel import Ranks, joined
-from .prompts import Example
 from .timing import Clock, PhaseTimer
-from .trainer import AnswerTrainer
-from .word_problems import Problem
-
-WARMUP = 0.03  # share of the steps
+from .training import train
 
 
 @dataclass
@@ -42,14 +38,10 @@ class Run:
         folder: directory that the run writes.
         resumed: whether the run in that directory was interrupted before.
         source: where the model was loaded from.
-        data: description of the problems.
+        data: training sequences and held-out samples.
+        steps: optimizer steps.
         model: the model; `_prepare` and `_save` replace it where a method wraps or merges it.
         tokenizer: its tokenizer.
-        heldout: held-out problems.
-        encoded: token ids of the held-out problems.
-        prefix: token ids of the worked examples in front of an evaluation prompt.
-        sequences: training sequences, each with several problems.
-        batch_rows: training sequences per batch.
         clock: durations of the parts of a training step.
     """
 
@@ -58,14 +50,10 @@ class Run:
     folder: Path
     resumed: bool
     source: Source
-    data: str
+    data: RunData
+    steps: int
     model: Any
     tokenizer: Any
-    heldout: list[Problem]
-    encoded: list[Example]
-    prefix: list[int]
-    sequences: list[Example]
-    batch_rows: int
     clock: Clock
 
 
@@ -122,7 +110,7 @@ def _run(settings: Settings, resumed: bool, ranks: Ranks) -> report.Report:
     method = _prepare(job)
     timer.begin("before", "measuring the model before training")
     before = _measure_before(job)
-    timer.begin("train", f"training {settings.steps} steps of {settings.batch_size} problems")
+    timer.begin("train", f"training {job.steps} steps of {settings.batch_size} samples")
     losses = _train(job, method)
     timer.begin("after", "measuring the model after training")
     after = _measure(job, "after")
@@ -136,13 +124,12 @@ def _run(settings: Settings, resumed: bool, ranks: Ranks) -> report.Report:
 def _load(settings: Settings, ranks: Ranks) -> dict[str, Any]:
     """Load the model and encode the problems; return attributes of `Run`."""
     source = find_model(settings.model)
-    problems, heldout, shots, data = choose_problems(settings)
     transformers.set_seed(settings.seed)
     model: Any
     model, tokenizer = load_model(source, DTYPES[settings.dtype])
     device = "cuda" if settings.device == "auto" and torch.cuda.is_available() else settings.device
     model.to(torch.device("cpu" if device == "auto" else device))
-    print(f"model: {source.description}, {settings.dtype}, on {model.device}\ndata: {data}")
+    print(f"model: {source.description}, {settings.dtype}, on {model.device}")
     stored = stored_dtype(source)
     if stored not in (None, DTYPES[settings.dtype]):
         name = str(stored).removeprefix("torch.")
@@ -151,26 +138,20 @@ def _load(settings: Settings, ranks: Ranks) -> dict[str, Any]:
             f"apply a delta of this run in Python, load the base with dtype=torch.{settings.dtype}"
         )
     form_of(model)  # refuses a model that cannot be called, before the run has a directory
-    _, examples = encode_short(tokenizer, problems, settings.max_length, "training")
-    heldout, encoded = encode_short(tokenizer, heldout, settings.max_length, "held-out")
-    _, shown = encode_short(tokenizer, shots, settings.max_length, "few-shot")
-    check_tokens(model, tokenizer, [e["input_ids"] for e in [*examples, *encoded, *shown]], SHOTS + 1)
-    sequences, batch_rows = training_sequences(tokenizer, examples, settings.batch_size)
-    if batch_rows < ranks.count:
+    data = prepare_data(settings, tokenizer)
+    print(f"data: {data.description}")
+    check_tokens(model, tokenizer, [*data.sequences, *data.encoded], data.longest, data.together)
+    if data.rows < ranks.count:
         raise UserError(
-            f"a batch of {settings.batch_size} problems makes {batch_rows} sequences, too few for {ranks.count} ranks; "
-            f"take at most {batch_rows} ranks, or --batch-size {SHOTS * ranks.count}"
+            f"a batch of {settings.batch_size} samples makes {data.rows} sequences, too few for {ranks.count} ranks; "
+            f"take at most {data.rows} ranks, or --batch-size {SHOTS * ranks.count}"
         )
     return {
         "source": source,
         "data": data,
+        "steps": settings.steps or math.ceil((settings.epochs or 1) * len(data.sequences) / data.rows),
         "model": model,
         "tokenizer": tokenizer,
-        "heldout": heldout,
-        "encoded": encoded,
-        "prefix": prompts.join(tokenizer, shown)["input_ids"],
-        "sequences": sequences,
-        "batch_rows": batch_rows,
         "clock": Clock(model.device),
     }
 
@@ -178,11 +159,11 @@ def _load(settings: Settings, ranks: Ranks) -> dict[str, Any]:
 def _prepare(job: Run) -> Method:
     """Set up the method with its masks, and find the checkpoint of a resumed run."""
     try:
-        ready = prepare(job.model, job.settings, job.clock, job.ranks.group)
+        ready = prepare(job.model, job.tokenizer, job.settings, job.data, job.clock, job.ranks.group)
     except ValueError as error:  # an option that does not fit this model's matrices, or weights that are not finite
         raise UserError(str(error)) from error
     job.model = ready.model
-    identity = run_dir.identity(job.model, job.sequences)
+    identity = run_dir.identity(job.model, job.data.sequences)
     return Method(ready.optimizer, ready.covered, ready.share, identity, _find_checkpoint(job, identity))
 
 
@@ -204,62 +185,32 @@ def _measure_before(job: Run) -> Measurement:
     path = job.folder / run_dir.BEFORE
     earlier = job.ranks.first(lambda: json.loads(path.read_text()) if path.exists() else None)
     if earlier is not None:
-        return earlier[0], earlier[1]
+        return Measurement(**earlier)
     measured = _measure(job, "before")
-    job.ranks.first(lambda: write_atomic(path, json.dumps(measured)))
+    job.ranks.first(lambda: write_atomic(path, json.dumps(measured.saved())))
     return measured
 
 
 def _measure(job: Run, when: str) -> Measurement:
-    return measure(job.model, job.tokenizer, job.heldout, job.encoded, job.prefix, job.ranks, when)
+    neutral = evaluation.neutral_examples(job.tokenizer)
+    return measure(job.model, job.tokenizer, job.data, neutral, job.ranks, when)
 
 
 def _train(job: Run, method: Method) -> list[float]:
-    """Train up to ``settings.steps`` steps and return the loss of every step."""
-    settings, optimizer = job.settings, method.optimizer
-    arguments = TrainingArguments(
-        output_dir=str(job.folder),
-        max_steps=settings.steps,
-        per_device_train_batch_size=job.batch_rows,
-        train_sampling_strategy="group_by_length",
-        learning_rate=optimizer.param_groups[0]["lr"],
-        lr_scheduler_type="linear",
-        warmup_steps=max(1, round(WARMUP * settings.steps)),
-        # LiftAdamW clips by the norm over its own entries. The norm over dense gradients is larger
-        # and would clip harder.
-        max_grad_norm=0.0 if isinstance(optimizer, LiftAdamW) else CLIP_NORM,
-        logging_steps=10,
-        save_strategy="no",  # AnswerTrainer saves
-        report_to="none",
-        remove_unused_columns=False,
-        dataloader_pin_memory=job.model.device.type == "cuda",
-        use_cpu=job.model.device.type == "cpu",
-        seed=settings.seed,
-        log_level_replica="error",
-        average_tokens_across_devices=False,  # AnswerTrainer counts the tokens of the batch
-        ddp_find_unused_parameters=True,  # such as those of an expert that no token of this rank chose
-        ddp_broadcast_buffers=False,  # a rank may run more forward passes than another (`answer_loss`)
-    )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # one process drives one GPU: DataParallel would give every replica its own weights
-    trainer = AnswerTrainer(
-        model=job.model,
-        args=arguments,
-        train_dataset=job.sequences,
-        data_collator=lambda batch: prompts.collate(batch, job.tokenizer.pad_token_id),
-        optimizers=(optimizer, None),
+    """Train up to ``job.steps`` steps and return the loss of every step."""
+    return train(
+        job.model,
+        job.tokenizer,
+        method.optimizer,
+        job.data,
+        job.steps,
+        job.settings,
         clock=job.clock,
         ranks=job.ranks,
-        save_steps=settings.save_steps,
+        folder=job.folder,
         identity=method.identity,
+        checkpoint=method.checkpoint,
     )
-    try:
-        trainer.train_from(method.checkpoint)
-    except Exception:
-        trainer.callback_handler.on_train_end(arguments, trainer.state, trainer.control)  # closes the progress bar
-        raise
-    job.clock.separate_refreshes()
-    return trainer.losses
 
 
 def _save(job: Run, method: Method) -> dict[str, Any]:
@@ -295,9 +246,9 @@ def _results(
         "method": job.settings.method,
         "model.name": job.source.gguf_file or job.source.location,
         "model.description": job.source.description,
-        "data.description": job.data,
-        **dict(sorted((before[0] | after[0]).items())),
-        "exact_match.problems": len(job.heldout),
+        "data.description": job.data.description,
+        **dict(sorted((before.figures | after.figures).items())),
+        "exact_match.problems": len(job.data.heldout),
         **sizes,
         **clock.refresh_figures(),
         "seconds.forward_backward": median(clock.forward_backward),
@@ -306,8 +257,9 @@ def _results(
         "seconds.refreshes": sum(clock.refreshes.values()),
         **{f"seconds.{name}": span for name, span in timer.durations().items()},
         "seconds.total": timer.starts["end"],
-        **{f"settings.{key}": value for key, value in asdict(job.settings).items()},
+        **{f"settings.{key}": value for key, value in run_dir.saved_form(job.settings).items()},
         "ranks": job.ranks.count,
+        "settings.steps": job.steps,
         "settings.lr": method.optimizer.defaults["lr"],
         "versions.torch": torch.__version__,
         "versions.transformers": transformers.__version__,
@@ -318,7 +270,7 @@ def _write_report(
     job: Run, results: report.Report, losses: list[float], before: Measurement, after: Measurement
 ) -> report.Report:
     """Write answers, plot and report, print the table, and return the report."""
-    rows = zip(job.heldout, before[1], after[1], strict=True)
+    rows = zip(job.data.heldout, before.answers, after.answers, strict=True)
     report.write_answers(
         job.folder / run_dir.ANSWERS,
         [{"question": p.question, "expected": p.answer, "before": b, "after": a} for p, b, a in rows],

@@ -74,8 +74,13 @@ def _interrupted_run(settings: Settings) -> Path | None:
     output = Path(settings.output).expanduser()
     folders = [output / settings.name] if settings.name else output.glob("*/")
     files = [folder / SETTINGS for folder in folders if not (folder / REPORT).exists()]
-    same = [path for path in files if path.exists() and _read_settings(path) == asdict(settings)]
+    same = [path for path in files if path.exists() and _read_settings(path) == saved_form(settings)]
     return max(same, key=lambda path: path.stat().st_mtime).parent if same else None
+
+
+def saved_form(settings: Settings) -> Any:
+    """Return settings as they are read again."""
+    return json.loads(json.dumps(asdict(settings)))
 
 
 def trained_weights(model) -> dict[str, torch.Tensor]:

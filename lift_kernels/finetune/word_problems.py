@@ -1,51 +1,34 @@
 """Arithmetic word problems with worked answers, for fine-tuning and evaluation.
 
-The training and the held-out split share no phrasing, no name, no item and no arithmetic fact. A
-fact is an equation up to order and inversion. 5 + 7 = 12, 7 + 5 = 12 and 12 - 5 = 7 are one fact,
-which belongs to one split only.
+`generate` makes problems of two levels: plain ones of one or two steps, whose phrasings stand here,
+and hard ones of three or four, of `word_problems_hard`.
 """
 
 from __future__ import annotations
 
 import random
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Literal, get_args
 
-Split = Literal["train", "heldout"]
+from . import word_problems_hard
+from .word_problems_parts import ITEMS, NAMES, Equation, Problem, Split, equation, fact, split_of, worked_answer
 
-# One fact in HELDOUT_SHARE is reserved for the held-out split.
-HELDOUT_SHARE = 4
+__all__ = [
+    "ITEMS",
+    "KINDS",
+    "LEVELS",
+    "NAMES",
+    "TEMPLATES",
+    "Level",
+    "Problem",
+    "Split",
+    "fact",
+    "generate",
+    "split_of",
+]
 
-
-@dataclass(frozen=True)
-class Problem:
-    """A question with its worked answer.
-
-    Attributes:
-        question: text of the question.
-        answer: text of the answer, which contains the result.
-        template: text that the question was made from; empty for a problem from a file.
-        steps: (left, operator, right, result) of every equation; empty for a problem from a file.
-    """
-
-    question: str
-    answer: str
-    template: str = ""
-    steps: tuple[tuple[int, str, int, int], ...] = ()
-
-
-NAMES: dict[Split, list[str]] = {
-    "train": "Anna Ben Carla Daniel Emma Felix Grace Henry Ines Jack Kate Liam Maria Noah Olga Paul Rosa Sam Tom "
-    "Vera".split(),
-    "heldout": "Alice Bruno Chloe David Elena Frank Hana Ivan Julia Leo".split(),
-}
-ITEMS: dict[Split, list[str]] = {
-    "train": "apples books pencils stickers marbles cards shells coins eggs cookies balloons flowers stamps oranges "
-    "toys buttons".split(),
-    "heldout": "stones candies pears bottles keys ribbons postcards tickets".split(),
-}
+Level = Literal["plain", "hard"]
+LEVELS: tuple[Level, ...] = get_args(Level)
 
 # Operators are applied from left to right: "+-" is (a + b) - c. A problem asks for the last result.
 TEMPLATES: dict[Split, dict[str, list[str]]] = {
@@ -153,34 +136,22 @@ TEMPLATES: dict[Split, dict[str, list[str]]] = {
 KINDS = tuple(TEMPLATES["train"])
 
 
-def fact(left: int, operator: str, right: int, result: int) -> tuple[str, int, int]:
-    """Return the arithmetic fact behind an equation, the same for all orders and inversions."""
-    x, y = (left, right) if operator in "+x" else (right, result)
-    return "+" if operator in "+-" else "x", min(x, y), max(x, y)
-
-
-def split_of(equation: tuple[int, str, int, int]) -> Split:
-    """Return the split that an equation belongs to, with all its orders and inversions."""
-    return "heldout" if zlib.crc32(repr(fact(*equation)).encode()) % HELDOUT_SHARE == 0 else "train"
-
-
-def _draw(kind: str, rng: random.Random) -> tuple[list[int], list[tuple[int, str, int, int]]]:
+def _draw(kind: str, rng: random.Random) -> tuple[list[int], list[Equation]]:
     """Draw the operands of a problem and compute its steps."""
     operands: list[int] = []
-    steps: list[tuple[int, str, int, int]] = []
+    steps: list[Equation] = []
     for operator in kind:
         left = steps[-1][3] if steps else rng.randint(2, 18 if operator == "-" else 9)
         right = rng.randint(2, 9)
         if operator == "/":
             left *= right
-        result = {"+": left + right, "-": left - right, "x": left * right, "/": left // right}[operator]
         operands += [right] if steps else [left, right]
-        steps.append((left, operator, right, result))
+        steps.append(equation(left, operator, right))
     return operands, steps
 
 
 def _stream(split: Split, seed: int) -> Iterator[Problem]:
-    """Yield problems of a split without end; some repeat."""
+    """Yield plain problems of a split without end; some repeat."""
     rng = random.Random(f"{split}-{seed}")
     while True:
         for kind in rng.sample(KINDS, len(KINDS)):  # every kind equally often
@@ -192,29 +163,31 @@ def _stream(split: Split, seed: int) -> Iterator[Problem]:
             name, other = rng.sample(NAMES[split], 2)
             numbers = dict(zip("abc", operands, strict=False))
             question = template.format(name=name, other=other, item=rng.choice(ITEMS[split]), **numbers)
-            work = [f"{left} {operator} {right} = {result}." for left, operator, right, result in steps]
-            answer = " ".join([*work, f"The answer is {steps[-1][3]}."])
-            yield Problem(question, answer, template, tuple(steps))
+            yield Problem(question, worked_answer(steps), template, tuple(steps))
 
 
-def generate(count: int, split: Split, seed: int = 0) -> list[Problem]:
+def generate(count: int, split: Split, seed: int = 0, level: Level = "plain") -> list[Problem]:
     """Return different problems of a split; the same arguments give the same problems.
 
     Args:
         count: number of problems.
         split: "train" or "heldout".
         seed: seed of the random choices.
+        level: "plain" for one or two steps with numbers up to 90, "hard" for three or four with
+            numbers up to 1000.
 
     Raises:
-        ValueError: for a negative count or an unknown split.
+        ValueError: for a negative count, an unknown split or an unknown level.
     """
     if count < 0:
         raise ValueError(f"count is {count}; it must not be negative")
     if split not in get_args(Split):
         raise ValueError(f"unknown split {split!r}; use one of {', '.join(get_args(Split))}")
+    if level not in LEVELS:
+        raise ValueError(f"unknown level {level!r}; use one of {', '.join(LEVELS)}")
+    stream = _stream(split, seed) if level == "plain" else word_problems_hard.stream(split, seed)
     problems: dict[str, Problem] = {}
-    for problem in _stream(split, seed):
-        if len(problems) == count:
-            break
+    while len(problems) < count:
+        problem = next(stream)
         problems.setdefault(problem.question, problem)
     return list(problems.values())

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from helpers.finetune_runs import refused
+from helpers.word_problem_examples import encoded
 
 from lift_kernels.errors import UserError
 from lift_kernels.finetune import prompts, word_problems
@@ -26,15 +27,15 @@ def test_finetune_reads_jsonl_and_splits_off_a_heldout_part(settings, tmp_path):
 
 
 def test_encoding_labels_the_answer_alone(tokenizer):
-    encoded = prompts.encode(tokenizer, word_problems.Problem("How many? ", "1 + 1 = 2.\nThe answer is 2."))
-    labels = [t for t in encoded["labels"] if t != prompts.IGNORE]
-    assert tokenizer.decode(encoded["input_ids"]) == "Question: How many?\nAnswer: 1 + 1 = 2. The answer is 2.\n"
+    example = encoded(tokenizer, word_problems.Problem("How many? ", "1 + 1 = 2.\nThe answer is 2."))
+    labels = [t for t in example["labels"] if t != prompts.IGNORE]
+    assert tokenizer.decode(example["input_ids"]) == "Question: How many?\nAnswer: 1 + 1 = 2. The answer is 2.\n"
     assert tokenizer.decode(labels) == " 1 + 1 = 2. The answer is 2.\n"
-    assert encoded["labels"][-len(labels) :] == labels
+    assert example["labels"][-len(labels) :] == labels
 
 
 def test_encoding_join_keeps_every_label_and_puts_the_opening_token_first(tokenizer):
-    examples = [prompts.encode(tokenizer, p) for p in word_problems.generate(3, "train")]
+    examples = [encoded(tokenizer, p) for p in word_problems.generate(3, "train")]
     joined = prompts.join(tokenizer, examples)
     assert joined["input_ids"] == sum((e["input_ids"] for e in examples), [])
     assert joined["labels"] == sum((e["labels"] for e in examples), [])
@@ -51,7 +52,7 @@ def test_encoding_join_keeps_every_label_and_puts_the_opening_token_first(tokeni
 
 
 def test_qa_data_training_sequences_hold_every_problem_once(tokenizer):
-    examples = [prompts.encode(tokenizer, p) for p in word_problems.generate(24, "train")]
+    examples = [encoded(tokenizer, p) for p in word_problems.generate(24, "train")]
     for batch_size, each, rows in ((8, 4, 2), (6, 3, 2), (2, 2, 1), (5, 1, 5), (1, 1, 1)):
         sequences, found = training_sequences(tokenizer, examples, batch_size)
         assert (len(sequences), found) == (24 // each, rows)

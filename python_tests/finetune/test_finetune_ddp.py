@@ -212,7 +212,7 @@ def test_an_error_of_one_rank_is_one_line_and_ends_all(command, folder, tmp_path
     commands = {
         "steps is 0; it must be at least 1": bad_options,
         f"rank 1: cannot read {folder}/data1.jsonl: No such file or directory; check --data": missing,
-        "a batch of 8 problems makes 2 sequences, too few for 3 ranks; take at most 2 ranks, or --batch-size "
+        "a batch of 8 samples makes 2 sequences, too few for 3 ranks; take at most 2 ranks, or --batch-size "
         "12": too_many,
         f"{folder}/taken/full already holds files; choose another --name or remove it": taken,
         "the loss is nan at step N; choose a lower --lr": diverged,

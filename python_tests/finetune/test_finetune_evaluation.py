@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+from helpers.word_problem_examples import asked, encoded
 from transformers import AutoModelForCausalLM
 
-from lift_kernels.finetune import decoding, evaluation, prompts, word_problems
+from lift_kernels.finetune import decoding, evaluation, metrics, prompts, word_problems
 
 
 def test_evaluation_answer_loss_is_the_mean_over_answer_tokens_whatever_the_padding(tiny, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(tiny).eval()
-    examples = [prompts.encode(tokenizer, p) for p in word_problems.generate(5, "train")]
+    examples = [encoded(tokenizer, p) for p in word_problems.generate(5, "train")]
     assert len({len(e["input_ids"]) for e in examples}) > 1
     total, count = evaluation.answer_loss(model, prompts.collate(examples, tokenizer.pad_token_id))
     expected = 0.0
@@ -22,10 +23,12 @@ def test_evaluation_answer_loss_is_the_mean_over_answer_tokens_whatever_the_padd
 
 def test_evaluation_greedy_answers_with_a_shared_prefix_equal_generate(tiny, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(tiny).eval()
-    shots = [prompts.encode(tokenizer, p) for p in word_problems.generate(2, "train")]
+    shots = [encoded(tokenizer, p) for p in word_problems.generate(2, "train")]
     prefix = prompts.join(tokenizer, shots)["input_ids"]
     questions = [p.question for p in word_problems.generate(5, "heldout")]
-    answers = decoding.greedy_answers(model, tokenizer, questions, prefix, 12, 2, "answers")
+    answers = decoding.greedy_answers(
+        model, tokenizer, [asked(tokenizer, q) for q in questions], prefix, 12, 2, "answers"
+    )
     for question, answer in zip(questions, answers, strict=True):
         ids = torch.tensor([prefix + tokenizer(prompts.prompt(question))["input_ids"]])
         out = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
@@ -51,11 +54,11 @@ def test_evaluation_greedy_answers_with_a_shared_prefix_equal_generate(tiny, tok
     ],
 )
 def test_evaluation_extract_number(text, number):
-    assert evaluation.extract_number(text) == number
+    assert metrics.extract_number(text) == number
 
 
 def test_evaluation_wilson_interval_known_values():
-    assert evaluation.wilson_interval(10, 100) == pytest.approx((0.05523, 0.17437), abs=1e-5)
-    assert evaluation.wilson_interval(0, 10) == pytest.approx((0.0, 0.27753), abs=1e-5)
-    assert evaluation.wilson_interval(10, 10) == pytest.approx((0.72247, 1.0), abs=1e-5)
-    assert evaluation.wilson_interval(0, 0) == (0.0, 1.0)
+    assert metrics.wilson_interval(10, 100) == pytest.approx((0.05523, 0.17437), abs=1e-5)
+    assert metrics.wilson_interval(0, 10) == pytest.approx((0.0, 0.27753), abs=1e-5)
+    assert metrics.wilson_interval(10, 10) == pytest.approx((0.72247, 1.0), abs=1e-5)
+    assert metrics.wilson_interval(0, 0) == (0.0, 1.0)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.architectures import ARCHITECTURES, make_model
 from helpers.tiny_llama import make_tokenizer
+from helpers.word_problem_examples import asked, encoded
 from torch import nn
 from transformers import BertConfig, BertLMHeadModel, RwkvConfig, RwkvForCausalLM
 
@@ -40,7 +41,7 @@ def model_of(name):
 @torch.no_grad()
 def test_the_loss_of_a_padded_batch_is_that_of_its_rows(name):
     model = enlarged(model_of(name))
-    examples = [prompts.encode(TOKENIZER, p) for p in SUMS]
+    examples = [encoded(TOKENIZER, p) for p in SUMS]
     assert len({len(e["input_ids"]) for e in examples}) == 3
     total, count = evaluation.answer_loss(model, prompts.collate(examples, TOKENIZER.pad_token_id))
     expected = 0.0
@@ -68,9 +69,11 @@ CACHED = {
 @torch.no_grad()
 def test_answers_of_a_padded_batch_are_those_of_single_prompts(name):
     model = enlarged(model_of(name))
-    prefix = prompts.join(TOKENIZER, [prompts.encode(TOKENIZER, p) for p in SUMS])
+    prefix = prompts.join(TOKENIZER, [encoded(TOKENIZER, p) for p in SUMS])
     questions = ["4 + 4?", "What is 2 + 3?"]
-    answers = decoding.greedy_answers(model, TOKENIZER, questions, prefix["input_ids"], 6, 2, "answers")
+    answers = decoding.greedy_answers(
+        model, TOKENIZER, [asked(TOKENIZER, q) for q in questions], prefix["input_ids"], 6, 2, "answers"
+    )
     for question, answer in zip(questions, answers, strict=True):
         ids = prefix["input_ids"] + TOKENIZER(prompts.prompt(question))["input_ids"]
         new: list[int] = []
@@ -92,10 +95,10 @@ def test_a_window_is_no_obstacle_while_it_holds_everything():
 def test_answers_leave_the_settings_of_generation_alone():
     """A model's own settings may penalize or sample. They count for no answer, and stay."""
     model = enlarged(make_model("bloom"))
-    plain = decoding.greedy_answers(model, TOKENIZER, ["1 + 1?"], [5], 6, 1, "answers")
+    plain = decoding.greedy_answers(model, TOKENIZER, [asked(TOKENIZER, "1 + 1?")], [5], 6, 1, "answers")
     model.generation_config.update(repetition_penalty=5.0, do_sample=True, temperature=9.0)
     settings = model.generation_config
-    assert decoding.greedy_answers(model, TOKENIZER, ["1 + 1?"], [5], 6, 1, "answers") == plain
+    assert decoding.greedy_answers(model, TOKENIZER, [asked(TOKENIZER, "1 + 1?")], [5], 6, 1, "answers") == plain
     assert model.generation_config is settings and settings.repetition_penalty == 5.0
 
 

@@ -184,6 +184,7 @@ def refused(capsys, *arguments) -> str:
 def test_resume_refuses_in_one_line(tiny, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     interrupted(monkeypatch, make_settings(tiny, tmp_path), 2)
+    capsys.readouterr()  # the progress bar ended within a line
     assert "leave out steps, lr" in refused(capsys, "--resume", folder, "--steps", 3, "--lr", 0.1)
     assert "no run to resume" in refused(capsys, "--resume", tmp_path)
     assert "no run to resume" in refused(capsys, "--resume", tmp_path / "none")

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.gguf import write_gguf
+from helpers.word_problem_examples import encoded
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from lift_kernels.finetune import evaluation, model_io, prompts, word_problems
+from lift_kernels.finetune import evaluation, metrics, model_io, prompts, word_problems
 from lift_kernels.finetune.run import run
 from lift_kernels.masks import costs
 
@@ -19,6 +20,12 @@ def lift_run(settings):
     """Report and folder of a whole run."""
     options = settings(name="lift")
     return run(options), Path(options.output) / "lift"
+
+
+def heldout(tokenizer) -> list[prompts.Example]:
+    """The held-out problems of the runs here, encoded."""
+    problems = word_problems.generate(6, "heldout", seed=0)
+    return [encoded(tokenizer, p) for p in problems]
 
 
 def matrices(model) -> dict[str, torch.Tensor]:
@@ -89,8 +96,8 @@ def test_finetune_without_a_bound_refreshes_all(settings):
 def test_finetune_saved_model_reloads_and_gives_the_reported_losses(lift_run, tokenizer):
     report, folder = lift_run
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
-    encoded = [prompts.encode(tokenizer, p) for p in word_problems.generate(6, "heldout", seed=0)]
-    loss = evaluation.mean_loss(model, AutoTokenizer.from_pretrained(folder / "model"), encoded, 2, "loss")
+    examples = heldout(tokenizer)
+    loss = evaluation.mean_loss(model, AutoTokenizer.from_pretrained(folder / "model"), examples, 2, "loss")
     assert loss == pytest.approx(report["heldout_loss.after"], abs=1e-5)
     neutral = evaluation.mean_loss(model, tokenizer, evaluation.neutral_examples(tokenizer), 1, "loss")
     assert neutral == pytest.approx(report["neutral_loss.after"], abs=1e-5)
@@ -112,9 +119,9 @@ def test_finetune_exact_match_follows_from_the_written_answers(lift_run):
     rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     assert len(rows) == report["exact_match.problems"] == 6
     for when in ("before", "after"):
-        right = sum(evaluation.same_number(row[when], row["expected"]) for row in rows)
+        right = sum(metrics.same_number(row[when], row["expected"]) for row in rows)
         assert report[f"exact_match.{when}"] == right / 6
-        assert (report[f"exact_match.{when}_low"], report[f"exact_match.{when}_high"]) == evaluation.wilson_interval(
+        assert (report[f"exact_match.{when}_low"], report[f"exact_match.{when}_high"]) == metrics.wilson_interval(
             right, 6
         )
 
@@ -170,8 +177,8 @@ def test_finetune_lora_is_merged_into_the_saved_model(settings, tokenizer):
     folder = Path(report["settings.output"]) / "lora" / "model"
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert isinstance(model, LlamaForCausalLM) and not list(folder.glob("adapter*"))
-    encoded = [prompts.encode(tokenizer, p) for p in word_problems.generate(6, "heldout", seed=0)]
-    loss = evaluation.mean_loss(model, tokenizer, encoded, 6, "loss")
+    examples = heldout(tokenizer)
+    loss = evaluation.mean_loss(model, tokenizer, examples, 6, "loss")
     assert loss == pytest.approx(report["heldout_loss.after"], abs=1e-4)
     assert loss < report["heldout_loss.before"]
 

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from lift_kernels.finetune import word_problems
-from lift_kernels.finetune.evaluation import extract_number
+from lift_kernels.finetune.metrics import extract_number
 from lift_kernels.finetune.word_problems import ITEMS, KINDS, NAMES, TEMPLATES, fact, generate, split_of
 
 COMPUTE = {"+": int.__add__, "-": int.__sub__, "x": int.__mul__, "/": int.__floordiv__}
