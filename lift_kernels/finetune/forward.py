@@ -74,7 +74,9 @@ def positions_of(mask: torch.Tensor) -> torch.Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def logits_at(model: Any, ids: torch.Tensor, mask: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+def logits_at(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, columns: torch.Tensor, positions: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return logits (rows, columns, vocabulary) of a batch that is padded on the left.
 
     The head runs only on those columns, where the model allows that.
@@ -84,14 +86,47 @@ def logits_at(model: Any, ids: torch.Tensor, mask: torch.Tensor, columns: torch.
         ids: token ids, (rows, tokens).
         mask: attention mask, (rows, tokens).
         columns: positions in the batch, int64.
+        positions: position of each token in its sample, (rows, tokens), where rows hold several
+            samples that do not see each other. The model gets no mask then (`check_packing`).
     """
-    return _logits(model, form_of(model), ids, mask, columns)
+    return _logits(model, form_of(model), ids, mask, columns, positions)
 
 
-def _logits(model: Any, form: Form, ids: torch.Tensor, mask: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    options = {"position_ids": positions_of(mask), "logits_to_keep": columns, "use_cache": False}
-    logits = model(input_ids=ids, **form.accepted(attention_mask=mask, **options)).logits
+def _logits(
+    model: Any,
+    form: Form,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    columns: torch.Tensor,
+    positions: torch.Tensor | None = None,
+) -> torch.Tensor:
+    seen = {"attention_mask": mask, "position_ids": positions_of(mask)}
+    seen = seen if positions is None else {"position_ids": positions}
+    logits = model(input_ids=ids, **form.accepted(**seen, logits_to_keep=columns, use_cache=False)).logits
     return logits if "logits_to_keep" in form.arguments else logits[:, columns]
+
+
+@torch.no_grad()
+def check_packing(model: Any) -> None:
+    """Refuse a model that does not keep packed samples apart by positions that begin again.
+
+    Raises:
+        UserError: when logits of a text differ behind another text in the same row.
+    """
+    base, form = base_of(model), form_of(model)
+    text = _text(base)
+    ones, columns = torch.ones_like(text), torch.arange(PROBE, device=base.device)
+    apart = "position_ids" in form.arguments
+    if apart:
+        with _mode(base, training=False), explained(base):
+            alone = _logits(base, form, text, ones, columns)
+            # Other tokens in front, so that nothing but separation makes the logits equal.
+            packed = torch.cat([text.flip(1), text], 1)
+            positions = torch.cat([columns, columns])[None]
+            together = _logits(base, form, packed, torch.ones_like(packed), columns + PROBE, positions)
+        apart = _close(together, alone)
+    if not apart:
+        raise UserError(f"{type(base).__name__} does not keep packed samples apart; leave out --packing")
 
 
 @torch.no_grad()
