@@ -56,6 +56,7 @@ def _data_options(group: Any) -> None:
     add("--truncate", action="store_true", default=None, help="cut long samples, in place of leaving them out")
     add("--metric", help="how final answers are scored: number, exact, choice, or none (default: none)")
     add("--neutral", nargs="+", metavar="FILE", help="text files whose loss shows forgetting, too")
+    add("--pieces", type=int, metavar="N", help="most pieces of neutral text (default: all; quick: 20)")
     add("--max-length", type=int, metavar="TOKENS", help="longest sample (default: 512)")
 
 

@@ -32,6 +32,7 @@ def refused(capsys, *given: str) -> str:
         ("--most-rates 0", "most_rates is 0; it must be at least 1"),
         ("--validation 1", "validation is 1; it must be at least 2"),
         ("--test 1", "test is 1; it must be at least 2"),
+        ("--pieces 1", "pieces is 1; it must be at least 2"),
         ("--steps 0", "steps is 0; it must be at least 1"),
         ("--dtype int8", "unknown dtype 'int8'"),
         ("--resume nowhere", "--resume nowhere is neither the directory of a comparison nor its runs.csv"),

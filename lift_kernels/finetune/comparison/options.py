@@ -63,8 +63,8 @@ class Comparison:
     output: str = ""
 
     def __post_init__(self) -> None:
-        for name, least in (("seeds", 1), ("most_rates", 1), ("validation", 2), ("test", 2)):
-            if (value := getattr(self, name)) < least:
+        for name, least in (("seeds", 1), ("most_rates", 1), ("validation", 2), ("test", 2), ("pieces", 2)):
+            if (value := getattr(self, name)) is not None and value < least:
                 raise UserError(f"{name} is {value}; it must be at least {least}")
         design_of(self)  # refuses methods and rates
         if not self.task:

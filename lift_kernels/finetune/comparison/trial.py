@@ -78,11 +78,11 @@ def _base(shared: Material, trial: Trial) -> list[Row]:
     """Measure the untrained model on both parts."""
     transformers.set_seed(shared.options.settings.seed)
     model = copy.deepcopy(shared.model).to(shared.device)
-    test = _measure(shared, model, shared.test, shared.neutral, scored=True)
-    validation = replace(
-        _measure(shared, model, shared.train, [], scored=False), neutral=test.neutral[:FRONTIER_PIECES]
-    )
-    return [_row(shared, trial, part, found) for part, found in (("validation", validation), ("test", test))]
+    found = {
+        "validation": _measure(shared, model, shared.train, shared.neutral[:FRONTIER_PIECES], scored=False),
+        "test": _measure(shared, model, shared.test, shared.neutral, scored=True),
+    }
+    return [_row(shared, trial, part, of_part) for part, of_part in found.items()]
 
 
 def _trained(shared: Material, trial: Trial) -> list[Row]:
