@@ -167,6 +167,15 @@ def test_a_rate_that_diverges_is_a_row(tiny, tmp_path, capsys):
     assert "final: full@1e30 at 1e+30, seed 0: diverged" in capsys.readouterr().out
 
 
+def test_a_reference_that_diverges_is_said(tiny, tmp_path, capsys):
+    compare(make_options(tiny, tmp_path, methods=["full@1e30", "lift@5e-3"]))
+    words = (tmp_path / VERDICT).read_text()
+    assert "full@1e30 diverged with 1 of 1 seed and is not compared." in words
+    assert "the pilot diverged, so it does not say what the design can find" in capsys.readouterr().out
+    compare(make_options(tiny, tmp_path / "alone", methods=["full@1e30"]))
+    assert "there is nothing to draw" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("error", [ValueError("it does not fit"), torch.OutOfMemoryError("CUDA out of memory")])
 def test_a_method_that_cannot_run_is_named_and_the_rest_goes_on(tiny, tmp_path, capsys, monkeypatch, error):
     prepare = trial.prepare
@@ -179,7 +188,7 @@ def test_a_method_that_cannot_run_is_named_and_the_rest_goes_on(tiny, tmp_path, 
     monkeypatch.setattr(trial, "prepare", refuse)
     assert compare(make_options(tiny, tmp_path, methods=["lift@5e-3", "full@1e-3", "random@5e-3"]))
     reason = "it does not fit" if isinstance(error, ValueError) else "the memory does not suffice; lower --batch-size"
-    assert f"full@1e-3 was not compared: {reason}" in (tmp_path / VERDICT).read_text()
+    assert f"full@1e-3 cannot run: {reason}" in (tmp_path / VERDICT).read_text()
     assert f"full@1e-3 cannot run: {reason}" in capsys.readouterr().out
     assert [r.method for r in results(tmp_path) if r.stage == "final"] == ["lift@5e-3", "random@5e-3"]
 
