@@ -14,59 +14,167 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "finetune",
         help="fine-tune a language model on question/answer problems and report the result",
-        description="Fine-tune a language model on question/answer problems, measure it before and after, and write "
-        "a report, a plot and the model. The defaults train SmolLM2-135M-Instruct on generated word problems.",
+        description="Fine-tune a language model, measure it before and after, and write a report, a plot and the\n"
+        "model. The defaults train SmolLM2-135M-Instruct on generated word problems.",
+        usage="%(prog)s [options]",
+        formatter_class=argparse.RawTextHelpFormatter,
     )
-    add = parser.add_argument
+    _add_data(parser.add_argument_group("data"))
+    _add_method(parser.add_argument_group("method", "what is trained"))
+    _add_training(parser.add_argument_group("training"))
+    _add_measuring(parser.add_argument_group("measuring", "before and after training"))
+    _add_output(parser.add_argument_group("output"))
+    parser.set_defaults(run=run, input_errors=())
+
+
+def _add_data(group: Any) -> None:
+    add = group.add_argument
     add(
         "--model",
         metavar="DIR|GGUF|ID",
         help="model directory, GGUF file or hub id (default: the bundled SmolLM2-135M)",
     )
-    add("--data", metavar="JSONL", help='file with lines {"question": ..., "answer": ...}; at most a fifth is held out')
     add(
-        "--method",
-        help="lift, full, lora or random; random trains as many entries as lift, chosen at random (default: lift)",
+        "--data",
+        nargs="+",
+        metavar="FILE|DIR|ID",
+        help="what to train on: files, folders, hub ids; at most a fifth is held out\n"
+        "(default: generated word problems)",
+    )
+    add("--split", help="split of data that has several (default: train)")
+    add("--problems", help="level of the generated word problems: plain or hard (default: plain)")
+    add("--loss", help="train on the answers, or on all tokens: answers or all (default: answers)")
+    add(
+        "--shots",
+        type=int,
+        metavar="N",
+        help="worked examples in front of a question, and the most samples that a training\nsequence joins (default: 4 "
+        "for questions whose answers are numbers, else 0)",
     )
     add(
-        "--gradients",
-        help="packed or dense, for methods lift and random; packed: identical result, lower memory (default: packed)",
+        "--packing",
+        action="store_true",
+        default=None,
+        help="join samples into sequences of --max-length tokens; they do not see each other",
     )
-    add("--density", type=float, help="share of each matrix that is trained (default: 0.05)")
-    add("--rank", type=int, help="rank of the approximation that selects the entries (default: 64)")
-    add("--budget-rank", type=int, help="train (rows + columns) x this many entries per matrix, instead of --density")
+    add("--max-length", type=int, metavar="TOKENS", help="leave out samples with more tokens (default: 512)")
+    add("--truncate", action="store_true", default=None, help="cut samples that are too long, and leave none out")
+    add("--seed", type=int, help="seed of problems, order and random masks (default: 0)")
+
+
+METHODS = {
+    "lift": "the largest entries of a low-rank approximation",
+    "magnitude": "the largest weights",
+    "gradient": "the largest gradients of the first batches; the masks stay",
+    "random": "random entries; the masks stay",
+    "off_principal": "the smallest entries of the approximation, without the largest weights",
+    "blocks": "blocks of 4 x 4 with the largest sums of the approximation, to compare",
+    "runs": "runs of 16 in a row with the largest sums, to compare",
+    "random_runs": "random runs of 16, to compare",
+    "full": "every weight",
+    "lora": "adapters of rank 16 (peft), merged into the saved model",
+    "shira": "random entries as an adapter of peft, merged into the saved model",
+}
+"""What each method trains, for the help."""
+
+
+def _add_method(group: Any) -> None:
+    add = group.add_argument
+    width = max(map(len, METHODS))
+    add("--method", help="\n".join(["default: lift", *(f"{m:<{width}}  {what}" for m, what in METHODS.items())]))
+    add("--density", type=float, metavar="SHARE", help="share of each matrix that is trained (default: 0.05)")
+    add(
+        "--budget-rank",
+        type=int,
+        metavar="R",
+        help="train (rows + columns) x R entries of each matrix, in place of --density",
+    )
+    add("--rank", type=int, help="rank of the approximation (default: 64)")
+    add(
+        "--include",
+        metavar="REGEX",
+        help="train the linear layers that match by name, and no others; with full, the weights\n(default: all)",
+    )
+    add("--exclude", metavar="REGEX", help="leave out the linear layers, with full the weights, that match by name")
     add(
         "--extra",
         metavar="REGEX",
-        help="further weights to train beside the linear layers, by name (default: stacked expert weights (3-D); "
-        "'' for none)",
+        help="further matrices to train beside linear layers, by name; '' for none\n(default: stacked expert weights)",
     )
     add("--refresh-interval", type=int, metavar="STEPS", help="steps between mask refreshes, 0 for none (default: 25)")
     add(
         "--refresh-drift",
         type=float,
         metavar="SHARE",
-        help="refresh a mask only when this share of its entries would change, by prediction; 0 refreshes all "
+        help="refresh a mask of lift only when this share of its entries would change, by\nprediction; 0 refreshes all "
         "(default: 0.03)",
     )
+    add(
+        "--gradients",
+        help="packed or dense, for the methods that choose entries; packed: identical result, lower\nmemory "
+        "(default: packed)",
+    )
+
+
+def _add_training(group: Any) -> None:
+    add = group.add_argument
     add("--steps", type=int, help="optimizer steps (default: 60)")
+    add("--epochs", type=float, help="passes over the training data, in place of --steps; 0.5 is half of it")
     add("--lr", type=float, help="peak learning rate (default: 1e-3; full: 1e-4)")
-    add("--batch-size", type=int, help="problems per step (default: 8)")
-    add("--max-length", type=int, metavar="TOKENS", help="leave out problems with more tokens (default: 512)")
-    add("--dtype", help="float32, bfloat16 or float16 (default: float32)")
+    add("--batch-size", type=int, metavar="SAMPLES", help="samples per step (default: 8)")
+    add(
+        "--accumulation",
+        type=int,
+        metavar="N",
+        help="compute a step in N passes, each with a part of its samples: lower memory (default: 1)",
+    )
+    add(
+        "--checkpointing",
+        action="store_true",
+        default=None,
+        help="compute activations again in the backward pass: lower memory, a third slower",
+    )
+    add("--dtype", help="of the weights: float32, bfloat16 or float16 (default: float32)")
+    add(
+        "--autocast",
+        action="store_true",
+        default=None,
+        help="forward passes in bfloat16; weights, gradients and the optimizer stay float32",
+    )
     add("--device", help="auto, cpu or cuda (default: auto)")
-    add("--seed", type=int, help="seed of problems, order and random masks (default: 0)")
-    add("--eval-problems", type=int, help="number of held-out problems to answer (default: 100)")
+    add("--parallel", help="none, or ddp: share each batch out among the ranks of torchrun (default: none)")
+
+
+def _add_measuring(group: Any) -> None:
+    add = group.add_argument
+    add("--eval-problems", type=int, metavar="SAMPLES", help="number of held-out samples (default: 100)")
+    add(
+        "--metric",
+        help="how answers are scored: number, exact, choice or none (default: by the answers)",
+    )
+    add(
+        "--neutral",
+        nargs="+",
+        metavar="FILE",
+        help="further texts whose loss is measured: what the model should not forget",
+    )
+
+
+def _add_output(group: Any) -> None:
+    add = group.add_argument
     add("--name", help="directory of the run inside --output (default: method and time)")
     add("--output", metavar="DIR", help="directory of all runs (default: runs)")
     add("--save-steps", type=int, metavar="STEPS", help="steps between checkpoints, 0 for none (default: 20)")
-    add("--parallel", help="none, or ddp: share each batch out among the ranks of torchrun (default: none)")
+    add(
+        "--report-to",
+        metavar="TRACKER",
+        help="send the losses to a tracker that transformers knows, such as tensorboard (default: none)",
+    )
     add(
         "--resume",
         metavar="DIR",
         help="continue the interrupted run in this directory, bit-exactly; takes no other option",
     )
-    parser.set_defaults(run=run, input_errors=())
 
 
 def run(options: argparse.Namespace) -> int:

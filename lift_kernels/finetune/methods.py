@@ -1,4 +1,4 @@
-"""Model and optimizer of each fine-tuning method: lift, random, lora and full."""
+"""Model and optimizer of each fine-tuning method."""
 
 from __future__ import annotations
 
@@ -10,19 +10,17 @@ import torch
 
 from .._storage import storage_bytes
 from ..errors import UserError
-from ..nn.packing import pack_gradients
-from ..nn.param_groups import lift_param_groups, pattern_of, stacked_weights
 from ..nn.trainable import trainable_of
-from ..nn.weight_kinds import LINEAR, MATRICES, weights_of
+from ..nn.weight_kinds import MATRICES, Weight, weights_of
 from ..optim.lift_adamw import LiftAdamW
-from .config import LEARNING_RATES, Settings
+from .adapters import adapter_entries, add_adapter
+from .config import ADAPTERS, BETAS, LEARNING_RATES, SPARSE, Settings
 from .data import RunData
-from .forward import bypassed_layers
+from .forward import base_of
+from .parallel import Ranks
+from .sparse import sparse_optimizer
 from .timing import Clock
-
-BETAS = (0.9, 0.95)  # as in the LIFT paper
-CLIP_NORM = 1.0  # largest norm of the gradient over the trained entries
-LORA_RANK = 16
+from .trained import Kind, by_kind, chosen_by_name
 
 
 @dataclass(frozen=True)
@@ -30,16 +28,18 @@ class Prepared:
     """A model that is ready for training.
 
     Attributes:
-        model: the model to train. For lora it is a peft wrapper.
+        model: the model to train. For lora and shira it is a peft wrapper.
         optimizer: optimizer of the trained parameters.
         covered: weights that the method adapts, in whole or in part.
         share: their share of the model's matrices outside embeddings and head.
+        kinds: what is trained and what is left out, by kind of layer.
     """
 
     model: Any
     optimizer: torch.optim.Optimizer
     covered: list[torch.Tensor]
     share: float
+    kinds: list[Kind]
 
 
 def prepare(
@@ -63,102 +63,65 @@ def prepare(
     Raises:
         ValueError: for an option that does not fit the model's matrices, and for non-finite
             weights.
-        UserError: when a package is missing.
+        UserError: for an option that does not fit the model, and when a package is missing.
     """
     lr = settings.lr or LEARNING_RATES[settings.method]
     weights = weights_of(model)
-    if settings.method in ("lift", "random"):
-        optimizer: torch.optim.Optimizer = _lift(model, settings, lr, clock, group)
+    if settings.checkpointing:
+        _recompute_activations(model)
+    if settings.method in SPARSE:
+        optimizer: torch.optim.Optimizer = sparse_optimizer(model, tokenizer, settings, data, lr, clock, Ranks(group))
         covered = [trainable_of(p).matrix for group in optimizer.param_groups for p in group["params"]]
     else:
-        covered = [w.parameter for w in weights if settings.method == "full" or w.kind == LINEAR]
-        if settings.method == "lora":
-            model = _with_lora(model)
+        if settings.method in ADAPTERS:
+            model, covered = add_adapter(model, weights, settings)
+        else:
+            covered = _full(model, weights, settings)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
     matrices = {id(w.parameter): w.numel for w in weights if w.kind in MATRICES}
     share = sum(matrices.get(id(p), 0) for p in covered) / sum(matrices.values())
-    print(_training_line(settings.method, covered, trained_entries(optimizer), share), flush=True)
-    return Prepared(model, optimizer, covered, share)
+    entries = adapter_entries(model) if settings.method in ADAPTERS else _entries(optimizer)
+    kinds = by_kind(weights, entries, settings)
+    print(_training_line(settings, covered, kinds, share), flush=True)
+    return Prepared(model, optimizer, covered, share, kinds)
 
 
-def _lift(
-    model, settings: Settings, lr: float, clock: Clock, group: torch.distributed.ProcessGroup | None
-) -> LiftAdamW:
-    """Choose the entries of methods lift and random, and return their optimizer."""
-    print("choosing the entries to train", flush=True)
-    selection = "random" if settings.method == "random" else "principal"
-    budget: dict[str, Any] = (
-        {"budget_rank": settings.budget_rank} if settings.budget_rank else {"density": settings.density}
-    )
-    extra = pattern_of(stacked_weights(model)) if settings.extra is None else settings.extra
-    chosen: dict[str, Any] = {"extra": extra or None, "freeze_rest": True}
-    bypassed: dict[str, torch.nn.Parameter] = {}
-    if settings.gradients == "packed":
-        options = {"rank": settings.rank, "selection": selection, "seed": settings.seed, **budget, **chosen}
-        bypassed = _bypassed_weights(model)
-        options["exclude"] = pattern_of(bypassed) or None
-        groups = clock.first_mask(lambda: pack_gradients(model, process_group=group, **options))
-        if bypassed:
-            groups.append({"params": [(n, p.requires_grad_(True)) for n, p in bypassed.items()], "lift": True})
-    else:
-        groups = lift_param_groups(model, **chosen)
-    optimizer = LiftAdamW(
-        groups,
-        lr=lr,
-        betas=BETAS,
-        rank=settings.rank,
-        refresh_interval=settings.refresh_interval or None,
-        refresh_drift=(settings.refresh_drift or None) if selection == "principal" else None,
-        max_grad_norm=CLIP_NORM,
-        selection=selection,
-        warm_start=None,  # bases would enlarge the state by a quarter, and a run has few refreshes to speed up
-        seed=settings.seed,
-        process_group=group,
-        **budget,
-    )
-    if settings.gradients == "dense":
-        clock.first_mask(optimizer.refresh)
-    elif bypassed:
-        optimizer.refresh()  # makes the masks of those whose gradients stay dense
-    return optimizer
+def _recompute_activations(model: Any) -> None:
+    """Let a model compute activations again in backward passes, in place of keeping them.
 
-
-def _bypassed_weights(model) -> dict[str, torch.nn.Parameter]:
-    """Return the weights of linear layers that the model never calls, by name, and say so."""
-    layers = set(bypassed_layers(model))
-    found = {w.name: w.parameter for w in weights_of(model) if w.kind == LINEAR and w.name.rpartition(".")[0] in layers}
-    if found:
-        print(
-            f"the model reads the weights of {len(found)} linear layers and never calls them, for example "
-            f"{next(iter(found))}; their gradients stay dense"
-        )
-    return found
-
-
-def _with_lora(model) -> Any:
-    """Return the peft wrapper of a model, with an adapter at each linear layer."""
+    Raises:
+        UserError: for a model that cannot.
+    """
+    base = base_of(model)
+    # transformers has renamed the method.
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise UserError("method lora needs the package peft; run `pip install peft`") from error
-    config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear")
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:  # such as for Mamba
-        reason = " ".join(str(error).split()).split(". ")[0]
-        raise UserError(f"peft cannot adapt a {type(model).__name__}: {reason}; use --method lift") from error
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"{type(base).__name__} keeps its activations; leave out --checkpointing") from error
 
 
-def _training_line(method: str, covered: Sequence[torch.Tensor], entries: int, share: float) -> str:
+def _full(model: Any, weights: Sequence[Weight], settings: Settings) -> list[torch.Tensor]:
+    """Freeze what include and exclude leave out, and return the other weights."""
+    chosen = [w.parameter for w in chosen_by_name(weights, settings, "weight")]
+    kept = set(map(id, chosen))
+    for p in model.parameters():
+        p.requires_grad_(id(p) in kept)
+    return list(chosen)
+
+
+def _training_line(settings: Settings, covered: Sequence[torch.Tensor], kinds: Sequence[Kind], share: float) -> str:
     """Return what is trained, in one line. A stack counts as its matrices."""
     matrices, weights = sum(p.shape[:-2].numel() for p in covered if p.dim() > 1), sum(p.numel() for p in covered)
+    entries, every = sum(kind.trained for kind in kinds), sum(kind.weights for kind in kinds)
     of_model = f"{100 * share:.1f} % of the model's matrices outside embeddings and head"
-    if method == "full":
-        return f"training all {weights:,} weights"
-    if method == "lora":
+    if settings.method == "full":
+        return f"training all {weights:,} weights" if weights == every else f"training {weights:,} of {every:,} weights"
+    if settings.method == "lora":
         return f"adapting {matrices} matrices of linear layers by {entries:,} numbers, {of_model}"
-    further = "" if share == 1 else "; --extra REGEX trains further ones"
+    all_linear = settings.method in SPARSE and settings.include is settings.exclude is None
+    further = "; --extra REGEX trains further ones" if share < 1 and all_linear else ""
     return (
         f"training {100 * entries / weights:.3g} % of {matrices} matrices: {entries:,} of {weights:,} weights, "
         f"{of_model}{further}"
@@ -174,8 +137,16 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def trained_entries(optimizer: torch.optim.Optimizer) -> int:
     """Return the number of entries that an optimizer changes."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if isinstance(optimizer, LiftAdamW):
-        given = {p: trainable_of(p).indices for p in parameters}  # of packed gradients, from the start
-        return sum((optimizer.state[p]["indices"] if i is None else i).numel() for p, i in given.items())
-    return sum(p.numel() for p in parameters)
+    return sum(_entries(optimizer).values())
+
+
+def _entries(optimizer: torch.optim.Optimizer) -> dict[int, int]:
+    """Return how many entries of each matrix an optimizer changes, by the id of its parameter."""
+    found = {}
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        kind = trainable_of(p)
+        mask = kind.indices  # of packed gradients, from the start
+        if mask is None and isinstance(optimizer, LiftAdamW):
+            mask = optimizer.state[p]["indices"]
+        found[id(kind.matrix)] = (p if mask is None else mask).numel()
+    return found

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,16 +17,21 @@ import transformers
 from ..checkpoint.atomic_file import write_atomic
 from ..errors import UserError
 from ..optim.lift_adamw import LiftAdamW
-from . import evaluation, report, run_dir
-from .config import DTYPES, Settings
+from . import report, run_dir, trained
+from .config import ADAPTERS, DTYPES, Settings
 from .data import SHOTS, RunData, prepare_data
 from .forward import form_of
-from .measure import Measurement, measure
+from .measure import Measurement, changes, measure
 from .methods import prepare, state_bytes, trained_entries
+from .metrics import choose_metric
 from .model_io import Source, find_model, load_model, stored_dtype
-from .model_kinds import check_tokens
+from .model_kinds import check_tokens, position_limit
+from .neutral import neutral_pieces
 from .parallel import Ranks, joined
+from .precision import autocast
+from .prompts import Example, Sample
 from .timing import Clock, PhaseTimer
+from .trained import Kind
 from .training import train
 
 
@@ -42,6 +49,7 @@ class Run:
         steps: optimizer steps.
         model: the model; `_prepare` and `_save` replace it where a method wraps or merges it.
         tokenizer: its tokenizer.
+        neutral: what the neutral text is, and its pieces.
         clock: durations of the parts of a training step.
     """
 
@@ -54,6 +62,7 @@ class Run:
     steps: int
     model: Any
     tokenizer: Any
+    neutral: tuple[str, list[Example]]
     clock: Clock
 
 
@@ -65,6 +74,7 @@ class Method:
         optimizer: optimizer of the trained parameters.
         covered: weights that the method adapts, in whole or in part.
         share: their share of the model's matrices outside embeddings and head.
+        kinds: what is trained and what is left out, by kind of layer.
         identity: fingerprints of the frozen weights and the training data (`run_dir.identity`).
         checkpoint: state of the interrupted run, or None at the start.
     """
@@ -72,6 +82,7 @@ class Method:
     optimizer: torch.optim.Optimizer
     covered: list[torch.Tensor]
     share: float
+    kinds: list[Kind]
     identity: dict[str, str]
     checkpoint: dict[str, Any] | None
 
@@ -140,20 +151,44 @@ def _load(settings: Settings, ranks: Ranks) -> dict[str, Any]:
     form_of(model)  # refuses a model that cannot be called, before the run has a directory
     data = prepare_data(settings, tokenizer)
     print(f"data: {data.description}")
+    metric = choose_metric(data.heldout, settings.metric, tokenizer)
+    data = replace(data, metric=metric.name)
+    print(f"metric: {metric.name}, {metric.why}")
+    neutral = neutral_pieces(tokenizer, settings.neutral, position_limit(model.config))
     check_tokens(model, tokenizer, [*data.sequences, *data.encoded], data.longest, data.together)
-    if data.rows < ranks.count:
-        raise UserError(
-            f"a batch of {settings.batch_size} samples makes {data.rows} sequences, too few for {ranks.count} ranks; "
-            f"take at most {data.rows} ranks, or --batch-size {SHOTS * ranks.count}"
-        )
+    _check_batch(settings, data, ranks)
     return {
         "source": source,
         "data": data,
-        "steps": settings.steps or math.ceil((settings.epochs or 1) * len(data.sequences) / data.rows),
+        "steps": settings.steps or _steps_of(settings.epochs or 1, data),
         "model": model,
         "tokenizer": tokenizer,
+        "neutral": neutral,
         "clock": Clock(model.device),
     }
+
+
+def _check_batch(settings: Settings, data: RunData, ranks: Ranks) -> None:
+    """Raise UserError unless a batch has enough sequences for all backward passes and ranks."""
+    if data.rows % settings.accumulation:
+        fits = [n for n in range(1, data.rows + 1) if data.rows % n == 0]
+        raise UserError(
+            f"a batch of {settings.batch_size} samples makes {data.rows} sequences, which {settings.accumulation} "
+            f"passes cannot share; take --accumulation {' or '.join(map(str, fits))}, or a larger --batch-size"
+        )
+    rows = data.rows // settings.accumulation
+    if rows < ranks.count:
+        passes = f" in each of {settings.accumulation} passes" if settings.accumulation > 1 else ""
+        raise UserError(
+            f"a batch of {settings.batch_size} samples makes {rows} sequences{passes}, too few for {ranks.count} "
+            f"ranks; take at most {rows} ranks, or --batch-size {SHOTS * ranks.count * settings.accumulation}"
+        )
+
+
+def _steps_of(epochs: float, data: RunData) -> int:
+    """Return how many steps so many passes over the data take. The last batch may be small."""
+    each = math.ceil(len(data.sequences) / data.rows)
+    return max(1, math.ceil(epochs * each - 1e-9))  # 0.1 x 30 is 3.0000000000000004
 
 
 def _prepare(job: Run) -> Method:
@@ -163,8 +198,10 @@ def _prepare(job: Run) -> Method:
     except ValueError as error:  # an option that does not fit this model's matrices, or weights that are not finite
         raise UserError(str(error)) from error
     job.model = ready.model
+    print(trained.table(ready.kinds), flush=True)
     identity = run_dir.identity(job.model, job.data.sequences)
-    return Method(ready.optimizer, ready.covered, ready.share, identity, _find_checkpoint(job, identity))
+    checkpoint = _find_checkpoint(job, identity)
+    return Method(ready.optimizer, ready.covered, ready.share, ready.kinds, identity, checkpoint)
 
 
 def _find_checkpoint(job: Run, identity: dict[str, str]) -> dict[str, Any] | None:
@@ -182,18 +219,37 @@ def _find_checkpoint(job: Run, identity: dict[str, str]) -> dict[str, Any] | Non
 
 def _measure_before(job: Run) -> Measurement:
     """Measure the untrained model, or read what the interrupted run measured."""
-    path = job.folder / run_dir.BEFORE
-    earlier = job.ranks.first(lambda: json.loads(path.read_text()) if path.exists() else None)
+    path, texts = job.folder / run_dir.BEFORE, {"texts": _fingerprint(job)}
+    earlier = job.ranks.first(lambda: _read_before(path, texts))
     if earlier is not None:
         return Measurement(**earlier)
     measured = _measure(job, "before")
-    job.ranks.first(lambda: write_atomic(path, json.dumps(measured.saved())))
+    job.ranks.first(lambda: write_atomic(path, json.dumps(texts | measured.saved())))
     return measured
 
 
+def _read_before(path: Path, texts: dict[str, str]) -> dict[str, Any] | None:
+    """Return what the interrupted run measured, on the same texts, or None."""
+    if not path.exists():
+        return None
+    earlier = json.loads(path.read_text())
+    if earlier.pop("texts", None) != texts["texts"]:
+        raise UserError(
+            f"the held-out or the neutral texts are not those of the interrupted run in {path.parent}; restore the "
+            "files of --data and --neutral and the version of Python, or start a new run"
+        )
+    return earlier
+
+
+def _fingerprint(job: Run) -> str:
+    """Return a fingerprint of all texts that the run is measured on."""
+    texts = [job.data.encoded, job.data.asked, job.data.prefix, job.neutral[1]]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
+
 def _measure(job: Run, when: str) -> Measurement:
-    neutral = evaluation.neutral_examples(job.tokenizer)
-    return measure(job.model, job.tokenizer, job.data, neutral, job.ranks, when)
+    with autocast(job.settings, job.model.device):
+        return measure(job.model, job.tokenizer, job.data, job.neutral[1], job.ranks, when)
 
 
 def _train(job: Run, method: Method) -> list[float]:
@@ -218,7 +274,7 @@ def _save(job: Run, method: Method) -> dict[str, Any]:
     entries, weights = trained_entries(method.optimizer), sum(p.numel() for p in method.covered)
     state, gradients = state_bytes(method.optimizer), job.clock.gradient_bytes
     lift = isinstance(method.optimizer, LiftAdamW)
-    if job.settings.method == "lora":
+    if job.settings.method in ADAPTERS:
         job.model = job.model.merge_and_unload()
     job.ranks.first(lambda: run_dir.save_once(job.model, job.tokenizer, job.folder))
     return {
@@ -226,6 +282,7 @@ def _save(job: Run, method: Method) -> dict[str, Any]:
         "covered_weights": weights,
         "covered_share": method.share,
         "density": entries / weights,
+        "trained.by_kind": [kind.row() for kind in method.kinds],
         "optimizer_state_bytes.measured": state,
         "optimizer_state_bytes.dense": 8 * weights,  # two fp32 moments
         "gradient_bytes.measured": gradients,
@@ -241,14 +298,22 @@ def _results(
     job: Run, method: Method, before: Measurement, after: Measurement, sizes: dict[str, Any], timer: PhaseTimer
 ) -> report.Report:
     """Assemble the report."""
-    clock = job.clock
+    clock, metric = job.clock, choose_metric(job.data.heldout, job.data.metric, job.tokenizer)
     return {
         "method": job.settings.method,
         "model.name": job.source.gguf_file or job.source.location,
         "model.description": job.source.description,
         "data.description": job.data.description,
-        **dict(sorted((before.figures | after.figures).items())),
-        "exact_match.problems": len(job.data.heldout),
+        "data.together": job.data.together,
+        **dict(sorted((before.figures | after.figures | changes(before, after)).items())),
+        "heldout_loss.unit": f"nats per {_counted_token(job)}",
+        "heldout.samples": len(job.data.heldout),
+        "exact_match.problems": len(after.answers) or None,
+        "metric": metric.name,
+        "metric.description": metric.description,
+        "neutral.description": job.neutral[0],
+        "neutral.pieces": len(job.neutral[1]),
+        "neutral.tokens": sum(len(piece["input_ids"]) for piece in job.neutral[1]),
         **sizes,
         **clock.refresh_figures(),
         "seconds.forward_backward": median(clock.forward_backward),
@@ -270,13 +335,24 @@ def _write_report(
     job: Run, results: report.Report, losses: list[float], before: Measurement, after: Measurement
 ) -> report.Report:
     """Write answers, plot and report, print the table, and return the report."""
-    rows = zip(job.data.heldout, before.answers, after.answers, strict=True)
-    report.write_answers(
-        job.folder / run_dir.ANSWERS,
-        [{"question": p.question, "expected": p.answer, "before": b, "after": a} for p, b, a in rows],
-    )
+    report.write_answers(job.folder / run_dir.ANSWERS, _answer_rows(job.data.heldout, before, after))
     report.plot_losses(results, losses, list(job.clock.refreshes), job.folder / run_dir.PLOT)
     report.write_json(results, job.folder / run_dir.REPORT)  # written last: a run with a report is finished
     run_dir.finish(job.folder)
     print(f"\n{report.table(results)}\n\nwritten to {job.folder}: report.json, answers.jsonl, loss.png, model/")
     return results
+
+
+def _answer_rows(heldout: Sequence[Sample], before: Measurement, after: Measurement) -> list[dict[str, Any]]:
+    """Return what each held-out sample got before and after training."""
+    nothing: list[None] = [None] * len(heldout)
+    columns = (before.answers or nothing, after.answers or nothing, before.target, after.target)
+    names = ("question", "expected", "before", "after", "loss_before", "loss_after", "where")
+    rows = zip(heldout, *columns, strict=True)
+    return [dict(zip(names, (p.question or p.prompt, p.answer, *row, p.where), strict=True)) for p, *row in rows]
+
+
+def _counted_token(job: Run) -> str:
+    """Return what the losses of samples are means over."""
+    answers = job.settings.loss == "answers" and any(sample.answer for sample in job.data.heldout)
+    return "answer token" if answers else "token"

@@ -6,6 +6,7 @@ incomplete. So Trainer saves none (``save_strategy="no"``), and a callback saves
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
 from pathlib import Path
@@ -126,30 +127,39 @@ def load_training(checkpoint: dict[str, Any], model: Any, optimizer: Any) -> Non
 
 
 class AnswerTrainer(Trainer):
-    """A Trainer on the mean loss over answer tokens.
+    """A Trainer on the mean loss over the labelled tokens of a step.
 
     Every rank reads whole batches, all in the same order, and computes its own rows. So several
-    ranks train the batches of a single one, and each knows the number of answer tokens of a batch.
+    ranks train the batches of a single one, and each knows the number of labelled tokens of a step.
+    The backward passes of a step add up their parts of its gradient, so that each token counts
+    the same, however many there are in a pass.
 
     Attributes:
-        losses: loss of every step in nats per token, over the batch of all ranks.
+        losses: loss of every step in nats per token, over the batches of all ranks.
         ranks: the ranks that train together.
+        precision: context of the forward passes (`precision.autocast`).
         checkpoints: saves and loads training.
     """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step
 
     def __init__(
         self,
         *args: Any,
         clock: Clock,
         ranks: Ranks,
+        precision: torch.autocast,
         save_steps: int = 0,
         identity: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         self.losses: list[float] = []
-        self.ranks = ranks
+        self.ranks, self.precision = ranks, precision
+        self._passes, self._tokens = 1, 0  # of the present step
+        self._totals: list[torch.Tensor] = []  # summed losses of its passes so far, of this rank
         self.checkpoints = Checkpoints(self, clock, save_steps, identity or {})
         super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # says what loss_is_scaled_for_ga does to older transformers
         self.add_callback(clock)
         self.add_callback(self.checkpoints)
 
@@ -178,18 +188,37 @@ class AnswerTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory,
         )
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Return the batches of a step, one a backward pass, and their labelled tokens."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        self._passes, self._tokens = len(batches), sum(int((b["labels"] != IGNORE).sum()) for b in batches)
+        self._totals = []
+        return batches, self._tokens
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        rows, count = range(len(inputs["labels"])), int((inputs["labels"] != IGNORE).sum())
+        rows = range(len(inputs["labels"]))
         own = self.ranks.own(rows)
         # The last batch of an epoch may be smaller. A rank without a row takes part by a loss of 0.
-        total, _ = evaluation.answer_loss(model, take_rows(inputs, own or rows[:1]))
+        with self.precision:
+            total, _ = evaluation.answer_loss(model, take_rows(inputs, own or rows[:1]))
         total = total * bool(own)
-        self.losses.append((self.ranks.sum(total) / count).item())
+        self._totals.append(total.detach())
+        if len(self._totals) == self._passes:
+            self._note_loss()
+        # DistributedDataParallel averages the gradients of the ranks.
+        return total * self.ranks.count / self._tokens
+
+    def _note_loss(self) -> None:
+        """Append the loss of a step to ``losses``, at its last pass.
+
+        Raises:
+            UserError: on every rank, when it is not finite. No weight has changed then.
+        """
+        self.losses.append((self.ranks.sum(torch.stack(self._totals).sum()) / self._tokens).item())
         if not math.isfinite(self.losses[-1]):
-            float16 = base_of(model).dtype == torch.float16
+            float16 = base_of(self.model).dtype == torch.float16
             other = ", or --dtype bfloat16, for float16 overflows easily" if float16 else ""
             raise UserError(f"the loss is {self.losses[-1]} at step {len(self.losses)}; choose a lower --lr{other}")
-        return total * self.ranks.count / count  # DistributedDataParallel averages the gradients of the ranks
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing, because `Checkpoints` loads the model when training begins.

@@ -10,10 +10,10 @@ from transformers import TrainingArguments
 
 from ..optim.lift_adamw import LiftAdamW
 from . import prompts
-from .config import Settings
+from .config import CLIP_NORM, Settings
 from .data import RunData
-from .methods import CLIP_NORM
 from .parallel import Ranks
+from .precision import autocast
 from .timing import Clock
 from .trainer import AnswerTrainer
 
@@ -55,7 +55,8 @@ def train(
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=data.rows,
+        per_device_train_batch_size=data.rows // settings.accumulation,
+        gradient_accumulation_steps=settings.accumulation,
         train_sampling_strategy="group_by_length",
         learning_rate=optimizer.param_groups[0]["lr"],
         lr_scheduler_type="linear",
@@ -63,9 +64,10 @@ def train(
         # LiftAdamW clips by the norm over its own entries. The norm over dense gradients is larger
         # and would clip harder.
         max_grad_norm=0.0 if isinstance(optimizer, LiftAdamW) else CLIP_NORM,
-        logging_steps=10,
+        logging_steps=10 if settings.report_to == "none" else 1,
         save_strategy="no",  # AnswerTrainer saves
-        report_to="none",
+        report_to=settings.report_to,
+        run_name=folder.name,
         remove_unused_columns=False,
         dataloader_pin_memory=model.device.type == "cuda",
         use_cpu=model.device.type == "cpu",
@@ -85,6 +87,7 @@ def train(
         optimizers=(optimizer, None),
         clock=clock,
         ranks=ranks,
+        precision=autocast(settings, model.device),
         save_steps=settings.save_steps,
         identity=identity,
     )
