@@ -73,6 +73,11 @@ def test_the_loss_of_a_packed_batch_is_that_of_its_samples(name):
     assert prompts.take_rows(batch, [2])["input_ids"].shape == (1, len(packed[2]["input_ids"]))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_low_precision_may_pack(name):
+    check_packing(MODELS[name]().to(torch.bfloat16))
+
+
 def test_gradients_of_a_packed_batch_are_those_of_its_samples():
     grads = []
     for rows in (pack(examples_of(), 30), examples_of()):
@@ -84,9 +89,11 @@ def test_gradients_of_a_packed_batch_are_those_of_its_samples():
         torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["mamba", "bloom", "qwen3_next"])
-def test_models_that_see_earlier_samples_are_refused(name):
-    model = make_model(name)
+def test_models_that_see_earlier_samples_are_refused(name, dtype):
+    """Also with weights of low precision, for which small effects look like rounding."""
+    model = make_model(name).to(dtype)
     with pytest.raises(UserError, match=f"^{type(model).__name__} does not keep packed samples apart; leave out --pac"):
         check_packing(model)
     assert model.training
