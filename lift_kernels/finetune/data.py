@@ -157,7 +157,8 @@ def choose_samples(settings: Settings, tokenizer: Any) -> Choice:
     samples = different(found)
     if len(samples) < len(found):
         print(f"{len(found) - len(samples)} samples of {origin} repeat a prompt and are left out")
-    metric = metrics.choose_metric(samples, settings.metric, tokenizer).name
+    # Without a score, samples stay the same.
+    metric = metrics.choose_metric(samples, None if settings.metric == "none" else settings.metric, tokenizer).name
     shots = _shots(settings, form, metric)
     if shots:
         samples = [prompts.worked_example(s.question, s.answer, s.where) for s in samples]
@@ -169,7 +170,7 @@ def choose_samples(settings: Settings, tokenizer: Any) -> Choice:
         lower = f", or lower --batch-size ({batch})" if batch > 1 else ""
         raise UserError(f"{origin} holds {len(samples)} different samples; give at least {next(enough)}{lower}")
     heldout, shown, train = samples[:held], samples[held : held + shots], samples[held + shots :]
-    return Choice(train, heldout, shown, metric, origin)
+    return Choice(train, heldout, shown, settings.metric or metric, origin)
 
 
 def _held_out(count: int, settings: Settings) -> int:
