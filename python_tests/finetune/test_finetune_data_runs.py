@@ -9,6 +9,7 @@ import numpy
 import pandas
 import pytest
 import torch
+import trl  # noqa: F401  (for chats and packing)
 from helpers.data_rows import make_chat_tokenizer, rows_of
 from helpers.short_training import trained
 from helpers.tiny_llama import save_tiny

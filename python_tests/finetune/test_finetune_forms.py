@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import trl  # noqa: F401  (for chats and packing)
 from helpers.data_rows import make_chat_tokenizer, rows_of, turns
 from helpers.tiny_llama import make_tokenizer
 

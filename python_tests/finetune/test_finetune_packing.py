@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import trl  # noqa: F401  (for chats and packing)
 from helpers.architectures import make_model
 from helpers.data_rows import make_chat_tokenizer, rows_of
 from helpers.short_training import trained
