@@ -149,7 +149,7 @@ def _load(settings: Settings, ranks: Ranks) -> dict[str, Any]:
             f"apply a delta of this run in Python, load the base with dtype=torch.{settings.dtype}"
         )
     form_of(model)  # refuses a model that cannot be called, before the run has a directory
-    data = prepare_data(settings, tokenizer)
+    data = prepare_data(settings, tokenizer, model)
     print(f"data: {data.description}")
     metric = choose_metric(data.heldout, settings.metric, tokenizer)
     data = replace(data, metric=metric.name)
