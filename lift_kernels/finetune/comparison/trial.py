@@ -32,7 +32,6 @@ from .options import of_run
 from .plan import Trial
 from .rows import Row
 
-
 NOT_FINITE = "the loss is"
 """How the error of `training.train` begins where training diverges."""
 
