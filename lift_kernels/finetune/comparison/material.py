@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import math
 import platform
@@ -15,7 +16,6 @@ from typing import Any
 import torch
 import transformers
 
-from ... import __version__
 from ...delta.model_weights import fingerprint
 from ...errors import UserError
 from ..config import DTYPES
@@ -168,4 +168,4 @@ def commit() -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return f"version {__version__}"
+        return f"version {importlib.metadata.version('lift_kernels')}"
