@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -17,7 +16,8 @@ from ..errors import UserError
 from ..optim.lift_adamw import LiftAdamW
 from . import evaluation, report, run_dir, trained
 from .config import ADAPTERS, DTYPES, Settings
-from .data import SHOTS, RunData, prepare_data
+from .data import RunData, prepare_data
+from .estimate import estimate
 from .forward import form_of
 from .measure import Measurement, measure
 from .methods import prepare, state_bytes, trained_entries
@@ -27,7 +27,7 @@ from .parallel import Ranks, joined
 from .precision import autocast
 from .timing import Clock, PhaseTimer
 from .trained import Kind
-from .training import train
+from .training import check_batch, steps_of, train
 
 
 @dataclass
@@ -112,6 +112,8 @@ def _run(settings: Settings, resumed: bool, ranks: Ranks) -> report.Report:
     job = Run(settings=settings, ranks=ranks, folder=folder, resumed=resumed, **loaded)
     timer.begin("mask", f"preparing method {settings.method}")
     method = _prepare(job)
+    timer.begin("estimate", "timing a training batch")
+    _say_how_long(job, method)
     timer.begin("before", "measuring the model before training")
     before = _measure_before(job)
     timer.begin("train", f"training {job.steps} steps of {settings.batch_size} samples")
@@ -145,38 +147,15 @@ def _load(settings: Settings, ranks: Ranks) -> dict[str, Any]:
     data = prepare_data(settings, tokenizer)
     print(f"data: {data.description}")
     check_tokens(model, tokenizer, [*data.sequences, *data.encoded], data.longest, data.together)
-    _check_batch(settings, data, ranks)
+    check_batch(settings, data, ranks)
     return {
         "source": source,
         "data": data,
-        "steps": settings.steps or _steps_of(settings.epochs or 1, data),
+        "steps": settings.steps or steps_of(settings.epochs or 1, data),
         "model": model,
         "tokenizer": tokenizer,
         "clock": Clock(model.device),
     }
-
-
-def _check_batch(settings: Settings, data: RunData, ranks: Ranks) -> None:
-    """Raise UserError unless a batch has enough sequences for all backward passes and ranks."""
-    if data.rows % settings.accumulation:
-        fits = [n for n in range(1, data.rows + 1) if data.rows % n == 0]
-        raise UserError(
-            f"a batch of {settings.batch_size} samples makes {data.rows} sequences, which {settings.accumulation} "
-            f"passes cannot share; take --accumulation {' or '.join(map(str, fits))}, or a larger --batch-size"
-        )
-    rows = data.rows // settings.accumulation
-    if rows < ranks.count:
-        passes = f" in each of {settings.accumulation} passes" if settings.accumulation > 1 else ""
-        raise UserError(
-            f"a batch of {settings.batch_size} samples makes {rows} sequences{passes}, too few for {ranks.count} "
-            f"ranks; take at most {rows} ranks, or --batch-size {SHOTS * ranks.count * settings.accumulation}"
-        )
-
-
-def _steps_of(epochs: float, data: RunData) -> int:
-    """Return how many steps so many passes over the data take. The last batch may be small."""
-    each = math.ceil(len(data.sequences) / data.rows)
-    return max(1, math.ceil(epochs * each - 1e-9))  # 0.1 x 30 is 3.0000000000000004
 
 
 def _prepare(job: Run) -> Method:
@@ -203,6 +182,24 @@ def _find_checkpoint(job: Run, identity: dict[str, str]) -> dict[str, Any] | Non
     if checkpoint is not None:
         print(f"resuming after step {step}", flush=True)
     return checkpoint
+
+
+def _say_how_long(job: Run, method: Method) -> None:
+    """Print how long the rest of the run will take."""
+    done = 0 if method.checkpoint is None else method.checkpoint["step"]
+    measured = job.ranks.first(lambda: (job.folder / run_dir.BEFORE).exists())
+    expected = estimate(
+        job.model,
+        job.tokenizer,
+        job.data,
+        job.steps - done,
+        job.settings,
+        sum(len(example["input_ids"]) for example in evaluation.neutral_examples(job.tokenizer)),
+        ranks=job.ranks,
+        measurements=1 if measured else 2,
+        mask_seconds=job.clock.refreshes.get(0, 0.0),
+    )
+    print(expected, flush=True)
 
 
 def _measure_before(job: Run) -> Measurement:
