@@ -85,6 +85,16 @@ def others(command, folder, tmp_path_factory):
     return run_methods(command, folder, tmp_path_factory.mktemp("others"), "random", "lora", "full", "experts")
 
 
+def assert_same_answers(several, one):
+    """Losses of samples are rounded by the batches in which they are measured, and ranks have others."""
+    a, e = ([json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()] for run in (several, one))
+    assert len(a) == len(e) > 0
+    for left, right in zip(a, e):
+        for key in ("loss_before", "loss_after"):
+            assert left.pop(key) == pytest.approx(right.pop(key), rel=1e-5)
+        assert left == right
+
+
 PARAMETERS = [
     pytest.param("lift", "lift"),
     *(pytest.param(method, "others", marks=pytest.mark.slow) for method in ("random", "lora", "full", "experts")),
@@ -98,7 +108,7 @@ def test_several_ranks_train_the_model_of_one_process(request, folder, method, s
     one, several = folder / "runs" / f"{method}-one", folder / "runs" / f"{method}-all"
     assert_same_model(folder / ("mixtral" if method == "experts" else "tiny"), several, one)
     assert_same_report(several, one, RANKS[method])
-    assert (several / "answers.jsonl").read_text() == (one / "answers.jsonl").read_text()
+    assert_same_answers(several, one)
     [(_, alone, _)], [(_, first, _), *silent] = said[method, "one"], said[method, "all"]
     assert phases(first.replace(f"{method}-all", f"{method}-one")) == phases(alone)
     for _, out, error in silent:
