@@ -86,7 +86,7 @@ def others(command, folder, tmp_path_factory):
 
 
 def assert_same_answers(several, one):
-    """Losses of samples are rounded by the batches in which they are measured, and ranks have others."""
+    """The answers are equal. Losses are rounded by their batches, which several ranks share out."""
     a, e = ([json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()] for run in (several, one))
     assert len(a) == len(e) > 0
     for left, right in zip(a, e):
