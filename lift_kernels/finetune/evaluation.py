@@ -1,35 +1,19 @@
-"""Losses of a model on encoded samples, and the neutral text."""
+"""Losses of a model on encoded samples."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from .forward import form_of, logits_at
-from .prompts import IGNORE, Example, collate, opening
+from .neutral import neutral_pieces
+from .prompts import IGNORE, Example, collate
 
-# Prose without arithmetic. A rise of its loss shows how much the model forgot in fine-tuning.
-NEUTRAL_TEXT = (
-    "The river rises in the hills north of the town and flows slowly through wide meadows before it reaches the sea. "
-    "In spring, when the snow melts, it often floods the fields along its banks. Farmers have learned to live with "
-    "the water: they build their houses on small mounds and keep boats in their barns. In summer the same fields are "
-    "dry, and cows graze where fish were swimming a few weeks earlier.",
-    "Bread is one of the oldest prepared foods. The dough is made from flour, water, salt and yeast, and it has to "
-    "rest in a warm place so that it can rise. While the yeast feeds on the sugars in the flour, it releases gas, "
-    "which is trapped in the dough and makes it soft. A hot oven then turns the outside into a brown crust while the "
-    "inside stays moist.",
-    "The museum opened its new wing last week with an exhibition about the history of photography. Visitors can see "
-    "early cameras made of wood and brass, portraits of people who had to sit still for minutes, and the first "
-    "pictures taken from the air. The curator said that she wanted to show how a difficult craft became something "
-    "that everybody does without thinking about it.",
-    "A computer program is a list of instructions that a machine can follow. Programmers write it in a language that "
-    "people can read, and a compiler translates it into the simple operations of the processor. Most of the work, "
-    "however, is not writing but reading: before changing a program one has to understand what it does, why it does "
-    "it that way, and who depends on it.",
-)
+LABELLED = 2048
+"""Most labelled tokens of a batch. Each of them takes logits of the whole vocabulary."""
 
 
 def answer_loss(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
@@ -50,7 +34,8 @@ def row_losses(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, tor
 
     Args:
         model: a causal language model.
-        batch: input ids, attention mask and labels, each (rows, tokens), as from `collate`.
+        batch: input ids, attention mask and labels, and position ids of packed samples, each (rows,
+            tokens), as from `collate`. The first token of a text has no label.
 
     Returns:
         The losses in nats, fp32 (rows,) with a gradient, and the labelled tokens, int64 (rows,).
@@ -61,7 +46,7 @@ def row_losses(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, tor
         losses, counts = zip(*(row_losses(model, row) for row in rows), strict=True)
         return torch.cat(losses), torch.cat(counts)
     columns = (labels != IGNORE).any(0).nonzero()[:, 0]
-    logits = logits_at(model, batch["input_ids"], mask, columns - 1)
+    logits = logits_at(model, batch["input_ids"], mask, columns - 1, batch.get("position_ids"))
     target = labels[:, columns]
     loss = cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=IGNORE, reduction="none")
     return loss.view(target.shape).sum(1), (target != IGNORE).sum(1)
@@ -83,23 +68,51 @@ def sample_losses(
         model: a causal language model; it is put into evaluation mode.
         tokenizer: its tokenizer.
         examples: encoded examples.
-        batch_size: examples per batch.
+        batch_size: most examples per batch; see LABELLED too.
         title: text of the progress bar.
     """
     model.eval()
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
     losses = [(0.0, 0)] * len(examples)
-    for start in tqdm(range(0, len(order), batch_size), desc=title, unit="batch"):
-        chosen = order[start : start + batch_size]
-        batch = collate([examples[i] for i in chosen], tokenizer.pad_token_id)
-        totals, counts = row_losses(model, {k: v.to(model.device) for k, v in batch.items()})
-        for i, total, count in zip(chosen, totals.tolist(), counts.tolist(), strict=True):
-            losses[i] = total, count
+    with tqdm(total=len(examples), desc=title, unit="sample") as bar:
+        for chosen in batches(examples, batch_size):
+            batch = collate([examples[i] for i in chosen], tokenizer.pad_token_id)
+            totals, counts = row_losses(model, {k: v.to(model.device) for k, v in batch.items()})
+            for i, total, count in zip(chosen, totals.tolist(), counts.tolist(), strict=True):
+                losses[i] = total, count
+            bar.update(len(chosen))
     return losses
 
 
+def batches(examples: Sequence[Example], batch_size: int) -> Iterator[list[int]]:
+    """Yield the numbers of examples of similar length that make a batch, at least one.
+
+    Args:
+        examples: encoded examples.
+        batch_size: most examples of a batch; they have no more than LABELLED labelled columns.
+    """
+    batch: list[int] = []
+    widest = 0
+    for i in sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"])):
+        width = _width(examples[i])
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * max(widest, width) > LABELLED):
+            yield batch
+            batch, widest = [], 0
+        batch.append(i)
+        widest = max(widest, width)
+    if batch:
+        yield batch
+
+
+def _width(example: Example) -> int:
+    """Return the memory that an example takes in a batch, in labelled tokens.
+
+    The head runs from the first label to the end. Other tokens take a small part of its memory.
+    """
+    labels = example["labels"]
+    first = next((i for i, label in enumerate(labels) if label != IGNORE), 0)
+    return max(len(labels) - first, len(labels) // 8)
+
+
 def neutral_examples(tokenizer) -> list[Example]:
-    """Return NEUTRAL_TEXT as examples in which all tokens but the first are labelled."""
-    start = opening(tokenizer)
-    encoded = [start + tokenizer(text, add_special_tokens=False)["input_ids"] for text in NEUTRAL_TEXT]
-    return [{"input_ids": ids, "labels": [IGNORE, *ids[1:]]} for ids in encoded]
+    """Return the built-in neutral text in pieces; see `neutral.neutral_pieces`."""
+    return neutral_pieces(tokenizer)[1]

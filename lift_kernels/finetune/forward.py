@@ -22,6 +22,10 @@ from ..nn.weight_kinds import is_linear
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 """By dtype: how far logits may lie apart, relative to the largest, and still count as the same."""
+LEAK = 0.02
+"""Largest effect of packed samples on each other, as a share of that of samples that are seen. It
+is above the rounding of experts in bfloat16, which sort tokens; layers of attention have none.
+"""
 PROBE = 16  # tokens of the short text, and of its padding
 
 _forms: WeakIdKeyDictionary = WeakIdKeyDictionary()  # model -> its Form
@@ -74,7 +78,9 @@ def positions_of(mask: torch.Tensor) -> torch.Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def logits_at(model: Any, ids: torch.Tensor, mask: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+def logits_at(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, columns: torch.Tensor, positions: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return logits (rows, columns, vocabulary) of a batch that is padded on the left.
 
     The head runs only on those columns, where the model allows that.
@@ -84,14 +90,56 @@ def logits_at(model: Any, ids: torch.Tensor, mask: torch.Tensor, columns: torch.
         ids: token ids, (rows, tokens).
         mask: attention mask, (rows, tokens).
         columns: positions in the batch, int64.
+        positions: position of each token in its sample, (rows, tokens), where rows hold several
+            samples that do not see each other. The model gets no mask then (`check_packing`).
     """
-    return _logits(model, form_of(model), ids, mask, columns)
+    return _logits(model, form_of(model), ids, mask, columns, positions)
 
 
-def _logits(model: Any, form: Form, ids: torch.Tensor, mask: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    options = {"position_ids": positions_of(mask), "logits_to_keep": columns, "use_cache": False}
-    logits = model(input_ids=ids, **form.accepted(attention_mask=mask, **options)).logits
+def _logits(
+    model: Any,
+    form: Form,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    columns: torch.Tensor,
+    positions: torch.Tensor | None = None,
+) -> torch.Tensor:
+    seen = {"attention_mask": mask, "position_ids": positions_of(mask)}
+    seen = seen if positions is None else {"position_ids": positions}
+    logits = model(input_ids=ids, **form.accepted(**seen, logits_to_keep=columns, use_cache=False)).logits
     return logits if "logits_to_keep" in form.arguments else logits[:, columns]
+
+
+@torch.no_grad()
+def check_packing(model: Any) -> None:
+    """Refuse a model that does not keep packed samples apart by positions that begin again.
+
+    Raises:
+        UserError: when logits of a text depend on another text in front of it.
+    """
+    base, form = base_of(model), form_of(model)
+    apart = "position_ids" in form.arguments
+    if apart:
+        with _mode(base, training=False), explained(base):
+            apart = _keeps_apart(base, form)
+    if not apart:
+        raise UserError(f"{type(base).__name__} does not keep packed samples apart; leave out --packing")
+
+
+def _keeps_apart(model: Any, form: Form) -> bool:
+    """Return whether positions that begin again hide the text in front, and change nothing else."""
+    text = _text(model)
+    columns = torch.arange(PROBE, device=model.device)
+    again = torch.cat([columns, columns])[None]
+    alone = _logits(model, form, text, torch.ones_like(text), columns)
+    packed, joined = [], []
+    for front in (text.flip(1), text[:, :1].expand_as(text)):
+        both = torch.cat([front, text], 1)
+        whole = torch.ones_like(both)
+        packed.append(_logits(model, form, both, whole, columns + PROBE, again))
+        joined.append(_logits(model, form, both, whole, columns + PROBE))
+    leak, effect = ((first - second).abs().max() for first, second in (packed, joined))
+    return _close(packed[0], alone) and bool(leak <= LEAK * effect)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What a run measures before and after training: losses, answers and exact match.
+"""What a run measures before and after training: losses, answers and their score.
 
 Every rank measures its share of the samples.
 """
@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from . import evaluation, metrics
+from . import evaluation
 from .data import RunData
-from .decoding import greedy_answers
+from .decoding import choice_losses, end_tokens, greedy_answers
+from .intervals import paired_change
+from .metrics import Metric, choose_metric, wilson_interval
 from .parallel import Ranks
-from .prompts import IGNORE, Example
+from .prompts import Example
 
 EVAL_BATCH = 32
 GENERATION_BATCH = 100  # decoding is bound by reading the weights, so a large batch costs little more than a small one
@@ -25,7 +27,7 @@ class Measurement:
 
     Attributes:
         figures: losses and scores by report key.
-        answers: the model's answer to each held-out sample; [] without a metric.
+        answers: the model's answer to each held-out sample; [] for metric none.
         target: mean loss of each held-out sample, nats per token.
         neutral: mean loss of each piece of neutral text, nats per token.
     """
@@ -47,7 +49,7 @@ def losses_of(model, tokenizer, examples: Sequence[Example], ranks: Ranks, title
 
 
 def measure(model, tokenizer, data: RunData, neutral: Sequence[Example], ranks: Ranks, when: str) -> Measurement:
-    """Measure losses (nats per token) and exact match; their keys end in ``when``.
+    """Measure losses (nats per token) and the score of the answers; their keys end in ``when``.
 
     Args:
         model: a causal language model; it is put into evaluation mode.
@@ -57,23 +59,57 @@ def measure(model, tokenizer, data: RunData, neutral: Sequence[Example], ranks: 
         ranks: the ranks that share the samples; all get the whole result.
         when: before or after.
     """
-    longest = max(sum(label != IGNORE for label in e["labels"]) for e in data.encoded)
     target = losses_of(model, tokenizer, data.encoded, ranks, f"held-out loss {when}")
     other = losses_of(model, tokenizer, neutral, ranks, f"neutral loss {when}")
-    asked = ranks.own(data.asked)
-    answers = ranks.merge(
-        greedy_answers(model, tokenizer, asked, data.prefix, longest + 8, GENERATION_BATCH, f"answers {when}")
-    )
-    correct = sum(metrics.same_number(a, s.answer) for a, s in zip(answers, data.heldout, strict=True))
-    low, high = metrics.wilson_interval(correct, len(data.heldout))
+    metric = choose_metric(data.heldout, data.metric, tokenizer)
+    answers = _answers(model, tokenizer, data, metric, ranks, f"answers {when}")
+    score: dict[str, float | None] = dict.fromkeys(("", "_low", "_high"))
+    if answers:
+        right = sum(metric.right(a, s.answer) for a, s in zip(answers, data.heldout, strict=True))
+        score = dict(zip(score, (right / len(answers), *wilson_interval(right, len(answers))), strict=True))
     figures = {
         f"heldout_loss.{when}": _mean(target),
         f"neutral_loss.{when}": _mean(other),
-        f"exact_match.{when}": correct / len(data.heldout),
-        f"exact_match.{when}_low": low,
-        f"exact_match.{when}_high": high,
+        **{f"exact_match.{when}{bound}": value for bound, value in score.items()},
     }
     return Measurement(figures, answers, [_mean([x]) for x in target], [_mean([x]) for x in other])
+
+
+def changes(before: Measurement, after: Measurement) -> dict[str, float | None]:
+    """Return what training changed, by report key, with 95 % intervals over samples and pieces."""
+    figures: dict[str, float | None] = {}
+    for name in ("target", "neutral"):
+        change = paired_change(getattr(before, name), getattr(after, name))
+        key = "heldout_loss" if name == "target" else "neutral_loss"
+        figures |= dict(zip((f"{key}.change", f"{key}.change_low", f"{key}.change_high"), change, strict=True))
+    return figures
+
+
+def _answers(model, tokenizer, data: RunData, metric: Metric, ranks: Ranks, title: str) -> list[str]:
+    """Return the model's answer to each held-out sample; none without a metric."""
+    if metric.name == "none":
+        return []
+    whole, asked = completions(data), ranks.own(data.asked)
+    if metric.name == "choice":
+        # Of answers that were cut to fit, the longest counts.
+        known = sorted(zip(whole, data.heldout, strict=True), key=lambda pair: len(pair[0]))
+        of_answer = {sample.answer.strip(): ids for ids, sample in known}
+        ids = [of_answer[choice] for choice in metric.choices]
+        losses = ranks.merge(choice_losses(model, tokenizer, asked, data.prefix, ids, title))
+        return [metric.choices[row.index(min(row))] for row in losses]
+    longest = max(map(len, whole)) + 8
+    ends = None if data.lines else end_tokens(model, tokenizer, whole)
+    return ranks.merge(greedy_answers(model, tokenizer, asked, data.prefix, longest, GENERATION_BATCH, title, ends))
+
+
+def completions(data: RunData) -> list[list[int]]:
+    """Return the token ids that follow each held-out prompt in its whole text."""
+    found = []
+    for example, asked in zip(data.encoded, data.asked, strict=True):
+        ids = example["input_ids"]
+        start = len(asked) if ids[: len(asked)] == asked else len(asked) + 1  # an opening token, which asked may lack
+        found.append(ids[start:])
+    return found
 
 
 def _mean(losses: Sequence[tuple[float, int]]) -> float:

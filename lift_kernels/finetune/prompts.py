@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-Example = dict[str, list[int]]  # "input_ids" and "labels"
+Example = dict[str, list[int]]  # "input_ids" and "labels"; also "position_ids" of packed samples
 
 IGNORE = -100  # the label that a loss skips
 
@@ -55,18 +55,55 @@ def worked_example(question: str, answer: str, where: str = "") -> Sample:
     return Sample(prompt(question), completion(answer), question, answer, where)
 
 
-def encode(tokenizer, sample: Sample) -> Example:
-    """Return the token ids of prompt and completion, with labels on the completion alone."""
+def single_example(question: str, answer: str, where: str = "") -> Sample:
+    """Return a question with its answer, which keeps its lines, as a text of its own."""
+    return Sample(prompt(question), f" {answer.strip()}", question, answer, where)
+
+
+def encode(tokenizer, sample: Sample, loss: str = "answers", alone: bool = False) -> Example:
+    """Return the token ids and labels of a sample.
+
+    Prompt and completion are encoded one by one, so that a prompt has the same tokens as when the
+    model answers it.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        sample: the sample.
+        loss: "answers" labels the completion alone, "all" the prompt too.
+        alone: whether the sample is a text of its own. It begins with the tokenizer's opening token
+            and ends with the end-of-text token then, unless it has them already.
+    """
     head = tokenizer(sample.prompt, add_special_tokens=False)["input_ids"]
     tail = tokenizer(sample.completion, add_special_tokens=False)["input_ids"]
-    return {"input_ids": head + tail, "labels": [IGNORE] * len(head) + tail}
+    start: list[int] = []
+    if alone and not sample.whole:
+        start = _missing_opening(tokenizer, head or tail)
+        tail = tail if tail[-1:] == [tokenizer.eos_token_id] else [*tail, tokenizer.eos_token_id]
+    labels = [IGNORE] * len(start) + ([IGNORE] * len(head) if loss == "answers" else head) + tail
+    return {"input_ids": start + head + tail, "labels": _unlabelled_first(labels) if alone else labels}
+
+
+def encode_prompt(tokenizer, sample: Sample, alone: bool = False) -> list[int]:
+    """Return the token ids of a prompt as `encode` has them."""
+    head = tokenizer(sample.prompt, add_special_tokens=False)["input_ids"]
+    return _missing_opening(tokenizer, head) + head if alone and not sample.whole else head
+
+
+def _missing_opening(tokenizer, ids: list[int]) -> list[int]:
+    start = opening(tokenizer)
+    return [] if start == ids[:1] else start
+
+
+def _unlabelled_first(labels: list[int]) -> list[int]:
+    """Return the labels of a text, whose first token nothing predicts."""
+    return [IGNORE, *labels[1:]]
 
 
 def join(tokenizer, examples: Sequence[Example]) -> Example:
     """Join several examples into one sequence, in which later ones see the earlier ones."""
     start = opening(tokenizer)
     ids, labels = ([token for example in examples for token in example[key]] for key in ("input_ids", "labels"))
-    return {"input_ids": start + ids, "labels": [IGNORE] * len(start) + labels}
+    return {"input_ids": start + ids, "labels": _unlabelled_first([IGNORE] * len(start) + labels)}
 
 
 def collate(examples: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
@@ -75,19 +112,26 @@ def collate(examples: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
     With padding on the left, generation continues every row in the same column.
 
     Args:
-        examples: encoded examples.
+        examples: encoded examples; packed ones have "position_ids".
         pad: id of the padding token.
 
     Returns:
-        Input ids, attention mask and labels: int64, each (examples, longest example).
+        Input ids, attention mask and labels, and position ids if all examples have them: int64,
+        each (examples, longest example). The mask of packed examples says where padding is; the
+        model does not get it, as it keeps samples apart by their positions alone. Padding has
+        positions of its own, like a further sample.
     """
     width = max(len(e["input_ids"]) for e in examples)
+    packed = all("position_ids" in e for e in examples)
     rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    rows |= {"position_ids": []} if packed else {}
     for e in examples:
         gap = width - len(e["input_ids"])
         rows["input_ids"].append([pad] * gap + e["input_ids"])
         rows["attention_mask"].append([0] * gap + [1] * len(e["input_ids"]))
         rows["labels"].append([IGNORE] * gap + e["labels"])
+        if packed:
+            rows["position_ids"].append([*range(gap), *e["position_ids"]])
     return {key: torch.tensor(value) for key, value in rows.items()}
 
 

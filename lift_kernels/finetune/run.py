@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -14,48 +16,35 @@ import transformers
 from ..checkpoint.atomic_file import write_atomic
 from ..errors import UserError
 from ..optim.lift_adamw import LiftAdamW
-from . import evaluation, report, run_dir, trained
-from .config import ADAPTERS, DTYPES, Settings
-from .data import RunData, prepare_data
+from . import report, run_dir, trained
+from .config import ADAPTERS, Settings
 from .estimate import estimate
-from .forward import form_of
-from .measure import Measurement, measure
+from .loading import Loaded, load
+from .measure import Measurement, changes, measure
 from .methods import prepare, state_bytes, trained_entries
-from .model_io import Source, find_model, load_model, stored_dtype
-from .model_kinds import check_tokens
+from .metrics import choose_metric
 from .parallel import Ranks, joined
 from .precision import autocast
+from .prompts import Sample
 from .timing import Clock, PhaseTimer
 from .trained import Kind
-from .training import check_batch, steps_of, train
+from .training import train
 
 
 @dataclass
-class Run:
-    """What the phases of a run share.
+class Run(Loaded):
+    """What the phases of a run share; `_prepare` and `_save` replace the model where it is wrapped.
 
     Attributes:
-        settings: options of the run.
         ranks: the ranks that do the run together.
         folder: directory that the run writes.
         resumed: whether the run in that directory was interrupted before.
-        source: where the model was loaded from.
-        data: training sequences and held-out samples.
-        steps: optimizer steps.
-        model: the model; `_prepare` and `_save` replace it where a method wraps or merges it.
-        tokenizer: its tokenizer.
         clock: durations of the parts of a training step.
     """
 
-    settings: Settings
     ranks: Ranks
     folder: Path
     resumed: bool
-    source: Source
-    data: RunData
-    steps: int
-    model: Any
-    tokenizer: Any
     clock: Clock
 
 
@@ -107,9 +96,9 @@ def run(settings: Settings, resumed: bool = False) -> report.Report:
 def _run(settings: Settings, resumed: bool, ranks: Ranks) -> report.Report:
     timer = PhaseTimer()
     timer.begin("load", "loading the model")
-    loaded = ranks.together(lambda: _load(settings, ranks))
+    loaded = ranks.together(lambda: load(settings, ranks))
     folder, resumed = ranks.first(lambda: run_dir.open_folder(settings, resumed, ranks.restarted))
-    job = Run(settings=settings, ranks=ranks, folder=folder, resumed=resumed, **loaded)
+    job = Run(**vars(loaded), ranks=ranks, folder=folder, resumed=resumed, clock=Clock(loaded.model.device))
     timer.begin("mask", f"preparing method {settings.method}")
     method = _prepare(job)
     timer.begin("estimate", "timing a training batch")
@@ -125,37 +114,6 @@ def _run(settings: Settings, resumed: bool, ranks: Ranks) -> report.Report:
     timer.begin("end", "done")
     results = _results(job, method, before, after, sizes, timer)
     return ranks.first(lambda: _write_report(job, results, losses, before, after))
-
-
-def _load(settings: Settings, ranks: Ranks) -> dict[str, Any]:
-    """Load the model and encode the problems; return attributes of `Run`."""
-    source = find_model(settings.model)
-    transformers.set_seed(settings.seed)
-    model: Any
-    model, tokenizer = load_model(source, DTYPES[settings.dtype])
-    device = "cuda" if settings.device == "auto" and torch.cuda.is_available() else settings.device
-    model.to(torch.device("cpu" if device == "auto" else device))
-    print(f"model: {source.description}, {settings.dtype}, on {model.device}")
-    stored = stored_dtype(source)
-    if stored not in (None, DTYPES[settings.dtype]):
-        name = str(stored).removeprefix("torch.")
-        print(
-            f"dtype: stored as {name}, trained and saved as {settings.dtype}; --dtype {name} trains it as it is. To "
-            f"apply a delta of this run in Python, load the base with dtype=torch.{settings.dtype}"
-        )
-    form_of(model)  # refuses a model that cannot be called, before the run has a directory
-    data = prepare_data(settings, tokenizer)
-    print(f"data: {data.description}")
-    check_tokens(model, tokenizer, [*data.sequences, *data.encoded], data.longest, data.together)
-    check_batch(settings, data, ranks)
-    return {
-        "source": source,
-        "data": data,
-        "steps": settings.steps or steps_of(settings.epochs or 1, data),
-        "model": model,
-        "tokenizer": tokenizer,
-        "clock": Clock(model.device),
-    }
 
 
 def _prepare(job: Run) -> Method:
@@ -194,7 +152,7 @@ def _say_how_long(job: Run, method: Method) -> None:
         job.data,
         job.steps - done,
         job.settings,
-        sum(len(example["input_ids"]) for example in evaluation.neutral_examples(job.tokenizer)),
+        sum(len(example["input_ids"]) for example in job.neutral[1]),
         ranks=job.ranks,
         measurements=1 if measured else 2,
         mask_seconds=job.clock.refreshes.get(0, 0.0),
@@ -204,19 +162,37 @@ def _say_how_long(job: Run, method: Method) -> None:
 
 def _measure_before(job: Run) -> Measurement:
     """Measure the untrained model, or read what the interrupted run measured."""
-    path = job.folder / run_dir.BEFORE
-    earlier = job.ranks.first(lambda: json.loads(path.read_text()) if path.exists() else None)
+    path, texts = job.folder / run_dir.BEFORE, {"texts": _fingerprint(job)}
+    earlier = job.ranks.first(lambda: _read_before(path, texts))
     if earlier is not None:
         return Measurement(**earlier)
     measured = _measure(job, "before")
-    job.ranks.first(lambda: write_atomic(path, json.dumps(measured.saved())))
+    job.ranks.first(lambda: write_atomic(path, json.dumps(texts | measured.saved())))
     return measured
 
 
+def _read_before(path: Path, texts: dict[str, str]) -> dict[str, Any] | None:
+    """Return what the interrupted run measured, on the same texts, or None."""
+    if not path.exists():
+        return None
+    earlier = json.loads(path.read_text())
+    if earlier.pop("texts", None) != texts["texts"]:
+        raise UserError(
+            f"the held-out or the neutral texts are not those of the interrupted run in {path.parent}; restore the "
+            "files of --data and --neutral and the version of Python, or start a new run"
+        )
+    return earlier
+
+
+def _fingerprint(job: Run) -> str:
+    """Return a fingerprint of all texts that the run is measured on."""
+    texts = [job.data.encoded, job.data.asked, job.data.prefix, job.neutral[1]]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
+
 def _measure(job: Run, when: str) -> Measurement:
-    neutral = evaluation.neutral_examples(job.tokenizer)
     with autocast(job.settings, job.model.device):
-        return measure(job.model, job.tokenizer, job.data, neutral, job.ranks, when)
+        return measure(job.model, job.tokenizer, job.data, job.neutral[1], job.ranks, when)
 
 
 def _train(job: Run, method: Method) -> list[float]:
@@ -265,14 +241,22 @@ def _results(
     job: Run, method: Method, before: Measurement, after: Measurement, sizes: dict[str, Any], timer: PhaseTimer
 ) -> report.Report:
     """Assemble the report."""
-    clock = job.clock
+    clock, metric = job.clock, choose_metric(job.data.heldout, job.data.metric, job.tokenizer)
     return {
         "method": job.settings.method,
         "model.name": job.source.gguf_file or job.source.location,
         "model.description": job.source.description,
         "data.description": job.data.description,
-        **dict(sorted((before.figures | after.figures).items())),
-        "exact_match.problems": len(job.data.heldout),
+        "data.together": job.data.together,
+        **dict(sorted((before.figures | after.figures | changes(before, after)).items())),
+        "heldout_loss.unit": f"nats per {_counted_token(job)}",
+        "heldout.samples": len(job.data.heldout),
+        "exact_match.problems": len(after.answers) or None,
+        "metric": metric.name,
+        "metric.description": metric.description,
+        "neutral.description": job.neutral[0],
+        "neutral.pieces": len(job.neutral[1]),
+        "neutral.tokens": sum(len(piece["input_ids"]) for piece in job.neutral[1]),
         **sizes,
         **clock.refresh_figures(),
         "seconds.forward_backward": median(clock.forward_backward),
@@ -294,13 +278,24 @@ def _write_report(
     job: Run, results: report.Report, losses: list[float], before: Measurement, after: Measurement
 ) -> report.Report:
     """Write answers, plot and report, print the table, and return the report."""
-    rows = zip(job.data.heldout, before.answers, after.answers, strict=True)
-    report.write_answers(
-        job.folder / run_dir.ANSWERS,
-        [{"question": p.question, "expected": p.answer, "before": b, "after": a} for p, b, a in rows],
-    )
+    report.write_answers(job.folder / run_dir.ANSWERS, _answer_rows(job.data.heldout, before, after))
     report.plot_losses(results, losses, list(job.clock.refreshes), job.folder / run_dir.PLOT)
     report.write_json(results, job.folder / run_dir.REPORT)  # written last: a run with a report is finished
     run_dir.finish(job.folder)
     print(f"\n{report.table(results)}\n\nwritten to {job.folder}: report.json, answers.jsonl, loss.png, model/")
     return results
+
+
+def _answer_rows(heldout: Sequence[Sample], before: Measurement, after: Measurement) -> list[dict[str, Any]]:
+    """Return what each held-out sample got before and after training."""
+    nothing: list[None] = [None] * len(heldout)
+    columns = (before.answers or nothing, after.answers or nothing, before.target, after.target)
+    names = ("question", "expected", "before", "after", "loss_before", "loss_after", "where")
+    rows = zip(heldout, *columns, strict=True)
+    return [dict(zip(names, (p.question or p.prompt, p.answer, *row, p.where), strict=True)) for p, *row in rows]
+
+
+def _counted_token(job: Run) -> str:
+    """Return what the losses of samples are means over."""
+    answers = job.settings.loss == "answers" and any(sample.answer for sample in job.data.heldout)
+    return "answer token" if answers else "token"
