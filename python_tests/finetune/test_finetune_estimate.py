@@ -9,7 +9,7 @@ import torch
 from helpers.architectures import save_architecture
 from helpers.finetune_runs import assert_same_end, make_runs_cheap, make_settings
 from helpers.interrupted_runs import interrupted
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, RwkvConfig, RwkvForCausalLM
 
 from lift_kernels.finetune.config import Settings
 from lift_kernels.finetune.data import RunData, prepare_data
@@ -33,7 +33,7 @@ DATA = RunData(
     sequences=[example(length) for length in (10, 20, 30, 40, 50)],
     rows=2,
     heldout=[None, None, None],
-    encoded=[example(7, 2), example(3), example(5, 3)],
+    encoded=[example(8, 2), example(3), example(5, 3)],
     asked=[[5] * 6, [5] * 2, [5] * 2],
     prefix=[5] * 4,
     lines=True,
@@ -72,16 +72,19 @@ def test_training_counts_the_tokens_of_all_batches_with_their_padding(model, tok
 def test_measuring_counts_texts_prompts_and_passes_that_write(model, tokenizer):
     settings = Settings(device="cpu", steps=1)
     found = estimate(model, tokenizer, DATA, 1, settings, 100)
-    assert found.tokens == Tokens(found.tokens.training, measured=3 * 7 + 100, asked=4 + 3 * 6, written=3 + 8)
+    assert found.tokens == Tokens(found.tokens.training, measured=3 * 8 + 100, asked=4 + 3 * 6, written=3 + 8)
     assert found.total == found.training + found.losses + found.answers and found.masks == 0
+    chosen = estimate(model, tokenizer, replace(DATA, metric="choice"), 1, settings, 100).tokens
+    assert (chosen.asked, chosen.written) == (4 + 10 + 3 * (1 + 2 + 3), 0), "every answer continues every prompt"
     silent = estimate(model, tokenizer, replace(DATA, metric="none"), 1, settings, 100)
     assert (silent.tokens.asked, silent.tokens.written, silent.answers) == (0, 0, 0)
 
 
-def test_a_model_that_reads_padding_gets_rows_without_it(tmp_path, tokenizer):
-    model = AutoModelForCausalLM.from_pretrained(save_architecture("rwkv", tmp_path))
+def test_a_model_that_reads_padding_gets_rows_without_it(tokenizer):
+    config = RwkvConfig(vocab_size=258, hidden_size=32, num_hidden_layers=2, bos_token_id=0, eos_token_id=0)
+    model = RwkvForCausalLM(config)
     found = estimate(model, tokenizer, DATA, 3, Settings(device="cpu", steps=3), 100).tokens
-    assert found == Tokens(training=150, measured=15 + 100, asked=10 + 3 * 4, written=3 * (3 + 8))
+    assert found == Tokens(training=150, measured=16 + 100, asked=10 + 3 * 4, written=3 * (3 + 8))
 
 
 def test_later_masks_are_counted_where_a_method_makes_some(model, tokenizer):
