@@ -1,0 +1,155 @@
+"""What all runs of a comparison share: the untrained model, and the parts of the data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ... import __version__
+from ...delta.model_weights import fingerprint
+from ...errors import UserError
+from .. import evaluation
+from ..config import DTYPES
+from ..data import RunData, prepare_data
+from ..forward import form_of
+from ..model_io import find_model, load_model
+from ..model_kinds import check_tokens
+from ..prompts import Example
+from .options import OF_SETTINGS, Comparison, saved_form
+
+FRONTIER_PIECES = 20
+"""Pieces of neutral text that are measured before the final stage."""
+NOT_TRAINING = ("model", "data", "neutral", "device")
+"""Settings that are names of what the digests are of, or do not change results."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """What all runs share.
+
+    Attributes:
+        options: options of the comparison.
+        model: the untrained model, on the CPU; every run trains a copy.
+        tokenizer: its tokenizer.
+        device: where the runs train.
+        train: training sequences, and the samples of the validation part.
+        test: the same with the samples of the test part, which no choice may depend on.
+        neutral: pieces of neutral text.
+        steps: optimizer steps of a run.
+        digests: what identifies model and data, by name.
+    """
+
+    options: Comparison
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    train: RunData
+    test: RunData
+    neutral: list[Example]
+    steps: int
+    digests: dict[str, str]
+
+    def part(self, name: str) -> RunData:
+        """Return the data with the samples of a part, "validation" or "test"."""
+        return self.test if name == "test" else self.train
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model, the data and the settings that all rows share."""
+        form = saved_form(self.options)
+        shared = {name: form[name] for name in OF_SETTINGS if name not in NOT_TRAINING}
+        return _digest([shared, self.digests])[:16]
+
+
+def load(options: Comparison) -> Material:
+    """Load the model and the data of a comparison.
+
+    Raises:
+        UserError: for a model or data that cannot be used, and for too few samples.
+    """
+    settings = options.settings
+    source = find_model(settings.model)
+    transformers.set_seed(settings.seed)
+    model, tokenizer = load_model(source, DTYPES[settings.dtype])
+    device = "cuda" if settings.device == "auto" and torch.cuda.is_available() else settings.device
+    print(f"model: {source.description}, {settings.dtype}, on {'cpu' if device == 'auto' else device}")
+    form_of(model)
+    data = prepare_data(replace(settings, eval_problems=options.validation + options.test), tokenizer)
+    train, test = split(data, options)
+    print(f"data: {data.description}: {len(train.heldout)} for validation and {len(test.heldout)} for the test")
+    check_tokens(model, tokenizer, [*data.sequences, *data.encoded], data.longest, data.together)
+    neutral = evaluation.neutral_examples(tokenizer)[: options.pieces]
+    return Material(
+        options=options,
+        model=model,
+        tokenizer=tokenizer,
+        device=torch.device("cpu" if device == "auto" else device),
+        train=train,
+        test=test,
+        neutral=neutral,
+        steps=settings.steps or math.ceil((settings.epochs or 1) * len(data.sequences) / data.rows),
+        digests={
+            "model": fingerprint(model.state_dict()),
+            "training data": _digest([data.sequences, data.rows]),
+            "validation part": _digest([train.encoded, train.asked, train.prefix]),
+            "test part": _digest([test.encoded, test.asked, test.prefix]),
+            "neutral text": _digest(neutral),
+        },
+    )
+
+
+def split(data: RunData, options: Comparison) -> tuple[RunData, RunData]:
+    """Return the data with the first held-out samples for validation, and with the rest.
+
+    Where there are fewer than asked for, both parts shrink alike.
+
+    Raises:
+        UserError: where a part has fewer than two samples.
+    """
+    count, wanted = len(data.heldout), options.validation + options.test
+    first = options.validation if count >= wanted else round(count * options.validation / wanted)
+    if min(first, count - first) < 2:
+        raise UserError(
+            f"the data leave {count} held-out samples for validation and test, and each needs at least 2; give more "
+            "--data"
+        )
+    return _take(data, slice(0, first)), _take(data, slice(first, wanted))
+
+
+def _take(data: RunData, which: slice) -> RunData:
+    return replace(data, heldout=data.heldout[which], encoded=data.encoded[which], asked=data.asked[which])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def tokens_of(examples: Sequence[Example]) -> int:
+    """Return the tokens of examples."""
+    return sum(len(example["input_ids"]) for example in examples)
+
+
+def machine(device: torch.device) -> str:
+    """Return what seconds were measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
+def commit() -> str:
+    """Return the commit of a clone of this package, else its version."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return f"version {__version__}"

@@ -1,0 +1,188 @@
+"""The runs of a comparison one after the other, and what it writes."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...checkpoint.atomic_file import write_atomic
+from ...errors import FileError
+from . import costs, options, picture, plan, rows, summary, verdict
+from .costs import Costs, duration
+from .material import Material, load
+from .options import ROWS, Comparison, design_of
+from .rows import STAGES, Row
+from .trial import CannotRun, run_trial
+
+TABLE, PICTURE, VERDICT = "table.md", "compare.png", "verdict.txt"
+
+
+class Session:
+    """A comparison that runs.
+
+    Attributes:
+        shared: model and data.
+        design: what runs.
+        rows: finished runs of the task.
+        failed: methods that cannot run, and why.
+        began: the time by `time.perf_counter` from which the budget counts.
+        costs: what runs will cost.
+    """
+
+    def __init__(self, shared: Material, found: Sequence[Row], began: float) -> None:
+        self.shared, self.options = shared, shared.options
+        self.design = design_of(self.options)
+        self.folder = Path(self.options.output).expanduser()
+        self.rows = list(found)
+        self.failed: dict[str, str] = {}
+        self.began = began
+        self.costs: Costs = costs.measured(shared)
+
+    def left(self, most: bool) -> Counter[tuple[str, str]]:
+        """Return the runs that remain, by stage and label."""
+        return plan.remaining(self.design, self.rows, self.failed, most)
+
+    def remains(self, by_stage: bool = False) -> str:
+        """Return how many runs remain and how long they take, for people."""
+        both = [self.left(most) for most in (False, True)]
+        if not both[1].total():
+            return "none"
+        runs = _span(*(left.total() for left in both))
+        time_left = _span(*(duration(self.costs.total(left, self.rows)) for left in both))
+        stages = {s: _span(*(sum(n for (t, _), n in left.items() if t == s) for left in both)) for s in STAGES}
+        detail = f" ({', '.join(f'{s} {n}' for s, n in stages.items() if n != '0')})" if by_stage else ""
+        return f"{runs} run{'' if runs == '1' else 's'}{detail}, about {time_left}"
+
+    def over_budget(self, trial: plan.Trial) -> bool:
+        """Return whether a run would end after the budget."""
+        if self.options.budget is None:
+            return False
+        spent = time.perf_counter() - self.began
+        return spent + self.costs.expected(trial.stage, trial.label, self.rows) > self.options.budget
+
+    def run(self) -> bool:
+        """Run what remains; return whether the comparison is complete."""
+        print(f"to run: {self.remains(by_stage=True)}", flush=True)
+        while (trial := plan.next_trial(self.design, self.rows, self.failed)) is not None:
+            if self.over_budget(trial):
+                print(f"the budget of {duration(self.options.budget or 0)} has no time for another run")
+                return False
+            try:
+                found = run_trial(self.shared, trial)
+            except CannotRun as reason:
+                self.failed[trial.label] = str(reason)
+                print(f"{trial.label} cannot run: {reason}", flush=True)
+                continue
+            rows.add(self.folder / ROWS, found)
+            self.rows += found
+            print(f"{self._line(found[0])}; to run: {self.remains()}", flush=True)
+            if trial.stage == "pilot" and trial.seed == plan.PILOT_SEEDS - 1:
+                print(self._planned(), flush=True)
+        return True
+
+    def _line(self, row: Row) -> str:
+        """Return what a run found."""
+        name = row.method if row.stage == "base" else f"{row.method} at {row.rate:g}, seed {row.seed}"
+        if row.status == "diverged":
+            return f"{row.stage}: {name}: diverged, {row.seconds:.0f} s"
+        text = f"{row.stage}: {name}: {row.part} loss {row.target_loss:.4f}"
+        if row.neutral_losses:
+            text += f", neutral text {self._neutral(row)}"
+        if row.accuracy is not None:
+            text += f", {row.accuracy:.1%} right"
+        return f"{text}, {row.seconds:.0f} s"
+
+    def _neutral(self, row: Row) -> str:
+        if row.stage == "base":
+            return f"{row.neutral_loss:.4f}"
+        return f"{row.neutral_loss - summary.base_row(self.rows, row.part).neutral_loss:+.4f}"
+
+    def _planned(self) -> str:
+        """Return what the design can find, as the pilot says."""
+        seeds, samples = self.options.seeds, len(self.shared.test.heldout)
+        found = summary.planned(self.rows, seeds, samples)
+        if found is None:
+            return "the pilot diverged, so it does not say what the design can find; give a lower rate with --rates"
+        share = f", {found.share:.1%} of what training gained" if found.share == found.share else ""
+        return (
+            f"with {seeds} seeds and {samples} test samples, the comparison finds differences from {found.nats:.4f} "
+            f"nats on{share} (in 80 % of repetitions)"
+        )
+
+    def write(self, complete: bool) -> None:
+        """Write table, picture and verdict of the finished runs, and print table and verdict."""
+        notes = [f"{label} was not compared: {reason}." for label, reason in self.failed.items()]
+        if not complete:
+            notes.append(f"Not complete: {self.remains()} remain. To go on: {self._command()}")
+        reference = self.design.entries[0].label
+        if not any(row.stage == "final" and row.method == reference for row in self.rows):
+            print("\n".join(["there is no final run of the reference yet, so there is no table", *notes]))
+            return
+        found = summary.summarize(self.rows, reference)
+        planned = summary.planned(self.rows, self.options.seeds, len(self.shared.test.heldout))
+        text = "\n".join([verdict.words(found, self._not_looked_at(), planned), *notes])
+        write_atomic(self.folder / TABLE, verdict.markdown_table(found) + "\n")
+        write_atomic(self.folder / VERDICT, text + "\n")
+        try:
+            picture.draw(self.rows, found, self.options.settings.model or "SmolLM2-135M", self.folder / PICTURE)
+        except ModuleNotFoundError:
+            print("the picture needs the package matplotlib; run `pip install matplotlib`")
+        print(f"\n{verdict.text_table(found)}\n\n{text}\n\nwritten to {self.folder}: {self._written()}")
+
+    def _written(self) -> str:
+        names = (TABLE, PICTURE, VERDICT, ROWS, options.SETTINGS)
+        return ", ".join(name for name in names if (self.folder / name).exists())
+
+    def _command(self) -> str:
+        tasks = len(options.read_saved(self.folder))
+        task = f" --task '{self.options.task}'" if tasks > 1 else ""
+        return f"python -m lift_kernels compare --resume {self.folder}{task}"
+
+    def _not_looked_at(self) -> list[str]:
+        """Return what the comparison did not vary."""
+        fixed = [f"{entry.label} at {entry.rate:g}" for entry in self.design.entries if entry.fixed]
+        rates = [f"other rates than {', '.join(fixed)}"] if fixed else []
+        return [*rates, "other models and data", f"other lengths of training than {self.shared.steps} steps"]
+
+
+def _span(low: object, high: object) -> str:
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def compare(chosen: Comparison) -> bool:
+    """Run a comparison to its end or its budget, and write what it found.
+
+    Args:
+        chosen: options; where their directory holds finished runs of the task, they are kept.
+
+    Returns:
+        Whether it is complete.
+
+    Raises:
+        UserError: for input that cannot be used, and where finished runs have other options.
+    """
+    began = time.perf_counter()
+    folder = Path(chosen.output).expanduser()
+    saved = options.read_saved(folder).get(chosen.task)
+    if saved is not None:
+        options.check_same(chosen, saved, folder)
+    shared = load(chosen)
+    if saved is not None:
+        options.check_digests(shared.digests, saved, folder)
+    try:
+        found = rows.read(folder / ROWS, chosen.task, shared.fingerprint)
+        options.save(chosen, shared.digests)
+    except OSError as error:
+        raise FileError(f"cannot write {folder}: {error.strerror}; choose another --output") from error
+    session = Session(shared, found, began)
+    if found:
+        print(f"{folder} holds {len(found)} rows of {chosen.task}, which are kept")
+    try:
+        complete = session.run()
+    except KeyboardInterrupt:
+        session.write(complete=False)
+        raise
+    session.write(complete)
+    return complete
