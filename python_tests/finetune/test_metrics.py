@@ -96,7 +96,10 @@ def test_exact_ignores_case_white_space_and_a_final_full_stop(tokenizer):
 
 def test_descriptions_name_what_is_compared(tokenizer):
     choice = choose_metric(samples("yes", "no", "yes", "no"), None, tokenizer)
-    assert choice.description == "of no | yes, the expected one has the highest probability as a whole text"
+    assert (
+        choice.description
+        == "of the held-out answers no | yes, the expected one has the highest probability as a whole text"
+    )
     long = choose_metric(samples("a\nb", "c" * 99), "choice", tokenizer)
-    assert long.description.startswith(f"of a b | {'c' * 40}, the expected one")
+    assert long.description.startswith(f"of the held-out answers a b | {'c' * 40}, the expected one")
     assert choose_metric(samples("a", "b"), "none", tokenizer).description.startswith("no answers are scored")
