@@ -1,7 +1,8 @@
-"""The tables of what is computed and not timed."""
+"""The tables of what is computed: costs, rounding, recipes, comparisons of methods."""
 
 from __future__ import annotations
 
+from bench.tables.comparisons import COMPARISON_TABLES
 from bench.tables.rows import refresh_cost_rows
 from bench.tables.types import Table
 
@@ -53,4 +54,5 @@ COMPUTED_TABLES = {
         },
         each=[{}],
     ),
+    **COMPARISON_TABLES,
 }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 Selection = Mapping[str, str]
 """CSV column to the text that a row has there. ``*`` stands for anything.
@@ -37,6 +38,7 @@ class Table:
             texts, else none.
         tuned: how many of ``rows`` are shown again, as measured with other settings.
         partial: shows what there is. Files, rows and columns may be missing.
+        whole: makes the text from the path of the one file, in place of all the above.
 
     The rows of several folders come one after the other. Then a column says which level of the
     compiled code they were measured with, or on which card. A first cell like the one above it is
@@ -50,3 +52,4 @@ class Table:
     names: Mapping[str, Selection] = field(default_factory=dict)
     tuned: int = 0
     partial: bool = False
+    whole: Callable[[Path], str] | None = None

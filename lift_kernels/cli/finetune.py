@@ -19,15 +19,23 @@ def add_parser(commands: Any) -> None:
         usage="%(prog)s [options]",
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    _add_data(parser.add_argument_group("data"))
+    data = parser.add_argument_group("data")
+    add_data(data)
+    data.add_argument("--seed", type=int, help="seed of problems, order and random masks (default: 0)")
     _add_method(parser.add_argument_group("method", "what is trained"))
-    _add_training(parser.add_argument_group("training"))
+    training = parser.add_argument_group("training")
+    add_training(training, steps=60)
+    training.add_argument("--lr", type=float, help="peak learning rate (default: 1e-3; full: 1e-4)")
+    training.add_argument(
+        "--parallel", help="none, or ddp: share each batch out among the ranks of torchrun (default: none)"
+    )
     _add_measuring(parser.add_argument_group("measuring", "before and after training"))
     _add_output(parser.add_argument_group("output"))
     parser.set_defaults(run=run, input_errors=())
 
 
-def _add_data(group: Any) -> None:
+def add_data(group: Any) -> None:
+    """Add the options that name model and data."""
     add = group.add_argument
     add(
         "--model",
@@ -59,7 +67,6 @@ def _add_data(group: Any) -> None:
     )
     add("--max-length", type=int, metavar="TOKENS", help="leave out samples with more tokens (default: 512)")
     add("--truncate", action="store_true", default=None, help="cut samples that are too long, and leave none out")
-    add("--seed", type=int, help="seed of problems, order and random masks (default: 0)")
 
 
 METHODS = {
@@ -79,9 +86,19 @@ METHODS = {
 
 
 def _add_method(group: Any) -> None:
-    add = group.add_argument
+    group.add_argument("--method", help=f"default: lift\n{methods_help()}")
+    add_masks(group)
+
+
+def methods_help() -> str:
+    """Return what each method trains, one a line."""
     width = max(map(len, METHODS))
-    add("--method", help="\n".join(["default: lift", *(f"{m:<{width}}  {what}" for m, what in METHODS.items())]))
+    return "\n".join(f"{method:<{width}}  {what}" for method, what in METHODS.items())
+
+
+def add_masks(group: Any) -> None:
+    """Add the options that say which weights are trained, whatever the method."""
+    add = group.add_argument
     add("--density", type=float, metavar="SHARE", help="share of each matrix that is trained (default: 0.05)")
     add(
         "--budget-rank",
@@ -116,11 +133,11 @@ def _add_method(group: Any) -> None:
     )
 
 
-def _add_training(group: Any) -> None:
+def add_training(group: Any, steps: int) -> None:
+    """Add the options of training; ``steps`` is their default number."""
     add = group.add_argument
-    add("--steps", type=int, help="optimizer steps (default: 60)")
+    add("--steps", type=int, help=f"optimizer steps (default: {steps})")
     add("--epochs", type=float, help="passes over the training data, in place of --steps; 0.5 is half of it")
-    add("--lr", type=float, help="peak learning rate (default: 1e-3; full: 1e-4)")
     add("--batch-size", type=int, metavar="SAMPLES", help="samples per step (default: 8)")
     add(
         "--accumulation",
@@ -142,7 +159,6 @@ def _add_training(group: Any) -> None:
         help="forward passes in bfloat16; weights, gradients and the optimizer stay float32",
     )
     add("--device", help="auto, cpu or cuda (default: auto)")
-    add("--parallel", help="none, or ddp: share each batch out among the ranks of torchrun (default: none)")
 
 
 def _add_measuring(group: Any) -> None:

@@ -123,7 +123,7 @@ def text_examples(model: Any, tokenizer: Any, path: str | Path | None) -> list[E
     tokens = sum(len(example["input_ids"]) - 1 for example in examples)
     if tokens < LEAST_TOKENS:
         raise UserError(f"{path} has {tokens} tokens to predict; give a --probe-text of at least {LEAST_TOKENS}")
-    check_tokens(model, tokenizer, [example["input_ids"] for example in examples], 1)
+    check_tokens(model, tokenizer, examples, max(len(example["input_ids"]) for example in examples), 1)
     return examples
 
 

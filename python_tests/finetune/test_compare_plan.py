@@ -20,7 +20,7 @@ def design(*names: str, seeds: int = 2, most_rates: int = 7, first: tuple[str, .
 
 
 def run_all(chosen: plan.Design, loss, failed=()) -> list[plan.Trial]:
-    """Play a comparison to its end, with losses by a function of the trial, and check the counts."""
+    """Play a comparison to its end, with losses by a function of the trial."""
     rows, trials, bounds = [], [], []
     while (trial := plan.next_trial(chosen, rows, failed)) is not None:
         bounds.append([sum(plan.remaining(chosen, rows, failed, most).values()) for most in (False, True)])

@@ -13,15 +13,15 @@ TWO = ("lift@5e-3", "full@1e-3")
 
 
 def make_options(tiny, output, **changes) -> Comparison:
-    base = {"model": str(tiny), "output": str(output), "device": "cpu", "steps": 3, "batch_size": 2, "rank": 4}
-    base |= {"density": 0.2, "validation": 3, "test": 5, "seeds": 1, "methods": TWO}
+    base = {"model": str(tiny), "output": str(output), "device": "cpu", "steps": 5, "batch_size": 2, "rank": 4}
+    base |= {"density": 0.2, "validation": 3, "test": 5, "pieces": 4, "seeds": 1, "methods": TWO}
     return from_command(base | changes)
 
 
 def arguments(tiny, output, *further: str) -> list[str]:
     """The command line of `make_options`."""
-    text = f"compare --model {tiny} --output {output} --device cpu --steps 3 --batch-size 2 --rank 4 --density 0.2"
-    text += f" --validation 3 --test 5 --seeds 1 --methods {' '.join(TWO)}"
+    text = f"compare --model {tiny} --output {output} --device cpu --steps 5 --batch-size 2 --rank 4 --density 0.2"
+    text += f" --validation 3 --test 5 --pieces 4 --seeds 1 --methods {' '.join(TWO)}"
     return [*text.split(), *further]
 
 

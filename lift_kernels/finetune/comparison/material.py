@@ -18,12 +18,13 @@ import transformers
 from ... import __version__
 from ...delta.model_weights import fingerprint
 from ...errors import UserError
-from .. import evaluation
 from ..config import DTYPES
 from ..data import RunData, prepare_data
 from ..forward import form_of
+from ..metrics import choose_metric
 from ..model_io import find_model, load_model
-from ..model_kinds import check_tokens
+from ..model_kinds import check_tokens, position_limit
+from ..neutral import neutral_pieces
 from ..prompts import Example
 from .options import OF_SETTINGS, Comparison, saved_form
 
@@ -82,30 +83,45 @@ def load(options: Comparison) -> Material:
     transformers.set_seed(settings.seed)
     model, tokenizer = load_model(source, DTYPES[settings.dtype])
     device = "cuda" if settings.device == "auto" and torch.cuda.is_available() else settings.device
-    print(f"model: {source.description}, {settings.dtype}, on {'cpu' if device == 'auto' else device}")
+    device = "cpu" if device == "auto" else device
+    print(f"model: {source.description}, {settings.dtype}, on {device}")
     form_of(model)
-    data = prepare_data(replace(settings, eval_problems=options.validation + options.test), tokenizer)
-    train, test = split(data, options)
-    print(f"data: {data.description}: {len(train.heldout)} for validation and {len(test.heldout)} for the test")
-    check_tokens(model, tokenizer, [*data.sequences, *data.encoded], data.longest, data.together)
-    neutral = evaluation.neutral_examples(tokenizer)[: options.pieces]
+    train, test, origin = _data(options, model, tokenizer)
+    print(f"data: {origin}")
+    check_tokens(model, tokenizer, [*train.sequences, *train.encoded, *test.encoded], train.longest, train.together)
+    description, pieces = neutral_pieces(tokenizer, settings.neutral, position_limit(model.config))
+    neutral = pieces[: options.pieces]
+    print(f"neutral text: {len(neutral)} pieces of {description}")
     return Material(
         options=options,
         model=model,
         tokenizer=tokenizer,
-        device=torch.device("cpu" if device == "auto" else device),
+        device=torch.device(device),
         train=train,
         test=test,
         neutral=neutral,
-        steps=settings.steps or math.ceil((settings.epochs or 1) * len(data.sequences) / data.rows),
+        steps=settings.steps or math.ceil((settings.epochs or 1) * len(train.sequences) / train.rows),
         digests={
             "model": fingerprint(model.state_dict()),
-            "training data": _digest([data.sequences, data.rows]),
+            "training data": _digest([train.sequences, train.rows]),
             "validation part": _digest([train.encoded, train.asked, train.prefix]),
             "test part": _digest([test.encoded, test.asked, test.prefix]),
             "neutral text": _digest(neutral),
         },
     )
+
+
+def _data(options: Comparison, model: Any, tokenizer: Any) -> tuple[RunData, RunData, str]:
+    """Return the data with each part, and a line about them.
+
+    Without a metric the samples are still those of finetune, which chooses one by the answers.
+    """
+    settings = replace(options.settings, eval_problems=options.validation + options.test)
+    asked = settings.metric
+    data = prepare_data(replace(settings, metric=None if asked == "none" else asked), tokenizer, model)
+    train, test = split(data, options)
+    test = replace(test, metric=choose_metric(test.heldout, asked, tokenizer).name)
+    return train, test, f"{data.description}: {len(train.heldout)} for validation and {len(test.heldout)} for the test"
 
 
 def split(data: RunData, options: Comparison) -> tuple[RunData, RunData]:

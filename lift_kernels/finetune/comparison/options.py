@@ -10,7 +10,7 @@ from typing import Any
 
 from ...checkpoint.atomic_file import write_atomic
 from ...errors import FileError, UserError
-from ..config import LEARNING_RATES, Settings
+from ..config import LEARNING_RATES, SPARSE, Settings
 from .plan import Design, read_entries
 
 SETTINGS, ROWS = "settings.json", "runs.csv"
@@ -63,8 +63,8 @@ class Comparison:
     output: str = ""
 
     def __post_init__(self) -> None:
-        for name, least in (("seeds", 1), ("most_rates", 1), ("validation", 2), ("test", 2)):
-            if (value := getattr(self, name)) < least:
+        for name, least in (("seeds", 1), ("most_rates", 1), ("validation", 2), ("test", 2), ("pieces", 2)):
+            if (value := getattr(self, name)) is not None and value < least:
                 raise UserError(f"{name} is {value}; it must be at least {least}")
         design_of(self)  # refuses methods and rates
         if not self.task:
@@ -229,5 +229,5 @@ def save(options: Comparison, digests: dict[str, str]) -> None:
 
 def of_run(options: Comparison, method: str, rate: float, seed: int) -> Settings:
     """Return the settings of one training run."""
-    extra = options.settings.extra if method in ("lift", "random") else None  # others have no use for it
+    extra = options.settings.extra if method in SPARSE else None  # others have no use for it
     return replace(options.settings, method=method, lr=rate, seed=seed, save_steps=0, extra=extra)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...checkpoint.atomic_file import write_atomic
-from ...errors import FileError
+from ...errors import FileError, UserError
 from . import costs, options, picture, plan, rows, summary, verdict
 from .costs import Costs, duration
 from .material import Material, load
@@ -17,6 +17,7 @@ from .rows import STAGES, Row
 from .trial import CannotRun, run_trial
 
 TABLE, PICTURE, VERDICT = "table.md", "compare.png", "verdict.txt"
+FILES = (TABLE, PICTURE, VERDICT, ROWS, options.SETTINGS)
 
 
 class Session:
@@ -106,18 +107,21 @@ class Session:
         if found is None:
             return "the pilot diverged, so it does not say what the design can find; give a lower rate with --rates"
         share = f", {found.share:.1%} of what training gained" if found.share == found.share else ""
+        many = "seed" if seeds == 1 else "seeds"
         return (
-            f"with {seeds} seeds and {samples} test samples, the comparison finds differences from {found.nats:.4f} "
+            f"with {seeds} {many} and {samples} test samples, the comparison finds differences from {found.nats:.4f} "
             f"nats on{share} (in 80 % of repetitions)"
         )
 
     def write(self, complete: bool) -> None:
         """Write table, picture and verdict of the finished runs, and print table and verdict."""
-        notes = [f"{label} was not compared: {reason}." for label, reason in self.failed.items()]
+        notes = [f"{label} cannot run: {reason}." for label, reason in self.failed.items()]
         if not complete:
             notes.append(f"Not complete: {self.remains()} remain. To go on: {self._command()}")
-        reference = self.design.entries[0].label
-        if not any(row.stage == "final" and row.method == reference for row in self.rows):
+        known = {row.method for row in self.rows if row.stage == "final"}
+        labels = [entry.label for entry in self.design.entries]
+        reference = next((x for x in labels if x in known), "") if labels[0] in self.failed else labels[0]
+        if reference not in known:
             print("\n".join(["there is no final run of the reference yet, so there is no table", *notes]))
             return
         found = summary.summarize(self.rows, reference)
@@ -129,11 +133,14 @@ class Session:
             picture.draw(self.rows, found, self.options.settings.model or "SmolLM2-135M", self.folder / PICTURE)
         except ModuleNotFoundError:
             print("the picture needs the package matplotlib; run `pip install matplotlib`")
+        except UserError as error:  # No run has losses to draw.
+            if isinstance(error, FileError):
+                raise
+            print(error)
         print(f"\n{verdict.text_table(found)}\n\n{text}\n\nwritten to {self.folder}: {self._written()}")
 
     def _written(self) -> str:
-        names = (TABLE, PICTURE, VERDICT, ROWS, options.SETTINGS)
-        return ", ".join(name for name in names if (self.folder / name).exists())
+        return ", ".join(name for name in FILES if (self.folder / name).exists())
 
     def _command(self) -> str:
         tasks = len(options.read_saved(self.folder))
@@ -171,6 +178,9 @@ def compare(chosen: Comparison) -> bool:
     shared = load(chosen)
     if saved is not None:
         options.check_digests(shared.digests, saved, folder)
+    for name in FILES:
+        for path in folder.glob(f".{name}.*"):  # that a killed process left half written
+            path.unlink(missing_ok=True)
     try:
         found = rows.read(folder / ROWS, chosen.task, shared.fingerprint)
         options.save(chosen, shared.digests)

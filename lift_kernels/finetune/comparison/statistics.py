@@ -245,7 +245,7 @@ def _without_test(mean: float, low: float, high: float, values: np.ndarray) -> E
 
 
 def _wilson(share: float, samples: int) -> tuple[float, float]:
-    from ..evaluation import wilson_interval  # which needs torch
+    from ..metrics import wilson_interval
 
     return wilson_interval(round(share * samples), samples)
 

@@ -17,13 +17,13 @@ import torch
 import transformers
 
 from ...errors import UserError
-from .. import metrics
 from ..data import RunData
-from ..decoding import greedy_answers
-from ..measure import GENERATION_BATCH, losses_of
+from ..measure import measure
 from ..methods import prepare, trained_entries
+from ..metrics import Metric, choose_metric, extract_number
 from ..parallel import Ranks
-from ..prompts import IGNORE, Example
+from ..precision import autocast
+from ..prompts import Example
 from ..timing import Clock
 from ..training import train
 from . import material
@@ -78,11 +78,11 @@ def _base(shared: Material, trial: Trial) -> list[Row]:
     """Measure the untrained model on both parts."""
     transformers.set_seed(shared.options.settings.seed)
     model = copy.deepcopy(shared.model).to(shared.device)
-    test = _measure(shared, model, shared.test, shared.neutral, scored=True)
-    validation = replace(
-        _measure(shared, model, shared.train, [], scored=False), neutral=test.neutral[:FRONTIER_PIECES]
-    )
-    return [_row(shared, trial, part, found) for part, found in (("validation", validation), ("test", test))]
+    found = {
+        "validation": _measure(shared, model, shared.train, shared.neutral[:FRONTIER_PIECES], scored=False),
+        "test": _measure(shared, model, shared.test, shared.neutral, scored=True),
+    }
+    return [_row(shared, trial, part, of_part) for part, of_part in found.items()]
 
 
 def _trained(shared: Material, trial: Trial) -> list[Row]:
@@ -145,17 +145,20 @@ def _finite(model: Any) -> bool:
 
 def _measure(shared: Material, model: Any, data: RunData, neutral: Sequence[Example], *, scored: bool) -> Measured:
     """Measure losses, and answers where there is a metric and they are ``scored``."""
-    ranks, tokenizer = Ranks(), shared.tokenizer
-    target, other = (
-        tuple(total / count for total, count in losses_of(model, tokenizer, examples, ranks, "losses"))
-        for examples in (data.encoded, neutral)
-    )
-    if not scored or shared.options.settings.metric == "none":
+    data = data if scored else replace(data, metric="none")
+    with autocast(shared.options.settings, shared.device):
+        found = measure(model, shared.tokenizer, data, neutral, Ranks(), "")
+    target, other = tuple(found.target), tuple(found.neutral)
+    if data.metric == "none":
         return Measured(target, other)
-    longest = max(sum(label != IGNORE for label in e["labels"]) for e in data.encoded)
-    answers = greedy_answers(model, tokenizer, data.asked, data.prefix, longest + 8, GENERATION_BATCH, "answers")
-    correct = tuple(int(metrics.same_number(a, s.answer)) for a, s in zip(answers, data.heldout, strict=True))
-    return Measured(target, other, correct, sum(metrics.extract_number(answer) is not None for answer in answers))
+    metric = choose_metric(data.heldout, data.metric, shared.tokenizer)
+    correct = tuple(int(metric.right(a, s.answer)) for a, s in zip(found.answers, data.heldout, strict=True))
+    return Measured(target, other, correct, sum(_has_form(metric, answer) for answer in found.answers))
+
+
+def _has_form(metric: Metric, answer: str) -> bool:
+    """Return whether an answer has the form that the metric looks for."""
+    return extract_number(answer) is not None if metric.name == "number" else bool(answer.strip())
 
 
 def _row(
