@@ -45,6 +45,7 @@ def add_data(group: Any) -> None:
     add(
         "--data",
         nargs="+",
+        action="extend",
         metavar="FILE|DIR|ID",
         help="what to train on: files, folders, hub ids; at most a fifth is held out\n"
         "(default: generated word problems)",
@@ -181,6 +182,7 @@ def _add_measuring(group: Any) -> None:
     add(
         "--neutral",
         nargs="+",
+        action="extend",
         metavar="FILE",
         help="further texts whose loss is measured: what the model should not forget",
     )

@@ -101,7 +101,8 @@ def _run(settings: Settings, resumed: bool, ranks: Ranks) -> report.Report:
     _say_how_long(job, method)
     timer.begin("before", "measuring the model before training")
     before = _measure_before(job)
-    timer.begin("train", f"training {job.steps} steps of {settings.batch_size} samples")
+    counted = "packed sequences" if settings.packing else "samples"
+    timer.begin("train", f"training {job.steps} steps of {settings.batch_size} {counted}")
     losses = _train(job, method)
     timer.begin("after", "measuring the model after training")
     after = _measure(job, "after")

@@ -74,3 +74,18 @@ def test_options_that_a_method_has_no_use_for_are_named(capsys, monkeypatch, met
 def test_the_table_of_used_options_names_options_and_methods():
     assert USED_BY.keys() < vars(Settings()).keys()
     assert all(set(methods) < set(METHODS) for methods in USED_BY.values())
+
+
+@pytest.mark.parametrize("option", ["data", "neutral"])
+def test_an_option_of_several_files_may_be_given_again(monkeypatch, option):
+    """The first files would be left out without a word."""
+    seen = []
+    monkeypatch.setattr("lift_kernels.finetune.run", lambda settings, resumed: seen.append(settings))
+    assert main(["finetune", f"--{option}", "a", "b", f"--{option}", "c"]) == 0
+    assert getattr(seen[0], option) == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(("packing", "counted"), [(False, "2 samples"), (True, "2 packed sequences")])
+def test_the_size_of_a_batch_is_said_in_what_it_counts(settings, capsys, packing, counted):
+    run(settings(name=f"counted-{packing}", steps=1, batch_size=2, packing=packing, metric="none"))
+    assert f"training 1 steps of {counted}" in capsys.readouterr().out
