@@ -22,6 +22,7 @@ their shortest text: 7, 7.5.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from functools import partial
@@ -207,10 +208,19 @@ def _rendered(tokenizer: Any, given: list[dict], learned: list[dict], where: str
     render = _renderer(tokenizer)
     try:
         text = render({"prompt": given, "completion": learned}, tokenizer)
+        before = [tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=b) for b in (False, True)]
     except Exception as error:  # the code of a template may raise anything
         raise _BadRow(
             f"the tokenizer's chat template refuses the chat: {' '.join(str(error).split())[:200]}"
         ) from error
+    if not text["completion"].strip():
+        raise _BadRow("the tokenizer's chat template leaves out the last assistant turn; give another model")
+    # The texts of the earlier turns, with and without the beginning of an answer, begin alike.
+    if not text["prompt"].startswith(os.path.commonprefix(before)):
+        raise _BadRow(
+            "the tokenizer's chat template changes earlier turns when an answer follows, so they would be learned; "
+            "leave out system turns, or give prompt and completion as texts"
+        )
     asked = next(turn["content"] for turn in reversed(given) if turn["role"] in ("user", "tool"))
     return Sample(text["prompt"], text["completion"], asked, learned[-1]["content"], where, whole=True)
 
