@@ -66,7 +66,12 @@ def add_data(group: Any) -> None:
         help="join samples into sequences of --max-length tokens; they do not see each other",
     )
     add("--max-length", type=int, metavar="TOKENS", help="leave out samples with more tokens (default: 512)")
-    add("--truncate", action="store_true", default=None, help="cut samples that are too long, and leave none out")
+    add(
+        "--truncate",
+        action="store_true",
+        default=None,
+        help="cut the ends of training samples that are too long; long held-out samples are left out all the same",
+    )
 
 
 METHODS = {

@@ -33,7 +33,7 @@ class RunData:
         asked: token ids of their prompts.
         prefix: token ids of the worked examples in front of each prompt; [] without any.
         lines: whether an answer ends with its line, as after worked examples.
-        metric: how answers are scored, one of METRICS.
+        metric: how answers are scored, one of METRICS, by all samples.
         longest: tokens of the longest sample.
         together: the most samples in a text that the model reads.
         description: a line about the data.
@@ -84,8 +84,11 @@ def prepare_data(settings: Settings, tokenizer: Any, model: Any = None) -> RunDa
 
     Raises:
         UserError: for data or options that cannot be used.
+        ValueError: for packing without a model.
     """
     if settings.packing:
+        if model is None:
+            raise ValueError("prepare_data needs the model for packing")
         check_packing(model)
     chosen = choose_samples(settings, tokenizer)
     alone, shots = not chosen.shown, len(chosen.shown)
@@ -154,7 +157,8 @@ def choose_samples(settings: Settings, tokenizer: Any) -> Choice:
     samples = different(found)
     if len(samples) < len(found):
         print(f"{len(found) - len(samples)} samples of {origin} repeat a prompt and are left out")
-    metric = _metric(settings, form, samples)
+    # Without a score, samples stay the same.
+    metric = metrics.choose_metric(samples, None if settings.metric == "none" else settings.metric, tokenizer).name
     shots = _shots(settings, form, metric)
     if shots:
         samples = [prompts.worked_example(s.question, s.answer, s.where) for s in samples]
@@ -166,27 +170,17 @@ def choose_samples(settings: Settings, tokenizer: Any) -> Choice:
         lower = f", or lower --batch-size ({batch})" if batch > 1 else ""
         raise UserError(f"{origin} holds {len(samples)} different samples; give at least {next(enough)}{lower}")
     heldout, shown, train = samples[:held], samples[held : held + shots], samples[held + shots :]
-    return Choice(train, heldout, shown, metric, origin)
+    return Choice(train, heldout, shown, settings.metric or metric, origin)
 
 
 def _held_out(count: int, settings: Settings) -> int:
     return min(settings.eval_problems, count // 5)
 
 
-def _metric(settings: Settings, form: str, samples: Sequence[Sample]) -> str:
-    """Return how answers are scored: as the user says, or by the numbers of all answers."""
-    if settings.metric is not None:
-        return settings.metric
-    numbers = all(metrics.extract_number(sample.answer) is not None for sample in samples)
-    return "number" if form == QUESTION and numbers else "none"
-
-
 def _shots(settings: Settings, form: str, metric: str) -> int:
     """Return how many worked examples stand in front of a question."""
     if settings.shots and form != QUESTION:
         raise UserError(f"shots is {settings.shots}, and only questions with answers follow others; leave out --shots")
-    if settings.shots and settings.packing:
-        raise UserError(f"shots is {settings.shots}, and packed samples see no others; leave out --shots or --packing")
     if settings.shots is not None:
         return settings.shots
     return SHOTS if form == QUESTION and metric == "number" and not settings.packing else 0

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,51 +15,32 @@ from ..checkpoint.atomic_file import write_atomic
 from ..errors import UserError
 from ..optim.lift_adamw import LiftAdamW
 from . import report, run_dir, trained
-from .config import ADAPTERS, DTYPES, Settings
-from .data import SHOTS, RunData, prepare_data
-from .forward import form_of
+from .config import ADAPTERS, Settings
+from .estimate import estimate
+from .loading import Loaded, load
 from .measure import Measurement, answer_rows, changes, described, fingerprint, measure, read_saved
 from .methods import prepare, state_bytes, trained_entries
-from .metrics import choose_metric
-from .model_io import Source, find_model, load_model, stored_dtype
-from .model_kinds import check_tokens, position_limit
-from .neutral import neutral_pieces
 from .parallel import Ranks, joined
 from .precision import autocast
-from .prompts import Example
 from .timing import Clock, PhaseTimer
 from .trained import Kind
 from .training import train
 
 
 @dataclass
-class Run:
-    """What the phases of a run share.
+class Run(Loaded):
+    """What the phases of a run share; `_prepare` and `_save` replace the model where it is wrapped.
 
     Attributes:
-        settings: options of the run.
         ranks: the ranks that do the run together.
         folder: directory that the run writes.
         resumed: whether the run in that directory was interrupted before.
-        source: where the model was loaded from.
-        data: training sequences and held-out samples.
-        steps: optimizer steps.
-        model: the model; `_prepare` and `_save` replace it where a method wraps or merges it.
-        tokenizer: its tokenizer.
-        neutral: what the neutral text is, and its pieces.
         clock: durations of the parts of a training step.
     """
 
-    settings: Settings
     ranks: Ranks
     folder: Path
     resumed: bool
-    source: Source
-    data: RunData
-    steps: int
-    model: Any
-    tokenizer: Any
-    neutral: tuple[str, list[Example]]
     clock: Clock
 
 
@@ -112,11 +92,13 @@ def run(settings: Settings, resumed: bool = False) -> report.Report:
 def _run(settings: Settings, resumed: bool, ranks: Ranks) -> report.Report:
     timer = PhaseTimer()
     timer.begin("load", "loading the model")
-    loaded = ranks.together(lambda: _load(settings, ranks))
+    loaded = ranks.together(lambda: load(settings, ranks))
     folder, resumed = ranks.first(lambda: run_dir.open_folder(settings, resumed, ranks.restarted))
-    job = Run(settings=settings, ranks=ranks, folder=folder, resumed=resumed, **loaded)
+    job = Run(**vars(loaded), ranks=ranks, folder=folder, resumed=resumed, clock=Clock(loaded.model.device))
     timer.begin("mask", f"preparing method {settings.method}")
     method = _prepare(job)
+    timer.begin("estimate", "timing a training batch")
+    _say_how_long(job, method)
     timer.begin("before", "measuring the model before training")
     before = _measure_before(job)
     timer.begin("train", f"training {job.steps} steps of {settings.batch_size} samples")
@@ -128,65 +110,6 @@ def _run(settings: Settings, resumed: bool, ranks: Ranks) -> report.Report:
     timer.begin("end", "done")
     results = _results(job, method, before, after, sizes, timer)
     return ranks.first(lambda: _write_report(job, results, losses, before, after))
-
-
-def _load(settings: Settings, ranks: Ranks) -> dict[str, Any]:
-    """Load the model and encode the problems; return attributes of `Run`."""
-    source = find_model(settings.model)
-    transformers.set_seed(settings.seed)
-    model: Any
-    model, tokenizer = load_model(source, DTYPES[settings.dtype])
-    device = "cuda" if settings.device == "auto" and torch.cuda.is_available() else settings.device
-    model.to(torch.device("cpu" if device == "auto" else device))
-    print(f"model: {source.description}, {settings.dtype}, on {model.device}")
-    stored = stored_dtype(source)
-    if stored not in (None, DTYPES[settings.dtype]):
-        name = str(stored).removeprefix("torch.")
-        print(
-            f"dtype: stored as {name}, trained and saved as {settings.dtype}; --dtype {name} trains it as it is. To "
-            f"apply a delta of this run in Python, load the base with dtype=torch.{settings.dtype}"
-        )
-    form_of(model)  # refuses a model that cannot be called, before the run has a directory
-    data = prepare_data(settings, tokenizer)
-    print(f"data: {data.description}")
-    metric = choose_metric(data.heldout, settings.metric, tokenizer)
-    data = replace(data, metric=metric.name)
-    print(f"metric: {metric.name}, {metric.why}")
-    neutral = neutral_pieces(tokenizer, settings.neutral, position_limit(model.config))
-    check_tokens(model, tokenizer, [*data.sequences, *data.encoded], data.longest, data.together)
-    _check_batch(settings, data, ranks)
-    return {
-        "source": source,
-        "data": data,
-        "steps": settings.steps or _steps_of(settings.epochs or 1, data),
-        "model": model,
-        "tokenizer": tokenizer,
-        "neutral": neutral,
-        "clock": Clock(model.device),
-    }
-
-
-def _check_batch(settings: Settings, data: RunData, ranks: Ranks) -> None:
-    """Raise UserError unless a batch has enough sequences for all backward passes and ranks."""
-    if data.rows % settings.accumulation:
-        fits = [n for n in range(1, data.rows + 1) if data.rows % n == 0]
-        raise UserError(
-            f"a batch of {settings.batch_size} samples makes {data.rows} sequences, which {settings.accumulation} "
-            f"passes cannot share; take --accumulation {' or '.join(map(str, fits))}, or a larger --batch-size"
-        )
-    rows = data.rows // settings.accumulation
-    if rows < ranks.count:
-        passes = f" in each of {settings.accumulation} passes" if settings.accumulation > 1 else ""
-        raise UserError(
-            f"a batch of {settings.batch_size} samples makes {rows} sequences{passes}, too few for {ranks.count} "
-            f"ranks; take at most {rows} ranks, or --batch-size {SHOTS * ranks.count * settings.accumulation}"
-        )
-
-
-def _steps_of(epochs: float, data: RunData) -> int:
-    """Return how many steps so many passes over the data take. The last batch may be small."""
-    each = math.ceil(len(data.sequences) / data.rows)
-    return max(1, math.ceil(epochs * each - 1e-9))  # 0.1 x 30 is 3.0000000000000004
 
 
 def _prepare(job: Run) -> Method:
@@ -213,6 +136,24 @@ def _find_checkpoint(job: Run, identity: dict[str, str]) -> dict[str, Any] | Non
     if checkpoint is not None:
         print(f"resuming after step {step}", flush=True)
     return checkpoint
+
+
+def _say_how_long(job: Run, method: Method) -> None:
+    """Print how long the rest of the run will take."""
+    done = 0 if method.checkpoint is None else method.checkpoint["step"]
+    measured = job.ranks.first(lambda: (job.folder / run_dir.BEFORE).exists())
+    expected = estimate(
+        job.model,
+        job.tokenizer,
+        job.data,
+        job.steps - done,
+        job.settings,
+        sum(len(example["input_ids"]) for example in job.neutral[1]),
+        ranks=job.ranks,
+        measurements=1 if measured else 2,
+        mask_seconds=job.clock.refreshes.get(0, 0.0),
+    )
+    print(expected, flush=True)
 
 
 def _measure_before(job: Run) -> Measurement:

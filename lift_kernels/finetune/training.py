@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
+from ..errors import UserError
 from ..optim.lift_adamw import LiftAdamW
 from . import prompts
 from .config import CLIP_NORM, Settings
@@ -18,6 +20,29 @@ from .timing import Clock
 from .trainer import AnswerTrainer
 
 WARMUP = 0.03  # share of the steps
+
+
+def check_batch(settings: Settings, data: RunData, ranks: Ranks) -> None:
+    """Raise UserError unless a batch has enough sequences for all backward passes and ranks."""
+    if data.rows % settings.accumulation:
+        fits = [n for n in range(1, data.rows + 1) if data.rows % n == 0]
+        raise UserError(
+            f"a batch of {settings.batch_size} samples makes {data.rows} sequences, which {settings.accumulation} "
+            f"passes cannot share; take --accumulation {' or '.join(map(str, fits))}, or a larger --batch-size"
+        )
+    rows, each = data.rows // settings.accumulation, settings.batch_size // data.rows
+    if rows < ranks.count:
+        passes = f" in each of {settings.accumulation} passes" if settings.accumulation > 1 else ""
+        raise UserError(
+            f"a batch of {settings.batch_size} samples makes {rows} sequences{passes}, too few for {ranks.count} "
+            f"ranks; take at most {rows} ranks, or --batch-size {each * ranks.count * settings.accumulation}"
+        )
+
+
+def steps_of(epochs: float, data: RunData) -> int:
+    """Return how many steps so many passes over the data take. The last batch may be small."""
+    each = math.ceil(len(data.sequences) / data.rows)
+    return max(1, math.ceil(epochs * each - 1e-9))  # 0.1 x 30 is 3.0000000000000004
 
 
 def train(

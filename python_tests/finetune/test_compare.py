@@ -129,15 +129,25 @@ def test_a_budget_stops_the_comparison_and_it_goes_on_later(whole, tiny, tmp_pat
     output = capsys.readouterr().out
     assert "has no time for another run" in output and not (tmp_path / ROWS).exists()
     assert f"To go on: python -m lift_kernels compare --resume {tmp_path}" in output
-    spent = [0.0]
     monkeypatch.setattr(session.Session, "over_budget", lambda self, t: len(self.rows) == 5)
     assert main(["compare", "--resume", str(tmp_path), "--budget", "1h"]) == 0
     words = (tmp_path / VERDICT).read_text()
     assert "Not complete: 1 run, about" in words and "full@1e-3" not in (tmp_path / TABLE).read_text()
     monkeypatch.undo()
-    assert spent and main(["compare", "--resume", str(tmp_path)]) == 0
+    assert main(["compare", "--resume", str(tmp_path)]) == 0
     assert results(tmp_path) == results(whole)
     assert "Not complete" not in (tmp_path / VERDICT).read_text()
+
+
+def test_a_budget_that_ends_before_the_finals_says_what_the_searches_found(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(session.Session, "over_budget", lambda self, t: len(self.rows) == 7)
+    assert main(arguments(tiny, tmp_path, "--methods", "lift", "full")) == 0
+    words = (tmp_path / VERDICT).read_text()
+    assert "There is no final run of lift yet" in words and not (tmp_path / TABLE).exists()
+    for label, count in (("lift", 2), ("full", 1)):
+        line = next(line for line in words.splitlines() if line.startswith(f"Validation losses of {label}: "))
+        assert line.count(" at ") == count
+    assert "Not complete: 5 to 13 runs, about" in words and words in capsys.readouterr().out
 
 
 def test_more_seeds_and_methods_can_be_added_later(whole, tiny, tmp_path):
@@ -160,7 +170,8 @@ def test_one_csv_holds_several_tasks(tiny, tmp_path, capsys):
 
 
 def test_a_rate_that_diverges_is_a_row(tiny, tmp_path, capsys):
-    compare(make_options(tiny, tmp_path, methods=["lift@5e-3", "full@1e30"]))
+    compare(make_options(tiny, tmp_path, methods=["lift@5e-3", "full@1e30", "lift@1e30"], refresh_interval=2))
+    assert next(r for r in results(tmp_path) if r.method == "lift@1e30").status == "diverged"
     row = next(r for r in results(tmp_path) if r.method == "full@1e30")
     assert (row.status, row.target_losses, row.neutral_losses) == ("diverged", (), ())
     assert "full@1e30 diverged with 1 of 1 seed and is not compared." in (tmp_path / VERDICT).read_text()
@@ -226,5 +237,5 @@ def test_other_data_than_that_of_the_finished_runs_are_refused(whole, tiny, tmp_
     assert options.task == "data"
     compare(options)
     write(61)
-    with pytest.raises(UserError, match="the training data of the comparison in .* was another one; restore it"):
+    with pytest.raises(UserError, match="the training data of the comparison in .* was another one; restore the files"):
         compare(options)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import trl  # noqa: F401  (for chats and packing)
 from helpers.data_rows import make_chat_tokenizer, rows_of, turns
 from helpers.tiny_llama import make_tokenizer
 
@@ -83,6 +84,9 @@ def test_answers_that_are_numbers_follow_worked_examples_unless_shots_says_other
     assert ("Answer: a 1" in text or "Answer: a 2" in text or "Answer: a 3" in text) or joined == 1
     assert ("Answer: a\n" in text and text.endswith("<eos>")) == (joined == 1)
     assert data.metric == "number"
+    unscored = Settings(device="cpu", data=str(path), shots=wanted, eval_problems=1, metric="none")
+    same = prepare_data(unscored, tokenizer)
+    assert (same.sequences, same.metric) == (data.sequences, "none")
 
 
 def test_answers_that_are_words_follow_none(tmp_path):
@@ -101,6 +105,13 @@ def test_worked_examples_are_for_questions(tmp_path, form):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows_of(form)))
     with pytest.raises(UserError, match="^shots is 2, and only questions with answers follow others"):
         prepare_data(Settings(device="cpu", data=str(path), shots=2), OPENED)
+
+
+def test_a_metric_that_an_answer_does_not_fit_is_refused_with_its_line(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"question": f"{i}?", "answer": i or "none"}) + "\n" for i in range(40)))
+    with pytest.raises(UserError, match=f"^{path}, line 1: .* holds no number"):
+        prepare_data(Settings(device="cpu", data=str(path), metric="number"), make_tokenizer())
 
 
 def test_other_columns_are_ignored_and_the_first_form_counts(tmp_path):

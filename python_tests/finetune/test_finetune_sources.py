@@ -21,6 +21,11 @@ ROWS = [{"question": f'How\nmany "{i}", \u2028 é 中?', "answer": f"0{i}"} for 
 TEXTS = [{"text": "a"}, {"text": "b"}]
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
 def read(path, split="train"):
     return read_rows([str(path)], split, COLUMNS)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from ..evaluation import sample_losses
+from ..precision import autocast
 from .material import FRONTIER_PIECES, Material, machine, tokens_of
 from .rows import Row
 
@@ -60,7 +61,7 @@ def measured(shared: Material) -> Costs:
     model = copy.deepcopy(shared.model).to(shared.device)
     batch = shared.train.encoded[:PROBE]
     spent = 0.0
-    with redirect_stderr(io.StringIO()):
+    with redirect_stderr(io.StringIO()), autocast(shared.options.settings, shared.device):
         for _ in range(2):  # the first pass warms up
             began = time.perf_counter()
             sample_losses(model, shared.tokenizer, batch, PROBE, "")

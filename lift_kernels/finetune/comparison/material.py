@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
-import math
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import transformers
 
-from ... import __version__
 from ...delta.model_weights import fingerprint
 from ...errors import UserError
 from ..config import DTYPES
@@ -25,7 +24,9 @@ from ..metrics import choose_metric
 from ..model_io import find_model, load_model
 from ..model_kinds import check_tokens, position_limit
 from ..neutral import neutral_pieces
+from ..parallel import Ranks
 from ..prompts import Example
+from ..training import check_batch, steps_of
 from .options import OF_SETTINGS, Comparison, saved_form
 
 FRONTIER_PIECES = 20
@@ -88,6 +89,7 @@ def load(options: Comparison) -> Material:
     form_of(model)
     train, test, origin = _data(options, model, tokenizer)
     print(f"data: {origin}")
+    check_batch(settings, train, Ranks())
     check_tokens(model, tokenizer, [*train.sequences, *train.encoded, *test.encoded], train.longest, train.together)
     description, pieces = neutral_pieces(tokenizer, settings.neutral, position_limit(model.config))
     neutral = pieces[: options.pieces]
@@ -100,7 +102,7 @@ def load(options: Comparison) -> Material:
         train=train,
         test=test,
         neutral=neutral,
-        steps=settings.steps or math.ceil((settings.epochs or 1) * len(train.sequences) / train.rows),
+        steps=settings.steps or steps_of(settings.epochs or 1, train),
         digests={
             "model": fingerprint(model.state_dict()),
             "training data": _digest([train.sequences, train.rows]),
@@ -168,4 +170,4 @@ def commit() -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return f"version {__version__}"
+        return f"version {importlib.metadata.version('lift_kernels')}"

@@ -21,6 +21,11 @@ QUICK: dict[str, Any] = {"steps": 20, "seeds": 1, "most_rates": 1, "validation":
 """What --quick sets where no option says otherwise."""
 MAY_CHANGE = ("seeds", "device")
 """Options that may differ where a comparison goes on; so may all methods but the first."""
+RESTORE = {
+    "model": "give the same --model",
+    "neutral text": "take the same version of Python, which has most of the text, and the same files of --neutral",
+}
+"""How to get back what a digest is of."""
 OF_SETTINGS = tuple(
     "model data split problems loss shots packing truncate metric neutral gradients density rank budget_rank include "
     "exclude extra refresh_interval refresh_drift steps epochs batch_size accumulation checkpointing max_length dtype "
@@ -214,8 +219,9 @@ def check_digests(digests: dict[str, str], saved: dict[str, Any], folder: Path) 
     """
     for name, value in saved.get("digests", {}).items():
         if digests.get(name) != value:
+            restore = RESTORE.get(name, "restore the files of --data")
             raise UserError(
-                f"the {name} of the comparison in {folder} was another one; restore it, or choose another --output"
+                f"the {name} of the comparison in {folder} was another one; {restore}, or choose another --output"
             )
 
 

@@ -118,29 +118,48 @@ class Session:
         notes = [f"{label} cannot run: {reason}." for label, reason in self.failed.items()]
         if not complete:
             notes.append(f"Not complete: {self.remains()} remain. To go on: {self._command()}")
-        known = {row.method for row in self.rows if row.stage == "final"}
-        labels = [entry.label for entry in self.design.entries]
-        reference = next((x for x in labels if x in known), "") if labels[0] in self.failed else labels[0]
-        if reference not in known:
-            print("\n".join(["there is no final run of the reference yet, so there is no table", *notes]))
-            return
-        found = summary.summarize(self.rows, reference)
-        planned = summary.planned(self.rows, self.options.seeds, len(self.shared.test.heldout))
-        text = "\n".join([verdict.words(found, self._not_looked_at(), planned), *notes])
-        write_atomic(self.folder / TABLE, verdict.markdown_table(found) + "\n")
+        if (reference := self._reference()) is None:
+            head = f"There is no final run of {self.design.entries[0].label} yet, so nothing is compared."
+            text = "\n".join([head, *self._tried(), *notes])
+        else:
+            found = summary.summarize(self.rows, reference)
+            planned = summary.planned(self.rows, self.options.seeds, len(self.shared.test.heldout))
+            text = "\n".join([verdict.words(found, self._not_looked_at(), planned), *notes])
+            write_atomic(self.folder / TABLE, verdict.markdown_table(found) + "\n")
+            self._draw(found)
+            print(f"\n{verdict.text_table(found)}")
         write_atomic(self.folder / VERDICT, text + "\n")
+        written = ", ".join(name for name in FILES if (self.folder / name).exists())
+        print(f"\n{text}\n\nwritten to {self.folder}: {written}")
+
+    def _reference(self) -> str | None:
+        """Return the label of the reference, or None while it has no final run.
+
+        Where the first method cannot run, the next one that could takes its place.
+        """
+        known = {row.method for row in self.rows if row.stage == "final"}
+        first, *others = (entry.label for entry in self.design.entries)
+        able = [first, *others] if first in self.failed else [first]
+        return next((label for label in able if label in known), None)
+
+    def _draw(self, found: summary.Summary) -> None:
         try:
             picture.draw(self.rows, found, self.options.settings.model or "SmolLM2-135M", self.folder / PICTURE)
         except ModuleNotFoundError:
             print("the picture needs the package matplotlib; run `pip install matplotlib`")
+        except FileError:
+            raise
         except UserError as error:  # No run has losses to draw.
-            if isinstance(error, FileError):
-                raise
             print(error)
-        print(f"\n{verdict.text_table(found)}\n\n{text}\n\nwritten to {self.folder}: {self._written()}")
 
-    def _written(self) -> str:
-        return ", ".join(name for name in FILES if (self.folder / name).exists())
+    def _tried(self) -> list[str]:
+        """Return what the searches have found, a line each."""
+        searches = {entry.label: summary.tried(self.rows, entry.label) for entry in self.design.entries}
+        return [
+            f"Validation losses of {label}: {', '.join(f'{loss:.4f} at {rate:g}' for rate, loss in found.items())}."
+            for label, found in searches.items()
+            if found
+        ]
 
     def _command(self) -> str:
         tasks = len(options.read_saved(self.folder))

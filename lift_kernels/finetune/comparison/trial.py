@@ -32,6 +32,9 @@ from .options import of_run
 from .plan import Trial
 from .rows import Row
 
+NOT_FINITE = "the loss is"
+"""How the error of `training.train` begins where training diverges."""
+
 
 class CannotRun(Exception):
     """A method cannot run on this model or this machine; the message says why."""
@@ -130,7 +133,9 @@ def _train(shared: Material, model: Any, optimizer: Any, settings: Any, clock: C
                 ranks=Ranks(),
                 folder=Path(folder),
             )
-        except UserError:  # The loss is not finite.
+        except UserError as error:
+            if not str(error).startswith(NOT_FINITE):
+                raise CannotRun(str(error)) from error
             return False
         except ValueError:  # No mask can be chosen from weights that are not finite.
             if _finite(model):
