@@ -66,7 +66,7 @@ $(VENV)/.peers: $(VENV)/.packages pyproject.toml
 	done
 	@touch $@
 
-# Less than 20 minutes on two idle cores; each script alone has more (--help). In the user's environment: no variables are set
+# About half an hour on two idle cores; each script alone has more (--help). In the user's environment: no variables are set
 # here. --tuned adds rows from a process with settings that help. LIFT_CPU_LEVEL chooses a lower level (bench/README.md).
 bench: setup $(VENV)/.peers
 	$(BIN)/python -m bench.bench_sparse_adamw --runs 15 --tuned
@@ -79,6 +79,7 @@ bench: setup $(VENV)/.peers
 	$(BIN)/python -m bench.bench_memory
 	$(BIN)/python -m bench.bench_delta --runs 2
 	$(BIN)/python -m bench.bench_training --runs 3
+	$(BIN)/python -m lift_kernels compare --quick --output runs/compare-quick-$$(date +%Y%m%d-%H%M%S)
 	$(BIN)/python -m bench.tables
 
 # What the kernels compile to, and the tables of the READMEs from the CSVs.

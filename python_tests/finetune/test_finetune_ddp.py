@@ -98,7 +98,7 @@ def test_several_ranks_train_the_model_of_one_process(request, folder, method, s
     one, several = folder / "runs" / f"{method}-one", folder / "runs" / f"{method}-all"
     assert_same_model(folder / ("mixtral" if method == "experts" else "tiny"), several, one)
     assert_same_report(several, one, RANKS[method])
-    assert (several / "answers.jsonl").read_text() == (one / "answers.jsonl").read_text()
+    assert_same_answers(several / "answers.jsonl", one / "answers.jsonl")
     [(_, alone, _)], [(_, first, _), *silent] = said[method, "one"], said[method, "all"]
     assert phases(first.replace(f"{method}-all", f"{method}-one")) == phases(alone)
     for _, out, error in silent:
@@ -115,6 +115,15 @@ def assert_same_model(start, actual, expected) -> None:
         torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-6 * value.abs().max().item(), msg=name)
 
 
+def assert_same_answers(actual, expected) -> None:
+    """Losses may differ in rounding, as ranks make batches of their own."""
+    rows, others = ([json.loads(line) for line in path.open()] for path in (actual, expected))
+    for row, other in zip(rows, others, strict=True):
+        for key in ("loss_before", "loss_after"):
+            assert row.pop(key) == pytest.approx(other.pop(key), rel=1e-4)
+        assert row == other and row["after"] is not None
+
+
 def assert_same_report(actual, expected, ranks: int) -> None:
     a, e = (json.loads((run / "report.json").read_text()) for run in (actual, expected))
     assert a.keys() == e.keys()
@@ -123,6 +132,8 @@ def assert_same_report(actual, expected, ranks: int) -> None:
     for key in ("heldout_loss", "neutral_loss"):
         for when in ("before", "after"):
             assert a[f"{key}.{when}"] == pytest.approx(e[f"{key}.{when}"], rel=1e-5), key
+        for bound in ("change", "change_low", "change_high"):
+            assert a[f"{key}.{bound}"] == pytest.approx(e[f"{key}.{bound}"], abs=1e-4), key
     for key in ("entries", "gradient_bytes.measured", "optimizer_state_bytes.measured", "exact_match.after"):
         assert a[key] == e[key], key
     assert [row["refreshed"] for row in a["refreshes.due"]] == [row["refreshed"] for row in e["refreshes.due"]]
