@@ -115,9 +115,14 @@ def add_masks(group: Any) -> None:
     add(
         "--include",
         metavar="REGEX",
-        help="train the linear layers that match by name, and no others; with full, the weights\n(default: all)",
+        help="train the linear layers and experts that match by name, and no others; with full, the\n"
+        "weights (default: all)",
     )
-    add("--exclude", metavar="REGEX", help="leave out the linear layers, with full the weights, that match by name")
+    add(
+        "--exclude",
+        metavar="REGEX",
+        help="leave out the linear layers and experts, with full the weights, that match by name",
+    )
     add(
         "--extra",
         metavar="REGEX",
@@ -205,6 +210,7 @@ def run(options: argparse.Namespace) -> int:
         UserError: for invalid input.
     """
     from ..finetune import Settings, run, settings_of
+    from ..finetune.config import METHODS, USED_BY
     from ..finetune.parallel import SaidElsewhere, said_once, speaks_for_node
 
     given = {f.name: value for f in fields(Settings) if (value := getattr(options, f.name, None)) is not None}
@@ -213,6 +219,9 @@ def run(options: argparse.Namespace) -> int:
             if options.resume is not None and given:
                 raise UserError(f"--resume takes all options from the interrupted run; leave out {', '.join(given)}")
             settings = Settings(**given) if options.resume is None else settings_of(options.resume)
+        idle = [f"--{name.replace('_', '-')}" for name in given if settings.method not in USED_BY.get(name, METHODS)]
+        if idle and speaks_for_node(""):
+            print(f"method {settings.method} has no use for {', '.join(idle)}")
         run(settings, resumed=options.resume is not None)
     except SaidElsewhere:
         return 2

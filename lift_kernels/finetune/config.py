@@ -18,6 +18,15 @@ ADAPTERS = ("lora", "shira")
 METHODS = (*SPARSE, "full", *ADAPTERS)
 FIXED = ("gradient", "random", "random_runs")
 """Sparse methods that keep their first masks. Later ones would be the same, or need gradients."""
+USED_BY = {
+    "density": (*SPARSE, "shira"),
+    "budget_rank": (*SPARSE, "shira"),
+    "rank": ("lift", "off_principal", "blocks", "runs"),
+    "refresh_interval": tuple(method for method in SPARSE if method not in FIXED),
+    "refresh_drift": ("lift",),
+    "gradients": SPARSE,
+}
+"""Which methods use an option. All use the others, and ``extra`` is refused where it has no use."""
 LEARNING_RATES = dict.fromkeys(METHODS, 1e-3) | {"full": 1e-4}
 """Default peak learning rate of each method."""
 BETAS = (0.9, 0.95)  # as in the LIFT paper
@@ -65,11 +74,11 @@ class Settings:
         rank: rank of the approximation that selects the entries.
         budget_rank: train (rows + columns) x budget_rank entries per matrix, in place of density.
         include, exclude: regular expressions that are searched in the names of weights. Weights of
-            linear layers are trained where include matches, or it is None, and exclude does not.
-            For method full they choose among all weights.
+            linear layers and stacks of matrices are trained where include matches, or it is None,
+            and exclude does not. For method full they choose among all weights.
         extra: regular expression; weights outside linear layers whose names match are trained too,
-            by the methods of SPARSE. None trains stacks of matrices (3-D), such as experts; ""
-            trains none.
+            by the methods of SPARSE. None trains stacks of matrices (3-D), such as experts, by
+            the same rules; "" trains none. A stack that it names needs no match of include.
         refresh_interval: steps between mask refreshes; 0 for none.
         refresh_drift: a mask is refreshed when this share of its entries would change, by
             prediction; 0 refreshes every mask. For method lift alone.

@@ -108,7 +108,8 @@ def _form_of(values: Any) -> str:
                 missing = next(c for c in columns if c not in values)
                 raise _BadRow(f"has the column {column} and lacks {missing}; add it")
     known = "; ".join(map(_said, FORMS))
-    raise _BadRow(f"has no known column ({', '.join(map(str, values)) or 'none at all'}); use one of: {known}")
+    found = ", ".join(map(str, values))[:200] or "none at all"
+    raise _BadRow(f"has no known column ({found}); use one of: {known}")
 
 
 def _maker(form: str, tokenizer: Any) -> Callable[[dict, str], Sample]:
@@ -131,7 +132,8 @@ def _from_instruction(values: dict, where: str) -> Sample:
     instruction, output = _text(values, "instruction").strip(), _text(values, "output")
     parts = [f"Instruction: {instruction}"]
     asked = instruction
-    if values.get("input") not in (None, ""):
+    given = values.get("input")
+    if given is not None and not (isinstance(given, str) and not given.strip()):
         given = _text(values, "input").strip()
         parts.append(f"Input: {given}")
         asked = f"{instruction}\n{given}"
@@ -184,7 +186,7 @@ def _turns(values: dict, column: str) -> list[dict]:
         raise _BadRow(f"{column} is no list of messages; give objects with role and content, as JSON or Parquet")
     for turn in value:
         if turn.get("role") not in ROLES:
-            raise _BadRow(f"{column} has the role {turn.get('role')!r}; use one of {', '.join(ROLES)}")
+            raise _BadRow(f"{column} has the role {repr(turn.get('role'))[:40]}; use one of {', '.join(ROLES)}")
         if not isinstance(turn.get("content"), str):
             raise _BadRow(f"{column} has a turn whose content is no text; write it as one string")
         _checked(turn["content"], column)

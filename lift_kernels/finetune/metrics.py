@@ -37,6 +37,8 @@ class Metric:
 
     def right(self, answer: str, expected: str) -> bool:
         """Return whether an answer of the model is the expected one."""
+        if self.name == "choice":  # which may differ by capitals alone
+            return answer.strip() == expected.strip()
         return same_number(answer, expected) if self.name == "number" else same_text(answer, expected)
 
 
@@ -143,9 +145,16 @@ def extract_number(text: str) -> float | None:
 
 
 def same_number(text: str, expected: str) -> bool:
-    """Return whether both texts have the same final number (relative tolerance 1e-6)."""
+    """Return whether both texts have the same final number.
+
+    Whole numbers have to be equal, others up to a relative tolerance of 1e-6.
+    """
     found, wanted = extract_number(text), extract_number(expected)
-    return found is not None and wanted is not None and math.isclose(found, wanted, rel_tol=1e-6, abs_tol=1e-9)
+    if found is None or wanted is None:
+        return False
+    if found.is_integer() and wanted.is_integer():
+        return found == wanted
+    return math.isclose(found, wanted, rel_tol=1e-6, abs_tol=1e-9)
 
 
 def same_text(text: str, expected: str) -> bool:

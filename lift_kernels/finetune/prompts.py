@@ -63,8 +63,7 @@ def single_example(question: str, answer: str, where: str = "") -> Sample:
 def encode(tokenizer, sample: Sample, loss: str = "answers", alone: bool = False) -> Example:
     """Return the token ids and labels of a sample.
 
-    Prompt and completion are encoded one by one, so that a prompt has the same tokens as when the
-    model answers it.
+    A prompt has the same tokens as when the model answers it.
 
     Args:
         tokenizer: tokenizer of the model.
@@ -74,13 +73,25 @@ def encode(tokenizer, sample: Sample, loss: str = "answers", alone: bool = False
             and ends with the end-of-text token then, unless it has them already.
     """
     head = tokenizer(sample.prompt, add_special_tokens=False)["input_ids"]
-    tail = tokenizer(sample.completion, add_special_tokens=False)["input_ids"]
+    tail = _continuation(tokenizer, sample, head)
     start: list[int] = []
     if alone and not sample.whole:
         start = _missing_opening(tokenizer, head or tail)
         tail = tail if tail[-1:] == [tokenizer.eos_token_id] else [*tail, tokenizer.eos_token_id]
     labels = [IGNORE] * len(start) + ([IGNORE] * len(head) if loss == "answers" else head) + tail
     return {"input_ids": start + head + tail, "labels": _unlabelled_first(labels) if alone else labels}
+
+
+def _continuation(tokenizer, sample: Sample, head: list[int]) -> list[int]:
+    """Return the ids of a completion after its prompt, which has the ids ``head``.
+
+    They are those in the whole text, because some tokenizers put a space in front of whatever they
+    encode. A completion that shares a token with the prompt is encoded alone.
+    """
+    whole = tokenizer(sample.prompt + sample.completion, add_special_tokens=False)["input_ids"]
+    if len(whole) > len(head) and whole[: len(head)] == head:
+        return whole[len(head) :]
+    return tokenizer(sample.completion, add_special_tokens=False)["input_ids"]
 
 
 def encode_prompt(tokenizer, sample: Sample, alone: bool = False) -> list[int]:

@@ -82,7 +82,7 @@ def read_file(path: Path, columns: Collection[str] = ()) -> list[Row]:
         return _read_parquet(path, columns)
     text = _text(path)
     if kind == ".csv":
-        return list(_csv_rows(path, text))
+        return list(_csv_rows(path, text, columns))
     return _json_array(path, text) if text.lstrip()[:1] == "[" else _json_lines(path, text)
 
 
@@ -145,8 +145,8 @@ def _reason(error: Exception) -> str:
     return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
 
 
-def _csv_rows(path: Path, text: str) -> Iterator[Row]:
-    """Yield the rows of a CSV file whose first line names the columns."""
+def _csv_rows(path: Path, text: str, columns: Collection[str]) -> Iterator[Row]:
+    """Yield the rows of a CSV file whose first line that is not blank names the columns."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
     bad = []
@@ -162,13 +162,21 @@ def _csv_rows(path: Path, text: str) -> Iterator[Row]:
             if fields is None:
                 break
             if header is None:
-                header = [name.strip() for name in fields]
+                header = [name.strip() for name in fields] or None
+                _refuse_repeated(header or (), columns, where)
             elif len(fields) == len(header):
                 yield Row(dict(zip(header, fields)), where)
             elif fields:  # a blank line has none
                 counts = f"{len(fields)} fields, where the first line has {len(header)}"
                 bad.append((where, f"{counts}; put a field with commas in quotes"))
     refuse_first(bad)
+
+
+def _refuse_repeated(names: Sequence[str], columns: Collection[str], where: str) -> None:
+    """Raise a UserError for a needed column that is there twice."""
+    for name in names:
+        if name in columns and names.count(name) > 1:
+            raise UserError(f"{where}: {names.count(name)} columns are called {name}; rename or remove all but one")
 
 
 @contextmanager
@@ -189,7 +197,9 @@ def _read_parquet(path: Path, columns: Collection[str]) -> list[Row]:
         raise UserError(f"reading {path} needs the package pyarrow; run `pip install pyarrow`") from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            return _table_rows(file.read(_needed(file.schema_arrow.names, columns)), str(path))
+            names = file.schema_arrow.names
+            _refuse_repeated(names, columns, str(path))
+            return _table_rows(file.read(_needed(names, columns)), str(path))
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"cannot read {path} as Parquet: {_one_line(error)}; check --data") from error
 

@@ -97,8 +97,13 @@ def sparse_optimizer(
 
 def _rules(model: nn.Module, settings: Settings, bypassed: dict[str, nn.Parameter]) -> dict[str, Any]:
     """Return which weights are trained, as options of `lift_param_groups`, without the bypassed."""
-    extra = pattern_of(stacked_weights(model)) if settings.extra is None else settings.extra
     include, exclude = settings.include, settings.exclude
+    stacks = [
+        name
+        for name in stacked_weights(model)
+        if (include is None or re.search(include, name)) and (exclude is None or not re.search(exclude, name))
+    ]
+    extra = pattern_of(stacks) if settings.extra is None else settings.extra
     if bypassed:
         exclude = "|".join(filter(None, (exclude, pattern_of(bypassed))))
     if bypassed and include is not None:  # a name must not match both

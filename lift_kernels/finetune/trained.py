@@ -102,7 +102,8 @@ def _matrices(weight: Weight) -> int:
 
 def _remedy(kind: str, settings: Settings) -> str:
     """Return the option that trains weights of a kind, some of which are left out."""
-    if kind == LINEAR or settings.method == "full":
+    by_default = kind == LINEAR or (kind == STACK and settings.method in SPARSE and settings.extra is None)
+    if by_default or settings.method == "full":
         return "change --include, --exclude"
     if settings.method in SPARSE and kind in (STACK, MATRIX, EMBEDDING):
         return "--extra REGEX trains them"
