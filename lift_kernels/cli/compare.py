@@ -19,6 +19,7 @@ def add_parser(commands: Any) -> None:
         "finished run is a row of a CSV file: the same command, or --resume, goes on after an interruption.",
         usage="%(prog)s [options]",
         formatter_class=argparse.RawTextHelpFormatter,
+        allow_abbrev=False,  # --seed of finetune would be taken for --seeds
     )
     _add_design(parser.add_argument_group("comparison"))
     add_data(parser.add_argument_group("data"))
