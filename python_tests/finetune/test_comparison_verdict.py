@@ -86,6 +86,13 @@ def test_a_table_says_what_it_is_of_and_its_units():
     assert text.startswith("tiny model, sums. Losses are in nats per token, with half of a 95 % interval. ")
 
 
+def test_a_loss_of_neutral_text_that_fell_is_not_called_forgetting():
+    text = verdict.words(summary.summarize(comparison_rows(effects={"lift": (0.0, -0.05), "lora": (0.0, -0.2)})))
+    assert "Forgetting: lift forgets more than lora. " in text
+    assert "Nothing was forgotten with lora, lift: the loss of neutral text fell. There, to forget more means" in text
+    assert "Nothing was forgotten" not in verdict.words(summary.summarize(comparison_rows()))
+
+
 def test_the_pilot_is_that_of_the_reference():
     rows = comparison_rows(seeds=1, pilot=True)
     other = [replace(row, method="full", rate=1e-4) for row in rows if row.stage == "pilot"]

@@ -194,6 +194,11 @@ def _notes(summary: Summary) -> list[str]:
         for m in summary.methods
         if m.unfinished
     ]
+    if fell := [m.name for m in summary.methods if m.forgetting and m.forgetting.high < 0]:
+        notes.append(
+            f"Nothing was forgotten with {', '.join(fell)}: the loss of neutral text fell. There, to forget more means "
+            "that it fell less."
+        )
     wanted = len(summary.method(summary.reference).seeds)
     notes += [
         f"{m.name} has {_count(len(m.seeds), 'seed')} and {summary.reference} {wanted}; common seeds are compared."
