@@ -15,9 +15,10 @@ from ..checkpoint.training_state import rng_state, set_rng_state
 from . import prompts
 from .config import FIXED, SPARSE, Settings
 from .data import RunData
-from .evaluation import answer_loss
+from .decoding import CACHED_TOKENS
+from .evaluation import answer_loss, batches
 from .forward import Form, form_of, logits_at
-from .measure import EVAL_BATCH, GENERATION_BATCH
+from .measure import EVAL_BATCH, GENERATION_BATCH, completions
 from .parallel import Ranks
 from .precision import autocast
 from .timing import Clock
@@ -35,7 +36,7 @@ class Tokens:
     Attributes:
         training: of the batches of all steps.
         measured: of the texts whose loss is measured, at one time.
-        asked: of the prompts that are answered, at one time.
+        asked: of the prompts that are answered, at one time, and of answers to choose from.
         written: passes that write a token of each answer of a batch, at one time. They are a bound:
             answers may end earlier.
     """
@@ -119,15 +120,16 @@ def estimate(
         mask_seconds: seconds that all masks of the model take once.
     """
     ranks, form = ranks or Ranks(), form_of(model)
-    batches = training_batches(data, settings)
+    passes = training_batches(data, settings)
+    asked, written = _answering(data, ranks, form)
     tokens = Tokens(
-        training=_training_tokens(batches, data, steps, settings, ranks, form),
+        training=_training_tokens(passes, data, steps, settings, ranks, form),
         measured=_measured_tokens(data, ranks, form) + neutral_tokens // ranks.count,
-        asked=_asked_tokens(data, ranks, form),
-        written=_written_passes(data, ranks, form),
+        asked=asked,
+        written=written,
     )
     with _undisturbed(model):
-        train, read, write = _timed_passes(model, tokenizer, data, batches, settings, ranks, form)
+        train, read, write = _timed_passes(model, tokenizer, data, passes, settings, ranks, form)
     later = steps // settings.refresh_interval if settings.refresh_interval else 0
     return Estimate(
         tokens=tokens,
@@ -158,36 +160,46 @@ def _area(lengths: Sequence[int], form: Form) -> int:
 
 
 def _training_tokens(
-    batches: Sequence[list[int]], data: RunData, steps: int, settings: Settings, ranks: Ranks, form: Form
+    passes: Sequence[list[int]], data: RunData, steps: int, settings: Settings, ranks: Ranks, form: Form
 ) -> int:
     lengths = [len(sequence["input_ids"]) for sequence in data.sequences]
-    each = [_area([lengths[i] for i in ranks.own(batch)], form) for batch in batches]
+    each = [_area([lengths[i] for i in ranks.own(batch)], form) for batch in passes]
     epochs, rest = divmod(steps, math.ceil(len(lengths) / data.rows))
     return epochs * sum(each) + sum(each[: rest * settings.accumulation])
 
 
 def _measured_tokens(data: RunData, ranks: Ranks, form: Form) -> int:
-    lengths = sorted(len(example["input_ids"]) for example in ranks.own(data.encoded))
-    return sum(_area(lengths[start : start + EVAL_BATCH], form) for start in range(0, len(lengths), EVAL_BATCH))
+    own = ranks.own(data.encoded)
+    lengths = [[len(own[i]["input_ids"]) for i in batch] for batch in batches(own, EVAL_BATCH)]
+    return sum(_area(batch, form) for batch in lengths)
 
 
-def _asked_tokens(data: RunData, ranks: Ranks, form: Form) -> int:
-    """Return the tokens of all prompts. A cache holds the prefix, where the model has one."""
-    if data.metric == "none":
-        return 0
+def _answering(data: RunData, ranks: Ranks, form: Form) -> tuple[int, int]:
+    """Return the tokens that are read and the passes that write, to answer all prompts once.
+
+    A cache holds the worked examples, where the model has one.
+    """
+    own = ranks.own(data.asked)
+    if data.metric == "none" or not own:
+        return 0, 0
     cached = form.padding and form.cache is not None
     before, once = (0, len(data.prefix)) if cached else (len(data.prefix), 0)
-    lengths = sorted(before + len(ids) for ids in ranks.own(data.asked))
-    starts = range(0, len(lengths), GENERATION_BATCH)
-    return once + sum(_area(lengths[start : start + GENERATION_BATCH], form) for start in starts)
+    answers = completions(data)
+    if data.metric == "choice":  # each prompt is read by itself, and continued by each of the answers
+        choices = sum(len(ids) for ids in {tuple(ids) for ids in answers})
+        return once + sum(before + len(ids) + choices for ids in own), 0
+    new, lengths = max(map(len, answers)) + MORE_TOKENS, sorted(before + len(ids) for ids in own)
+    rows = _answer_rows(data, form)
+    starts = range(0, len(lengths), rows)
+    return once + sum(_area(lengths[start : start + rows], form) for start in starts), len(starts) * new
 
 
-def _written_passes(data: RunData, ranks: Ranks, form: Form) -> int:
-    if data.metric == "none":
-        return 0
-    longest = max(sum(label != prompts.IGNORE for label in example["labels"]) for example in data.encoded)
-    batch = GENERATION_BATCH if form.padding else 1
-    return math.ceil(len(ranks.own(data.asked)) / batch) * (longest + MORE_TOKENS)
+def _answer_rows(data: RunData, form: Form) -> int:
+    """Return how many prompts are answered in a batch."""
+    if not form.padding:
+        return 1
+    longest = len(data.prefix) + max(map(len, data.asked)) + max(map(len, completions(data))) + MORE_TOKENS
+    return max(1, min(GENERATION_BATCH, CACHED_TOKENS // longest, len(data.asked)))
 
 
 @contextmanager
@@ -212,13 +224,13 @@ def _timed_passes(
     model: Any,
     tokenizer: Any,
     data: RunData,
-    batches: Sequence[list[int]],
+    passes: Sequence[list[int]],
     settings: Settings,
     ranks: Ranks,
     form: Form,
 ) -> tuple[float, float, float]:
     """Return seconds a token of training, a token of reading, and a pass that writes tokens."""
-    by_size = sorted(batches, key=lambda batch: sum(len(data.sequences[i]["input_ids"]) for i in batch))
+    by_size = sorted(passes, key=lambda batch: sum(len(data.sequences[i]["input_ids"]) for i in batch))
     typical = by_size[len(by_size) // 2]
     trained = [data.sequences[i] for i in ranks.own(typical) or typical[:1]]
     held = sorted(data.encoded, key=lambda example: len(example["input_ids"]))
@@ -228,8 +240,8 @@ def _timed_passes(
     model.eval()
     with torch.no_grad():
         read = _pass_seconds(model, tokenizer, middle, settings, lambda loss: loss)
-        rows = min(GENERATION_BATCH if form.padding else 1, len(data.asked))
-        write = _token_seconds(model, rows, settings) if data.metric != "none" else 0.0
+        writes = data.metric not in ("none", "choice") and data.asked
+        write = _token_seconds(model, _answer_rows(data, form), settings) if writes else 0.0
     lengths = ([len(example["input_ids"]) for example in examples] for examples in (trained, middle))
     return train / _area(next(lengths), form), read / _area(next(lengths), form), write
 

@@ -5,17 +5,21 @@ Every rank measures its share of the samples.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
 from . import evaluation
 from .data import RunData
 from .decoding import choice_losses, end_tokens, greedy_answers
 from .intervals import paired_change
 from .metrics import Metric, choose_metric, wilson_interval
 from .parallel import Ranks
-from .prompts import Example
+from .prompts import Example, Sample
 
 EVAL_BATCH = 32
 GENERATION_BATCH = 100  # decoding is bound by reading the weights, so a large batch costs little more than a small one
@@ -73,6 +77,67 @@ def measure(model, tokenizer, data: RunData, neutral: Sequence[Example], ranks: 
         **{f"exact_match.{when}{bound}": value for bound, value in score.items()},
     }
     return Measurement(figures, answers, [_mean([x]) for x in target], [_mean([x]) for x in other])
+
+
+def described(data: RunData, loss: str, neutral: tuple[str, list[Example]], tokenizer) -> dict[str, Any]:
+    """Return what the figures are about, by report key.
+
+    Args:
+        data: data of the run.
+        loss: one of `config.LOSSES`.
+        neutral: what the neutral text is, and its pieces.
+        tokenizer: tokenizer of the model.
+    """
+    metric = choose_metric(data.heldout, data.metric, tokenizer)
+    answers = loss == "answers" and any(sample.answer for sample in data.heldout)
+    return {
+        "heldout_loss.unit": f"nats per {'answer token' if answers else 'token'}",
+        "heldout.samples": len(data.heldout),
+        "exact_match.problems": None if metric.name == "none" else len(data.heldout),
+        "metric": metric.name,
+        "metric.description": metric.description,
+        "neutral.description": neutral[0],
+        "neutral.pieces": len(neutral[1]),
+        "neutral.tokens": sum(len(piece["input_ids"]) for piece in neutral[1]),
+    }
+
+
+def answer_rows(heldout: Sequence[Sample], before: Measurement, after: Measurement) -> list[dict[str, Any]]:
+    """Return what each held-out sample got before and after training; no answers are None."""
+    nothing: list[None] = [None] * len(heldout)
+    columns = (before.answers or nothing, after.answers or nothing, before.target, after.target)
+    names = ("question", "expected", "before", "after", "loss_before", "loss_after", "where")
+    rows = zip(heldout, *columns, strict=True)
+    return [dict(zip(names, (p.question or p.prompt, p.answer, *row, p.where), strict=True)) for p, *row in rows]
+
+
+def fingerprint(data: RunData, neutral: Sequence[Example]) -> str:
+    """Return a fingerprint of all texts that a run is measured on."""
+    return hashlib.sha256(json.dumps([data.encoded, data.asked, data.prefix, neutral]).encode()).hexdigest()
+
+
+def read_saved(path: Path, texts: str) -> dict[str, Any] | None:
+    """Read what an interrupted run measured before training.
+
+    Args:
+        path: file of `Measurement.saved` and the `fingerprint` of the texts.
+        texts: fingerprint of the present texts.
+
+    Returns:
+        Arguments of `Measurement`, or None without the file.
+
+    Raises:
+        UserError: when the run was measured on other texts.
+    """
+    if not path.exists():
+        return None
+    earlier = json.loads(path.read_text())
+    if earlier.pop("texts", None) != texts:
+        raise UserError(
+            f"the held-out or the neutral texts are not those of the interrupted run in {path.parent}; restore the "
+            "files of --data and --neutral and the version of Python, or start a new run"
+        )
+    return earlier
 
 
 def changes(before: Measurement, after: Measurement) -> dict[str, float | None]:

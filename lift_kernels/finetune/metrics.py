@@ -13,7 +13,7 @@ from .prompts import Sample
 
 SHORT = 32  # most tokens of an answer for which "exact" is chosen without being asked for
 MOST_CHOICES = 10
-_LAST_WORDS = 8  # that may follow a number which still is the final figure of an answer
+_LAST_WORDS = 4  # that may follow a number which still is the final figure of an answer
 
 _NUMBER = r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
 _MARKED = rf"(?:####|answer\s*(?:is|:|=))[^\w\n+-]*?({_NUMBER})"
@@ -61,10 +61,11 @@ def choose_metric(samples: Sequence[Sample], asked: str | None, tokenizer) -> Me
 
 def _metric(samples: Sequence[Sample], name: str, why: str) -> Metric:
     choices = tuple(sorted({s.answer.strip() for s in samples})) if name == "choice" else ()
+    shown = " | ".join(" ".join(choice.split())[:40] for choice in choices)
     description = {
         "number": "the last number of an answer, or the one after #### or 'answer is', is the expected one",
         "exact": "an answer is the expected text, but for capitals, white space and a final full stop",
-        "choice": f"of {' | '.join(choices)}, the expected one has the highest probability as a whole text",
+        "choice": f"of the held-out answers {shown}, the expected one has the highest probability as a whole text",
         "none": "no answers are scored, so the losses alone tell what was learned",
     }
     return Metric(name, description[name], why, choices)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -20,12 +18,10 @@ from . import report, run_dir, trained
 from .config import ADAPTERS, Settings
 from .estimate import estimate
 from .loading import Loaded, load
-from .measure import Measurement, changes, measure
+from .measure import Measurement, answer_rows, changes, described, fingerprint, measure, read_saved
 from .methods import prepare, state_bytes, trained_entries
-from .metrics import choose_metric
 from .parallel import Ranks, joined
 from .precision import autocast
-from .prompts import Sample
 from .timing import Clock, PhaseTimer
 from .trained import Kind
 from .training import train
@@ -162,32 +158,14 @@ def _say_how_long(job: Run, method: Method) -> None:
 
 def _measure_before(job: Run) -> Measurement:
     """Measure the untrained model, or read what the interrupted run measured."""
-    path, texts = job.folder / run_dir.BEFORE, {"texts": _fingerprint(job)}
-    earlier = job.ranks.first(lambda: _read_before(path, texts))
+    path = job.folder / run_dir.BEFORE
+    texts = fingerprint(job.data, job.neutral[1])
+    earlier = job.ranks.first(lambda: read_saved(path, texts))
     if earlier is not None:
         return Measurement(**earlier)
     measured = _measure(job, "before")
-    job.ranks.first(lambda: write_atomic(path, json.dumps(texts | measured.saved())))
+    job.ranks.first(lambda: write_atomic(path, json.dumps({"texts": texts} | measured.saved())))
     return measured
-
-
-def _read_before(path: Path, texts: dict[str, str]) -> dict[str, Any] | None:
-    """Return what the interrupted run measured, on the same texts, or None."""
-    if not path.exists():
-        return None
-    earlier = json.loads(path.read_text())
-    if earlier.pop("texts", None) != texts["texts"]:
-        raise UserError(
-            f"the held-out or the neutral texts are not those of the interrupted run in {path.parent}; restore the "
-            "files of --data and --neutral and the version of Python, or start a new run"
-        )
-    return earlier
-
-
-def _fingerprint(job: Run) -> str:
-    """Return a fingerprint of all texts that the run is measured on."""
-    texts = [job.data.encoded, job.data.asked, job.data.prefix, job.neutral[1]]
-    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
 def _measure(job: Run, when: str) -> Measurement:
@@ -241,7 +219,7 @@ def _results(
     job: Run, method: Method, before: Measurement, after: Measurement, sizes: dict[str, Any], timer: PhaseTimer
 ) -> report.Report:
     """Assemble the report."""
-    clock, metric = job.clock, choose_metric(job.data.heldout, job.data.metric, job.tokenizer)
+    clock = job.clock
     return {
         "method": job.settings.method,
         "model.name": job.source.gguf_file or job.source.location,
@@ -249,14 +227,7 @@ def _results(
         "data.description": job.data.description,
         "data.together": job.data.together,
         **dict(sorted((before.figures | after.figures | changes(before, after)).items())),
-        "heldout_loss.unit": f"nats per {_counted_token(job)}",
-        "heldout.samples": len(job.data.heldout),
-        "exact_match.problems": len(after.answers) or None,
-        "metric": metric.name,
-        "metric.description": metric.description,
-        "neutral.description": job.neutral[0],
-        "neutral.pieces": len(job.neutral[1]),
-        "neutral.tokens": sum(len(piece["input_ids"]) for piece in job.neutral[1]),
+        **described(job.data, job.settings.loss, job.neutral, job.tokenizer),
         **sizes,
         **clock.refresh_figures(),
         "seconds.forward_backward": median(clock.forward_backward),
@@ -278,24 +249,9 @@ def _write_report(
     job: Run, results: report.Report, losses: list[float], before: Measurement, after: Measurement
 ) -> report.Report:
     """Write answers, plot and report, print the table, and return the report."""
-    report.write_answers(job.folder / run_dir.ANSWERS, _answer_rows(job.data.heldout, before, after))
+    report.write_answers(job.folder / run_dir.ANSWERS, answer_rows(job.data.heldout, before, after))
     report.plot_losses(results, losses, list(job.clock.refreshes), job.folder / run_dir.PLOT)
     report.write_json(results, job.folder / run_dir.REPORT)  # written last: a run with a report is finished
     run_dir.finish(job.folder)
     print(f"\n{report.table(results)}\n\nwritten to {job.folder}: report.json, answers.jsonl, loss.png, model/")
     return results
-
-
-def _answer_rows(heldout: Sequence[Sample], before: Measurement, after: Measurement) -> list[dict[str, Any]]:
-    """Return what each held-out sample got before and after training."""
-    nothing: list[None] = [None] * len(heldout)
-    columns = (before.answers or nothing, after.answers or nothing, before.target, after.target)
-    names = ("question", "expected", "before", "after", "loss_before", "loss_after", "where")
-    rows = zip(heldout, *columns, strict=True)
-    return [dict(zip(names, (p.question or p.prompt, p.answer, *row, p.where), strict=True)) for p, *row in rows]
-
-
-def _counted_token(job: Run) -> str:
-    """Return what the losses of samples are means over."""
-    answers = job.settings.loss == "answers" and any(sample.answer for sample in job.data.heldout)
-    return "answer token" if answers else "token"

@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..optim.lift_adamw import LiftAdamW
 from . import prompts
 from .config import CLIP_NORM, Settings
-from .data import SHOTS, RunData
+from .data import RunData
 from .parallel import Ranks
 from .precision import autocast
 from .timing import Clock
@@ -30,12 +30,12 @@ def check_batch(settings: Settings, data: RunData, ranks: Ranks) -> None:
             f"a batch of {settings.batch_size} samples makes {data.rows} sequences, which {settings.accumulation} "
             f"passes cannot share; take --accumulation {' or '.join(map(str, fits))}, or a larger --batch-size"
         )
-    rows = data.rows // settings.accumulation
+    rows, each = data.rows // settings.accumulation, settings.batch_size // data.rows
     if rows < ranks.count:
         passes = f" in each of {settings.accumulation} passes" if settings.accumulation > 1 else ""
         raise UserError(
             f"a batch of {settings.batch_size} samples makes {rows} sequences{passes}, too few for {ranks.count} "
-            f"ranks; take at most {rows} ranks, or --batch-size {SHOTS * ranks.count * settings.accumulation}"
+            f"ranks; take at most {rows} ranks, or --batch-size {each * ranks.count * settings.accumulation}"
         )
 
 

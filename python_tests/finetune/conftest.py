@@ -9,6 +9,18 @@ from __future__ import annotations
 import pytest
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_neutral_text():
+    """Runs are measured on a part of the neutral text."""
+    from helpers.finetune_runs import NEUTRAL_TOKENS
+
+    from lift_kernels.finetune import neutral
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neutral, "TOKENS", NEUTRAL_TOKENS)
+        yield
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     from helpers.tiny_llama import make_tokenizer

@@ -78,7 +78,10 @@ def test_finetune_damaged_weights_are_one_line(tmp_path, capsys, tiny):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "magic"], "unknown method 'magic'; use one of lift, full, lora, random"),
+        (
+            ["--method", "magic"],
+            "unknown method 'magic'; use one of lift, magnitude, gradient, random, off_",
+        ),
         (["--dtype", "int8"], "unknown dtype 'int8'"),
         (["--density", "0"], "density is 0.0"),
         (["--density", "1.5"], "density is 1.5"),
@@ -94,6 +97,49 @@ def test_finetune_damaged_weights_are_one_line(tmp_path, capsys, tiny):
         (["--refresh-drift", "nan"], "refresh_drift is nan"),
         (["--extra", "("], "extra is '(', no regular expression: "),
         (["--extra", "none"], "extra='none' matches no further matrix of LlamaForCausalLM"),
+        (["--include", "("], "include is '(', no regular expression: "),
+        (["--exclude", "*"], "exclude is '*', no regular expression: "),
+        (["--include", "none"], "no linear weight of LlamaForCausalLM is left with include='none', exclude=None"),
+        (["--include", "none", "--method", "shira"], "no linear weight is left with include='none', exclude=None"),
+        (
+            ["--exclude", ".", "--method", "full"],
+            "no weight is left with include=None, exclude='.'; change these",
+        ),
+        (
+            ["--include", "proj", "--exclude", "k_proj", "--method", "lora"],
+            "model.layers.0.self_attn.k_proj.weight matches both include='proj' and exclude='k_proj'; make the rules",
+        ),
+        (
+            ["--method", "shira", "--density", "0.9"],
+            "trains r (rows + columns) entries of a matrix, here with r = 16, and one of 16 x 32 has fewer; lower "
+            "--density",
+        ),
+        (
+            ["--method", "shira", "--budget-rank", "20"],
+            "here with r = 20, and one of 32 x 32 has fewer; lower --bud",
+        ),
+        (["--method", "off_principal", "--density", "0.5"], "lower density to at most 1/3"),
+        (["--epochs", "0"], "epochs is 0.0; it must be a positive number"),
+        (["--epochs", "inf"], "epochs is inf; it must be a positive number"),
+        (["--epochs", "2", "--steps", "5"], "steps is 5 and epochs is 2; leave out --steps or --epochs"),
+        (["--accumulation", "0"], "accumulation is 0; it must be at least 1"),
+        (["--accumulation", "3"], "accumulation is 3, which does not divide a batch of 8 samples; give an --accumulat"),
+        (["--accumulation", "4"], "makes 2 sequences, which 4 passes cannot share; take --accumulation 1 or 2, or a"),
+        (["--shots", "-1"], "shots is -1; it must not be negative"),
+        (
+            ["--packing", "--shots", "2"],
+            "shots is 2, and packing keeps the samples of a sequence apart; leave out --",
+        ),
+        (["--split", "test"], "split is 'test', and generated problems have no splits; leave it out or give --data"),
+        (["--problems", "hard", "--data", "x"], "problems is 'hard', and data is 'x', which has problems of its own; "),
+        (["--problems", "odd"], "unknown problems 'odd'; use one of plain, hard"),
+        (["--metric", "f1"], "unknown metric 'f1'; use one of number, exact, choice, none"),
+        (["--loss", "some"], "unknown loss 'some'; use one of answers, all"),
+        (
+            ["--autocast", "--dtype", "bfloat16"],
+            "autocast runs the forward passes of float32 weights in bfloat16, and dtype is bfloat16; leave out --auto",
+        ),
+        (["--report-to", "nobody"], "unknown report_to: nobody is not supported, only azure_ml, "),
         (
             ["--extra", "proj", "--method", "full"],
             "extra is 'proj', and method full has no use for it; leave out --extra",

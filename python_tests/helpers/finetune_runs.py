@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 
 from lift_kernels.checkpoint import load_checkpoint
 from lift_kernels.cli import main
-from lift_kernels.finetune import report, run_dir
+from lift_kernels.finetune import neutral, report, run_dir
 from lift_kernels.finetune.config import Settings
 
 STEPS, REFRESH = 8, 3
+NEUTRAL_TOKENS = 1024
 
 
 def make_runs_cheap(setattr=setattr) -> None:
@@ -23,6 +24,7 @@ def make_runs_cheap(setattr=setattr) -> None:
     Leave out what takes half of the time of a tiny run.
     """
     setattr(run_dir, "finish", lambda folder: None)
+    setattr(neutral, "TOKENS", NEUTRAL_TOKENS)
     setattr(report, "plot_losses", lambda *args: None)
     setattr(accelerate.utils.memory.gc, "collect", lambda: None)
 
