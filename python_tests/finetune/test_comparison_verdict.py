@@ -129,7 +129,7 @@ def test_one_seed_with_a_pilot_has_wider_intervals():
     assert wide.seed_part == "pilot" and narrow.seed_part == "unknown" and wide.error > narrow.error
     text = verdict.words(with_pilot, design=summary.planned(rows, "lift", 1, 80))
     assert "was taken from a pilot of 2 seeds" in text and "hold for these very runs" not in text
-    assert "Planned from the pilot, it finds target differences from 0." in text and "of what training gained" in text
+    assert "The rough figure of the pilot was: target differences from 0." in text and "of what training gained" in text
     assert summary.planned([r for r in rows if r.stage != "pilot"], "lift", 3, 80) is None
 
 

@@ -115,8 +115,9 @@ class Session:
         share = f", {found.share:.1%} of what training gained" if found.share == found.share else ""
         many = "seed" if seeds == 1 else "seeds"
         return (
-            f"with {seeds} {many} and {samples} test samples, the comparison finds differences from {found.nats:.4f} "
-            f"nats per token on{share} (in 80 % of repetitions, as the only comparison)"
+            f"with {seeds} {many} and {samples} test samples, the comparison finds differences from about "
+            f"{found.nats:.4f} nats per token on{share} (in 80 % of repetitions, as the only comparison). This is "
+            "roughly what two runs of one method tell: methods that differ more from sample to sample need more"
         )
 
     def write(self, complete: bool) -> None:

@@ -147,7 +147,7 @@ def _basis(summary: Summary, design: Design | None, compared: int, digits: int) 
         text += f" Wins and losses hold after Holm's correction for all {compared} comparisons of losses."
     if design is not None:
         share = "" if math.isnan(design.share) else f" ({design.share:.1%} of what training gained)"
-        text += f" Planned from the pilot, it finds target differences from {design.nats:.{digits}f} on{share}."
+        text += f" The rough figure of the pilot was: target differences from {design.nats:.{digits}f} on{share}."
     return text
 
 
