@@ -19,6 +19,7 @@ def add_parser(commands: Any) -> None:
         "finished run is a row of a CSV file: the same command, or --resume, goes on after an interruption.",
         usage="%(prog)s [options]",
         formatter_class=argparse.RawTextHelpFormatter,
+        allow_abbrev=False,  # --seed of finetune would be taken for --seeds
     )
     _add_design(parser.add_argument_group("comparison"))
     add_data(parser.add_argument_group("data"))
@@ -41,18 +42,20 @@ def _add_design(group: Any) -> None:
     add("--seeds", type=int, metavar="N", help="seeds of each method in the final runs (default: 3)")
     add("--rates", nargs="+", metavar="METHOD=RATE", help="first rate of a search (default: that of finetune)")
     add("--most-rates", type=int, metavar="N", help="most rates that a search tries; 1 takes the first (default: 7)")
-    add("--validation", type=int, metavar="SAMPLES", help="samples that choose the rates (default: 64)")
-    add("--test", type=int, metavar="SAMPLES", help="samples that only final runs see (default: 200)")
+    add("--validation", type=int, metavar="SAMPLES", help="samples that choose the rates (default: 64, or fewer)")
+    add("--test", type=int, metavar="SAMPLES", help="samples that only final runs see (default: 200, or fewer)")
     add(
         "--budget",
         metavar="TIME",
-        help="begin no run that would end later, such as 90s, 30m or 2h; --resume goes on\n(default: no limit)",
+        help="begin no run that would end after this time, such as 90s, 30m or 2h; --resume goes on\n"
+        "(default: no limit)",
     )
     add(
         "--quick",
         action="store_true",
         default=None,
-        help="a first look: other defaults, with one rate, one seed, 20 steps and fewer samples",
+        help="a first look in a directory of its own: other defaults, with one rate, one seed,\n20 steps and fewer "
+        "samples",
     )
 
 
@@ -70,12 +73,18 @@ def _add_measuring(group: Any) -> None:
 
 def _add_output(group: Any) -> None:
     add = group.add_argument
-    add("--task", metavar="NAME", help="name of the data in rows and directory (default: that of the data)")
+    add(
+        "--task",
+        metavar="NAME",
+        help="name of the data in rows and directory (default: that of the files); several may\nshare a directory, "
+        "and table, verdict and picture are those of the last one",
+    )
     add("--output", metavar="DIR", help="directory of the comparison (default: runs/compare-TASK)")
     add(
         "--resume",
         metavar="DIR|CSV",
-        help="go on with the comparison in this directory, with its options; methods and seeds\nmay be added",
+        help="go on with the comparison in this directory, with its options; methods and seeds\nmay be added, and "
+        "--model, --data and --neutral say where files lie now",
     )
 
 

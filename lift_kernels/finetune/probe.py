@@ -301,5 +301,6 @@ def draw(found: Probe, title: str) -> Figure:
     axes.set_xticks([], minor=True)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
-    axes.legend(title="noise on")
+    seeds = losses.shape[1]
+    axes.legend(title="noise on" + (f"\n(bands: range of {seeds} seeds)" if seeds > 1 else ""))
     return figure

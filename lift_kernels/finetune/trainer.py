@@ -29,6 +29,10 @@ from .run_dir import CHECKPOINT, trained_weights
 from .timing import Clock
 
 
+class Diverged(UserError):
+    """The loss of a step is not finite."""
+
+
 class Checkpoints(TrainerCallback):
     """Saves training in a single file, and continues from it bit-exactly.
 
@@ -212,13 +216,13 @@ class AnswerTrainer(Trainer):
         """Append the loss of a step to ``losses``, at its last pass.
 
         Raises:
-            UserError: on every rank, when it is not finite. No weight has changed then.
+            Diverged: on every rank, when it is not finite. No weight has changed then.
         """
         self.losses.append((self.ranks.sum(torch.stack(self._totals).sum()) / self._tokens).item())
         if not math.isfinite(self.losses[-1]):
             float16 = base_of(self.model).dtype == torch.float16
             other = ", or --dtype bfloat16, for float16 overflows easily" if float16 else ""
-            raise UserError(f"the loss is {self.losses[-1]} at step {len(self.losses)}; choose a lower --lr{other}")
+            raise Diverged(f"the loss is {self.losses[-1]} at step {len(self.losses)}; choose a lower --lr{other}")
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing, because `Checkpoints` loads the model when training begins.

@@ -66,7 +66,7 @@ def test_a_comparison_writes_rows_table_picture_and_verdict(whole):
     assert 0 == rows[0].entries < rows[-2].entries < rows[-1].entries
     assert (whole / PICTURE).read_bytes().startswith(b"\x89PNG")
     table, words = (whole / TABLE).read_text(), (whole / VERDICT).read_text()
-    assert table.count("\n") == 4 and "full@1e-3" in table
+    assert table.count("\n") == 6 and "full@1e-3" in table
     assert "Not looked at: other rates than lift@5e-3 at 0.005, full@1e-3 at 0.001, other models and data" in words
 
 

@@ -56,14 +56,16 @@ def test_too_little_data_for_three_parts_is_refused(tiny, tmp_path, capsys):
 def test_resuming_with_other_settings_names_the_first_difference(tiny, tmp_path, capsys):
     save(make_options(tiny, tmp_path), {})
     here = f"the comparison in {tmp_path} has"
-    remedy = "leave the option out with --resume, or choose another --output"
+    remedy = f"go on with --resume {tmp_path} and without --%s, or choose another --output"
     changed = ["--steps", "4", "--density", "0.3"]
-    assert refused(capsys, *arguments(tiny, tmp_path, *changed)) == f"density is 0.3, and {here} 0.2; {remedy}"
+    assert refused(capsys, *arguments(tiny, tmp_path, *changed)) == (
+        f"--density is 0.3, and {here} 0.2; {remedy % 'density'}"
+    )
     assert refused(capsys, "compare", "--resume", str(tmp_path), "--steps", "4") == (
-        f"steps is 4, and {here} 5; {remedy}"
+        f"--steps is 4, and {here} 5; {remedy % 'steps'}"
     )
     assert refused(capsys, "compare", "--resume", str(tmp_path), "--methods", "full@1e-3").startswith(
-        f"methods is full@1e-3, and {here} lift@5e-3 full@1e-3"
+        f"--methods is full@1e-3, and {here} lift@5e-3 full@1e-3"
     )
     assert refused(capsys, "compare", "--resume", str(tmp_path), "--output", "x").startswith("--resume goes on in")
     assert refused(capsys, "compare", "--resume", str(tmp_path), "--task", "x").startswith(
@@ -92,9 +94,46 @@ def test_files_that_are_no_comparison_are_refused(tmp_path, capsys):
     (tmp_path / SETTINGS).write_text("[]")
     assert "holds no settings of a comparison" in refused(capsys, "compare", "--resume", str(tmp_path))
     (tmp_path / SETTINGS).write_text("{")
-    assert f"cannot read {tmp_path / SETTINGS}" in refused(capsys, "compare", "--resume", str(tmp_path))
+    assert f"{tmp_path / SETTINGS} is no JSON" in refused(capsys, "compare", "--resume", str(tmp_path))
     (tmp_path / "other.csv").write_text("")
     assert f"nor its {ROWS}" in refused(capsys, "compare", "--resume", str(tmp_path / "other.csv"))
+
+
+@pytest.mark.parametrize(("name", "value"), [("bogus", 1), ("seeds", "3")])
+def test_saved_settings_that_were_edited_by_hand_are_refused_in_one_line(tiny, tmp_path, capsys, name, value):
+    save(make_options(tiny, tmp_path), {})
+    saved = json.loads((tmp_path / SETTINGS).read_text())
+    saved["word problems"][name] = value
+    (tmp_path / SETTINGS).write_text(json.dumps(saved))
+    error = refused(capsys, "compare", "--resume", str(tmp_path))
+    assert error.startswith(f"{tmp_path / SETTINGS} has options of task 'word problems' that are none (")
+
+
+def test_a_first_look_is_refused_where_a_comparison_goes_on(tiny, tmp_path, capsys):
+    save(make_options(tiny, tmp_path), {})
+    assert refused(capsys, "compare", "--resume", str(tmp_path), "--quick") == (
+        "--resume goes on with the options of its comparison; leave out --quick"
+    )
+
+
+def test_an_option_is_not_taken_for_another_one(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--seed", "3"])
+    assert "unrecognized arguments: --seed 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("below", ["", "sub"])
+def test_an_output_that_is_a_file_is_refused_in_plain_words(tiny, tmp_path, capsys, below):
+    (tmp_path / "file").write_text("")
+    place = tmp_path / "file" / below
+    assert refused(capsys, *arguments(tiny, place)) == (
+        f"cannot read {place / SETTINGS}: Not a directory; restore it or choose another --output"
+    )
+
+
+def test_a_first_look_has_a_directory_of_its_own():
+    assert from_command({"quick": True, "data": ["my.jsonl"]}).output == "runs/compare-my-quick"
+    assert from_command({"quick": True, "output": "here"}).output == "here"
 
 
 def test_durations_have_units():

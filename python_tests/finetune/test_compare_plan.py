@@ -9,7 +9,7 @@ from helpers.comparison_runs import make_row
 
 from lift_kernels.errors import UserError
 from lift_kernels.finetune.comparison import plan
-from lift_kernels.finetune.comparison.costs import Costs, duration
+from lift_kernels.finetune.comparison.costs import Costs
 
 DEFAULTS = {"lift": 1e-3, "random": 1e-3, "full": 1e-4, "lora": 1e-3}
 
@@ -138,7 +138,3 @@ def test_estimates_follow_the_finished_runs_of_this_machine():
     assert costs.expected("final", "full", rows) == 5.0
     assert Costs(10.0, costs.evaluation, "another machine").expected("final", "full", rows) == 14.0
     assert costs.total(plan.remaining(design("lift@1e-3", seeds=2), [], (), False), []) == 2 + 2 * 11 + 2 * 14
-
-
-def test_durations_are_for_people():
-    assert [duration(x) for x in (0.4, 89, 91, 5399, 5400)] == ["0 s", "89 s", "2 min", "90 min", "1.5 h"]

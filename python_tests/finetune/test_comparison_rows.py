@@ -68,6 +68,18 @@ def test_a_half_written_last_line_is_dropped_and_named(tmp_path, capsys, cut):
     assert capsys.readouterr().out == ""
 
 
+def test_a_file_that_a_spreadsheet_has_saved_is_read(tmp_path):
+    """It puts a byte order mark in front, ends lines with CRLF and leaves out final zeros."""
+    path = tmp_path / "runs.csv"
+    rows.append(path, make_row(target_losses=(1.0, 2.0), train_seconds=2))
+    text = path.read_text().replace("1.500000", "1.5", 1).replace("2.000,", "2,").replace("\n", "\r\n")
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    expected = make_row(target_losses=(1.0, 2.0), train_seconds=2)
+    assert rows.read(path) == [expected]
+    rows.append(path, make_row(seed=1))
+    assert rows.read(path) == [expected, make_row(seed=1)]
+
+
 def test_a_half_written_header_is_an_empty_file(tmp_path):
     path = tmp_path / "runs.csv"
     path.write_text("task,sta")
@@ -83,7 +95,7 @@ def test_rows_of_another_fingerprint_are_refused(tmp_path):
         rows.read(path, "sums", "1b")
     assert str(error.value) == (
         f"{path}: line 2 (sums, final, lift, rate 0.001, seed 0, test) is of another model, other data or other "
-        "settings: its fingerprint is 0a, not 1b; name another file, another task, or delete the task's lines"
+        "settings: its fingerprint is 0a, not 1b; choose another --output or --task, or delete the task's lines"
     )
     assert rows.read(path, "other", "ff") == [make_row(task="other", fingerprint="ff")]
 
@@ -121,13 +133,15 @@ def test_a_run_that_stands_there_twice_is_refused(tmp_path):
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "runs.csv"
     path.write_text("a,b\n1,2\n")
-    with pytest.raises(FileError, match="line 1 does not have the columns of a comparison of this version; name anoth"):
+    with pytest.raises(
+        FileError, match="line 1 does not have the columns of a comparison of this version; restore it, or ch"
+    ):
         rows.read(path)
     path.write_text(",".join(rows.COLUMNS) + "\na,b\n")
     with pytest.raises(FileError, match=r"line 2 has 2 cells, not 21; delete the line$"):
         rows.read(path)
     path.write_bytes(b"\xff\xfe\n")
-    with pytest.raises(FileError, match="it is not text; name another file"):
+    with pytest.raises(FileError, match="it is not text; restore it, or choose another --output"):
         rows.read(path)
 
 

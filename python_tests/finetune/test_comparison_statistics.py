@@ -185,6 +185,12 @@ def test_accuracy_of_several_seeds_is_that_of_the_two_way_estimate():
     assert statistics.accuracy(first) == statistics.estimate(first)
 
 
+def test_accuracy_is_never_above_one_or_below_zero():
+    correct = np.ones((3, 20), dtype=int)
+    correct[0, 0] = 0
+    assert statistics.accuracy(correct).high == 1 and statistics.accuracy(1 - correct).low == 0
+
+
 def test_accuracy_without_any_difference_still_has_an_interval():
     none = np.zeros((3, 20), dtype=int)
     assert statistics.accuracy(none).high == pytest.approx(0.16113, abs=1e-4)

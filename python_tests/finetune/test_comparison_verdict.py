@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from helpers.comparison_rows import make_row
 
 from lift_kernels.errors import UserError
 from lift_kernels.finetune import comparison
-from lift_kernels.finetune.comparison import picture, summary, verdict
+from lift_kernels.finetune.comparison import picture, statistics, summary, verdict
 
 EFFECTS = {"lift": (0.0, 0.02), "random": (0.0005, 0.02), "full": (-0.1, 0.2), "lora": (0.1, 0.01)}
 """What each method adds to the target loss and to forgetting."""
@@ -62,8 +63,8 @@ def test_the_summary_finds_wins_ties_and_losses():
 def test_the_words_call_a_tie_a_tie():
     text = verdict.words(summary.summarize(comparison_rows()), ["other models", "other data"])
     lines = text.splitlines()
-    assert lines[0].startswith("sums: 3 seeds, 80 test samples, 20 chunks of neutral text. ")
-    assert "Holm's correction for 3 comparisons" in lines[0]
+    assert lines[0].startswith("sums: 3 seeds, 80 test samples, 20 pieces of neutral text. ")
+    assert "Holm's correction for all 6 comparisons of losses" in lines[0]
     assert lines[1].startswith("Target loss: lift wins against lora, ties with random, loses to full. ")
     assert lines[2].startswith("  loses to full: -0.") and "finds" not in lines[2]
     assert lines[3].startswith("  ties with random: ") and "; this design finds differences from 0.0" in lines[3]
@@ -71,6 +72,32 @@ def test_the_words_call_a_tie_a_tie():
     assert lines[-2].startswith("Accuracy minus lift's, in points, without a correction: full ")
     assert lines[-1] == "Not looked at: other models, other data."
     assert "One seed" not in text and "may not be its best" not in text
+
+
+def test_holms_correction_counts_both_losses_of_every_method():
+    found = summary.summarize(comparison_rows())
+    pairs = {(m.name, d): d for m in found.others for d in (m.target_difference, m.forgetting_difference)}
+    assert len(pairs) == 6
+    assert {key: d.p for key, d in pairs.items()} == statistics.holm({key: d.estimate.p for key, d in pairs.items()})
+
+
+def test_a_table_says_what_it_is_of_and_its_units():
+    text = verdict.caption(summary.summarize(comparison_rows()), "tiny model")
+    assert text.startswith("tiny model, sums. Losses are in nats per token, with half of a 95 % interval. ")
+
+
+def test_a_loss_of_neutral_text_that_fell_is_not_called_forgetting():
+    text = verdict.words(summary.summarize(comparison_rows(effects={"lift": (0.0, -0.05), "lora": (0.0, -0.2)})))
+    assert "Forgetting: lift forgets more than lora. " in text
+    assert "Nothing was forgotten with lora, lift: the loss of neutral text fell. There, to forget more means" in text
+    assert "Nothing was forgotten" not in verdict.words(summary.summarize(comparison_rows()))
+
+
+def test_the_pilot_is_that_of_the_reference():
+    rows = comparison_rows(seeds=1, pilot=True)
+    other = [replace(row, method="full", rate=1e-4) for row in rows if row.stage == "pilot"]
+    assert summary.planned([*rows, *other], "lift", 1, 80) == summary.planned(rows, "lift", 1, 80)
+    assert summary.summarize([*rows, *other]) == summary.summarize(rows)
 
 
 def test_the_table_has_a_line_for_each_method_by_its_loss():
@@ -100,10 +127,10 @@ def test_one_seed_with_a_pilot_has_wider_intervals():
     with_pilot, without = summary.summarize(rows), summary.summarize([r for r in rows if r.stage != "pilot"])
     wide, narrow = (found.method("full").target_difference.estimate for found in (with_pilot, without))
     assert wide.seed_part == "pilot" and narrow.seed_part == "unknown" and wide.error > narrow.error
-    text = verdict.words(with_pilot, design=summary.planned(rows, 1, 80))
+    text = verdict.words(with_pilot, design=summary.planned(rows, "lift", 1, 80))
     assert "was taken from a pilot of 2 seeds" in text and "hold for these very runs" not in text
-    assert "Planned from the pilot, it finds target differences from 0." in text and "of what training gained" in text
-    assert summary.planned([r for r in rows if r.stage != "pilot"], 3, 80) is None
+    assert "The rough figure of the pilot was: target differences from 0." in text and "of what training gained" in text
+    assert summary.planned([r for r in rows if r.stage != "pilot"], "lift", 3, 80) is None
 
 
 def test_a_search_that_ended_at_its_limit_is_named():
@@ -151,7 +178,7 @@ def test_a_difference_that_holds_alone_but_not_among_many_is_a_tie_and_explained
     found = summary.summarize(comparison_rows(effects=effects))
     difference = found.method("x").target_difference
     assert difference.estimate.p < 0.05 < difference.p and difference.outcome == "tie"
-    assert f"alone it would be called, as one of 9 it is not (Holm's p = {difference.p:.3f})" in verdict.words(found)
+    assert f"alone it would be called, as one of 18 it is not (Holm's p = {difference.p:.3f})" in verdict.words(found)
 
 
 @pytest.mark.parametrize(
@@ -197,6 +224,8 @@ def test_the_picture_is_a_png_with_every_method(tmp_path, monkeypatch):
     styles = picture._styles(found)
     assert len(set(styles.values())) == len({color for color, _ in styles.values()}) == 11
     assert len({marker for _, marker in styles.values()}) == 11
+    assert legend.get_title().get_text() == "method (learning rate)"
+    assert texts[11:] == ["rates tried\n(validation, one seed)", "final runs, 95 % interval\n(test, seeds: 3)"]
     for m in found.methods:
         assert axes.get_xlim()[0] < m.forgetting.low and m.forgetting.high < axes.get_xlim()[1]
         assert axes.get_ylim()[0] < -m.gain.high and -m.gain.low < axes.get_ylim()[1]
@@ -207,8 +236,6 @@ def test_the_picture_is_a_png_with_every_method(tmp_path, monkeypatch):
 
 
 def test_a_picture_without_neutral_text_is_refused(tmp_path):
-    from dataclasses import replace
-
     rows = [replace(row, neutral_losses=()) for row in comparison_rows()]
     found = summary.summarize(rows)
     assert found.methods[0].forgetting is None and "Forgetting" not in verdict.words(found)

@@ -85,6 +85,16 @@ def others(command, folder, tmp_path_factory):
     return run_methods(command, folder, tmp_path_factory.mktemp("others"), "random", "lora", "full", "experts")
 
 
+def assert_same_answers(several, one):
+    """The answers are equal. Losses are rounded by their batches, which several ranks share out."""
+    a, e = ([json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()] for run in (several, one))
+    assert len(a) == len(e) > 0
+    for left, right in zip(a, e):
+        for key in ("loss_before", "loss_after"):
+            assert left.pop(key) == pytest.approx(right.pop(key), rel=1e-5)
+        assert left == right
+
+
 PARAMETERS = [
     pytest.param("lift", "lift"),
     *(pytest.param(method, "others", marks=pytest.mark.slow) for method in ("random", "lora", "full", "experts")),
@@ -98,7 +108,7 @@ def test_several_ranks_train_the_model_of_one_process(request, folder, method, s
     one, several = folder / "runs" / f"{method}-one", folder / "runs" / f"{method}-all"
     assert_same_model(folder / ("mixtral" if method == "experts" else "tiny"), several, one)
     assert_same_report(several, one, RANKS[method])
-    assert_same_answers(several / "answers.jsonl", one / "answers.jsonl")
+    assert_same_answers(several, one)
     [(_, alone, _)], [(_, first, _), *silent] = said[method, "one"], said[method, "all"]
     assert phases(first.replace(f"{method}-all", f"{method}-one")) == phases(alone)
     for _, out, error in silent:
@@ -115,15 +125,6 @@ def assert_same_model(start, actual, expected) -> None:
         torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-6 * value.abs().max().item(), msg=name)
 
 
-def assert_same_answers(actual, expected) -> None:
-    """Losses may differ in rounding, as ranks make batches of their own."""
-    rows, others = ([json.loads(line) for line in path.open()] for path in (actual, expected))
-    for row, other in zip(rows, others, strict=True):
-        for key in ("loss_before", "loss_after"):
-            assert row.pop(key) == pytest.approx(other.pop(key), rel=1e-4)
-        assert row == other and row["after"] is not None
-
-
 def assert_same_report(actual, expected, ranks: int) -> None:
     a, e = (json.loads((run / "report.json").read_text()) for run in (actual, expected))
     assert a.keys() == e.keys()
@@ -132,8 +133,6 @@ def assert_same_report(actual, expected, ranks: int) -> None:
     for key in ("heldout_loss", "neutral_loss"):
         for when in ("before", "after"):
             assert a[f"{key}.{when}"] == pytest.approx(e[f"{key}.{when}"], rel=1e-5), key
-        for bound in ("change", "change_low", "change_high"):
-            assert a[f"{key}.{bound}"] == pytest.approx(e[f"{key}.{bound}"], abs=1e-4), key
     for key in ("entries", "gradient_bytes.measured", "optimizer_state_bytes.measured", "exact_match.after"):
         assert a[key] == e[key], key
     assert [row["refreshed"] for row in a["refreshes.due"]] == [row["refreshed"] for row in e["refreshes.due"]]

@@ -13,6 +13,7 @@ from transformers import (
     Gemma3Config,
     GPT2Config,
     LlamaConfig,
+    LlamaForCausalLM,
     MptConfig,
     ViTConfig,
     XLNetConfig,
@@ -247,6 +248,12 @@ def test_finetune_out_of_memory_is_one_line(capsys, tiny, tmp_path, monkeypatch)
     message = "error: the memory of the device does not suffice; lower --batch-size (8) or --max-length (512)"
     assert refused(capsys, *options, "--name", "fp32") == f"{message}, or take --dtype bfloat16"
     assert refused(capsys, *options, "--name", "bf16", "--dtype", "bfloat16") == message
+
+
+def test_finetune_says_when_a_model_cannot_compute_activations_again(capsys, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    options = ("--model", str(tiny), "--output", str(tmp_path), "--eval-problems", "2", "--checkpointing")
+    assert refused(capsys, *options) == "error: LlamaForCausalLM keeps its activations; leave out --checkpointing"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

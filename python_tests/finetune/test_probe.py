@@ -194,6 +194,7 @@ def test_the_table_the_csv_and_the_picture_hold_the_losses(trained):
         assert curve.get_label() == group and list(curve.get_xdata()) == [0.5, 2.0]
         assert list(curve.get_ydata()) == [float(found.losses(group, size).mean()) for size in (0.5, 2.0)]
     assert len(axes.collections) == 4  # bands over the seeds
+    assert axes.get_legend().get_title().get_text() == "noise on\n(bands: range of 2 seeds)"
 
 
 def test_the_command_writes_the_probe_beside_the_report(tiny, tokenizer, tmp_path, capsys):

@@ -80,10 +80,3 @@ def measured(shared: Material) -> Costs:
         "final": test,
     }
     return Costs(BACKWARD * trained * token, evaluation, machine(shared.device))
-
-
-def duration(seconds: float) -> str:
-    """Return seconds for people, such as "45 s", "12 min" or "3.5 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -164,10 +165,19 @@ def machine(device: torch.device) -> str:
     return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
+@functools.cache
 def commit() -> str:
-    """Return the commit of a clone of this package, else its version."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    """Return the commit of a clone of this package, with a + if it was changed, else the version.
+
+    It is asked for once, because the code that runs stays what it was when the process began.
+    """
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        _git("ls-files", "--error-unmatch", Path(__file__).name)  # an installed package may lie in another repository
+        return _git("rev-parse", "--short=12", "HEAD") + "+" * bool(_git("diff", "HEAD", "--name-only", "../.."))
     except (OSError, subprocess.SubprocessError):
         return f"version {importlib.metadata.version('lift_kernels')}"
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -19,8 +19,11 @@ DEFAULTS: dict[str, Any] = {"steps": 30, "metric": "none", "seed": 0}
 """Options of a training run that differ from those of finetune."""
 QUICK: dict[str, Any] = {"steps": 20, "seeds": 1, "most_rates": 1, "validation": 32, "test": 64, "pieces": 20}
 """What --quick sets where no option says otherwise."""
-MAY_CHANGE = ("seeds", "device")
-"""Options that may differ where a comparison goes on; so may all methods but the first."""
+MAY_CHANGE = ("seeds", "device", "model", "data", "neutral")
+"""Options that may differ where a comparison goes on; so may all methods but the first.
+
+Files may lie elsewhere: digests tell whether they hold the same.
+"""
 RESTORE = {
     "model": "give the same --model",
     "neutral text": "take the same version of Python, which has most of the text, and the same files of --neutral",
@@ -111,13 +114,15 @@ def from_command(given: dict[str, Any]) -> Comparison:
 
     Args:
         given: the options that the user gave, by their names in `Comparison` and `Settings`. The
-            budget is a text. With "quick", those of QUICK replace defaults.
+            budget is a text. With "quick", those of QUICK replace defaults, and the directory is
+            another one.
 
     Raises:
         UserError: for a value that is not allowed.
     """
     given = dict(given)
-    defaults = DEFAULTS | (QUICK if given.pop("quick", False) else {})
+    quick = given.pop("quick", False)
+    defaults = DEFAULTS | (QUICK if quick else {})
     if given.get("epochs") is not None:
         defaults.pop("steps")
     given = defaults | given
@@ -126,7 +131,8 @@ def from_command(given: dict[str, Any]) -> Comparison:
     own = {f.name for f in fields(Comparison)}
     settings = Settings(**{name: value for name, value in given.items() if name not in own})
     mine: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if name in own}
-    return Comparison(settings=settings, **mine)
+    chosen = Comparison(settings=settings, **mine)
+    return replace(chosen, output=f"{chosen.output}-quick") if quick and "output" not in mine else chosen
 
 
 def saved_form(options: Comparison) -> dict[str, Any]:
@@ -148,8 +154,10 @@ def read_saved(folder: Path) -> dict[str, dict[str, Any]]:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
-        raise FileError(f"cannot read {path}: {error}; restore it or choose another --output") from error
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror}; restore it or choose another --output") from error
+    except ValueError as error:
+        raise FileError(f"{path} is no JSON ({error}); restore it or choose another --output") from error
     if not isinstance(saved, dict) or not all(isinstance(form, dict) for form in saved.values()):
         raise FileError(f"{path} holds no settings of a comparison; restore it or choose another --output")
     return saved
@@ -166,6 +174,8 @@ def resumed(place: str, task: str | None, given: dict[str, Any]) -> Comparison:
     Raises:
         UserError: where there is no comparison, and for an option that may not change.
     """
+    if "quick" in given:
+        raise UserError("--resume goes on with the options of its comparison; leave out --quick")
     path = Path(place).expanduser()
     folder = path if path.is_dir() else path.parent
     if not path.exists() or (path.is_file() and path.name != ROWS):
@@ -179,6 +189,13 @@ def resumed(place: str, task: str | None, given: dict[str, Any]) -> Comparison:
     if name not in saved:
         raise UserError(f"{folder} has no task {name!r}, only {', '.join(saved)}; correct --task")
     form = {key: value for key, value in saved[name].items() if key != "digests"}
+    try:
+        from_command(_without_none(form))
+    except TypeError as error:  # an unknown name, or a text in place of a number
+        raise FileError(
+            f"{folder / SETTINGS} has options of task {name!r} that are none ({error}); restore it or choose another "
+            "--output"
+        ) from error
     options = from_command(_without_none(form) | given | {"output": str(folder), "task": name})
     check_same(options, saved[name], folder)
     return options
@@ -201,14 +218,15 @@ def check_same(options: Comparison, saved: dict[str, Any], folder: Path) -> None
         else:
             same = name in MAY_CHANGE or saved.get(name) == value
         if not same:
+            option = f"--{name.replace('_', '-')}"
             raise UserError(
-                f"{name} is {_text(value)}, and the comparison in {folder} has {_text(saved.get(name))}; leave the "
-                "option out with --resume, or choose another --output"
+                f"{option} is {_text(value)}, and the comparison in {folder} has {_text(saved.get(name))}; go on with "
+                f"--resume {folder} and without {option}, or choose another --output"
             )
 
 
 def _text(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "none" if value in (None, []) else " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def check_digests(digests: dict[str, str], saved: dict[str, Any], folder: Path) -> None:

@@ -60,12 +60,12 @@ def draw(rows: Sequence[Row], summary: Summary, model: str, path: Path) -> None:
     axes.set_xlim(_limits([m.forgetting for m in shown], [x for x, _ in points]))
     axes.set_ylim(_limits([_loss(m) for m in shown], [y for _, y in points]))
     seeds = len(summary.method(summary.reference).seeds)
-    entries += axes.plot(
-        [], [], "-o", color="0.5", linewidth=0.8, markersize=3, label="rates tried\n(validation, one seed)"
-    )
-    label = f"best rate, 95 % interval\n(test, seeds: {seeds})"
+    if points:
+        label = "rates tried\n(validation, one seed)"
+        entries += axes.plot([], [], "-o", color="0.5", linewidth=0.8, markersize=3, label=label)
+    label = f"final runs, 95 % interval\n(test, seeds: {seeds})"
     entries.append(axes.errorbar([], [], xerr=[], yerr=[], fmt="o", color="0.5", label=label))
-    figure.legend(handles=entries, loc="outside right upper", frameon=False)
+    figure.legend(handles=entries, loc="outside right upper", frameon=False, title="method (learning rate)")
     with AtomicFile(path) as file:
         figure.savefig(file, format="png", dpi=150)
 

@@ -43,7 +43,7 @@ class Row:
     target_losses: tuple[float, ...]
     """Mean loss of each sample in nats per token, in a fixed order; empty if training diverged."""
     neutral_losses: tuple[float, ...]
-    """The same of each chunk of neutral text."""
+    """The same of each piece of neutral text."""
     correct: tuple[int, ...] | None
     """1 or 0 for each question; None where no questions were asked."""
     answered: int | None
@@ -137,9 +137,15 @@ def _parsed(cells: dict[str, str]) -> Row:
     values["answered"] = int(cells["answered"]) if cells["answered"] else None
     row = Row(**values)  # type: ignore[arg-type]
     for name in _MEANS:
-        if (expected := _cell(row, name)) != cells[name]:
+        expected = _cell(row, name)
+        if _number(expected) != _number(cells[name]):
             raise ValueError(f"{name} is {cells[name]} and not {expected}, as its samples say")
     return row
+
+
+def _number(cell: str) -> float | None:
+    """The number of a cell, in which a spreadsheet may have left out final zeros."""
+    return float(cell) if cell else None
 
 
 def _whole_lines(path: Path) -> str:
@@ -149,15 +155,17 @@ def _whole_lines(path: Path) -> str:
     except FileNotFoundError:
         return ""
     except OSError as error:
-        raise FileError(f"cannot read {path}: {error.strerror}; name another file") from error
+        raise FileError(f"cannot read {path}: {error.strerror}; restore it, or choose another --output") from error
     whole, end, rest = content.rpartition(b"\n")
     if rest:
         line = content.count(b"\n") + 1
         print(f"{path}: line {line} is only half written and is dropped; its run is lost")
     try:
-        return (whole + end).decode()
+        return (whole + end).decode("utf-8-sig")  # a spreadsheet may have put a byte order mark in front
     except UnicodeDecodeError as error:
-        raise FileError(f"{path} is no CSV file of a comparison: it is not text; name another file") from error
+        raise FileError(
+            f"{path} is no CSV file of a comparison: it is not text; restore it, or choose another --output"
+        ) from error
 
 
 def read(path: str | Path, task: str | None = None, fingerprint: str | None = None) -> list[Row]:
@@ -176,7 +184,10 @@ def read(path: str | Path, task: str | None = None, fingerprint: str | None = No
     lines = csv.reader(io.StringIO(_whole_lines(Path(path)), newline=""))
     header = next(lines, None)
     if header is not None and tuple(header) != COLUMNS:
-        raise FileError(f"{path}: line 1 does not have the columns of a comparison of this version; name another file")
+        raise FileError(
+            f"{path}: line 1 does not have the columns of a comparison of this version; restore it, or choose another "
+            "--output"
+        )
     rows: dict[tuple, tuple[Row, int]] = {}
     for cells in lines:
         number = lines.line_num
@@ -205,7 +216,7 @@ def _check(path: str | Path, number: int, row: Row, fingerprint: str | None) -> 
     if fingerprint not in (None, row.fingerprint):
         raise FileError(
             f"{path}: line {number} ({_name(row)}) is of another model, other data or other settings: its fingerprint "
-            f"is {row.fingerprint}, not {fingerprint}; name another file, another task, or delete the task's lines"
+            f"is {row.fingerprint}, not {fingerprint}; choose another --output or --task, or delete the task's lines"
         )
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import math
+import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from ...checkpoint.atomic_file import write_atomic
 from ...errors import FileError, UserError
+from ..estimate import span
 from . import costs, options, picture, plan, rows, summary, verdict
-from .costs import Costs, duration
+from .costs import Costs
 from .material import Material, load
 from .options import ROWS, Comparison, design_of
 from .rows import STAGES, Row
@@ -50,9 +56,9 @@ class Session:
         both = [self.left(most) for most in (False, True)]
         if not both[1].total():
             return "none"
-        runs = _span(*(left.total() for left in both))
-        time_left = _span(*(duration(self.costs.total(left, self.rows)) for left in both))
-        stages = {s: _span(*(sum(n for (t, _), n in left.items() if t == s) for left in both)) for s in STAGES}
+        runs = _range(*(left.total() for left in both))
+        time_left = _range(*(span(self.costs.total(left, self.rows)) for left in both))
+        stages = {s: _range(*(sum(n for (t, _), n in left.items() if t == s) for left in both)) for s in STAGES}
         detail = f" ({', '.join(f'{s} {n}' for s, n in stages.items() if n != '0')})" if by_stage else ""
         return f"{runs} run{'' if runs == '1' else 's'}{detail}, about {time_left}"
 
@@ -68,7 +74,7 @@ class Session:
         print(f"to run: {self.remains(by_stage=True)}", flush=True)
         while (trial := plan.next_trial(self.design, self.rows, self.failed)) is not None:
             if self.over_budget(trial):
-                print(f"the budget of {duration(self.options.budget or 0)} has no time for another run")
+                print(f"the budget of {span(self.options.budget or 0)} has no time for another run")
                 return False
             try:
                 found = run_trial(self.shared, trial)
@@ -103,14 +109,15 @@ class Session:
     def _planned(self) -> str:
         """Return what the design can find, as the pilot says."""
         seeds, samples = self.options.seeds, len(self.shared.test.heldout)
-        found = summary.planned(self.rows, seeds, samples)
+        found = summary.planned(self.rows, self.design.entries[0].label, seeds, samples)
         if found is None:
             return "the pilot diverged, so it does not say what the design can find; give a lower rate with --rates"
         share = f", {found.share:.1%} of what training gained" if found.share == found.share else ""
         many = "seed" if seeds == 1 else "seeds"
         return (
-            f"with {seeds} {many} and {samples} test samples, the comparison finds differences from {found.nats:.4f} "
-            f"nats on{share} (in 80 % of repetitions)"
+            f"with {seeds} {many} and {samples} test samples, the comparison finds differences from about "
+            f"{found.nats:.4f} nats per token on{share} (in 80 % of repetitions, as the only comparison). This is "
+            "roughly what two runs of one method tell: methods that differ more from sample to sample need more"
         )
 
     def write(self, complete: bool) -> None:
@@ -119,13 +126,15 @@ class Session:
         if not complete:
             notes.append(f"Not complete: {self.remains()} remain. To go on: {self._command()}")
         if (reference := self._reference()) is None:
-            head = f"There is no final run of {self.design.entries[0].label} yet, so nothing is compared."
+            first, end = self.design.entries[0].label, "" if complete else " yet"
+            head = f"There is no final run of {first}{end}, so nothing is compared."
             text = "\n".join([head, *self._tried(), *notes])
         else:
             found = summary.summarize(self.rows, reference)
-            planned = summary.planned(self.rows, self.options.seeds, len(self.shared.test.heldout))
+            planned = summary.planned(self.rows, reference, self.options.seeds, len(self.shared.test.heldout))
             text = "\n".join([verdict.words(found, self._not_looked_at(), planned), *notes])
-            write_atomic(self.folder / TABLE, verdict.markdown_table(found) + "\n")
+            caption = verdict.caption(found, self._model())
+            write_atomic(self.folder / TABLE, f"{caption}\n\n{verdict.markdown_table(found)}\n")
             self._draw(found)
             print(f"\n{verdict.text_table(found)}")
         write_atomic(self.folder / VERDICT, text + "\n")
@@ -135,16 +144,22 @@ class Session:
     def _reference(self) -> str | None:
         """Return the label of the reference, or None while it has no final run.
 
-        Where the first method cannot run, the next one that could takes its place.
+        Where the first method cannot run, or diverged with every rate, the next one that could run
+        takes its place.
         """
         known = {row.method for row in self.rows if row.stage == "final"}
         first, *others = (entry.label for entry in self.design.entries)
-        able = [first, *others] if first in self.failed else [first]
+        losses = summary.tried(self.rows, first).values()
+        lost = first in self.failed or (losses and not any(map(math.isfinite, losses)))
+        able = [first, *others] if lost else [first]
         return next((label for label in able if label in known), None)
+
+    def _model(self) -> str:
+        return self.options.settings.model or "SmolLM2-135M"
 
     def _draw(self, found: summary.Summary) -> None:
         try:
-            picture.draw(self.rows, found, self.options.settings.model or "SmolLM2-135M", self.folder / PICTURE)
+            picture.draw(self.rows, found, self._model(), self.folder / PICTURE)
         except ModuleNotFoundError:
             print("the picture needs the package matplotlib; run `pip install matplotlib`")
         except FileError:
@@ -156,7 +171,7 @@ class Session:
         """Return what the searches have found, a line each."""
         searches = {entry.label: summary.tried(self.rows, entry.label) for entry in self.design.entries}
         return [
-            f"Validation losses of {label}: {', '.join(f'{loss:.4f} at {rate:g}' for rate, loss in found.items())}."
+            f"Validation losses of {label}: {', '.join(f'{_loss(loss)} at {rate:g}' for rate, loss in found.items())}."
             for label, found in searches.items()
             if found
         ]
@@ -173,8 +188,12 @@ class Session:
         return [*rates, "other models and data", f"other lengths of training than {self.shared.steps} steps"]
 
 
-def _span(low: object, high: object) -> str:
+def _range(low: object, high: object) -> str:
     return str(low) if low == high else f"{low} to {high}"
+
+
+def _loss(loss: float) -> str:
+    return f"{loss:.4f}" if math.isfinite(loss) else "diverged"
 
 
 def compare(chosen: Comparison) -> bool:
@@ -191,23 +210,58 @@ def compare(chosen: Comparison) -> bool:
     """
     began = time.perf_counter()
     folder = Path(chosen.output).expanduser()
+    _check_saved(chosen, folder)
+    shared = load(chosen)
+    with _alone(folder):
+        _check_saved(chosen, folder, shared.digests)
+        for name in FILES:
+            for path in folder.glob(f".{name}.*"):  # that a killed process left half written
+                path.unlink(missing_ok=True)
+        found = rows.read(folder / ROWS, chosen.task, shared.fingerprint)
+        options.save(chosen, shared.digests)
+        return _run(Session(shared, found, began))
+
+
+def _check_saved(chosen: Comparison, folder: Path, digests: dict[str, str] | None = None) -> None:
+    """Refuse options, and digests where they are given, other than those of the finished runs."""
     saved = options.read_saved(folder).get(chosen.task)
     if saved is not None:
         options.check_same(chosen, saved, folder)
-    shared = load(chosen)
-    if saved is not None:
-        options.check_digests(shared.digests, saved, folder)
-    for name in FILES:
-        for path in folder.glob(f".{name}.*"):  # that a killed process left half written
-            path.unlink(missing_ok=True)
+        options.check_digests(digests or saved.get("digests", {}), saved, folder)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Make a directory, and hold a lock of it that ends with this process.
+
+    Raises:
+        FileError: where another process holds it, or the directory cannot be made.
+    """
     try:
-        found = rows.read(folder / ROWS, chosen.task, shared.fingerprint)
-        options.save(chosen, shared.digests)
+        folder.mkdir(parents=True, exist_ok=True)
+        number = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise FileError(f"cannot write {folder}: {error.strerror}; choose another --output") from error
-    session = Session(shared, found, began)
+    try:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FileError(
+                f"another process runs the comparison in {folder}; wait for its end, or choose another --output"
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.EBADF, errno.ENOLCK, errno.ENOTSUP):  # a file system that has no such locks
+                raise
+        yield
+    finally:
+        os.close(number)
+
+
+def _run(session: Session) -> bool:
+    """Run a comparison from the rows that it has, and write what it found."""
+    found, folder, task = session.rows, session.folder, session.options.task
     if found:
-        print(f"{folder} holds {len(found)} rows of {chosen.task}, which are kept")
+        print(f"{folder} holds {len(found)} rows of {task}, which are kept")
     try:
         complete = session.run()
     except KeyboardInterrupt:

@@ -27,14 +27,16 @@ most of the variance.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
 from . import student
 
 LEVEL = 0.95
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -189,8 +191,8 @@ def smallest_difference(pilot: np.ndarray, base: Sequence[float] | np.ndarray, s
     return Design(nats, nats / gained if gained > 0 else math.nan, seeds, samples)
 
 
-def holm(p: Mapping[str, float]) -> dict[str, float]:
-    """Return Holm's adjusted p-values of several comparisons with one reference.
+def holm(p: Mapping[Name, float]) -> dict[Name, float]:
+    """Return Holm's adjusted p-values of several comparisons.
 
     They keep the chance of any false alarm below 5 % where those below 0.05 are called (S. Holm,
     Scandinavian Journal of Statistics 6 (1979), 65-70).
@@ -205,15 +207,16 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
 def accuracy(correct: np.ndarray) -> Estimate:
     """Return the accuracy of a method with its interval.
 
-    With several seeds it is that of `estimate`. With one seed, or where no answer differs from
-    another, it is Wilson's.
+    With several seeds it is that of `estimate`, cut at 0 and 1. With one seed, or where no answer
+    differs from another, it is Wilson's.
 
     Args:
         correct: 0 or 1, (seeds, questions), at least two questions.
     """
     seeds, samples = correct.shape
     if seeds > 1 and correct.min() != correct.max():
-        return estimate(correct)
+        found = estimate(correct)
+        return replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
     mean = float(correct[0].mean())
     low, high = _wilson(mean, samples)
     return _without_test(mean, low, high, correct)

@@ -26,7 +26,7 @@ class Difference:
 
     estimate: Estimate
     p: float
-    """Holm's adjusted p-value among all methods; NaN of accuracies, which are not tested."""
+    """Holm's adjusted p-value among the losses of all methods; NaN of accuracies, not tested."""
 
     @property
     def outcome(self) -> str:
@@ -107,15 +107,16 @@ def base_row(rows: Sequence[Row], part: str) -> Row:
     raise UserError(f"the untrained model has no row for the {part} part; run the comparison again: it goes on")
 
 
-def planned(rows: Sequence[Row], seeds: int, samples: int) -> Design | None:
+def planned(rows: Sequence[Row], reference: str, seeds: int, samples: int) -> Design | None:
     """Return what a design can find, from the rows of the pilot; None without a pilot.
 
     Args:
         rows: rows of one task.
+        reference: the method whose pilot is taken, where it has one.
         seeds: seeds of each method in the comparison.
         samples: test samples, at least two.
     """
-    pilot = _pilot(rows)
+    pilot = _pilot(rows, reference)
     if len(pilot) < 2:
         return None
     base = base_row(rows, "validation")
@@ -139,11 +140,9 @@ def summarize(rows: Sequence[Row], reference: str = "lift") -> Summary:
     if reference not in finals:
         there = ", ".join(finals) or "none"
         raise UserError(f"there is no final run of {reference} (there are runs of: {there}); name another reference")
-    base, pilot = base_row(rows, "test"), _pilot(rows)
+    base, pilot = base_row(rows, "test"), _pilot(rows, reference)
     parts = {figure: _seed_part(pilot, figure) for figure in FIGURES}
-    target, neutral, accuracy = (
-        _differences(finals, reference, figure, parts) for figure in ("target", "neutral", "accuracy")
-    )
+    target, neutral, accuracy = _differences(finals, reference, parts)
     methods = [
         dataclasses.replace(
             _method(own, base, parts, tried(rows, name)),
@@ -163,9 +162,13 @@ def _missing(rows: Sequence[Row], finals: Container[str]) -> dict[str, str]:
     return {name: "every rate diverged" if diverged[name] else "it has not been trained yet" for name in names}
 
 
-def _pilot(rows: Sequence[Row]) -> list[Row]:
-    """The runs of the pilot, one for each seed; none where fewer than two ended well."""
+def _pilot(rows: Sequence[Row], reference: str) -> list[Row]:
+    """The runs of the pilot, one for each seed; none where fewer than two ended well.
+
+    The pilot is of the reference, or else of the only method that has one.
+    """
     found = [row for row in rows if (row.stage, row.part, row.status) == ("pilot", "validation", "ok")]
+    found = [row for row in found if row.method == reference] or found
     if len({(row.method, row.rate) for row in found}) > 1:
         raise UserError(
             "the runs of the pilot differ in method or rate and not in their seed alone; delete one of them"
@@ -230,9 +233,26 @@ def _correct(rows: Sequence[Row]) -> np.ndarray:
 
 
 def _differences(
-    finals: dict[str, list[Row]], reference: str, figure: str, parts: dict[str, SeedPart | None]
-) -> dict[str, Difference]:
-    """The methods minus the reference, where both have the figure."""
+    finals: dict[str, list[Row]], reference: str, parts: dict[str, SeedPart | None]
+) -> list[dict[str, Difference]]:
+    """The methods minus the reference in target loss, neutral loss and accuracy, by name.
+
+    Both losses are one family of comparisons, so that Holm's correction holds for all that is said
+    of them. Accuracies come second to the losses, and are not tested.
+    """
+    found = {
+        figure: _estimates(finals, reference, figure, parts.get(figure)) for figure in ("target", "neutral", "accuracy")
+    }
+    p = {(figure, name): e.p for figure in FIGURES for name, e in found[figure].items()}
+    adjusted = statistics.holm(p)
+    return [
+        {name: Difference(e, adjusted.get((figure, name), math.nan)) for name, e in estimates.items()}
+        for figure, estimates in found.items()
+    ]
+
+
+def _estimates(finals: dict[str, list[Row]], reference: str, figure: str, part: SeedPart | None) -> dict[str, Estimate]:
+    """The methods minus the reference in one figure, where both have it."""
     estimates: dict[str, Estimate] = {}
     for name, own in finals.items():
         first, second = _common(own, finals[reference])
@@ -245,11 +265,8 @@ def _differences(
         elif getattr(first[0], FIGURES[figure]):
             both = _losses([*first, *second], figure)
             d = both[: len(first)] - both[len(first) :]
-            estimates[name] = statistics.estimate(d, parts[figure], runs=2)
-    if figure == "accuracy":  # second to the losses, and not tested
-        return {name: Difference(estimate, float("nan")) for name, estimate in estimates.items()}
-    adjusted = statistics.holm({name: estimate.p for name, estimate in estimates.items()})
-    return {name: Difference(estimate, adjusted[name]) for name, estimate in estimates.items()}
+            estimates[name] = statistics.estimate(d, part, runs=2)
+    return estimates
 
 
 def _common(own: Sequence[Row], reference: Sequence[Row]) -> tuple[list[Row], list[Row]]:

@@ -25,15 +25,13 @@ from ..parallel import Ranks
 from ..precision import autocast
 from ..prompts import Example
 from ..timing import Clock
+from ..trainer import Diverged
 from ..training import train
 from . import material
 from .material import FRONTIER_PIECES, Material
 from .options import of_run
 from .plan import Trial
 from .rows import Row
-
-NOT_FINITE = "the loss is"
-"""How the error of `training.train` begins where training diverges."""
 
 
 class CannotRun(Exception):
@@ -133,10 +131,10 @@ def _train(shared: Material, model: Any, optimizer: Any, settings: Any, clock: C
                 ranks=Ranks(),
                 folder=Path(folder),
             )
-        except UserError as error:
-            if not str(error).startswith(NOT_FINITE):
-                raise CannotRun(str(error)) from error
+        except Diverged:
             return False
+        except UserError as error:
+            raise CannotRun(str(error)) from error
         except ValueError:  # No mask can be chosen from weights that are not finite.
             if _finite(model):
                 raise

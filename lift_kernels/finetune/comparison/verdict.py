@@ -98,6 +98,14 @@ def text_table(summary: Summary) -> str:
     return "\n".join(lines)
 
 
+def caption(summary: Summary, model: str) -> str:
+    """Return what a table is of, and its units."""
+    return (
+        f"{model}, {summary.task}. Losses are in nats per token, with half of a 95 % interval. Wins and losses are "
+        "those of the method in the row. A star after a rate: the search ended before the best rate was inside."
+    )
+
+
 def markdown_table(summary: Summary) -> str:
     """Return the table of `text_table` in Markdown."""
     header, *rows = _table(summary)
@@ -114,9 +122,10 @@ def words(summary: Summary, not_looked_at: Sequence[str] = (), design: Design | 
         design: what was planned from a pilot before the runs.
     """
     digits = decimals(summary)
-    target = _section(summary, "Target loss", "loss", lambda m: m.target_difference, digits)
-    forgetting = _section(summary, "Forgetting", "forgetting", lambda m: m.forgetting_difference, digits)
-    paragraphs = [_basis(summary, design, digits), target, forgetting, _accuracies(summary), *_notes(summary)]
+    compared = sum((m.target_difference is not None) + (m.forgetting_difference is not None) for m in summary.others)
+    target = _section(summary, "Target loss", "loss", lambda m: m.target_difference, compared, digits)
+    forgetting = _section(summary, "Forgetting", "forgetting", lambda m: m.forgetting_difference, compared, digits)
+    paragraphs = [_basis(summary, design, compared, digits), target, forgetting, _accuracies(summary), *_notes(summary)]
     if not_looked_at:
         paragraphs.append(f"Not looked at: {', '.join(not_looked_at)}.")
     return "\n".join(filter(None, paragraphs))
@@ -126,22 +135,25 @@ def _count(number: int, what: str) -> str:
     return f"{number:,} {what}" + ("s" if number != 1 else "")
 
 
-def _basis(summary: Summary, design: Design | None, digits: int) -> str:
+def _basis(summary: Summary, design: Design | None, compared: int, digits: int) -> str:
     base, reference = summary.base, summary.method(summary.reference)
     text = f"{summary.task}: {_count(len(reference.seeds), 'seed')}, {_count(len(base.target_losses), 'test sample')}"
     if base.neutral_losses:
-        text += f", {_count(len(base.neutral_losses), 'chunk')} of neutral text"
+        text += f", {_count(len(base.neutral_losses), 'piece')} of neutral text"
     text += ". Losses are means over samples in nats per token, with 95 % intervals."
-    text += " What a design finds, it calls in 80 % of repetitions, if it is compared alone."
-    if len(summary.others) > 1:
-        text += f" Wins and losses hold after Holm's correction for {len(summary.others)} comparisons."
+    if compared:
+        text += " A difference that a design finds is called in 80 % of repetitions, as the only comparison."
+    if compared > 1:
+        text += f" Wins and losses hold after Holm's correction for all {compared} comparisons of losses."
     if design is not None:
         share = "" if math.isnan(design.share) else f" ({design.share:.1%} of what training gained)"
-        text += f" Planned from the pilot, it finds target differences from {design.nats:.{digits}f} on{share}."
+        text += f" The rough figure of the pilot was: target differences from {design.nats:.{digits}f} on{share}."
     return text
 
 
-def _section(summary: Summary, title: str, figure: str, of: Callable[[Method], Difference | None], digits: int) -> str:
+def _section(
+    summary: Summary, title: str, figure: str, of: Callable[[Method], Difference | None], compared: int, digits: int
+) -> str:
     """One line that counts, and one for each other method; nothing where nothing was measured."""
     found = [(method.name, difference) for method in summary.others if (difference := of(method))]
     if not found:
@@ -153,7 +165,7 @@ def _section(summary: Summary, title: str, figure: str, of: Callable[[Method], D
         if (names := [name for name, difference in found if difference.outcome == outcome])
     ]
     head = f"{title}: {reference} {', '.join(counts)}. The other's {figure} minus {reference}'s, with its interval:"
-    return "\n".join([head, *(f"  {_sentence(name, figure, d, len(found), digits)}" for name, d in found)])
+    return "\n".join([head, *(f"  {_sentence(name, figure, d, compared, digits)}" for name, d in found)])
 
 
 def _sentence(name: str, figure: str, difference: Difference, comparisons: int, digits: int) -> str:
@@ -182,6 +194,11 @@ def _notes(summary: Summary) -> list[str]:
         for m in summary.methods
         if m.unfinished
     ]
+    if fell := [m.name for m in summary.methods if m.forgetting and m.forgetting.high < 0]:
+        notes.append(
+            f"Nothing was forgotten with {', '.join(fell)}: the loss of neutral text fell. There, to forget more means "
+            "that it fell less."
+        )
     wanted = len(summary.method(summary.reference).seeds)
     notes += [
         f"{m.name} has {_count(len(m.seeds), 'seed')} and {summary.reference} {wanted}; common seeds are compared."
