@@ -65,6 +65,7 @@ def _add_measuring(group: Any) -> None:
     add(
         "--neutral",
         nargs="+",
+        action="extend",
         metavar="FILE",
         help="further texts whose loss shows what is forgotten",
     )

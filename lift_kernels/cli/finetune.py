@@ -13,7 +13,8 @@ def add_parser(commands: Any) -> None:
     """Add the parser of the command."""
     parser = commands.add_parser(
         "finetune",
-        help="fine-tune a language model on question/answer problems and report the result",
+        allow_abbrev=False,  # an option that is cut short would be taken for another
+        help="fine-tune a language model and report the result",
         description="Fine-tune a language model, measure it before and after, and write a report, a plot and the\n"
         "model. The defaults train SmolLM2-135M-Instruct on generated word problems.",
         usage="%(prog)s [options]",

@@ -117,7 +117,7 @@ def _check_choices(samples: Sequence[Sample]) -> None:
     if len(seen) < 2:
         raise UserError(
             f"{_place(samples[0])}all held-out answers are {samples[0].answer.strip()[:40]!r}, and metric choice needs "
-            "different ones; hold out more samples with --eval-problems, or use --metric exact"
+            "different ones; hold out more samples, or use --metric exact or none"
         )
 
 
