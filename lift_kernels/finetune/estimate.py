@@ -23,8 +23,8 @@ from .parallel import Ranks
 from .precision import autocast
 from .timing import Clock
 
-PASSES = 2
-"""How often a pass is timed. The fastest counts, because the first one compiles and allocates."""
+PASSES = {"cpu": 1, "cuda": 2}
+"""How often a pass is timed. The fastest counts: on a GPU the first one compiles and allocates."""
 MORE_TOKENS = 8
 """How many tokens an answer may have beyond those of the longest expected one (`measure`)."""
 
@@ -273,7 +273,7 @@ def _token_seconds(model: Any, rows: int, settings: Settings) -> float:
 
 def _fastest(work: Callable[[], None], device: torch.device) -> float:
     clock, spans = Clock(device), []
-    for _ in range(PASSES):
+    for _ in range(PASSES.get(device.type, 2)):
         start = clock.now()
         work()
         spans.append(clock.now() - start)
