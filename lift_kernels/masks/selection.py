@@ -123,7 +123,7 @@ def _masks(
     shown: bool,
 ) -> list[Mask]:
     """Masks of matrices, by this process alone. ``shown``: with a progress bar."""
-    for part in parts:
+    for part in parts if selection == "off_principal" else ():
         check_entries_left(selection, part.matrix.numel(), part.k, part.name)
     with progress_bar(len(parts), "masks", "matrix", delay=BAR_DELAY, shown=shown) as bar:
         if selection == "principal":
