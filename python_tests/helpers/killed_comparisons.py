@@ -1,18 +1,16 @@
 """Comparisons that are killed with SIGKILL at random points.
 
 `test_compare_killed.py` starts this as a process. It imports everything once and forks a child for
-each try. It must start no OpenMP thread before its last fork.
+each try.
 """
 
-import os
 import random
-import signal
 import sys
-import time
 from pathlib import Path
 
 from helpers.comparison_runs import make_options, results
 from helpers.finetune_runs import make_runs_cheap
+from helpers.killed_children import forked, killed_after, to_the_end
 
 from lift_kernels.finetune.comparison import picture
 from lift_kernels.finetune.comparison.options import ROWS
@@ -24,34 +22,7 @@ METHODS = ("lift", "random@3e-3", "lora@3e-3")
 
 def start(model: Path, output: Path) -> int:
     """Fork a child that begins the comparison or goes on with it, and return its process id."""
-    process = os.fork()
-    if process:
-        return process
-    code = 1
-    try:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
-        compare(make_options(model, output, methods=METHODS, most_rates=3, seeds=2))
-        code = 0
-    finally:
-        os._exit(code)
-
-
-def to_the_end(process: int) -> float:
-    """Wait for a child and return the seconds."""
-    began = time.perf_counter()
-    _, status = os.waitpid(process, 0)
-    assert status == 0, "a comparison failed; run the same options by hand to see why"
-    return time.perf_counter() - began
-
-
-def killed_after(process: int, seconds: float) -> bool:
-    """Kill a child after so many seconds; return whether it was still going."""
-    time.sleep(seconds)
-    os.kill(process, signal.SIGKILL)  # an ended child keeps its id until waitpid, so this hits no other process
-    _, status = os.waitpid(process, 0)
-    return os.WIFSIGNALED(status)
+    return forked(lambda: compare(make_options(model, output, methods=METHODS, most_rates=3, seeds=2)))
 
 
 def main(model: Path, output: Path, seed: int) -> None:
