@@ -52,12 +52,6 @@ def row_losses(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, tor
     return loss.view(target.shape).sum(1), (target != IGNORE).sum(1)
 
 
-def mean_loss(model, tokenizer, examples: Sequence[Example], batch_size: int, title: str) -> float:
-    """Return the mean cross-entropy of examples in nats per labelled token; see `sample_losses`."""
-    losses = sample_losses(model, tokenizer, examples, batch_size, title)
-    return sum(total for total, _ in losses) / sum(count for _, count in losses)
-
-
 @torch.no_grad()
 def sample_losses(
     model, tokenizer, examples: Sequence[Example], batch_size: int, title: str

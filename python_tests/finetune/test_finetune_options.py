@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.finetune_runs import make_runs_cheap, refused
+from helpers.finetune_runs import make_runs_cheap, mean_loss, refused
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.integrations import integration_utils
 
@@ -78,8 +78,8 @@ def test_autocast_runs_forward_passes_in_bfloat16_and_nothing_else(settings, tin
     assert len(data.sequences) == data.rows == 2
     with torch.autocast("cpu", torch.bfloat16):
         total, count = evaluation.answer_loss(model, batch)
-        before = evaluation.mean_loss(model, tokenizer, data.encoded, 32, "by hand")
-    plain = evaluation.mean_loss(model, tokenizer, data.encoded, 32, "by hand")
+        before = mean_loss(model, tokenizer, data.encoded, 32)
+    plain = mean_loss(model, tokenizer, data.encoded, 32)
     assert report["heldout_loss.before"] == before != plain
     assert before == pytest.approx(plain, rel=0.01)
     folder = Path(report["settings.output"]) / options.name

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.finetune_runs import mean_loss
 from helpers.gguf import write_gguf
 from helpers.word_problem_examples import encoded
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -97,9 +98,9 @@ def test_finetune_saved_model_reloads_and_gives_the_reported_losses(lift_run, to
     report, folder = lift_run
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     examples = heldout(tokenizer)
-    loss = evaluation.mean_loss(model, AutoTokenizer.from_pretrained(folder / "model"), examples, 2, "loss")
+    loss = mean_loss(model, AutoTokenizer.from_pretrained(folder / "model"), examples, 2)
     assert loss == pytest.approx(report["heldout_loss.after"], abs=1e-5)
-    neutral = evaluation.mean_loss(model, tokenizer, evaluation.neutral_examples(tokenizer), 1, "loss")
+    neutral = mean_loss(model, tokenizer, evaluation.neutral_examples(tokenizer), 1)
     assert neutral == pytest.approx(report["neutral_loss.after"], abs=1e-5)
 
 
@@ -178,7 +179,7 @@ def test_finetune_lora_is_merged_into_the_saved_model(settings, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert isinstance(model, LlamaForCausalLM) and not list(folder.glob("adapter*"))
     examples = heldout(tokenizer)
-    loss = evaluation.mean_loss(model, tokenizer, examples, 6, "loss")
+    loss = mean_loss(model, tokenizer, examples, 6)
     assert loss == pytest.approx(report["heldout_loss.after"], abs=1e-4)
     assert loss < report["heldout_loss.before"]
 

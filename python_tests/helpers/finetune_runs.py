@@ -13,6 +13,7 @@ from lift_kernels.checkpoint import load_checkpoint
 from lift_kernels.cli import main
 from lift_kernels.finetune import neutral, report, run_dir
 from lift_kernels.finetune.config import Settings
+from lift_kernels.finetune.evaluation import sample_losses
 
 STEPS, REFRESH = 8, 3
 NEUTRAL_TOKENS = 1024
@@ -42,6 +43,12 @@ def refused(capsys, *arguments: str) -> str:
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     return error
+
+
+def mean_loss(model, tokenizer, examples, batch_size: int) -> float:
+    """The mean cross-entropy of examples in nats per labelled token."""
+    losses = sample_losses(model, tokenizer, examples, batch_size, "loss")
+    return sum(total for total, _ in losses) / sum(count for _, count in losses)
 
 
 def flat(tree, place="") -> dict:
