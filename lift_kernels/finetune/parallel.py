@@ -5,6 +5,7 @@ Every rank runs the same code. Only the first one prints and writes files.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import time
@@ -142,7 +143,7 @@ def joined(settings: Settings) -> Iterator[Ranks]:
             options = {"backend": "gloo"}
         store, rank, world = next(dist.rendezvous("env://"))
         dist.init_process_group(store=fresh_part(store, rank, world), rank=rank, world_size=world, **options)
-        stack.callback(dist.destroy_process_group)
+        stack.callback(_leave)
         group = dist.group.WORLD
         # The agent of a node counts the failures of its own ranks alone.
         restarts = Ranks(group).gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
@@ -157,6 +158,17 @@ def joined(settings: Settings) -> Iterator[Ranks]:
             transformers.logging.set_verbosity_error()
         with said_once(_is_first_to_say):
             yield ranks
+
+
+def _leave() -> None:
+    """Leave the process group, and let go of the models that hold it.
+
+    A thread of Gloo may still have a tensor of the last exchange to free, for which it needs the
+    interpreter. At the interpreter's end that would abort the process. The group ends its threads
+    when nothing holds it any more, and DistributedDataParallel is part of a reference cycle.
+    """
+    dist.destroy_process_group()
+    gc.collect()
 
 
 def fresh_part(store: dist.Store, rank: int, world: int) -> dist.Store:

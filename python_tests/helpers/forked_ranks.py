@@ -6,6 +6,7 @@ fork.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -70,12 +71,24 @@ def _start(command: dict[str, Any], rank: int, port: int, said: Path) -> int:
         if command.get("kill", [None])[0] == rank:
             _die_after(command["kill"][1])
         code = main(["finetune", *(argument.replace("{rank}", str(rank)) for argument in command["arguments"])])
+        if code == 0 and (left := _threads_of_groups()):
+            code = 1
+            print(f"the run has ended, and these threads have not: {left}", file=sys.stderr)
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _threads_of_groups() -> list[str]:
+    """Names of the threads of process groups. They could abort an interpreter that ends."""
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # It has ended.
+            names.append((task / "comm").read_text().strip())
+    return [name for name in names if "gloo" in name]
 
 
 def _die_after(step: int) -> None:
