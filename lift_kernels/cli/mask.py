@@ -94,7 +94,7 @@ def write_report(
     """
     import torch
 
-    from ..finetune import probe
+    from ..finetune import origin, probe
     from ..finetune.model_io import find_model, load_model
     from ..masks.report import draw, report_of, table
     from ..nn.param_groups import lift_param_groups, pattern_of, stacked_weights
@@ -124,7 +124,9 @@ def write_report(
             budget_rank=budget_rank,
             seeds=probe_seeds,
         )
-        texts["probe.csv"], figures["probe.png"] = probe.csv_of(found), probe.draw(found, title)
+        made = {"machine": origin.machine(model.device), "torch": torch.__version__, "commit": origin.commit()}
+        texts["probe.csv"] = probe.csv_of(found, settings | made)
+        figures["probe.png"] = probe.draw(found, title)
         tables.append(probe.table(found))
     texts["report.json"] = json.dumps(report, indent=2) + "\n"
     _write(folder, texts, figures)

@@ -250,13 +250,18 @@ def _loss(model: Any, batches: Sequence[dict[str, Tensor]]) -> float:
     return sum(float(loss) for loss in losses) / sum(counts)
 
 
-def csv_of(found: Probe) -> str:
-    """The trials as CSV, after the loss without noise, whose entries are ``none``."""
+def csv_of(found: Probe, settings: Mapping[str, object]) -> str:
+    """The trials as CSV, after the loss without noise, whose entries are ``none``.
+
+    Args:
+        found: the trials.
+        settings: further columns, which are the same in each row.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["entries", "noise", "seed", "loss"])
-    writer.writerow(["none", 0.0, "", found.base])
-    writer.writerows(found.trials)
+    writer.writerow(["entries", "noise", "seed", "loss", "tokens", *settings])
+    for trial in [("none", 0.0, "", found.base), *found.trials]:
+        writer.writerow([*trial, found.tokens, *settings.values()])
     return text.getvalue()
 
 

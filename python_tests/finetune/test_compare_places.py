@@ -13,7 +13,8 @@ from helpers.finetune_runs import make_runs_cheap
 
 from lift_kernels.cli import main
 from lift_kernels.errors import UserError
-from lift_kernels.finetune.comparison import material, session
+from lift_kernels.finetune import origin
+from lift_kernels.finetune.comparison import session
 from lift_kernels.finetune.comparison.options import ROWS, resumed
 from lift_kernels.finetune.comparison.session import TABLE, VERDICT, compare
 
@@ -82,5 +83,5 @@ def test_a_package_in_the_repository_of_something_else_has_a_version_and_no_comm
     run = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "something else"]):
         subprocess.run([*run, *command], check=True)
-    monkeypatch.setattr(material, "__file__", str(tmp_path / "material.py"))
-    assert material.commit.__wrapped__().startswith("version ")
+    monkeypatch.setattr(origin, "__file__", str(tmp_path / "origin.py"))
+    assert origin.commit.__wrapped__().startswith("version ")

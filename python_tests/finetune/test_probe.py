@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from lift_kernels import lift_param_groups, principal_indices
 from lift_kernels.cli import main
 from lift_kernels.errors import UserError
-from lift_kernels.finetune import evaluation, probe
+from lift_kernels.finetune import evaluation, origin, probe
 from lift_kernels.finetune.evaluation import answer_loss
 from lift_kernels.finetune.prompts import collate
 from lift_kernels.masks.selection import SelectionRequest
@@ -179,8 +179,10 @@ def test_a_text_that_cannot_be_used_is_refused_in_one_line(trained, tokenizer, t
 
 def test_the_table_the_csv_and_the_picture_hold_the_losses(trained):
     found = run(trained, seeds=2, sizes=(0.5, 2.0))
-    rows = list(csv.DictReader(io.StringIO(probe.csv_of(found))))
-    assert rows[0] == {"entries": "none", "noise": "0.0", "seed": "", "loss": str(found.base)}
+    rows = list(csv.DictReader(io.StringIO(probe.csv_of(found, {"rank": 4}))))
+    same = {"tokens": str(found.tokens), "rank": "4"}
+    assert rows[0] == {"entries": "none", "noise": "0.0", "seed": "", "loss": str(found.base)} | same
+    assert all(same.items() <= row.items() for row in rows)
     assert [(r["entries"], float(r["noise"]), int(r["seed"]), float(r["loss"])) for r in rows[1:]] == found.trials
     lines = probe.table(found).splitlines()
     assert lines[0] == f"loss without noise: {found.base:.4f} nats per token, on {found.tokens} tokens"
@@ -208,7 +210,9 @@ def test_the_command_writes_the_probe_beside_the_report(tiny, tokenizer, tmp_pat
     model = AutoModelForCausalLM.from_pretrained(tiny)
     examples = probe.text_examples(model, tokenizer, text)
     expected = run((model, examples))
-    assert (out / "probe.csv").read_text() == probe.csv_of(expected)
+    settings = {"model": f"{tiny} (safetensors)", "density": 0.1, "rank": 4, "budget_rank": None}
+    settings |= {"machine": origin.machine(model.device), "torch": torch.__version__, "commit": origin.commit()}
+    assert (out / "probe.csv").read_text() == probe.csv_of(expected, settings)
     assert probe.table(expected) in printed and "captured: sum of |W_r|" in printed
     assert (out / "probe.png").read_bytes().startswith(b"\x89PNG")
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from ..evaluation import sample_losses
+from ..origin import machine
 from ..precision import autocast
-from .material import FRONTIER_PIECES, Material, machine, tokens_of
+from .material import FRONTIER_PIECES, Material, tokens_of
 from .rows import Row
 
 BACKWARD = 3.0

@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from ...errors import UserError
+from .. import origin
 from ..data import RunData
 from ..measure import measure
 from ..methods import prepare, trained_entries
@@ -27,7 +28,6 @@ from ..prompts import Example
 from ..timing import Clock
 from ..trainer import Diverged
 from ..training import train
-from . import material
 from .material import FRONTIER_PIECES, Material
 from .options import of_run
 from .plan import Trial
@@ -184,8 +184,8 @@ def _row(
         train_seconds=train_seconds,
         seconds=0.0,
         status="ok" if ok else "diverged",
-        machine=material.machine(shared.device),
-        commit=material.commit(),
+        machine=origin.machine(shared.device),
+        commit=origin.commit(),
         torch=torch.__version__,
         fingerprint=shared.fingerprint,
     )
