@@ -85,3 +85,12 @@ def test_a_package_in_the_repository_of_something_else_has_a_version_and_no_comm
         subprocess.run([*run, *command], check=True)
     monkeypatch.setattr(origin, "__file__", str(tmp_path / "origin.py"))
     assert origin.commit.__wrapped__().startswith("version ")
+
+
+def test_data_with_fewer_samples_than_were_asked_for_say_so(tiny, tmp_path, capsys):
+    few = write_questions(tmp_path / "few.jsonl", count=30)  # a fifth is held out: 6 of the 8 that are asked for
+    assert main(arguments(tiny, tmp_path / "few", "--data", str(few), "--budget", "0.01s")) == 0
+    assert "6 held out: 2 for validation and 4 for the test (3 and 5 were asked for)\n" in capsys.readouterr().out
+    enough = write_questions(tmp_path / "enough.jsonl")
+    assert main(arguments(tiny, tmp_path / "enough", "--data", str(enough), "--budget", "0.01s")) == 0
+    assert "8 held out: 3 for validation and 5 for the test\n" in capsys.readouterr().out

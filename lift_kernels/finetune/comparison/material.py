@@ -119,7 +119,10 @@ def _data(options: Comparison, model: Any, tokenizer: Any) -> tuple[RunData, Run
     data = prepare_data(replace(settings, metric=None if asked == "none" else asked), tokenizer, model)
     train, test = split(data, options)
     test = replace(test, metric=choose_metric(test.heldout, asked, tokenizer).name)
-    return train, test, f"{data.description}: {len(train.heldout)} for validation and {len(test.heldout)} for the test"
+    parts = f"{len(train.heldout)} for validation and {len(test.heldout)} for the test"
+    if len(data.heldout) < settings.eval_problems:
+        parts += f" ({options.validation} and {options.test} were asked for)"
+    return train, test, f"{data.description}: {parts}"
 
 
 def split(data: RunData, options: Comparison) -> tuple[RunData, RunData]:
