@@ -1,21 +1,25 @@
 """The tables of comparisons of fine-tuning methods, made of the rows of ``compare``.
 
-Each is a table with intervals and the outcome in words. Both are computed from the losses of all
-samples in the CSV, as the command itself does.
+Each is a table with intervals and the outcome in words. What all found is a sentence for each. They
+are computed from the losses of all samples in the CSV, as the command itself does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench.tables.types import Table, TableError
 from lift_kernels.errors import UserError
 from lift_kernels.finetune.comparison.rows import Row, read
-from lift_kernels.finetune.comparison.summary import summarize
+from lift_kernels.finetune.comparison.summary import LOSES, TIE, WINS, Summary, summarize
 from lift_kernels.finetune.comparison.verdict import markdown_table, words
 
 REFERENCE = "lift"
+TASKS = {"hard": "generated word problems of three and four steps", "gsm8k": "problems of GSM8K"}
+LOSS = {LOSES: "wins against", TIE: "ties with", WINS: "loses to"}
+FORGETTING = {LOSES: "less than", TIE: "as much as", WINS: "more than"}
+"""What the reference does, by the outcome of the other method."""
 
 
 def comparison(path: Path) -> str:
@@ -26,18 +30,70 @@ def comparison(path: Path) -> str:
     Raises:
         TableError: for a file that cannot be read.
     """
+    rows = _rows(path)
+    if not _has_final(rows):
+        return _unfinished(path, rows)
+    found = _summary(rows)
+    text = words(found).replace("\n  ", "\n- ").replace("\n", "\n\n").replace("\n\n- ", "\n- ")
+    return f"{markdown_table(found)}\n\n{text}\n\n*{origin(rows)}*\n"
+
+
+def findings(*paths: Path) -> str:
+    """A sentence for each file: against which methods the reference wins, ties and loses.
+
+    Raises:
+        TableError: for a file that cannot be read, or has no final run of the reference.
+    """
+    return "\n".join(_finding(path) for path in paths) + "\n"
+
+
+def _finding(path: Path) -> str:
+    rows = _rows(path)
+    if not _has_final(rows):
+        raise TableError(_unfinished(path, rows))
+    found = _summary(rows)
+    loss = _outcomes(found, "target_difference", LOSS)
+    forgotten = _outcomes(found, "forgetting_difference", FORGETTING)
+    return f"- On {TASKS[found.task]}, LIFT's held-out loss {loss}. It forgets {forgotten}."
+
+
+def _outcomes(found: Summary, figure: str, phrases: Mapping[str, str]) -> str:
+    """The other methods by their outcome, in words."""
+    parts = []
+    for outcome, phrase in phrases.items():
+        names = [m.name for m in found.others if (d := getattr(m, figure)) is not None and d.outcome == outcome]
+        if names:
+            parts.append(f"{phrase} {_listed(names)}")
+    return _listed(parts, ", ")
+
+
+def _listed(parts: Sequence[str], last: str = " and ") -> str:
+    return last.join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+
+
+def _rows(path: Path) -> list[Row]:
     if not path.is_file():
         raise TableError(f"{path} is missing; run the comparison, or take the table out of the README")
     try:
-        rows = read(path)
-        if not any(row.stage == "final" and row.method == REFERENCE for row in rows):
-            command = f"python -m lift_kernels compare --resume bench/results/{path.parent.name}"
-            return f"Not finished: {len(rows)} runs so far. `{command}` goes on.\n\n*{origin(rows)}*\n"
-        found = summarize(rows, REFERENCE)
+        return read(path)
     except UserError as error:
         raise TableError(str(error)) from error
-    text = words(found).replace("\n  ", "\n- ").replace("\n", "\n\n").replace("\n\n- ", "\n- ")
-    return f"{markdown_table(found)}\n\n{text}\n\n*{origin(rows)}*\n"
+
+
+def _summary(rows: Sequence[Row]) -> Summary:
+    try:
+        return summarize(rows, REFERENCE)
+    except UserError as error:
+        raise TableError(str(error)) from error
+
+
+def _has_final(rows: Sequence[Row]) -> bool:
+    return any(row.stage == "final" and row.method == REFERENCE for row in rows)
+
+
+def _unfinished(path: Path, rows: Sequence[Row]) -> str:
+    command = f"python -m lift_kernels compare --resume bench/results/{path.parent.name}"
+    return f"Not finished: {len(rows)} runs so far. `{command}` goes on.\n\n*{origin(rows)}*\n"
 
 
 def origin(rows: Sequence[Row]) -> str:

@@ -250,7 +250,9 @@ def rewrite(text: str, tables: Mapping[str, Table], root: Path = RESULTS) -> str
         table, groups = tables[name], []
         try:
             if table.whole is not None:
-                return f"{marker}\n{table.whole(root / folders / files)}\n<!-- end -->"
+                return (
+                    f"{marker}\n{table.whole(*(root / folder / files for folder in folders.split(', ')))}\n<!-- end -->"
+                )
             for folder in folders.split(", "):
                 groups += groups_of(root / folder, files.split(", "), table)
             if len({group.label for group in groups}) < len(groups):

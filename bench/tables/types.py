@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 Selection = Mapping[str, str]
 """CSV column to the text that a row has there. ``*`` stands for anything.
@@ -38,7 +37,7 @@ class Table:
             texts, else none.
         tuned: how many of ``rows`` are shown again, as measured with other settings.
         partial: shows what there is. Files, rows and columns may be missing.
-        whole: makes the text from the path of the one file, in place of all the above.
+        whole: makes the text from the paths of the file in all folders, in place of all the above.
 
     The rows of several folders come one after the other. Then a column says which level of the
     compiled code they were measured with, or on which card. A first cell like the one above it is
@@ -52,4 +51,4 @@ class Table:
     names: Mapping[str, Selection] = field(default_factory=dict)
     tuned: int = 0
     partial: bool = False
-    whole: Callable[[Path], str] | None = None
+    whole: Callable[..., str] | None = None

@@ -1,9 +1,11 @@
 """The tables of comparisons in the READMEs: made of the losses of all samples in a CSV."""
 
+from dataclasses import replace
+
 import pytest
 from helpers.comparison_rows import make_row
 
-from bench.tables.comparisons import comparison
+from bench.tables.comparisons import comparison, findings
 from bench.tables.render import rewrite
 from bench.tables.types import Table, TableError
 from lift_kernels.finetune.comparison.rows import add
@@ -60,3 +62,22 @@ def test_a_comparison_that_has_not_come_to_its_end_says_how_to_go_on(tmp_path):
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(TableError, match="runs.csv"):
         comparison(tmp_path / "runs.csv")
+
+
+def test_what_was_found_is_a_sentence_for_each_file(tmp_path):
+    """The neutral losses of these rows are those of the untrained model, so they tie."""
+    files = []
+    for task, shift in (("hard", 0.3), ("gsm8k", -0.3)):
+        files.append(tmp_path / f"{task}.csv")
+        add(files[-1], [replace(row, task=task) for row in rows(shift)])
+    assert findings(*files).splitlines() == [
+        "- On generated word problems of three and four steps, LIFT's held-out loss wins against random. It forgets as "
+        "much as random.",
+        "- On problems of GSM8K, LIFT's held-out loss loses to random. It forgets as much as random.",
+    ]
+
+
+def test_what_was_found_needs_final_runs(tmp_path):
+    add(tmp_path / "runs.csv", [replace(row, task="hard") for row in rows(0) if row.method != "lift"])
+    with pytest.raises(TableError, match="Not finished: 4 runs so far"):
+        findings(tmp_path / "runs.csv")
