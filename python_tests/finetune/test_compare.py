@@ -56,7 +56,9 @@ def test_a_comparison_writes_rows_table_picture_and_verdict(whole):
         ("base", "base", 0.0, 0, "validation"),
         ("base", "base", 0.0, 0, "test"),
         ("pilot", "lift@5e-3", 5e-3, 0, "validation"),
+        ("pilot", "full@1e-3", 1e-3, 0, "validation"),
         ("pilot", "lift@5e-3", 5e-3, 1, "validation"),
+        ("pilot", "full@1e-3", 1e-3, 1, "validation"),
         ("final", "lift@5e-3", 5e-3, 0, "test"),
         ("final", "full@1e-3", 1e-3, 0, "test"),
     ]
@@ -92,11 +94,11 @@ def test_the_test_part_is_measured_by_final_runs_alone(tiny, tmp_path, monkeypat
     monkeypatch.setattr(trial, "measure", record)
     monkeypatch.setattr(session, "run_trial", lambda s, t: (stage.append(t.stage), run_trial(s, t))[1])
     compare(options)
-    assert stage == ["base", "pilot", "pilot", "rates", "final", "final"]
+    assert stage == ["base", *["pilot"] * 4, "rates", "final", "final"]
     assert seen == ["base", "final", "final"]
 
 
-@pytest.mark.parametrize("after", [1, 3, 5])
+@pytest.mark.parametrize("after", [1, 4, 7])
 def test_an_interrupted_comparison_ends_with_the_same_rows(whole, tiny, tmp_path, monkeypatch, after):
     """It is interrupted in a run, and the last line of its rows is half a line."""
     count, run_trial = itertools.count(1), session.run_trial
@@ -129,7 +131,7 @@ def test_a_budget_stops_the_comparison_and_it_goes_on_later(whole, tiny, tmp_pat
     output = capsys.readouterr().out
     assert "has no time for another run" in output and not (tmp_path / ROWS).exists()
     assert f"To go on: python -m lift_kernels compare --resume {tmp_path}" in output
-    monkeypatch.setattr(session.Session, "over_budget", lambda self, t: len(self.rows) == 5)
+    monkeypatch.setattr(session.Session, "over_budget", lambda self, t: len(self.rows) == 7)
     assert main(["compare", "--resume", str(tmp_path), "--budget", "1h"]) == 0
     words = (tmp_path / VERDICT).read_text()
     assert "Not complete: 1 run, about" in words and "full@1e-3" not in (tmp_path / TABLE).read_text()
@@ -140,7 +142,7 @@ def test_a_budget_stops_the_comparison_and_it_goes_on_later(whole, tiny, tmp_pat
 
 
 def test_a_budget_that_ends_before_the_finals_says_what_the_searches_found(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(session.Session, "over_budget", lambda self, t: len(self.rows) == 7)
+    monkeypatch.setattr(session.Session, "over_budget", lambda self, t: len(self.rows) == 9)
     assert main(arguments(tiny, tmp_path, "--methods", "lift", "full")) == 0
     words = (tmp_path / VERDICT).read_text()
     assert "There is no final run of lift yet" in words and not (tmp_path / TABLE).exists()

@@ -58,7 +58,7 @@ def test_a_comparison_goes_on_with_data_and_a_model_that_moved(tiny, tmp_path, m
     given = {"data": [str(moved)], "model": str(model)}
     assert compare(resumed(str(tmp_path / "there"), None, given))
     rows = results(tmp_path / "there")
-    assert rows[:3] == before and len(rows) == 6 and len({row.fingerprint for row in rows}) == 1
+    assert rows[:3] == before and len(rows) == 8 and len({row.fingerprint for row in rows}) == 1
     assert resumed(str(tmp_path / "there"), None, {}).settings.data == (str(moved),)
     write_questions(moved, 41)
     with pytest.raises(UserError, match="the training data of the comparison in .* was another one"):

@@ -51,20 +51,20 @@ def test_searches_take_turns_and_so_do_the_methods_of_each_seed():
     trials = run_all(design("lift", "full"), bowl({"lift": 1e-3, "full": 1e-4}))
     stages = [trial.stage for trial in trials]
     assert stages == sorted(stages, key=("base", "pilot", "rates", "final").index)
-    assert names(trials, "pilot") == [("lift", 1e-3, 0), ("lift", 1e-3, 1)]
-    assert [label for label, _, _ in names(trials, "rates")] == ["full", "lift", "full", "lift", "full"]
+    assert names(trials, "pilot") == [("lift", 1e-3, 0), ("full", 1e-4, 0), ("lift", 1e-3, 1), ("full", 1e-4, 1)]
+    assert [label for label, _, _ in names(trials, "rates")] == ["lift", "full", "lift", "full"]
     assert names(trials, "final") == [("lift", 1e-3, 0), ("full", 1e-4, 0), ("lift", 1e-3, 1), ("full", 1e-4, 1)]
 
 
 def test_a_search_goes_on_past_the_edge_until_the_best_rate_is_inside():
     trials = run_all(design("lift", "full"), bowl({"lift": 1e-3, "full": 3e-3}))
-    assert [rate for label, rate, _ in names(trials, "rates") if label == "full"] == [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
+    assert [rate for label, rate, _ in names(trials, "rates") if label == "full"] == [3e-4, 1e-3, 3e-3, 1e-2]
     assert ("full", 3e-3, 1) in names(trials, "final")
 
 
 def test_a_search_ends_at_its_limit():
     trials = run_all(design("lift", "full", most_rates=4), bowl({"lift": 1e-3, "full": 1.0}))
-    assert [rate for label, rate, _ in names(trials, "rates") if label == "full"] == [1e-4, 3e-4, 1e-3, 3e-3]
+    assert [rate for label, rate, _ in names(trials, "rates") if label == "full"] == [3e-4, 1e-3, 3e-3]
     assert ("full", 3e-3, 0) in names(trials, "final")
 
 
@@ -76,7 +76,8 @@ def test_the_order_of_methods_changes_no_rate_and_no_final_run():
 
 def test_a_fixed_rate_is_not_searched():
     trials = run_all(design("lift@3e-4", "full", seeds=1), bowl({"lift": 1e-3, "full": 1e-4}))
-    assert names(trials, "pilot") == [("lift@3e-4", 3e-4, 0), ("lift@3e-4", 3e-4, 1)]
+    pilot = [("lift@3e-4", 3e-4, 0), ("full", 1e-4, 0), ("lift@3e-4", 3e-4, 1), ("full", 1e-4, 1)]
+    assert names(trials, "pilot") == pilot
     assert {label for label, _, _ in names(trials, "rates")} == {"full"}
     assert names(trials, "final") == [("lift@3e-4", 3e-4, 0), ("full", 1e-4, 0)]
 
@@ -100,12 +101,14 @@ def test_rates_that_diverge_are_left_and_a_method_without_any_other_has_no_final
     assert ("full", 3e-5, 0) in names(trials, "final")
     trials = run_all(design("lift", "full"), lambda t: None if t.label == "full" else lossy(t))
     assert {label for label, _, _ in names(trials, "final")} == {"lift"}
-    assert sum(label == "full" for label, _, _ in names(trials, "rates")) == 7
+    assert sum(label == "full" for label, _, _ in names(trials, "rates")) == 7 - 1
 
 
 def test_a_method_that_cannot_run_is_left_out():
     trials = run_all(design("lift", "full"), bowl({"lift": 1e-3, "full": 1e-4}), failed={"full"})
     assert {trial.label for trial in trials} == {"base", "lift"}
+    trials = run_all(design("lift", "full", "lora"), bowl({"lift": 1e-3, "lora": 1e-3}), failed={"full"})
+    assert {label for label, _, _ in names(trials, "pilot")} == {"lift", "lora"}
     trials = run_all(design("lift", "full"), bowl({"lift": 1e-3, "full": 1e-4}), failed={"lift"})
     assert {trial.label for trial in trials} == {"base", "full"} and not names(trials, "pilot")
 

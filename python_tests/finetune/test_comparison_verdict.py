@@ -34,7 +34,8 @@ def comparison_rows(seeds=3, effects=EFFECTS, pilot=False, rates=RATES, question
         )
 
     rows = [row(part, 1.0, 0.0, stage="base", method="base", rate=0.0, entries=0) for part in hardness]
-    rows += [row("validation", 0.2, 0.02, stage="pilot", seed=seed) for seed in range(2 if pilot else 0)]
+    for name, seed in ((name, seed) for name in list(effects)[:2] for seed in range(2 if pilot else 0)):
+        rows.append(row("validation", 0.2 + effects[name][0], 0.02, stage="pilot", method=name, seed=seed))
     for name, (target, forgetting) in effects.items():
         for rate in rates:
             worse = 0.1 * abs(rates.index(rate) - 1)
@@ -93,11 +94,47 @@ def test_a_loss_of_neutral_text_that_fell_is_not_called_forgetting():
     assert "Nothing was forgotten" not in verdict.words(summary.summarize(comparison_rows()))
 
 
-def test_the_pilot_is_that_of_the_reference():
+def test_the_pilot_is_that_of_the_reference_and_the_next_method():
     rows = comparison_rows(seeds=1, pilot=True)
-    other = [replace(row, method="full", rate=1e-4) for row in rows if row.stage == "pilot"]
-    assert summary.planned([*rows, *other], "lift", 1, 80) == summary.planned(rows, "lift", 1, 80)
-    assert summary.summarize([*rows, *other]) == summary.summarize(rows)
+    pilot = {(row.method, row.seed): row for row in rows if row.stage == "pilot"}
+    assert list(pilot) == [("lift", 0), ("lift", 1), ("random", 0), ("random", 1)]
+    losses = {key: np.array(row.target_losses) for key, row in pilot.items()}
+    d = np.stack([losses["random", seed] - losses["lift", seed] for seed in range(2)])
+    base = np.mean(summary.base_row(rows, "validation").target_losses)
+    gained = base - (losses["lift", 0].mean() + losses["lift", 1].mean()) / 2
+    found, expected = summary.planned(rows, "lift", 1, 80), statistics.smallest_difference(d, gained, 1, 80)
+    assert (found.nats, found.share) == pytest.approx((expected.nats, expected.share))
+    more = [replace(row, method="full", rate=1e-4) for row in pilot.values() if row.method == "lift"]
+    assert summary.planned([*rows, *more], "lift", 1, 80) == found
+    assert summary.summarize([*rows, *more]) == summary.summarize(rows)
+
+
+def test_seeds_that_move_both_methods_alike_hide_no_difference():
+    """The pilot counts what remains of a seed in the difference of two methods."""
+    rows = comparison_rows(pilot=True)
+    moved = [
+        replace(row, target_losses=tuple(loss + 0.5 * row.seed for loss in row.target_losses))
+        if row.stage == "pilot"
+        else row
+        for row in rows
+    ]
+    before, after = (summary.planned(of, "lift", 3, 80) for of in (rows, moved))
+    assert after.nats == pytest.approx(before.nats)
+
+
+def test_a_pilot_of_one_method_does_not_say_what_is_found():
+    rows = [row for row in comparison_rows(seeds=1, pilot=True) if (row.stage, row.method) != ("pilot", "random")]
+    assert summary.planned(rows, "lift", 1, 80) is None
+    found = summary.summarize(rows)
+    assert found.method("lift").target.seed_part == "pilot"
+    assert found.method("full").target_difference.estimate.seed_part == "unknown"
+
+
+def test_runs_of_the_pilot_at_several_rates_are_refused():
+    rows = comparison_rows(seeds=1, pilot=True)
+    more = [replace(row, rate=1e-4, seed=2) for row in rows if (row.stage, row.method) == ("pilot", "random")]
+    with pytest.raises(UserError, match="the runs of random in the pilot differ in their rate; delete the rows of one"):
+        summary.summarize([*rows, *more])
 
 
 def test_the_table_has_a_line_for_each_method_by_its_loss():

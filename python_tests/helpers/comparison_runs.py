@@ -9,7 +9,7 @@ from lift_kernels.finetune.comparison import rows
 from lift_kernels.finetune.comparison.options import ROWS, Comparison, from_command
 
 TWO = ("lift@5e-3", "full@1e-3")
-"""Two methods at fixed rates: one row of the base for each part, two pilots, and finals."""
+"""Two methods at fixed rates: one row of the base for each part, two pilots of each, and finals."""
 
 
 def make_options(tiny, output, **changes) -> Comparison:

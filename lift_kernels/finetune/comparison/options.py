@@ -213,7 +213,7 @@ def check_same(options: Comparison, saved: dict[str, Any], folder: Path) -> None
     """
     form = saved_form(options)
     for name, value in form.items():
-        if name == "methods" and saved.get(name):  # The pilot is of the reference.
+        if name == "methods" and saved.get(name):  # It is the reference.
             same = value[0] == saved[name][0]
         else:
             same = name in MAY_CHANGE or saved.get(name) == value

@@ -1,7 +1,7 @@
 """Which run comes next: a function of the design and of the rows of finished runs.
 
-A comparison has four stages. The untrained model is measured ("base"). The first method runs with
-two seeds ("pilot"), and the first of these runs counts as a try of its rate, too. Every method
+A comparison has four stages. The untrained model is measured ("base"). The first two methods run
+with two seeds each ("pilot"), and their first runs count as tries of their rates, too. Every method
 without a fixed rate gets one by the validation loss of seed 0 ("rates"). Every method runs at its
 rate with all seeds and is measured on the test part ("final"). The next run depends on the rows
 alone, so a comparison that was interrupted goes on as if it had not been.
@@ -20,6 +20,7 @@ from .rows import Row
 from .summary import tried
 
 BASE = "base"
+PILOT_METHODS = 2
 PILOT_SEEDS = 2
 SEEDS_APART = 1000
 """Between the seeds of a method and those of the same method's next entry."""
@@ -144,11 +145,11 @@ def next_trial(design: Design, rows: Sequence[Row], failed: Collection[str] = ()
     done = {(row.stage, row.method, row.rate, row.seed) for row in rows}
     if not any(row.stage == "base" for row in rows):
         return Trial("base", None, 0.0, 0)
-    reference = design.entries[0]
     entries = [entry for entry in design.entries if entry.label not in failed]
     for seed in range(PILOT_SEEDS):
-        if reference in entries and ("pilot", reference.label, reference.rate, seed) not in done:
-            return Trial("pilot", reference, reference.rate, seed)
+        for entry in _piloted(design, entries):
+            if ("pilot", entry.label, entry.rate, seed) not in done:
+                return Trial("pilot", entry, entry.rate, seed)
     searches = {entry: tried(rows, entry.label) for entry in entries if not entry.fixed}
     wanted = [(len(t), e, next_rate(t, e.rate, design.most_rates)) for e, t in searches.items()]
     for _, entry, rate in sorted(wanted, key=lambda item: item[0]):
@@ -162,6 +163,11 @@ def next_trial(design: Design, rows: Sequence[Row], failed: Collection[str] = ()
             if ("final", entry.label, rate, seed) not in done:
                 return Trial("final", entry, rate, seed)
     return None
+
+
+def _piloted(design: Design, entries: Sequence[Entry]) -> Sequence[Entry]:
+    """The methods of the pilot, out of those that can run: none without the reference."""
+    return entries[:PILOT_METHODS] if design.entries[0] in entries else ()
 
 
 def _all_diverged(losses: Mapping[float, float]) -> bool:
@@ -183,13 +189,13 @@ def remaining(design: Design, rows: Sequence[Row], failed: Collection[str], most
     entries = [entry for entry in design.entries if entry.label not in failed]
     left: Counter[tuple[str, str]] = Counter()
     left["base", BASE] = int(not any(row.stage == "base" for row in rows))
-    if (reference := design.entries[0]) in entries:
-        pilots = sum(r.stage == "pilot" and r.method == reference.label for r in rows)
-        left["pilot", reference.label] = PILOT_SEEDS - pilots
+    piloted = _piloted(design, entries)
+    for entry in piloted:
+        left["pilot", entry.label] = PILOT_SEEDS - sum(r.stage == "pilot" and r.method == entry.label for r in rows)
     for entry in entries:
         found = tried(rows, entry.label)
         if not entry.fixed:
-            left["rates", entry.label] = _rates_left(design, entry, found, most, entry is reference)
+            left["rates", entry.label] = _rates_left(design, entry, found, most, entry in piloted)
         finals = sum(row.stage == "final" and row.method == entry.label for row in rows)
         hopeless = not entry.fixed and not left["rates", entry.label] and _all_diverged(found)
         left["final", entry.label] = 0 if hopeless else max(0, design.seeds - finals)

@@ -72,7 +72,11 @@ class Session:
     def run(self) -> bool:
         """Run what remains; return whether the comparison is complete."""
         print(f"to run: {self.remains(by_stage=True)}", flush=True)
+        before = ""
         while (trial := plan.next_trial(self.design, self.rows, self.failed)) is not None:
+            if before == "pilot" and trial.stage != "pilot" and len(self.design.entries) > 1:
+                print(self._planned(), flush=True)
+            before = trial.stage
             if self.over_budget(trial):
                 print(f"the budget of {span(self.options.budget or 0)} has no time for another run")
                 return False
@@ -85,8 +89,6 @@ class Session:
             rows.add(self.folder / ROWS, found)
             self.rows += found
             print(f"{self._line(found[0])}; to run: {self.remains()}", flush=True)
-            if trial.stage == "pilot" and trial.seed == plan.PILOT_SEEDS - 1:
-                print(self._planned(), flush=True)
         return True
 
     def _line(self, row: Row) -> str:
@@ -117,7 +119,7 @@ class Session:
         return (
             f"with {seeds} {many} and {samples} test samples, the comparison finds differences from about "
             f"{found.nats:.4f} nats per token on{share} (in 80 % of repetitions, as the only comparison). This is "
-            "roughly what two runs of one method tell: methods that differ more from sample to sample need more"
+            "roughly what two runs of each of two methods tell: methods that differ more from run to run need more"
         )
 
     def write(self, complete: bool) -> None:

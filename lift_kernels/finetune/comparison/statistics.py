@@ -27,7 +27,7 @@ most of the variance.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -65,14 +65,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class SeedPart:
-    """What the seed contributes to the loss of one run: a bound of its variance, from a pilot."""
+    """What the seed adds to a loss or a difference: a bound of its variance, from a pilot."""
 
     variance: float
-    """Variance of a run's mean loss between seeds, in squared nats per token."""
+    """Variance of the mean between seeds, in squared nats per token."""
     df: int
     """Seeds of the pilot less one."""
-    rest: float
-    """Variance of one sample's loss between seeds, without the part that all samples share."""
 
 
 def mean_squares(d: np.ndarray) -> tuple[float, float, float]:
@@ -108,18 +106,16 @@ def _variance_of_mean(d: np.ndarray) -> tuple[float, float]:
     return max(both, (a, seeds - 1), (b, samples - 1), key=lambda term: term[0])
 
 
-def estimate(d: np.ndarray, pilot: SeedPart | None = None, runs: int = 1) -> Estimate:
+def estimate(d: np.ndarray, pilot: SeedPart | None = None) -> Estimate:
     """Return the mean of losses or paired differences with its 95 % interval.
 
     With one seed the interval is that of the samples. It says nothing of other seeds, unless a
-    pilot bounds their part. The pilot's variance is then added once for each of the ``runs``, as if
-    their seeds were independent. In simulations such intervals cover 88 to 98 % with a pilot of two
-    seeds, where samples alone cover as little as 29 %.
+    pilot bounds their part, which is then added. In simulations such intervals cover 88 to 98 %
+    with a pilot of two seeds, where samples alone cover as little as 29 %.
 
     Args:
         d: (seeds, samples), of at least two samples.
-        pilot: the seed part of one run; only used with one seed.
-        runs: trained runs in a difference: 2 of two methods, 1 of a method and the base.
+        pilot: the seed part of such losses or differences; only used with one seed.
 
     Raises:
         ValueError: if there are fewer than two samples.
@@ -130,7 +126,7 @@ def estimate(d: np.ndarray, pilot: SeedPart | None = None, runs: int = 1) -> Est
     variance, df = _variance_of_mean(d)
     part = "measured" if seeds > 1 else "unknown"
     if seeds == 1 and pilot is not None:
-        variance, df = _satterthwaite((variance, df), (runs * pilot.variance, pilot.df))
+        variance, df = _satterthwaite((variance, df), (pilot.variance, pilot.df))
         part = "pilot"
     mean, error = float(d.mean()), math.sqrt(variance)
     half = error * student.quantile((1 + LEVEL) / 2, df)
@@ -138,21 +134,20 @@ def estimate(d: np.ndarray, pilot: SeedPart | None = None, runs: int = 1) -> Est
     return Estimate(mean, mean - half, mean + half, p, error, df, seeds, samples, part)
 
 
-def seed_part(losses: np.ndarray) -> SeedPart:
-    """Return the seed part of one run, from runs of one method that differ in their seed alone.
+def seed_part(d: np.ndarray) -> SeedPart:
+    """Return the seed part of a method's loss, or of the difference of two methods, from a pilot.
 
-    The variance of the runs' mean losses, MS_seeds/V of V samples, has the expectation A + E/V. So
-    it bounds the seed part A from above, on average. Of two seeds with the differences d[i] of
-    their losses it is (mean of d)^2 / 2, and ``rest``, which is MS_rest, is (variance of d) / 2.
+    The variance of the means of each seed, MS_seeds/V of V samples, has the expectation A + E/V. So
+    it bounds the seed part A from above, on average.
 
     Args:
-        losses: (seeds, V), at least two of each.
+        d: losses of runs that differ in their seed alone, or paired differences of two methods'
+            runs, (seeds, V), at least two of each.
     """
-    seeds, samples = losses.shape
+    seeds, samples = d.shape
     if seeds < 2 or samples < 2:
         raise ValueError("a pilot needs at least two seeds and two samples")
-    between, _, rest = mean_squares(losses)
-    return SeedPart(between / samples, seeds - 1, rest)
+    return SeedPart(mean_squares(d)[0] / samples, seeds - 1)
 
 
 @dataclass(frozen=True)
@@ -167,27 +162,30 @@ class Design:
     samples: int
 
 
-def smallest_difference(pilot: np.ndarray, base: Sequence[float] | np.ndarray, seeds: int, samples: int) -> Design:
+def smallest_difference(pilot: np.ndarray, gained: float, seeds: int, samples: int) -> Design:
     """Return the smallest difference of two methods that the design finds with 80 % power.
 
-    Two methods are taken to differ, sample by sample, as two seeds of the pilot's method do. The
-    samples' part of the variance, 2 ``rest``/N, is not divided by the number of seeds: methods may
-    differ on the same samples with every seed. The seeds' part is 2 ``variance``/S. With one seed
-    its degrees of freedom are the pilot's. The difference is that of a t test with Satterthwaite's
-    degrees of freedom. A pilot with two seeds tells the seeds' part only roughly.
+    All methods are taken to differ between seeds and samples as the two of the pilot do. A is
+    bounded as in `seed_part`, E is MS_rest, and B is (MS_samples - E)/S of the pilot's S seeds, or
+    0. They give the mean squares that the comparison can expect, and so the standard error and the
+    degrees of freedom of its t tests. With one seed these are the pilot's. A pilot with two seeds
+    tells A only roughly.
 
     Args:
-        pilot: validation losses of the reference method, (seeds of the pilot, V).
-        base: validation losses of the untrained model, (V,).
+        pilot: paired differences of two methods' validation losses, (seeds of the pilot, V).
+        gained: what training gained on the validation part, in nats per token.
         seeds: seeds of each method in the comparison.
         samples: test samples, at least two.
     """
     part = seed_part(pilot)
-    variance, df = _satterthwaite(
-        (2 * part.variance / seeds, seeds - 1 or part.df), (2 * part.rest / samples, samples - 1)
-    )
+    _, by_sample, rest = mean_squares(pilot)
+    own = max(0.0, by_sample - rest) / len(pilot)
+    if seeds == 1:
+        variance, df = _satterthwaite((part.variance, part.df), ((own + rest) / samples, samples - 1))
+    else:
+        e, a, b = rest / (seeds * samples), part.variance / seeds, own / samples
+        variance, df = _satterthwaite((a + e, seeds - 1), (b + e, samples - 1), (-e, (seeds - 1) * (samples - 1)))
     nats = math.sqrt(variance) * student.detectable(df)
-    gained = float(np.mean(base) - np.mean(pilot))
     return Design(nats, nats / gained if gained > 0 else math.nan, seeds, samples)
 
 

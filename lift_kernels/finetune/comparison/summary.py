@@ -108,19 +108,20 @@ def base_row(rows: Sequence[Row], part: str) -> Row:
 
 
 def planned(rows: Sequence[Row], reference: str, seeds: int, samples: int) -> Design | None:
-    """Return what a design can find, from the rows of the pilot; None without a pilot.
+    """Return what a design can find, from the rows of the pilot; None without one of two methods.
 
     Args:
         rows: rows of one task.
-        reference: the method whose pilot is taken, where it has one.
+        reference: the first method of the pilot.
         seeds: seeds of each method in the comparison.
         samples: test samples, at least two.
     """
     pilot = _pilot(rows, reference)
     if len(pilot) < 2:
         return None
-    base = base_row(rows, "validation")
-    return statistics.smallest_difference(_losses(pilot, "target"), np.array(base.target_losses), seeds, samples)
+    first, second = (_losses(runs, "target") for runs in pilot)
+    gained = float(np.mean(base_row(rows, "validation").target_losses) - first.mean())
+    return statistics.smallest_difference(second - first, gained, seeds, samples)
 
 
 def summarize(rows: Sequence[Row], reference: str = "lift") -> Summary:
@@ -141,11 +142,11 @@ def summarize(rows: Sequence[Row], reference: str = "lift") -> Summary:
         there = ", ".join(finals) or "none"
         raise UserError(f"there is no final run of {reference} (there are runs of: {there}); name another reference")
     base, pilot = base_row(rows, "test"), _pilot(rows, reference)
-    parts = {figure: _seed_part(pilot, figure) for figure in FIGURES}
-    target, neutral, accuracy = _differences(finals, reference, parts)
+    runs, pairs = ({figure: part(pilot, figure) for figure in FIGURES} for part in (_part_of_run, _part_of_pair))
+    target, neutral, accuracy = _differences(finals, reference, pairs)
     methods = [
         dataclasses.replace(
-            _method(own, base, parts, tried(rows, name)),
+            _method(own, base, runs, tried(rows, name)),
             target_difference=target.get(name),
             forgetting_difference=neutral.get(name),
             accuracy_difference=accuracy.get(name),
@@ -153,7 +154,8 @@ def summarize(rows: Sequence[Row], reference: str = "lift") -> Summary:
         for name, own in finals.items()
     ]
     ordered = sorted(methods, key=lambda m: (m.target is None, m.target.mean if m.target else 0))
-    return Summary(base.task, reference, tuple(ordered), base, len(pilot), _missing(rows, finals))
+    seeds = len(pilot[0]) if pilot else 0
+    return Summary(base.task, reference, tuple(ordered), base, seeds, _missing(rows, finals))
 
 
 def _missing(rows: Sequence[Row], finals: Container[str]) -> dict[str, str]:
@@ -162,18 +164,21 @@ def _missing(rows: Sequence[Row], finals: Container[str]) -> dict[str, str]:
     return {name: "every rate diverged" if diverged[name] else "it has not been trained yet" for name in names}
 
 
-def _pilot(rows: Sequence[Row], reference: str) -> list[Row]:
-    """The runs of the pilot, one for each seed; none where fewer than two ended well.
+def _pilot(rows: Sequence[Row], reference: str) -> list[list[Row]]:
+    """The runs of the reference in the pilot, by seed, and those of another method.
 
-    The pilot is of the reference, or else of the only method that has one.
+    There is no other method where none has all seeds of the reference, and none at all where the
+    reference has fewer than two.
     """
-    found = [row for row in rows if (row.stage, row.part, row.status) == ("pilot", "validation", "ok")]
-    found = [row for row in found if row.method == reference] or found
-    if len({(row.method, row.rate) for row in found}) > 1:
-        raise UserError(
-            "the runs of the pilot differ in method or rate and not in their seed alone; delete one of them"
-        )
-    return found if len(found) > 1 else []
+    found: dict[str, list[Row]] = {reference: []}
+    for row in sorted(rows, key=lambda r: r.seed):
+        if (row.stage, row.part, row.status) == ("pilot", "validation", "ok"):
+            found.setdefault(row.method, []).append(row)
+    for method, runs in found.items():
+        if len({row.rate for row in runs}) > 1:
+            raise UserError(f"the runs of {method} in the pilot differ in their rate; delete the rows of one")
+    seeds = [row.seed for row in found[reference]]
+    return [runs for runs in found.values() if [row.seed for row in runs] == seeds][:2] if len(seeds) > 1 else []
 
 
 def _losses(rows: Sequence[Row], figure: str) -> np.ndarray:
@@ -189,10 +194,19 @@ def _losses(rows: Sequence[Row], figure: str) -> np.ndarray:
     return np.array(losses)
 
 
-def _seed_part(pilot: Sequence[Row], figure: str) -> SeedPart | None:
-    if not pilot or not getattr(pilot[0], FIGURES[figure]):
+def _part_of_run(pilot: Sequence[Sequence[Row]], figure: str) -> SeedPart | None:
+    """What the seed contributes to the loss of a run."""
+    if not pilot or not getattr(pilot[0][0], FIGURES[figure]):
         return None
-    return statistics.seed_part(_losses(pilot, figure))
+    return statistics.seed_part(_losses(pilot[0], figure))
+
+
+def _part_of_pair(pilot: Sequence[Sequence[Row]], figure: str) -> SeedPart | None:
+    """What the seed contributes to the difference of two methods."""
+    if len(pilot) < 2 or not getattr(pilot[0][0], FIGURES[figure]):
+        return None
+    first, second = (_losses(runs, figure) for runs in pilot)
+    return statistics.seed_part(second - first)
 
 
 def _method(own: Sequence[Row], base: Row, parts: dict[str, SeedPart | None], search: dict[float, float]) -> Method:
@@ -265,7 +279,7 @@ def _estimates(finals: dict[str, list[Row]], reference: str, figure: str, part: 
         elif getattr(first[0], FIGURES[figure]):
             both = _losses([*first, *second], figure)
             d = both[: len(first)] - both[len(first) :]
-            estimates[name] = statistics.estimate(d, part, runs=2)
+            estimates[name] = statistics.estimate(d, part)
     return estimates
 
 

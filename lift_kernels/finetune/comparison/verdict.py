@@ -211,7 +211,7 @@ def _notes(summary: Summary) -> list[str]:
     if "pilot" in parts:
         notes.append(
             "One seed says little. What other seeds would change was taken from a pilot of "
-            f"{summary.pilot_seeds} seeds, as if every method depended on its seed as much. Take 3 seeds or more."
+            f"{summary.pilot_seeds} seeds, as if all methods depended on their seed as much. Take 3 seeds or more."
         )
     if "unknown" in parts:
         notes.append(
