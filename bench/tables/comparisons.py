@@ -6,6 +6,7 @@ are computed from the losses of all samples in the CSV, as the command itself do
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,13 +26,13 @@ FORGETTING = {LOSES: "less than", TIE: "as much as", WINS: "more than"}
 def comparison(path: Path) -> str:
     """The table of a file of one task, its outcome in words, and where its rows come from.
 
-    Without a final run of the reference it says how to go on.
+    Before all methods have the same seeds it says how to go on.
 
     Raises:
         TableError: for a file that cannot be read.
     """
     rows = _rows(path)
-    if not _has_final(rows):
+    if not _finished(rows):
         return _unfinished(path, rows)
     found = _summary(rows)
     text = words(found).replace("\n  ", "\n- ").replace("\n", "\n\n").replace("\n\n- ", "\n- ")
@@ -42,14 +43,14 @@ def findings(*paths: Path) -> str:
     """A sentence for each file: against which methods the reference wins, ties and loses.
 
     Raises:
-        TableError: for a file that cannot be read, or has no final run of the reference.
+        TableError: for a file that cannot be read, or is not finished.
     """
     return "\n".join(_finding(path) for path in paths) + "\n"
 
 
 def _finding(path: Path) -> str:
     rows = _rows(path)
-    if not _has_final(rows):
+    if not _finished(rows):
         raise TableError(_unfinished(path, rows))
     found = _summary(rows)
     loss = _outcomes(found, "target_difference", LOSS)
@@ -87,8 +88,11 @@ def _summary(rows: Sequence[Row]) -> Summary:
         raise TableError(str(error)) from error
 
 
-def _has_final(rows: Sequence[Row]) -> bool:
-    return any(row.stage == "final" and row.method == REFERENCE for row in rows)
+def _finished(rows: Sequence[Row]) -> bool:
+    """Whether all methods have final runs with as many seeds as the reference."""
+    seeds = Counter(row.method for row in rows if row.stage == "final")
+    able = {row.method for row in rows if row.stage == "rates" and row.status == "ok"} | {REFERENCE}
+    return seeds[REFERENCE] > 0 and {seeds[method] for method in able} == {seeds[REFERENCE]}
 
 
 def _unfinished(path: Path, rows: Sequence[Row]) -> str:
@@ -102,4 +106,4 @@ def origin(rows: Sequence[Row]) -> str:
     return f"{parts[0]}; torch {parts[1]}; commit {parts[2]}"
 
 
-COMPARISON_TABLES = {name: Table("runs.csv", {}, whole=comparison) for name in ("compare-hard",)}
+COMPARISON_TABLES = {name: Table("runs.csv", {}, whole=comparison) for name in ("compare-hard", "compare-gsm8k")}

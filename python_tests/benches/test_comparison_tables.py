@@ -52,11 +52,17 @@ def test_the_table_calls_a_tie_a_tie(tmp_path):
     assert any(line.startswith("Target loss: lift ties with random") for line in lines)
 
 
-def test_a_comparison_that_has_not_come_to_its_end_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize(("missing", "seed"), [("lift", 0), ("random", 2)])
+def test_a_comparison_that_has_not_come_to_its_end_says_how_to_go_on(tmp_path, missing, seed):
     (tmp_path / "compare-sums").mkdir()
     path = tmp_path / "compare-sums" / "runs.csv"
-    add(path, [row for row in rows(0) if row.method != "lift"])
-    assert comparison(path).startswith("Not finished: 4 runs so far. `python -m lift_kernels compare --resume ")
+    searches = [
+        replace(row, stage="rates", part="validation") for row in rows(0) if row.method != "base" and row.seed == 0
+    ]
+    there = [row for row in rows(0) if row.method != missing or row.seed < seed]
+    add(path, [*searches, *there])
+    command = "python -m lift_kernels compare --resume bench/results/compare-sums"
+    assert comparison(path).startswith(f"Not finished: {2 + len(there)} runs so far. `{command}` goes on.")
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
