@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bench.tables.types import Table, TableError
 from lift_kernels.errors import UserError
+from lift_kernels.finetune.comparison.options import read_saved
 from lift_kernels.finetune.comparison.rows import Row, read
 from lift_kernels.finetune.comparison.summary import LOSES, TIE, WINS, Summary, summarize
 from lift_kernels.finetune.comparison.verdict import markdown_table, words
@@ -26,13 +28,13 @@ FORGETTING = {LOSES: "less than", TIE: "as much as", WINS: "more than"}
 def comparison(path: Path) -> str:
     """The table of a file of one task, its outcome in words, and where its rows come from.
 
-    Before all methods have the same seeds it says how to go on.
+    Before all methods have all seeds it says how to go on.
 
     Raises:
         TableError: for a file that cannot be read.
     """
-    rows = _rows(path)
-    if not _finished(rows):
+    rows, finished = _rows(path)
+    if not finished:
         return _unfinished(path, rows)
     found = _summary(rows)
     text = words(found).replace("\n  ", "\n- ").replace("\n", "\n\n").replace("\n\n- ", "\n- ")
@@ -49,8 +51,8 @@ def findings(*paths: Path) -> str:
 
 
 def _finding(path: Path) -> str:
-    rows = _rows(path)
-    if not _finished(rows):
+    rows, finished = _rows(path)
+    if not finished:
         raise TableError(_unfinished(path, rows))
     found = _summary(rows)
     loss = _outcomes(found, "target_difference", LOSS)
@@ -72,11 +74,13 @@ def _listed(parts: Sequence[str], last: str = " and ") -> str:
     return last.join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
 
 
-def _rows(path: Path) -> list[Row]:
+def _rows(path: Path) -> tuple[list[Row], bool]:
+    """The rows of a file, and whether its comparison is finished."""
     if not path.is_file():
         raise TableError(f"{path} is missing; run the comparison, or take the table out of the README")
     try:
-        return read(path)
+        rows = read(path)
+        return rows, _finished(rows, read_saved(path.parent))
     except UserError as error:
         raise TableError(str(error)) from error
 
@@ -88,11 +92,12 @@ def _summary(rows: Sequence[Row]) -> Summary:
         raise TableError(str(error)) from error
 
 
-def _finished(rows: Sequence[Row]) -> bool:
-    """Whether all methods have final runs with as many seeds as the reference."""
-    seeds = Counter(row.method for row in rows if row.stage == "final")
+def _finished(rows: Sequence[Row], saved: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether all methods have final runs with as many seeds as the saved settings say."""
+    finals = Counter(row.method for row in rows if row.stage == "final")
     able = {row.method for row in rows if row.stage == "rates" and row.status == "ok"} | {REFERENCE}
-    return seeds[REFERENCE] > 0 and {seeds[method] for method in able} == {seeds[REFERENCE]}
+    wanted = saved[rows[0].task]["seeds"] if rows and saved else max(1, finals[REFERENCE])
+    return all(finals[method] >= wanted for method in able)
 
 
 def _unfinished(path: Path, rows: Sequence[Row]) -> str:

@@ -1,5 +1,6 @@
 """The tables of comparisons in the READMEs: made of the losses of all samples in a CSV."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -50,6 +51,14 @@ def test_the_table_calls_a_tie_a_tie(tmp_path):
     random = next(line for line in lines if line.startswith("| random")).split(" | ")
     assert random[5] == "tie"
     assert any(line.startswith("Target loss: lift ties with random") for line in lines)
+
+
+def test_a_comparison_with_fewer_seeds_than_were_planned_is_not_finished(tmp_path):
+    path = tmp_path / "runs.csv"
+    add(path, rows(0))
+    for seeds, finished in ((3, True), (4, False)):
+        (tmp_path / "settings.json").write_text(json.dumps({"sums": {"seeds": seeds}}))
+        assert comparison(path).startswith("| method |" if finished else "Not finished: 7 runs so far.")
 
 
 @pytest.mark.parametrize(("missing", "seed"), [("lift", 0), ("random", 2)])
