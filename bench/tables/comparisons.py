@@ -19,7 +19,7 @@ from lift_kernels.finetune.comparison.summary import LOSES, TIE, WINS, Summary, 
 from lift_kernels.finetune.comparison.verdict import markdown_table, words
 
 REFERENCE = "lift"
-TASKS = {"hard": "generated word problems of three and four steps", "gsm8k": "problems of GSM8K"}
+TASKS = {"hard": "generated problems of three and four steps", "gsm8k": "GSM8K"}
 LOSS = {LOSES: "wins against", TIE: "ties with", WINS: "loses to"}
 FORGETTING = {LOSES: "less than", TIE: "as much as", WINS: "more than"}
 """What the reference does, by the outcome of the other method."""
@@ -57,7 +57,7 @@ def _finding(path: Path) -> str:
     found = _summary(rows)
     loss = _outcomes(found, "target_difference", LOSS)
     forgotten = _outcomes(found, "forgetting_difference", FORGETTING)
-    return f"- On {TASKS[found.task]}, LIFT's held-out loss {loss}. It forgets {forgotten}."
+    return f"- On {TASKS[found.task]}, LIFT's held-out loss {loss}; it forgets {forgotten}."
 
 
 def _outcomes(found: Summary, figure: str, phrases: Mapping[str, str]) -> str:
