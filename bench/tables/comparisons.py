@@ -111,4 +111,8 @@ def origin(rows: Sequence[Row]) -> str:
     return f"{parts[0]}; torch {parts[1]}; commit {parts[2]}"
 
 
-COMPARISON_TABLES = {name: Table("runs.csv", {}, whole=comparison) for name in ("compare-hard", "compare-gsm8k")}
+COMPARISON_TABLES = {
+    "findings": Table("runs.csv", {}, whole=findings),
+    "compare-hard": Table("runs.csv", {}, whole=comparison),
+    "compare-gsm8k": Table("runs.csv", {}, whole=comparison),
+}

@@ -81,12 +81,7 @@ def write_jsonl(path: Path, count: int = 40) -> None:
 
 @pytest.mark.slow
 def test_the_new_users_path(tmp_path, monkeypatch, capsys):
-    """Every code block of the README runs in an empty folder with the user's own model and data.
-
-    torchrun's variables are those of a single rank.
-    """
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
-        monkeypatch.setenv(name, value)
+    """Every code block of the README runs in an empty folder with the user's own model and data."""
     save_tiny(tmp_path / "my-model")
     write_jsonl(tmp_path / "my.jsonl")
     monkeypatch.chdir(tmp_path)
@@ -110,7 +105,7 @@ def test_the_guide(tmp_path, monkeypatch):
 
 def test_blocks_are_in_languages_that_are_run():
     counts = {document: Counter(language for language, _ in blocks(document)) for document in DOCUMENTS}
-    assert counts["README.md"].keys() == {"sh", "python", "bibtex"} and counts["README.md"]["python"] == 5
+    assert counts["README.md"].keys() == {"sh", "python", "bibtex"} and counts["README.md"]["python"] == 4
     assert counts["docs/guide.md"].keys() == {"python"}
 
 
@@ -133,13 +128,11 @@ def test_links_lead_somewhere():
                 assert heading in slugs, f"{document}: {link}"
 
 
-def test_figures_in_the_readmes_sentences():
-    """These are in no table. They come from the CSV of the default job."""
+def test_the_readmes_size_of_a_delta():
+    """It is in no table. It comes from the CSV of the default job."""
     with (ROOT / "bench/results/amd-epyc-2-cores/main_job.csv").open(newline="") as file:
         rows = {row["variant"]: row for row in csv.DictReader(file)}
     text = " ".join((ROOT / "README.md").read_text().split())
-    right = [f"{float(rows[method]['exact_after']):.1%}".replace("%", " %") for method in ("random", "lift")]
-    assert f"{right[0]} against {right[1]} of {rows['lift']['problems']} held-out problems" in text
     delta, model = (float(rows["lift"][key]) / 2**20 for key in ("delta_bytes", "model_bytes"))
     assert f"delta takes {delta:.0f} MiB, its model {model:.0f} MiB" in text
 
