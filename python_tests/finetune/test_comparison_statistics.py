@@ -39,14 +39,14 @@ def test_one_seed_with_a_pilot_covers_the_truth_where_samples_alone_do_not(a):
     rng = np.random.default_rng(21)
     bounded, alone = [], []
     for _ in range(RUNS):
-        pilot = statistics.seed_part(draw(rng, 3, 100, a, 2.0, 1.0))
-        d = 0.3 + draw(rng, 1, 200, a, 1.0, 1.0)
+        pilot = statistics.seed_part(draw(rng, 3, 100, math.sqrt(2) * a, 2.0, math.sqrt(2)))
+        d = 0.3 + draw(rng, 1, 200, math.sqrt(2) * a, 1.0, math.sqrt(2))
         found = statistics.estimate(d, pilot), statistics.estimate(d)
         assert [x.seed_part for x in found] == ["pilot", "unknown"]
         for covered, x in zip((bounded, alone), found):
             covered.append(x.low <= 0.3 <= x.high)
     assert np.mean(bounded) >= 0.92
-    assert a < 0.1 or np.mean(alone) < 0.9
+    assert a < 0.1 or np.mean(alone) < 0.85
 
 
 def test_a_pilot_adds_its_variance():
