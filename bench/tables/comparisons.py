@@ -15,14 +15,11 @@ from bench.tables.types import Table, TableError
 from lift_kernels.errors import UserError
 from lift_kernels.finetune.comparison.options import read_saved
 from lift_kernels.finetune.comparison.rows import Row, read
-from lift_kernels.finetune.comparison.summary import LOSES, TIE, WINS, Summary, summarize
-from lift_kernels.finetune.comparison.verdict import markdown_table, words
+from lift_kernels.finetune.comparison.summary import Summary, summarize
+from lift_kernels.finetune.comparison.verdict import markdown_table, outcomes, words
 
 REFERENCE = "lift"
 TASKS = {"hard": "generated problems of three and four steps", "gsm8k": "GSM8K"}
-LOSS = {LOSES: "wins against", TIE: "ties with", WINS: "loses to"}
-FORGETTING = {LOSES: "less than", TIE: "as much as", WINS: "more than"}
-"""What the reference does, by the outcome of the other method."""
 
 
 def comparison(path: Path) -> str:
@@ -55,23 +52,11 @@ def _finding(path: Path) -> str:
     if not finished:
         raise TableError(_unfinished(path, rows))
     found = _summary(rows)
-    loss = _outcomes(found, "target_difference", LOSS)
-    forgotten = _outcomes(found, "forgetting_difference", FORGETTING)
-    return f"- On {TASKS[found.task]}, LIFT's held-out loss {loss}; it forgets {forgotten}."
-
-
-def _outcomes(found: Summary, figure: str, phrases: Mapping[str, str]) -> str:
-    """The other methods by their outcome, in words."""
-    parts = []
-    for outcome, phrase in phrases.items():
-        names = [m.name for m in found.others if (d := getattr(m, figure)) is not None and d.outcome == outcome]
-        if names:
-            parts.append(f"{phrase} {_listed(names)}")
-    return _listed(parts, ", ")
-
-
-def _listed(parts: Sequence[str], last: str = " and ") -> str:
-    return last.join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+    loss = outcomes([(m.name, m.target_difference) for m in found.others if m.target_difference], "loss")
+    neutral = [(m.name, m.forgetting_difference) for m in found.others if m.forgetting_difference]
+    return (
+        f"- On {TASKS[found.task]}, LIFT's held-out loss {loss}; on neutral text it {outcomes(neutral, 'forgetting')}."
+    )
 
 
 def _rows(path: Path) -> tuple[list[Row], bool]:

@@ -159,13 +159,24 @@ def _section(
     if not found:
         return ""
     reference = summary.reference
-    counts = [
-        f"{phrase} {', '.join(names)}"
-        for outcome, phrase in WORDS[figure].items()
-        if (names := [name for name, difference in found if difference.outcome == outcome])
-    ]
-    head = f"{title}: {reference} {', '.join(counts)}. The other's {figure} minus {reference}'s, with its interval:"
+    head = (
+        f"{title}: {reference} {outcomes(found, figure)}. The other's {figure} minus {reference}'s, with its interval:"
+    )
     return "\n".join([head, *(f"  {_sentence(name, figure, d, compared, digits)}" for name, d in found)])
+
+
+def outcomes(found: Sequence[tuple[str, Difference]], figure: str) -> str:
+    """Return what the reference does against other methods, such as "wins against a, ties with b".
+
+    Args:
+        found: other methods and their differences.
+        figure: a key of WORDS.
+    """
+    parts = []
+    for outcome, phrase in WORDS[figure].items():
+        if names := [name for name, difference in found if difference.outcome == outcome]:
+            parts.append(f"{phrase} {', '.join(names)}")
+    return ", ".join(parts)
 
 
 def _sentence(name: str, figure: str, difference: Difference, comparisons: int, digits: int) -> str:
