@@ -111,15 +111,19 @@ def test_the_pilot_is_that_of_the_reference_and_the_next_method():
 
 def test_seeds_that_move_both_methods_alike_hide_no_difference():
     """The pilot counts what remains of a seed in the difference of two methods."""
-    rows = comparison_rows(pilot=True)
-    moved = [
-        replace(row, target_losses=tuple(loss + 0.5 * row.seed for loss in row.target_losses))
-        if row.stage == "pilot"
-        else row
-        for row in rows
-    ]
-    before, after = (summary.planned(of, "lift", 3, 80) for of in (rows, moved))
+
+    def moved(row):
+        shift = 0.5 * row.seed if row.stage == "pilot" else 0.0
+        return replace(row, target_losses=tuple(loss + shift for loss in row.target_losses))
+
+    rows = comparison_rows(seeds=1, pilot=True)
+    both = rows, [moved(row) for row in rows]
+    before, after = (summary.planned(of, "lift", 3, 80) for of in both)
     assert after.nats == pytest.approx(before.nats)
+    before, after = (summary.summarize(of) for of in both)
+    errors = [found.method("full").target_difference.estimate.error for found in (before, after)]
+    assert errors[0] == pytest.approx(errors[1])
+    assert after.method("lift").target.error > 0.3 > before.method("lift").target.error
 
 
 def test_a_pilot_of_one_method_does_not_say_what_is_found():
