@@ -75,6 +75,17 @@ def test_the_words_call_a_tie_a_tie():
     assert "One seed" not in text and "may not be its best" not in text
 
 
+def test_what_a_design_finds_is_also_a_share_of_what_training_gained():
+    found = summary.summarize(comparison_rows())
+    finds, gain = found.method("random").target_difference.estimate.finds, found.method("lift").gain.mean
+    target, forgetting = verdict.words(found).split("Forgetting: ")
+    assert f"finds differences from {finds:.4f} on ({finds / gain:.1%} of what training gained)" in target
+    assert "of what training gained" not in forgetting
+    useless = summary.summarize(comparison_rows(effects={"lift": (2.0, 0.0), "random": (2.0, 0.0)}))
+    assert useless.method("lift").gain.mean < 0
+    assert "of what training gained" not in verdict.words(useless)
+
+
 def test_holms_correction_counts_both_losses_of_every_method():
     found = summary.summarize(comparison_rows())
     pairs = {(m.name, d): d for m in found.others for d in (m.target_difference, m.forgetting_difference)}

@@ -123,7 +123,9 @@ def words(summary: Summary, not_looked_at: Sequence[str] = (), design: Design | 
     """
     digits = decimals(summary)
     compared = sum((m.target_difference is not None) + (m.forgetting_difference is not None) for m in summary.others)
-    target = _section(summary, "Target loss", "loss", lambda m: m.target_difference, compared, digits)
+    gain = summary.method(summary.reference).gain
+    gained = gain.mean if gain else 0.0
+    target = _section(summary, "Target loss", "loss", lambda m: m.target_difference, compared, digits, gained)
     forgetting = _section(summary, "Forgetting", "forgetting", lambda m: m.forgetting_difference, compared, digits)
     paragraphs = [_basis(summary, design, compared, digits), target, forgetting, _accuracies(summary), *_notes(summary)]
     if not_looked_at:
@@ -152,9 +154,18 @@ def _basis(summary: Summary, design: Design | None, compared: int, digits: int) 
 
 
 def _section(
-    summary: Summary, title: str, figure: str, of: Callable[[Method], Difference | None], compared: int, digits: int
+    summary: Summary,
+    title: str,
+    figure: str,
+    of: Callable[[Method], Difference | None],
+    compared: int,
+    digits: int,
+    gained: float = 0.0,
 ) -> str:
-    """One line that counts, and one for each other method; nothing where nothing was measured."""
+    """One line that counts, and one for each other method; nothing where nothing was measured.
+
+    What can be found is also said as a share of what training gained, where it gained something.
+    """
     found = [(method.name, difference) for method in summary.others if (difference := of(method))]
     if not found:
         return ""
@@ -162,7 +173,7 @@ def _section(
     head = (
         f"{title}: {reference} {outcomes(found, figure)}. The other's {figure} minus {reference}'s, with its interval:"
     )
-    return "\n".join([head, *(f"  {_sentence(name, figure, d, compared, digits)}" for name, d in found)])
+    return "\n".join([head, *(f"  {_sentence(name, figure, d, compared, digits, gained)}" for name, d in found)])
 
 
 def outcomes(found: Sequence[tuple[str, Difference]], figure: str) -> str:
@@ -179,11 +190,12 @@ def outcomes(found: Sequence[tuple[str, Difference]], figure: str) -> str:
     return ", ".join(parts)
 
 
-def _sentence(name: str, figure: str, difference: Difference, comparisons: int, digits: int) -> str:
+def _sentence(name: str, figure: str, difference: Difference, comparisons: int, digits: int, gained: float) -> str:
     e, form = difference.estimate, f"+.{digits}f"
     text = f"{WORDS[figure][difference.outcome]} {name}: {e.mean:{form}} ({e.low:{form}}..{e.high:{form}})"
     if difference.outcome == TIE:
         text += f"; this design finds differences from {e.finds:.{digits}f} on"
+        text += f" ({e.finds / gained:.1%} of what training gained)" if gained > 0 else ""
         if e.p < CALLED:
             text += f"; alone it would be called, as one of {comparisons} it is not (Holm's p = {difference.p:.3f})"
     return text
