@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 
@@ -158,6 +159,20 @@ def test_more_seeds_and_methods_can_be_added_later(whole, tiny, tmp_path):
     rows = results(tmp_path)
     assert {(r.method, r.seed) for r in rows if r.stage == "final"} == set(itertools.product(TWO, (0, 1)))
     assert set(results(whole)) <= set(rows)
+
+
+def test_a_method_that_comes_into_the_pilot_later_is_not_run_again_at_a_rate_of_its_search(tiny, tmp_path, monkeypatch):
+    methods = ["lift@1e-3", "full@1e-3", "random"]
+    compare(make_options(tiny, tmp_path, methods=methods, most_rates=2))
+    before, runs, run_trial = results(tmp_path), [], session.run_trial
+    monkeypatch.setattr(session, "run_trial", lambda shared, chosen: runs.append(chosen) or run_trial(shared, chosen))
+    monkeypatch.setattr(session.Session, "over_budget", lambda self, t: t.seed == 0)  # what is known costs nothing
+    compare(resumed(str(tmp_path), None, {"methods": ["lift@1e-3", "random", "full@1e-3"]}))
+    after = results(tmp_path)
+    (tried,) = (row for row in before if (row.stage, row.method, row.rate) == ("rates", "random", 1e-3))
+    assert [(run.stage, run.label, run.rate, run.seed) for run in runs] == [("pilot", "random", 1e-3, 1)]
+    assert set(after) - set(before) == {dataclasses.replace(tried, stage="pilot"), after[-1]}
+    assert after[: len(before)] == before and after[-1].stage == "pilot" and after[-1].seed == 1
 
 
 def test_one_csv_holds_several_tasks(tiny, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -141,3 +142,14 @@ def test_estimates_follow_the_finished_runs_of_this_machine():
     assert costs.expected("final", "full", rows) == 5.0
     assert Costs(10.0, costs.evaluation, "another machine").expected("final", "full", rows) == 14.0
     assert costs.total(plan.remaining(design("lift@1e-3", seeds=2), [], (), False), []) == 2 + 2 * 11 + 2 * 14
+
+
+def test_a_run_of_the_pilot_that_a_search_has_made_is_known_and_not_counted():
+    chosen = design("lift", "full", seeds=1)
+    rows = [make_row("rates", "full", rate, 0, 0.5, "validation") for rate in (1e-4, 3e-4)]
+    first = plan.Trial("pilot", chosen.entries[1], 1e-4, 0)
+    assert plan.known(first, rows) == dataclasses.replace(rows[0], stage="pilot")
+    others = [{"seed": 1}, {"rate": 1e-3}, {"stage": "final"}, {"entry": chosen.entries[0]}]
+    assert [plan.known(dataclasses.replace(first, **other), rows) for other in others] == [None] * 4
+    left = plan.remaining(chosen, rows, (), most=False)
+    assert (left["pilot", "lift"], left["pilot", "full"]) == (2, 1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...errors import UserError
 from .rates import best_rate, next_rate
@@ -165,6 +165,17 @@ def next_trial(design: Design, rows: Sequence[Row], failed: Collection[str] = ()
     return None
 
 
+def known(trial: Trial, rows: Sequence[Row]) -> Row | None:
+    """Return the row of a run that is already known from another stage, or None.
+
+    A search may have tried the rate of the pilot before the method became one of the first two.
+    """
+    if trial.stage != "pilot" or trial.seed != 0:
+        return None
+    same = (row for row in rows if (row.stage, row.method, row.rate) == ("rates", trial.label, trial.rate))
+    return next((replace(row, stage="pilot") for row in same), None)
+
+
 def _piloted(design: Design, entries: Sequence[Entry]) -> Sequence[Entry]:
     """The methods of the pilot, out of those that can run: none without the reference."""
     return entries[:PILOT_METHODS] if design.entries[0] in entries else ()
@@ -191,7 +202,9 @@ def remaining(design: Design, rows: Sequence[Row], failed: Collection[str], most
     left["base", BASE] = int(not any(row.stage == "base" for row in rows))
     piloted = _piloted(design, entries)
     for entry in piloted:
-        left["pilot", entry.label] = PILOT_SEEDS - sum(r.stage == "pilot" and r.method == entry.label for r in rows)
+        runs = {row.seed for row in rows if row.stage == "pilot" and row.method == entry.label}
+        free = known(Trial("pilot", entry, entry.rate, 0), rows) is not None
+        left["pilot", entry.label] = PILOT_SEEDS - len(runs | ({0} if free else set()))
     for entry in entries:
         found = tried(rows, entry.label)
         if not entry.fixed:

@@ -77,11 +77,12 @@ class Session:
             if before == "pilot" and trial.stage != "pilot" and len(self.design.entries) > 1:
                 print(self._planned(), flush=True)
             before = trial.stage
-            if self.over_budget(trial):
+            known = plan.known(trial, self.rows)
+            if known is None and self.over_budget(trial):
                 print(f"the budget of {span(self.options.budget or 0)} has no time for another run")
                 return False
             try:
-                found = run_trial(self.shared, trial)
+                found = run_trial(self.shared, trial) if known is None else [known]
             except CannotRun as reason:
                 self.failed[trial.label] = str(reason)
                 print(f"{trial.label} cannot run: {reason}", flush=True)
