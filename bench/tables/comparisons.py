@@ -19,7 +19,7 @@ from lift_kernels.finetune.comparison.summary import Summary, summarize
 from lift_kernels.finetune.comparison.verdict import markdown_table, outcomes, words
 
 REFERENCE = "lift"
-TASKS = {"hard": "generated problems of three and four steps", "gsm8k": "GSM8K"}
+TASKS = {"hard": "hard generated problems", "gsm8k": "GSM8K"}
 
 
 def comparison(path: Path) -> str:
