@@ -86,8 +86,7 @@ def test_what_was_found_is_a_sentence_for_each_file(tmp_path):
         files.append(tmp_path / f"{task}.csv")
         add(files[-1], [replace(row, task=task) for row in rows(shift)])
     assert findings(*files).splitlines() == [
-        "- On hard generated problems, LIFT's held-out loss wins against random; on neutral text it "
-        "ties with random.",
+        "- On hard generated problems, LIFT's held-out loss wins against random; on neutral text it ties with random.",
         "- On GSM8K, LIFT's held-out loss loses to random; on neutral text it ties with random.",
     ]
 
