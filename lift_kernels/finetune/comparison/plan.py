@@ -202,9 +202,10 @@ def remaining(design: Design, rows: Sequence[Row], failed: Collection[str], most
     left["base", BASE] = int(not any(row.stage == "base" for row in rows))
     piloted = _piloted(design, entries)
     for entry in piloted:
-        runs = {row.seed for row in rows if row.stage == "pilot" and row.method == entry.label}
-        free = known(Trial("pilot", entry, entry.rate, 0), rows) is not None
-        left["pilot", entry.label] = PILOT_SEEDS - len(runs | ({0} if free else set()))
+        seeds = {row.seed for row in rows if row.stage == "pilot" and row.method == entry.label}
+        if known(Trial("pilot", entry, entry.rate, 0), rows) is not None:
+            seeds.add(0)
+        left["pilot", entry.label] = PILOT_SEEDS - len(seeds)
     for entry in entries:
         found = tried(rows, entry.label)
         if not entry.fixed:
