@@ -69,7 +69,7 @@ def test_the_words_call_a_tie_a_tie():
     assert lines[1].startswith("Target loss: lift wins against lora, ties with random, loses to full. ")
     assert lines[2].startswith("  loses to full: -0.") and "finds" not in lines[2]
     assert lines[3].startswith("  ties with random: ") and "; this design finds differences from 0.0" in lines[3]
-    assert lines[5].startswith("Forgetting: lift forgets less than full, ties with random, forgets more than lora. ")
+    assert lines[6].startswith("Forgetting: lift forgets less than full, ties with random, forgets more than lora. ")
     assert lines[-2].startswith("Accuracy minus lift's, in points, without a correction: full ")
     assert lines[-1] == "Not looked at: other models, other data."
     assert "One seed" not in text and "may not be its best" not in text
@@ -84,6 +84,21 @@ def test_what_a_design_finds_is_also_a_share_of_what_training_gained():
     useless = summary.summarize(comparison_rows(effects={"lift": (2.0, 0.0), "random": (2.0, 0.0)}))
     assert useless.method("lift").gain.mean < 0
     assert "of what training gained" not in verdict.words(useless)
+
+
+def test_the_words_say_what_the_design_finds_with_every_method():
+    found = summary.summarize(comparison_rows())
+    finds = {m.name: m.target_difference.estimate.finds for m in found.others}
+    least = max(finds, key=finds.get)
+    share = finds[least] / found.method("lift").gain.mean
+    target, forgetting = verdict.words(found).split("Forgetting: ")
+    assert target.endswith(
+        f"\nWith every method this design finds differences from {finds[least]:.4f} on ({share:.1%} of what training "
+        f"gained); only {least} needs as much.\n"
+    )
+    assert forgetting.count("With every method this design finds differences from 0.0") == 1
+    alone = summary.summarize(comparison_rows(effects={"lift": (0.0, 0.0), "random": (0.0, 0.0)}))
+    assert "With every method" not in verdict.words(alone)
 
 
 def test_holms_correction_counts_both_losses_of_every_method():

@@ -162,9 +162,10 @@ def _section(
     digits: int,
     gained: float = 0.0,
 ) -> str:
-    """One line that counts, and one for each other method; nothing where nothing was measured.
+    """One line that counts, one for each other method, and one on what is found with all of them.
 
-    What can be found is also said as a share of what training gained, where it gained something.
+    Nothing where nothing was measured. What can be found is also said as a share of what training
+    gained, where it gained something.
     """
     found = [(method.name, difference) for method in summary.others if (difference := of(method))]
     if not found:
@@ -173,7 +174,21 @@ def _section(
     head = (
         f"{title}: {reference} {outcomes(found, figure)}. The other's {figure} minus {reference}'s, with its interval:"
     )
-    return "\n".join([head, *(f"  {_sentence(name, figure, d, compared, digits, gained)}" for name, d in found)])
+    lines = [f"  {_sentence(name, figure, d, compared, digits, gained)}" for name, d in found]
+    return "\n".join([head, *lines, *_found_with_all(found, digits, gained)])
+
+
+def _found_with_all(found: Sequence[tuple[str, Difference]], digits: int, gained: float) -> list[str]:
+    """A line with the difference that every comparison finds, where there are several."""
+    if len(found) < 2:
+        return []
+    name, least = max(found, key=lambda pair: pair[1].estimate.finds)
+    return [f"With every method this design finds {_finds(least.estimate, digits, gained)}; only {name} needs as much."]
+
+
+def _finds(estimate: Estimate, digits: int, gained: float) -> str:
+    share = f" ({estimate.finds / gained:.1%} of what training gained)" if gained > 0 else ""
+    return f"differences from {estimate.finds:.{digits}f} on{share}"
 
 
 def outcomes(found: Sequence[tuple[str, Difference]], figure: str) -> str:
@@ -194,8 +209,7 @@ def _sentence(name: str, figure: str, difference: Difference, comparisons: int, 
     e, form = difference.estimate, f"+.{digits}f"
     text = f"{WORDS[figure][difference.outcome]} {name}: {e.mean:{form}} ({e.low:{form}}..{e.high:{form}})"
     if difference.outcome == TIE:
-        text += f"; this design finds differences from {e.finds:.{digits}f} on"
-        text += f" ({e.finds / gained:.1%} of what training gained)" if gained > 0 else ""
+        text += f"; this design finds {_finds(e, digits, gained)}"
         if e.p < CALLED:
             text += f"; alone it would be called, as one of {comparisons} it is not (Holm's p = {difference.p:.3f})"
     return text
