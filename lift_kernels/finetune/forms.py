@@ -15,12 +15,14 @@ input, output     "Input: {input}" if there is one, a
 text              nothing                                the text as it is
 ================  =====================================  ===========================================
 
-Other columns are ignored. A row that has several forms has the first of them. Numbers are taken as
+The column ``tools`` of chats goes to the template: a list of descriptions, or its JSON. Other
+columns are ignored. A row that has several forms has the first of them. Numbers are taken as
 their shortest text: 7, 7.5.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -42,7 +44,7 @@ FORMS = {
     TEXT: ("text",),
 }
 """The columns that a row of each form has to have."""
-COLUMNS = {"input", *(column for columns in FORMS.values() for column in columns)}
+COLUMNS = {"input", "tools", *(column for columns in FORMS.values() for column in columns)}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -147,14 +149,14 @@ def _from_text(values: dict, where: str) -> Sample:
 
 def _from_completion(tokenizer: Any, values: dict, where: str) -> Sample:
     if isinstance(values["prompt"], list) or isinstance(values["completion"], list):
-        return _rendered(tokenizer, _turns(values, "prompt"), _turns(values, "completion"), where)
+        return _rendered(tokenizer, _turns(values, "prompt"), _turns(values, "completion"), _tools(values), where)
     prompt, completion = _text(values, "prompt"), _text(values, "completion")
     return Sample(prompt, completion, prompt, completion.strip(), where)
 
 
 def _from_messages(tokenizer: Any, values: dict, where: str) -> Sample:
     turns = _turns(values, "messages")
-    return _rendered(tokenizer, turns[:-1], turns[-1:], where)
+    return _rendered(tokenizer, turns[:-1], turns[-1:], _tools(values), where)
 
 
 def _text(values: dict, column: str) -> str:
@@ -191,10 +193,38 @@ def _turns(values: dict, column: str) -> list[dict]:
         if not isinstance(turn.get("content"), str):
             raise _BadRow(f"{column} has a turn whose content is no text; write it as one string")
         _checked(turn["content"], column)
-    return [{key: item for key, item in turn.items() if item is not None} for turn in value]
+    return _without_none(value)
 
 
-def _rendered(tokenizer: Any, given: list[dict], learned: list[dict], where: str) -> Sample:
+def _without_none(value: Any) -> Any:
+    """Return a value without the keys that hold nothing, which Parquet adds where rows differ."""
+    if isinstance(value, list):
+        return [_without_none(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return value
+
+
+def _tools(values: dict) -> list[dict] | None:
+    """Return the tools that a chat may call; None where it has none."""
+    tools = values.get("tools")
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
+    except ValueError as error:
+        raise _BadRow(f"tools is no JSON ({error}); write a list of objects, or its JSON") from error
+    if not tools or (isinstance(tools, str) and not tools.strip()):
+        return None
+    if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise _BadRow("tools is no list of objects; describe each tool by one")
+    return _without_none(tools)
+
+
+def _tool_names(tools: Sequence[dict]) -> list[str]:
+    described = [tool.get("function", tool) for tool in tools]
+    return [str(tool["name"]) for tool in described if isinstance(tool, dict) and "name" in tool]
+
+
+def _rendered(tokenizer: Any, given: list[dict], learned: list[dict], tools: list[dict] | None, where: str) -> Sample:
     """Return a chat as a sample, by the tokenizer's chat template."""
     roles = [turn["role"] for turn in given + learned]
     if "assistant" not in roles:
@@ -207,8 +237,11 @@ def _rendered(tokenizer: Any, given: list[dict], learned: list[dict], where: str
         raise _BadRow("the last assistant turn is empty; fill it in, or leave out the row")
     render = _renderer(tokenizer)
     try:
-        text = render({"prompt": given, "completion": learned}, tokenizer)
-        before = [tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=b) for b in (False, True)]
+        text = render({"prompt": given, "completion": learned}, tokenizer, tools)
+        before = [
+            tokenizer.apply_chat_template(given, tools=tools, tokenize=False, add_generation_prompt=b)
+            for b in (False, True)
+        ]
     except Exception as error:  # the code of a template may raise anything
         raise _BadRow(
             f"the tokenizer's chat template refuses the chat: {' '.join(str(error).split())[:200]}"
@@ -221,11 +254,16 @@ def _rendered(tokenizer: Any, given: list[dict], learned: list[dict], where: str
             "the tokenizer's chat template changes earlier turns when an answer follows, so they would be learned; "
             "leave out system turns, or give prompt and completion as texts"
         )
+    if missing := [name for name in _tool_names(tools or ()) if name not in text["prompt"]]:
+        raise _BadRow(
+            f"the tokenizer's chat template leaves out the tool {missing[0]}; remove the column tools, or give another "
+            "model"
+        )
     asked = next(turn["content"] for turn in reversed(given) if turn["role"] in ("user", "tool"))
     return Sample(text["prompt"], text["completion"], asked, learned[-1]["content"], where, whole=True)
 
 
-def _renderer(tokenizer: Any) -> Callable[[dict, Any], dict[str, str]]:
+def _renderer(tokenizer: Any) -> Callable[..., dict[str, str]]:
     """Return TRL's function that renders a chat."""
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(

@@ -14,11 +14,11 @@ TURN = "[{{ m.role }}]{{ m.content }}<eos>"
 ASK = "{% if add_generation_prompt %}[assistant]{% endif %}"
 
 
-def sample(tmp_path, template, *more):
+def sample(tmp_path, template, *more, **columns):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
     path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"messages": [*more, *turns("Hi", "Ho")]}) + "\n")
+    path.write_text(json.dumps({"messages": [*more, *turns("Hi", "Ho")], **columns}) + "\n")
     [found] = read_samples([str(path)], "train", tokenizer)[1]
     return found
 
@@ -61,3 +61,43 @@ def test_a_template_that_leaves_out_the_answer_is_refused(tmp_path):
     template = "{% for m in messages %}{% if m.role == 'user' %}" + TURN + "{% endif %}{% endfor %}"
     with pytest.raises(UserError, match="line 1: the tokenizer's chat template leaves out the last assistant turn"):
         sample(tmp_path, template)
+
+
+PLAIN = "{% for m in messages %}" + TURN + "{% endfor %}" + ASK
+CALLS = "{% if tools %}{{ tools | tojson }}{% endif %}" + PLAIN
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"a": "int", "b": None}}}]
+SEEN = '[{"type": "function", "function": {"name": "add", "parameters": {"a": "int"}}}][user]Hi<eos>[assistant]'
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
+def test_tools_stand_in_the_prompt(tmp_path, tools):
+    found = sample(tmp_path, CALLS, tools=tools)
+    assert (found.prompt, found.completion) == (SEEN, "Ho<eos>")
+
+
+@pytest.mark.parametrize("tools", [None, [], "", " ", "[]"])
+def test_a_chat_may_have_no_tools(tmp_path, tools):
+    assert sample(tmp_path, CALLS, tools=tools).prompt == "[user]Hi<eos>[assistant]"
+
+
+@pytest.mark.parametrize(
+    ("template", "tools", "message"),
+    [
+        (PLAIN, TOOLS, "the tokenizer's chat template leaves out the tool add; remove the column tools, or give"),
+        (PLAIN, [{"name": "sub"}], "the tokenizer's chat template leaves out the tool sub; "),
+        (CALLS, "add", "tools is no JSON .Expecting value.*; write a list of objects, or its JSON"),
+        (CALLS, {"name": "add"}, "tools is no list of objects; describe each tool by one"),
+        (CALLS, ["add"], "tools is no list of objects; "),
+        (CALLS, 7, "tools is no list of objects; "),
+    ],
+)
+def test_tools_that_would_be_lost_are_refused(tmp_path, template, tools, message):
+    with pytest.raises(UserError, match=f"line 1: {message}"):
+        sample(tmp_path, template, tools=tools)
+
+
+def test_calls_of_tools_lose_the_keys_that_parquet_adds(tmp_path):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "add", "arguments": {"a": 1, "c": None}}]}
+    template = PLAIN.replace("{{ m.content }}", "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls }}{% endif %}")
+    found = sample(tmp_path, template, {"role": "user", "content": "1 + 1"}, call)
+    assert "[assistant][{'name': 'add', 'arguments': {'a': 1}}]<eos>[user]Hi<eos>" in found.prompt
