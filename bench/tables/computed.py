@@ -1,8 +1,9 @@
-"""The tables of what is computed: costs, rounding, recipes, comparisons of methods."""
+"""The tables of what is computed: costs, rounding, recipes, comparisons of methods, probes."""
 
 from __future__ import annotations
 
 from bench.tables.comparisons import COMPARISON_TABLES
+from bench.tables.probes import PROBE_TABLES
 from bench.tables.rows import refresh_cost_rows
 from bench.tables.types import Table
 
@@ -55,4 +56,5 @@ COMPUTED_TABLES = {
         each=[{}],
     ),
     **COMPARISON_TABLES,
+    **PROBE_TABLES,
 }
