@@ -76,6 +76,8 @@ def read_samples(names: Sequence[str], split: str, tokenizer: Any) -> tuple[str,
             samples.append(make(row.values, row.where))
         except _BadRow as error:
             bad.append((row.where, str(error)))
+        except RecursionError:
+            bad.append((row.where, "is nested too deeply; flatten it"))
     refuse_first(bad)
     return form, samples
 
@@ -246,6 +248,7 @@ def _rendered(tokenizer: Any, given: list[dict], learned: list[dict], tools: lis
         raise _BadRow(
             f"the tokenizer's chat template refuses the chat: {' '.join(str(error).split())[:200]}"
         ) from error
+    _checked(text["prompt"] + text["completion"], "the chat")
     if not text["completion"].strip():
         raise _BadRow("the tokenizer's chat template leaves out the last assistant turn; give another model")
     # The texts of the earlier turns, with and without the beginning of an answer, begin alike.

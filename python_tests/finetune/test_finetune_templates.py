@@ -89,6 +89,8 @@ def test_a_chat_may_have_no_tools(tmp_path, tools):
         (CALLS, {"name": "add"}, "tools is no list of objects; describe each tool by one"),
         (CALLS, ["add"], "tools is no list of objects; "),
         (CALLS, 7, "tools is no list of objects; "),
+        (CALLS, "[" * 100_000, "is nested too deeply; flatten it"),
+        (CALLS, [{"name": "add", "about": "\ud800"}], "the chat has half of a surrogate pair, which is no character"),
     ],
 )
 def test_tools_that_would_be_lost_are_refused(tmp_path, template, tools, message):
