@@ -211,19 +211,14 @@ def _tools(values: dict) -> list[dict] | None:
     """Return the tools that a chat may call; None where it has none."""
     tools = values.get("tools")
     try:
-        tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
+        tools = json.loads(tools.strip() or "null") if isinstance(tools, str) else _without_none(tools)
     except ValueError as error:
         raise _BadRow(f"tools is no JSON ({error}); write a list of objects, or its JSON") from error
-    if not tools or (isinstance(tools, str) and not tools.strip()):
+    if not tools:
         return None
     if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise _BadRow("tools is no list of objects; describe each tool by one")
-    return _without_none(tools)
-
-
-def _tool_names(tools: Sequence[dict]) -> list[str]:
-    described = [tool.get("function", tool) for tool in tools]
-    return [str(tool["name"]) for tool in described if isinstance(tool, dict) and "name" in tool]
+    return tools
 
 
 def _rendered(tokenizer: Any, given: list[dict], learned: list[dict], tools: list[dict] | None, where: str) -> Sample:
@@ -244,6 +239,7 @@ def _rendered(tokenizer: Any, given: list[dict], learned: list[dict], tools: lis
             tokenizer.apply_chat_template(given, tools=tools, tokenize=False, add_generation_prompt=b)
             for b in (False, True)
         ]
+        lost = tools and before[0] == tokenizer.apply_chat_template(given, tokenize=False)
     except Exception as error:  # the code of a template may raise anything
         raise _BadRow(
             f"the tokenizer's chat template refuses the chat: {' '.join(str(error).split())[:200]}"
@@ -251,16 +247,15 @@ def _rendered(tokenizer: Any, given: list[dict], learned: list[dict], tools: lis
     _checked(text["prompt"] + text["completion"], "the chat")
     if not text["completion"].strip():
         raise _BadRow("the tokenizer's chat template leaves out the last assistant turn; give another model")
+    if lost:
+        raise _BadRow(
+            "the tokenizer's chat template leaves out the tools; remove the column tools, or give another model"
+        )
     # The texts of the earlier turns, with and without the beginning of an answer, begin alike.
     if not text["prompt"].startswith(os.path.commonprefix(before)):
         raise _BadRow(
             "the tokenizer's chat template changes earlier turns when an answer follows, so they would be learned; "
             "leave out system turns, or give prompt and completion as texts"
-        )
-    if missing := [name for name in _tool_names(tools or ()) if name not in text["prompt"]]:
-        raise _BadRow(
-            f"the tokenizer's chat template leaves out the tool {missing[0]}; remove the column tools, or give another "
-            "model"
         )
     asked = next(turn["content"] for turn in reversed(given) if turn["role"] in ("user", "tool"))
     return Sample(text["prompt"], text["completion"], asked, learned[-1]["content"], where, whole=True)

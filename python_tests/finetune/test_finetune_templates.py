@@ -69,10 +69,14 @@ TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"a": "i
 SEEN = '[{"type": "function", "function": {"name": "add", "parameters": {"a": "int"}}}][user]Hi<eos>[assistant]'
 
 
-@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
-def test_tools_stand_in_the_prompt(tmp_path, tools):
-    found = sample(tmp_path, CALLS, tools=tools)
+def test_tools_stand_in_the_prompt_without_the_keys_that_parquet_adds(tmp_path):
+    found = sample(tmp_path, CALLS, tools=TOOLS)
     assert (found.prompt, found.completion) == (SEEN, "Ho<eos>")
+
+
+def test_tools_in_json_are_taken_as_they_are(tmp_path):
+    found = sample(tmp_path, CALLS, tools=json.dumps(TOOLS))
+    assert found.prompt == SEEN.replace('{"a": "int"}', '{"a": "int", "b": null}')
 
 
 @pytest.mark.parametrize("tools", [None, [], "", " ", "[]"])
@@ -83,8 +87,8 @@ def test_a_chat_may_have_no_tools(tmp_path, tools):
 @pytest.mark.parametrize(
     ("template", "tools", "message"),
     [
-        (PLAIN, TOOLS, "the tokenizer's chat template leaves out the tool add; remove the column tools, or give"),
-        (PLAIN, [{"name": "sub"}], "the tokenizer's chat template leaves out the tool sub; "),
+        (PLAIN, TOOLS, "the tokenizer's chat template leaves out the tools; remove the column tools, or give another"),
+        (PLAIN, [{"name": "Hi"}], "the tokenizer's chat template leaves out the tools; "),  # as the user turn says
         (CALLS, "add", "tools is no JSON .Expecting value.*; write a list of objects, or its JSON"),
         (CALLS, {"name": "add"}, "tools is no list of objects; describe each tool by one"),
         (CALLS, ["add"], "tools is no list of objects; "),

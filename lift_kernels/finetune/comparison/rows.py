@@ -223,7 +223,7 @@ def _check(path: str | Path, number: int, row: Row, fingerprint: str | None) -> 
 def append(path: str | Path, row: Row) -> None:
     """Add a row to a file, which is made if there is none.
 
-    The file is written anew beside the old one and takes its name when it is whole and on the disk.
+    The new file is written beside the old one and takes its name when it is whole and on the disk.
     Only one process may append at a time.
 
     Raises:
