@@ -33,6 +33,7 @@ lift::DType dtype_of(const Tensor& tensor) {
     case ScalarType::BFloat16: return lift::DType::bf16;
     case ScalarType::Half: return lift::DType::f16;
     case ScalarType::Int: return lift::DType::i32;
+    case ScalarType::Char: return lift::DType::code8;
     default: STD_TORCH_CHECK(false, "lift_kernels_native: unsupported dtype");
   }
 }
@@ -70,18 +71,40 @@ bool segments_fit(const std::vector<int64_t>& offsets, const std::vector<int64_t
   return true;
 }
 
-// Whether index lists and optimizer state are arenas of one length and of supported dtypes.
-bool are_arenas(const Tensor& indices, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-                const std::optional<Tensor>& master, const std::optional<Tensor>& births) {
-  if (indices.dim() != 1) return false;
-  const int64_t size = indices.size(0);
-  const ScalarType moment = exp_avg.scalar_type();
-  return (moment == ScalarType::Float || moment == ScalarType::BFloat16) &&
-         is_vector(indices, ScalarType::Int, size) && is_vector(exp_avg, moment, size) &&
-         is_vector(exp_avg_sq, moment, size) &&
-         (!master.has_value() || is_vector(*master, ScalarType::Float, size)) &&
-         (!births.has_value() || is_vector(*births, ScalarType::Int, size));
+bool is_optional_vector(const std::optional<Tensor>& tensor, ScalarType dtype, int64_t size) {
+  return !tensor.has_value() || is_vector(*tensor, dtype, size);
 }
+
+bool is_split(const std::optional<Tensor>& master) {
+  return master.has_value() && master->scalar_type() == ScalarType::Short;
+}
+
+// The optimizer state that the segments of all matrices share.
+struct State {
+  const Tensor &indices, &exp_avg, &exp_avg_sq;
+  const std::optional<Tensor>&master, &births, &exp_avg_scale, &exp_avg_sq_scale;
+
+  // Whether these are arenas of one length, of supported dtypes that go together and with `weight`,
+  // and the segments groups of their own.
+  bool fits(ScalarType weight, const std::vector<int64_t>& offsets) const {
+    if (indices.dim() != 1) return false;
+    const int64_t size = indices.size(0);
+    const ScalarType moment = exp_avg.scalar_type();
+    const bool coded = moment == ScalarType::Char;
+    if (coded != exp_avg_scale.has_value() || coded != exp_avg_sq_scale.has_value()) return false;
+    if (!coded && moment != ScalarType::Float && moment != ScalarType::BFloat16) return false;
+    for (const int64_t offset : offsets)
+      if (coded && offset % lift::kGroup != 0) return false;
+    const int64_t groups = (size + lift::kGroup - 1) / lift::kGroup;
+    return is_vector(indices, ScalarType::Int, size) && is_vector(exp_avg, moment, size) &&
+           is_vector(exp_avg_sq, coded ? ScalarType::Byte : moment, size) &&
+           is_optional_vector(exp_avg_scale, ScalarType::Float, groups) &&
+           is_optional_vector(exp_avg_sq_scale, ScalarType::Float, groups) &&
+           is_optional_vector(births, ScalarType::Int, size) &&
+           (is_split(master) ? weight == ScalarType::BFloat16 && is_vector(*master, ScalarType::Short, size)
+                             : is_optional_vector(master, ScalarType::Float, size));
+  }
+};
 
 bool is_optional_scalar(const std::optional<Tensor>& tensor) {
   return !tensor.has_value() || (tensor->scalar_type() == ScalarType::Float && tensor->numel() == 1);
@@ -107,17 +130,17 @@ bool is_float(ScalarType dtype) {
 // Whether every tensor of a step has the dtype, shape and layout that the kernel assumes. On false
 // the Python layer validates again and raises the detailed error.
 bool fast_check(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, const Tensor& indices,
-                const std::vector<int64_t>& offsets, const std::vector<int64_t>& counts, const Tensor& exp_avg,
-                const Tensor& exp_avg_sq, const Tensor& steps, const std::optional<Tensor>& master,
-                const std::optional<Tensor>& births, const std::optional<Tensor>& inv_scale,
-                const std::optional<Tensor>& found_inf, bool packed_grads, bool stochastic) {
+                const std::vector<int64_t>& offsets, const std::vector<int64_t>& counts, const State& state,
+                const Tensor& steps, const std::optional<Tensor>& inv_scale, const std::optional<Tensor>& found_inf,
+                bool packed_grads, bool packed_weights, bool stochastic) {
   const size_t n = weights.size();
   if (n == 0 || grads.size() != n || offsets.size() != n || counts.size() != n || indices.dim() != 1) return false;
+  if (packed_weights && !packed_grads) return false;
   const int64_t size = indices.size(0);
   const ScalarType weight = weights[0].scalar_type(), grad = grads[0].scalar_type();
   if (!is_float(weight) || !is_float(grad)) return false;
-  if (stochastic && (master.has_value() || weight == ScalarType::Float)) return false;
-  if (!are_arenas(indices, exp_avg, exp_avg_sq, master, births) || !is_vector(steps, ScalarType::Float, int64_t(n)) ||
+  if (stochastic && (state.master.has_value() || weight == ScalarType::Float)) return false;
+  if (!state.fits(weight, offsets) || !is_vector(steps, ScalarType::Float, int64_t(n)) ||
       !is_optional_scalar(inv_scale) || !is_optional_scalar(found_inf) || !segments_fit(offsets, counts, size))
     return false;
   const int32_t weight_number = dtype_number(weights[0]), grad_number = dtype_number(grads[0]);
@@ -126,6 +149,7 @@ bool fast_check(const std::vector<Tensor>& weights, const std::vector<Tensor>& g
     if (dtype_number(w) != weight_number || dtype_number(g) != grad_number) return false;
     if (!w.is_contiguous() || !g.is_contiguous()) return false;
     if (packed_grads ? g.numel() != counts[i] : !same_shape(w, g)) return false;
+    if (packed_weights && w.numel() != counts[i]) return false;
   }
   return true;
 }
@@ -138,10 +162,13 @@ float scalar_or(const std::optional<Tensor>& tensor, float otherwise) {
 bool sparse_adamw_(std::vector<Tensor> weights, std::vector<Tensor> grads, Tensor indices, std::vector<int64_t> offsets,
                    std::vector<int64_t> counts, Tensor exp_avg, Tensor exp_avg_sq, Tensor steps, double lr,
                    double beta1, double beta2, double eps, double weight_decay, std::optional<Tensor> master,
-                   std::optional<Tensor> births, std::optional<Tensor> bias, std::optional<Tensor> inv_scale,
-                   std::optional<Tensor> found_inf, bool packed_grads, bool maximize, bool stochastic, int64_t seed) {
-  if (!fast_check(weights, grads, indices, offsets, counts, exp_avg, exp_avg_sq, steps, master, births, inv_scale,
-                  found_inf, packed_grads, stochastic))
+                   std::optional<Tensor> births, std::optional<Tensor> bias, std::optional<Tensor> exp_avg_scale,
+                   std::optional<Tensor> exp_avg_sq_scale, std::optional<Tensor> inv_scale,
+                   std::optional<Tensor> found_inf, bool packed_grads, bool packed_weights, bool maximize,
+                   bool stochastic, int64_t seed) {
+  const State state{indices, exp_avg, exp_avg_sq, master, births, exp_avg_scale, exp_avg_sq_scale};
+  if (!fast_check(weights, grads, indices, offsets, counts, state, steps, inv_scale, found_inf, packed_grads,
+                  packed_weights, stochastic))
     return false;
   if (scalar_or(found_inf, 0.0f) != 0.0f) return true;
   std::vector<lift::Segment> segments = segments_of(grads, offsets, counts);
@@ -154,7 +181,10 @@ bool sparse_adamw_(std::vector<Tensor> weights, std::vector<Tensor> grads, Tenso
   adamw.indices = static_cast<const int32_t*>(indices.data_ptr());
   adamw.exp_avg = exp_avg.data_ptr();
   adamw.exp_avg_sq = exp_avg_sq.data_ptr();
-  adamw.master = pointer_or_null<float>(master);
+  adamw.exp_avg_scale = pointer_or_null<float>(exp_avg_scale);
+  adamw.exp_avg_sq_scale = pointer_or_null<float>(exp_avg_sq_scale);
+  if (is_split(master)) adamw.master_low = static_cast<int16_t*>(master->data_ptr());
+  else adamw.master = pointer_or_null<float>(master);
   adamw.births = pointer_or_null<const int32_t>(births);
   adamw.bias_table = pointer_or_null<const float>(bias);
   adamw.bias_ages = bias.has_value() ? bias->numel() / 2 - 1 : 0;
@@ -165,6 +195,7 @@ bool sparse_adamw_(std::vector<Tensor> weights, std::vector<Tensor> grads, Tenso
   adamw.weight_decay = weight_decay;
   adamw.grad_factor = scalar_or(inv_scale, 1.0f) * (maximize ? -1.0f : 1.0f);
   adamw.packed_grads = packed_grads;
+  adamw.packed_weights = packed_weights;
   adamw.stochastic = stochastic;
   adamw.seed = uint32_t(seed);
   lift::sparse_adamw_cpu(segments.data(), int64_t(segments.size()), adamw, dtype_of(weights[0]), dtype_of(grads[0]),
@@ -216,14 +247,15 @@ std::optional<Tensor> packed_square_sums(std::vector<Tensor> grads, Tensor indic
 std::optional<Tensor> arena_migrate_(std::vector<Tensor> weights, std::vector<Tensor> new_indices, Tensor indices,
                                      std::vector<int64_t> offsets, std::vector<int64_t> counts, Tensor exp_avg,
                                      Tensor exp_avg_sq, Tensor steps, std::optional<Tensor> master,
-                                     std::optional<Tensor> births) {
+                                     std::optional<Tensor> births, std::optional<Tensor> exp_avg_scale,
+                                     std::optional<Tensor> exp_avg_sq_scale) {
   const size_t n = weights.size();
-  if (n == 0 || new_indices.size() != n || offsets.size() != n || counts.size() != n ||
-      !are_arenas(indices, exp_avg, exp_avg_sq, master, births) || !is_vector(steps, ScalarType::Float, int64_t(n)) ||
+  if (n == 0 || new_indices.size() != n || offsets.size() != n || counts.size() != n) return std::nullopt;
+  const ScalarType weight = weights[0].scalar_type();
+  const State state{indices, exp_avg, exp_avg_sq, master, births, exp_avg_scale, exp_avg_sq_scale};
+  if (!is_float(weight) || !state.fits(weight, offsets) || !is_vector(steps, ScalarType::Float, int64_t(n)) ||
       !segments_fit(offsets, counts, indices.size(0)))
     return std::nullopt;
-  const ScalarType weight = weights[0].scalar_type();
-  if (!is_float(weight)) return std::nullopt;
   const float* step = static_cast<const float*>(steps.data_ptr());
   std::vector<lift::Migration> matrices(n);
   for (size_t i = 0; i < n; ++i) {
@@ -235,8 +267,13 @@ std::optional<Tensor> arena_migrate_(std::vector<Tensor> weights, std::vector<Te
     matrices[i] = {weights[i].data_ptr(), static_cast<const int32_t*>(new_indices[i].data_ptr()), offsets[i], counts[i],
                    count, int32_t(step[i])};
   }
-  const lift::MigrationArenas arenas{static_cast<int32_t*>(indices.data_ptr()), exp_avg.data_ptr(),
-                                     exp_avg_sq.data_ptr(), pointer_or_null<float>(master),
+  const lift::MigrationArenas arenas{static_cast<int32_t*>(indices.data_ptr()),
+                                     exp_avg.data_ptr(),
+                                     exp_avg_sq.data_ptr(),
+                                     pointer_or_null<float>(exp_avg_scale),
+                                     pointer_or_null<float>(exp_avg_sq_scale),
+                                     is_split(master) ? nullptr : pointer_or_null<float>(master),
+                                     is_split(master) ? static_cast<int16_t*>(master->data_ptr()) : nullptr,
                                      pointer_or_null<int32_t>(births)};
   const std::vector<int64_t> shape{int64_t(n)};
   Tensor kept = torch::stable::empty({shape.data(), shape.size()}, ScalarType::Long);
@@ -403,14 +440,16 @@ STABLE_TORCH_LIBRARY(lift_kernels_native, m) {
   m.def(
       "sparse_adamw_(Tensor(a!)[] weights, Tensor[] grads, Tensor indices, int[] offsets, int[] counts, "
       "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor steps, float lr, float beta1, float beta2, float eps, "
-      "float weight_decay, Tensor(d!)? master, Tensor? births, Tensor? bias, Tensor? inv_scale, Tensor? found_inf, "
-      "bool packed_grads, bool maximize, bool stochastic, int seed) -> bool");
+      "float weight_decay, Tensor(d!)? master, Tensor? births, Tensor? bias, Tensor(e!)? exp_avg_scale, "
+      "Tensor(f!)? exp_avg_sq_scale, Tensor? inv_scale, Tensor? found_inf, bool packed_grads, bool packed_weights, "
+      "bool maximize, bool stochastic, int seed) -> bool");
   m.def("packed_gather(Tensor source, Tensor indices, Tensor(a!) out) -> ()");
   m.def("packed_scatter_(Tensor(a!) dest, Tensor indices, Tensor values) -> ()");
   m.def("packed_migrate(Tensor values, Tensor old_indices, Tensor new_indices, Tensor(a!) out) -> ()");
   m.def(
       "arena_migrate_(Tensor[] weights, Tensor[] new_indices, Tensor(a!) indices, int[] offsets, int[] counts, "
-      "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor steps, Tensor(d!)? master, Tensor(e!)? births) -> Tensor?");
+      "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor steps, Tensor(d!)? master, Tensor(e!)? births, "
+      "Tensor(f!)? exp_avg_scale, Tensor(g!)? exp_avg_sq_scale) -> Tensor?");
   m.def(
       "packed_square_sums(Tensor[] grads, Tensor indices, int[] offsets, int[] counts, bool packed_grads) "
       "-> Tensor?");

@@ -6,17 +6,19 @@
 
 namespace lift {
 
-enum class DType : int { f32, bf16, f16, i32 };
+enum class DType : int { f32, bf16, f16, i32, code8 };  // code8: of moments
 
 // Runs body(begin, end) over disjoint ranges of [0, n), possibly in several threads. Returns when
 // all ranges are done.
 using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t n, ParallelBody body, void* context);
 
+constexpr int kGroup = 32;  // entries of an 8-bit moment that share a scale
+
 // One matrix of a step: its weight, its gradient, its segment of the arenas, and its step count.
 struct Segment {
-  void* weight;
-  const void* grad;  // m*n dense entries, or `count` packed entries
+  void* weight;      // m*n entries, or `count` packed entries
+  const void* grad;  // the same
   int64_t offset;    // first arena position
   int64_t count;
   float step;  // number of updates of this matrix, including this one
@@ -28,7 +30,10 @@ struct AdamW {
   const int32_t* indices;
   void* exp_avg;
   void* exp_avg_sq;
+  float* exp_avg_scale;  // of 8-bit moments, one for kGroup entries
+  float* exp_avg_sq_scale;
   float* master;
+  int16_t* master_low;  // low halves of masters, in place of `master`
   const int32_t* births;
   const float* bias_table;  // 2 rows of bias_ages + 1 entries: 1/bc1, 1/sqrt(bc2) by age
   int64_t bias_ages;
@@ -39,6 +44,7 @@ struct AdamW {
   double weight_decay;
   float grad_factor;  // inv_scale, negated to maximize
   bool packed_grads;
+  bool packed_weights;
   bool stochastic;
   uint32_t seed;  // for stochastic rounding
 };
@@ -75,7 +81,10 @@ struct MigrationArenas {
   int32_t* indices;
   void* exp_avg;
   void* exp_avg_sq;
+  float* exp_avg_scale;
+  float* exp_avg_sq_scale;
   float* master;
+  int16_t* master_low;
   int32_t* births;
 };
 

@@ -6,6 +6,7 @@
 
 #include "../launchers.h"
 #include "dtypes.h"
+#include "moment_codes.h"
 
 namespace lift {
 
@@ -16,6 +17,7 @@ struct Scalars {
   float step_size;     // lr / bc1, or lr if each entry has its own bias correction
   float inv_sqrt_bc2;  // 1 / sqrt(bc2)
   uint32_t key;        // of stochastic rounding, from the seed and the step
+  uint32_t dither;     // of 8-bit codes, from the step
 
   Scalars(const AdamW& a, float step)
       : one_minus_beta1(float(1 - a.beta1)),
@@ -26,7 +28,8 @@ struct Scalars {
         grad_factor(a.grad_factor),
         step_size(float(a.births != nullptr ? a.lr : a.lr / (1 - std::pow(a.beta1, double(step))))),
         inv_sqrt_bc2(float(1 / std::sqrt(1 - std::pow(a.beta2, double(step))))),
-        key(counter_hash(counter_hash(a.seed) ^ uint32_t(int64_t(step)))) {}
+        key(counter_hash(counter_hash(a.seed) ^ uint32_t(int64_t(step)))),
+        dither(uint32_t(int64_t(step)) * kDitherStep) {}
 };
 
 struct Moments {

@@ -1,23 +1,27 @@
 // Moves the segments of many matrices to new index lists, in place, on the CPU.
 //
-// Matrices go in groups, and the lists of a group in chunks. One merge of the old and the new list
+// Matrices go in batches, and the lists of a batch in chunks. One merge of the old and the new list
 // says where the entries of a chunk come from, and all arenas are taken into scratch. A matrix of
-// one chunk is put back at once, while it is in the caches. The others wait until all of the group
-// is taken. So threads meet twice a group at most, and not at all for tiny matrices, which one
+// one chunk is put back at once, while it is in the caches. The others wait until all of the batch
+// is taken. So threads meet twice a batch at most, and not at all for tiny matrices, which one
 // thread moves faster than it could wake another.
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "../launchers.h"
 #include "dtypes.h"
+#include "levels.h"
+#include "moment_codes.h"
 #include "parallel.h"
 
 namespace lift {
 namespace {
 
-constexpr int64_t kGroup = 1 << 20;  // new entries of a group, unless one matrix has more
+constexpr int64_t kTogether = 1 << 20;  // new entries that are moved together, unless one matrix has more
+static_assert(kChunk % kGroup == 0, "no group of 8-bit moments may reach into two chunks");
 
 // New entries begin .. end of a matrix. Their scratch starts at entry `at`.
 struct Chunk {
@@ -58,24 +62,28 @@ void merge(const Chunk& chunk, const int32_t* indices, Merged& merged) {
   merged.enters = enters;
 }
 
-// Copies the old values, and puts value(j) for each entry that enters.
-template <class T, class Value>
-void take(const T* old, const Merged& merged, int64_t count, T* out, const Value& value) {
+// Copies old(position) of the entries that stay, and puts value(j) for each entry that enters.
+template <class T, class Old, class Value>
+void take(const Old& old, const Merged& merged, int64_t count, T* out, const Value& value) {
   if (merged.enters < count)
-    for (int64_t j = 0; j < count; ++j) out[j] = old[merged.position[j]];
+    for (int64_t j = 0; j < count; ++j) out[j] = old(merged.position[j]);
   for (int64_t e = 0; e < merged.enters; ++e) out[merged.entering[e]] = value(merged.entering[e]);
 }
 
-// The arenas, with scratch for the entries of a group. W is the format of weights, and M stores a
-// moment.
+// The arenas, with scratch for the entries of a batch. W is the format of weights, and M stores a
+// moment. 8-bit moments are taken as fp32: other entries share their groups afterwards.
 template <class W, class M>
 class Arenas {
+  static constexpr bool kCoded = std::is_same_v<M, int8_t>;
+  using Taken = std::conditional_t<kCoded, float, M>;
+
  public:
   Arenas(const MigrationArenas& arenas, int64_t scratch)
       : to_(arenas),
-        exp_avg_(new M[scratch]),
-        exp_avg_sq_(new M[scratch]),
+        exp_avg_(new Taken[scratch]),
+        exp_avg_sq_(new Taken[scratch]),
         master_(new float[arenas.master != nullptr ? scratch : 0]),
+        master_low_(new int16_t[arenas.master_low != nullptr ? scratch : 0]),
         births_(new int32_t[arenas.births != nullptr ? scratch : 0]) {}
 
   // Returns how many entries stay.
@@ -83,25 +91,45 @@ class Arenas {
     Merged merged;
     merge(chunk, to_.indices, merged);
     const int64_t count = chunk.count(), old = chunk.segment();
-    const auto zero = [](int32_t) { return M(0); };
-    take(static_cast<const M*>(to_.exp_avg) + old, merged, count, exp_avg_.get() + chunk.at, zero);
-    take(static_cast<const M*>(to_.exp_avg_sq) + old, merged, count, exp_avg_sq_.get() + chunk.at, zero);
+    const auto stored = [=](const auto* arena) { return [=](int32_t position) { return arena[old + position]; }; };
+    const auto zero = [](int32_t) { return 0; };
+    if constexpr (kCoded) {
+      const auto decoded = [=](const auto* codes, const float* scales) {
+        return [=](int32_t p) { return cube(codes[old + p]) * scales[(old + p) / kGroup]; };
+      };
+      const auto first = decoded(static_cast<const int8_t*>(to_.exp_avg), to_.exp_avg_scale);
+      const auto root = decoded(static_cast<const uint8_t*>(to_.exp_avg_sq), to_.exp_avg_sq_scale);
+      take(first, merged, count, exp_avg_.get() + chunk.at, zero);
+      take(root, merged, count, exp_avg_sq_.get() + chunk.at, zero);
+    } else {
+      take(stored(static_cast<const M*>(to_.exp_avg)), merged, count, exp_avg_.get() + chunk.at, zero);
+      take(stored(static_cast<const M*>(to_.exp_avg_sq)), merged, count, exp_avg_sq_.get() + chunk.at, zero);
+    }
     if (to_.master != nullptr) {
       const auto* weight = static_cast<const typename W::Storage*>(chunk.matrix->weight);
       const auto exact = [=, list = chunk.list()](int32_t j) { return W::widen(weight[list[j]]); };
-      take<float>(to_.master + old, merged, count, master_.get() + chunk.at, exact);
+      take(stored(to_.master), merged, count, master_.get() + chunk.at, exact);
     }
+    if (to_.master_low != nullptr) take(stored(to_.master_low), merged, count, master_low_.get() + chunk.at, zero);
     if (to_.births != nullptr) {
       const auto step = [&](int32_t) { return chunk.matrix->step; };
-      take<int32_t>(to_.births + old, merged, count, births_.get() + chunk.at, step);
+      take(stored(to_.births), merged, count, births_.get() + chunk.at, step);
     }
     return count - merged.enters;
   }
 
   void put_chunk(const Chunk& chunk) const {
-    put(chunk, exp_avg_.get() + chunk.at, static_cast<M*>(to_.exp_avg));
-    put(chunk, exp_avg_sq_.get() + chunk.at, static_cast<M*>(to_.exp_avg_sq));
+    if constexpr (kCoded) {
+      const int64_t to = chunk.segment() + chunk.begin, group = to / kGroup;
+      const Codes codes{static_cast<int8_t*>(to_.exp_avg) + to, static_cast<uint8_t*>(to_.exp_avg_sq) + to,
+                        to_.exp_avg_scale + group, to_.exp_avg_sq_scale + group, 0, 0};
+      step_loops().encode(exp_avg_.get() + chunk.at, exp_avg_sq_.get() + chunk.at, codes, int(chunk.count()));
+    } else {
+      put(chunk, exp_avg_.get() + chunk.at, static_cast<M*>(to_.exp_avg));
+      put(chunk, exp_avg_sq_.get() + chunk.at, static_cast<M*>(to_.exp_avg_sq));
+    }
     if (to_.master != nullptr) put(chunk, master_.get() + chunk.at, to_.master);
+    if (to_.master_low != nullptr) put(chunk, master_low_.get() + chunk.at, to_.master_low);
     if (to_.births != nullptr) put(chunk, births_.get() + chunk.at, to_.births);
     put(chunk, chunk.list(), to_.indices);
   }
@@ -114,17 +142,18 @@ class Arenas {
 
   const MigrationArenas& to_;
   // Not initialized, so that only pages that are used are touched.
-  std::unique_ptr<M[]> exp_avg_, exp_avg_sq_;
+  std::unique_ptr<Taken[]> exp_avg_, exp_avg_sq_;
   std::unique_ptr<float[]> master_;
+  std::unique_ptr<int16_t[]> master_low_;
   std::unique_ptr<int32_t[]> births_;
 };
 
-// Adds matrices from `first` on, up to kGroup entries together or one larger matrix. Returns the
+// Adds matrices from `first` on, up to kTogether entries together or one larger matrix. Returns the
 // first one that is left.
-int64_t fill_group(const Migration* matrices, int64_t first, int64_t n, std::vector<Chunk>& chunks) {
+int64_t fill_batch(const Migration* matrices, int64_t first, int64_t n, std::vector<Chunk>& chunks) {
   int64_t at = 0;
   chunks.clear();
-  for (; first < n && (at == 0 || at + matrices[first].new_count <= kGroup); ++first) {
+  for (; first < n && (at == 0 || at + matrices[first].new_count <= kTogether); ++first) {
     for (int64_t begin = 0; begin < matrices[first].new_count; begin += kChunk) {
       const int64_t end = std::min(begin + kChunk, matrices[first].new_count);
       chunks.push_back({matrices + first, begin, end, at, 0});
@@ -155,10 +184,10 @@ void migrate_all(const Migration* matrices, int64_t n, const MigrationArenas& ar
     largest = std::max(largest, matrices[i].new_count);
     kept[i] = 0;
   }
-  const Arenas<W, M> moved(arenas, std::max(largest, std::min(entries, kGroup)));
+  const Arenas<W, M> moved(arenas, std::max(largest, std::min(entries, kTogether)));
   std::vector<Chunk> chunks;
   for (int64_t first = 0; first < n;) {
-    first = fill_group(matrices, first, n, chunks);
+    first = fill_batch(matrices, first, n, chunks);
     for_chunks(parallel_for, chunks, [&](Chunk& chunk) {
       chunk.kept = moved.take_chunk(chunk);
       if (chunk.is_whole()) moved.put_chunk(chunk);
@@ -176,6 +205,7 @@ void arena_migrate_cpu(const Migration* matrices, int64_t n, const MigrationAren
   dispatch_dtype(weight, [&](auto type) {
     using W = decltype(type);
     if (moment == DType::f32) migrate_all<W, uint32_t>(matrices, n, arenas, kept, parallel_for);
+    else if (moment == DType::code8) migrate_all<W, int8_t>(matrices, n, arenas, kept, parallel_for);
     else migrate_all<W, uint16_t>(matrices, n, arenas, kept, parallel_for);
   });
 }

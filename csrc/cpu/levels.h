@@ -10,6 +10,7 @@
 namespace lift {
 
 struct Scalars;  // of an update; adamw_update.h
+struct Codes;    // 8-bit moments; moment_codes.h
 
 constexpr int kFormats = 3;    // f32, bf16, f16: the numbers of their DTypes
 constexpr int kWordBits = 64;  // columns per word of a bitmap
@@ -23,6 +24,16 @@ struct StepLoops {
   // Does the same with a bias correction for the age of each entry.
   void (*update_per_entry[kFormats])(float* w, void* m, void* v, const float* g, int n, const Scalars& s,
                                      const float* inv_bc1, const float* inv_sqrt_bc2);
+  // The same two for 8-bit moments.
+  void (*update_codes)(float* w, const Codes& moments, const float* g, int n, const Scalars& s);
+  void (*update_codes_per_entry)(float* w, const Codes& moments, const float* g, int n, const Scalars& s,
+                                 const float* inv_bc1, const float* inv_sqrt_bc2);
+  // The moments that codes stand for, second ones as their roots, and the codes of moments.
+  void (*decode)(const Codes& moments, float* first, float* root, int n);
+  void (*encode)(const float* first, const float* root, const Codes& moments, int n);
+  // fp32 masters of bf16 weights and their low halves, and the weights and low halves of masters.
+  void (*join)(const void* weights, const int16_t* low, float* masters, int n);
+  void (*split)(const float* masters, void* weights, int16_t* low, int n);
   void (*widen[kFormats])(const void* from, float* to, int n);
   void (*round_nearest[kFormats])(const float* from, void* to, int n);
   // `position` is the arena position of the first entry, `key` that of the step.

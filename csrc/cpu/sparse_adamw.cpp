@@ -47,6 +47,14 @@ template <class Work, class Prefetch>
   for (int j = 0; j < prefetches; ++j) prefetch(j);
 }
 
+static_assert(kBlock % kGroup == 0, "no group may reach into two blocks");
+
+// How 8-bit moments are stored.
+struct Code8 {
+  static constexpr int number = int(DType::code8);
+  using Storage = int8_t;
+};
+
 // kBlock entries on the stack.
 template <class T>
 struct Buffer {
@@ -57,7 +65,8 @@ template <class W, class G, class M>
 class Step {
   using WS = typename W::Storage;
   using GS = typename G::Storage;
-  using MS = typename M::Storage;
+  using MS = typename M::Storage;  // of one moment
+  static constexpr bool kCoded = M::number == int(DType::code8);
 
  public:
   Step(const AdamW& adamw, const Segment* segments, const Scalars* scalars)
@@ -69,7 +78,7 @@ class Step {
     int64_t prefetched = 0;
     for (Block block; prefetched < kPrefetchDistance && schedule.next(block); ++prefetched) {
       const int32_t* index = index_of(block);
-      for (int j = 0; j < block.n; ++j) prefetch_weight(block, index, j);
+      for (int j = 0; j < block.n && !a_.packed_weights; ++j) prefetch_weight(block, index, j);
       for (int j = 0; j < block.n && !a_.packed_grads; ++j) prefetch_grad(block, index, j);
       ring[prefetched] = block;
     }
@@ -100,6 +109,8 @@ class Step {
     prefetch_stream<1>(static_cast<const MS*>(a_.exp_avg) + arena, block.n);
     prefetch_stream<1>(static_cast<const MS*>(a_.exp_avg_sq) + arena, block.n);
     if (a_.master != nullptr) prefetch_stream<1>(a_.master + arena, block.n);
+    if (a_.master_low != nullptr) prefetch_stream<1>(a_.master_low + arena, block.n);
+    if (a_.packed_weights) prefetch_stream<1>(static_cast<const WS*>(block.segment->weight) + block.at, block.n);
     if (a_.births != nullptr) prefetch_stream<0>(a_.births + arena, block.n);
     if (a_.packed_grads) prefetch_stream<0>(static_cast<const GS*>(block.segment->grad) + block.at, block.n);
   }
@@ -128,19 +139,21 @@ class Step {
       gather_w(j);
       gather_g(j);
     };
-    if (!a_.packed_grads && a_.master == nullptr) interleave(n, gather_both, later.n, prefetch_g);
+    const bool gathers_w = a_.master == nullptr && !a_.packed_weights;
+    if (!a_.packed_grads && gathers_w) interleave(n, gather_both, later.n, prefetch_g);
     else if (!a_.packed_grads) interleave(n, gather_g, later.n, prefetch_g);
-    else if (a_.master == nullptr) interleave(n, gather_w, n, [](int) {});
+    else if (gathers_w) interleave(n, gather_w, n, [](int) {});
 
-    float* w = a_.master == nullptr ? widened<W>(w_raw.data, w_wide.data, n) : a_.master + arena;
+    WS* const stored = a_.packed_weights ? weight + block.at : w_raw.data;
+    float* w = a_.master != nullptr ? a_.master + arena : w_wide.data;
+    if (a_.master_low != nullptr) loops_.join(stored, a_.master_low + arena, w, n);
+    else if (a_.master == nullptr) w = widened<W>(stored, w_wide.data, n);
     const float* g = widened<G>(a_.packed_grads ? grad + block.at : g_raw.data, g_wide.data, n);
 
     prefetch_streams(later);
-    MS* m = static_cast<MS*>(a_.exp_avg) + arena;
-    MS* v = static_cast<MS*>(a_.exp_avg_sq) + arena;
     const Scalars& scalars = scalars_[block.segment - segments_];
     if (a_.births == nullptr) {
-      loops_.update[M::number](w, m, v, g, n, scalars);
+      update(w, arena, g, n, scalars);
     } else {
       Buffer<float> inv_bc1, inv_sqrt_bc2;
       for (int j = 0; j < n; ++j) {
@@ -148,14 +161,34 @@ class Step {
         inv_bc1.data[j] = a_.bias_table[age];
         inv_sqrt_bc2.data[j] = a_.bias_table[a_.bias_ages + 1 + age];
       }
-      loops_.update_per_entry[M::number](w, m, v, g, n, scalars, inv_bc1.data, inv_sqrt_bc2.data);
+      update(w, arena, g, n, scalars, inv_bc1.data, inv_sqrt_bc2.data);
     }
 
-    const WS* rounded = w_raw.data;
+    const WS* rounded = stored;
     if constexpr (sizeof(WS) == 4) rounded = w;
-    else if (a_.stochastic) loops_.round_stochastic[W::number](w, w_raw.data, n, uint32_t(arena), scalars.key);
-    else loops_.round_nearest[W::number](w, w_raw.data, n);
-    interleave(n, [&](int j) { weight[index[j]] = rounded[j]; }, later.n, prefetch_w);
+    else if (a_.master_low != nullptr) loops_.split(w, stored, a_.master_low + arena, n);
+    else if (a_.stochastic) loops_.round_stochastic[W::number](w, stored, n, uint32_t(arena), scalars.key);
+    else loops_.round_nearest[W::number](w, stored, n);
+    if (!a_.packed_weights) interleave(n, [&](int j) { weight[index[j]] = rounded[j]; }, later.n, prefetch_w);
+  }
+
+  // Updates fp32 weights and the moments from an arena position on. `bias` is empty, or has both
+  // corrections of each entry.
+  template <class... Bias>
+  void update(float* w, int64_t arena, const float* g, int n, const Scalars& scalars, Bias... bias) const {
+    constexpr bool per_entry = sizeof...(Bias) > 0;
+    if constexpr (kCoded) {
+      const int64_t group = arena / kGroup;
+      const Codes codes{static_cast<int8_t*>(a_.exp_avg) + arena, static_cast<uint8_t*>(a_.exp_avg_sq) + arena,
+                        a_.exp_avg_scale + group, a_.exp_avg_sq_scale + group, uint32_t(arena), scalars.dither};
+      if constexpr (per_entry) loops_.update_codes_per_entry(w, codes, g, n, scalars, bias...);
+      else loops_.update_codes(w, codes, g, n, scalars);
+    } else {
+      MS* m = static_cast<MS*>(a_.exp_avg) + arena;
+      MS* v = static_cast<MS*>(a_.exp_avg_sq) + arena;
+      if constexpr (per_entry) loops_.update_per_entry[M::number](w, m, v, g, n, scalars, bias...);
+      else loops_.update[M::number](w, m, v, g, n, scalars);
+    }
   }
 
   // Returns fp32 entries where they are stored. Widens other types into `buffer`.
@@ -197,6 +230,7 @@ void step_all(const Segment* segments, int64_t n, const AdamW& adamw, ParallelFo
 template <class W, class G>
 void dispatch_moment(const Segment* segments, int64_t n, const AdamW& adamw, DType moment, ParallelFor parallel_for) {
   if (moment == DType::f32) step_all<W, G, F32>(segments, n, adamw, parallel_for);
+  else if (moment == DType::code8) step_all<W, G, Code8>(segments, n, adamw, parallel_for);
   else step_all<W, G, BF16>(segments, n, adamw, parallel_for);
 }
 

@@ -11,8 +11,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..validation import MOMENT_DTYPES, WEIGHT_DTYPES, check_index_list, require
+from ..validation import WEIGHT_DTYPES, check_index_list, require
 from .checks import check_index_vector, describe
+from .state_formats import GROUP, groups_of
+
+_MOMENTS = (
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.int8, torch.uint8),
+)
+"""Dtypes of the two moments."""
 
 
 def check_norm(
@@ -37,20 +45,29 @@ def check_adamw(
     lr: Tensor,
     master: Tensor | None,
     births: Tensor | None,
+    exp_avg_scale: Tensor | None,
+    exp_avg_sq_scale: Tensor | None,
     inv_scale: Tensor | None,
     found_inf: Tensor | None,
     packed_grads: bool,
+    packed_weights: bool,
     stochastic: bool,
 ) -> None:
     """Check the arguments of `sparse_adamw_`."""
     device = indices.device
+    require(packed_grads or not packed_weights, "packed_weights=True needs packed_grads=True")
     if len(grads) != len(weights):
         raise ValueError(f"every weight needs a gradient, got {len(weights)} weights and {len(grads)} gradients")
     check_arena(weights, indices, offsets, counts, "weights")
     if not fast_check(weights, grads, counts, packed_grads, device):
         check_grads(grads, weights, counts, packed_grads)
         check_weights(weights, grads, "gradient", device)
+    for i, (weight, count) in enumerate(zip(weights, counts)):
+        if packed_weights and weight.numel() != count:
+            raise ValueError(f"packed weight {i} has {weight.numel()} entries, its index list {count}")
     check_state(indices, exp_avg, exp_avg_sq, master, births)
+    check_scales(indices, offsets, exp_avg, exp_avg_scale, exp_avg_sq_scale)
+    check_master(weights, master)
     numbers = {"inv_scale": inv_scale, "found_inf": found_inf}
     for label, x in numbers.items():
         if x is not None and x.dtype != torch.float32:
@@ -78,6 +95,8 @@ def check_arena_migrate(
     steps: Tensor,
     master: Tensor | None,
     births: Tensor | None,
+    exp_avg_scale: Tensor | None,
+    exp_avg_sq_scale: Tensor | None,
 ) -> None:
     """Check the arguments of `arena_migrate_`."""
     if len(new_indices) != len(weights):
@@ -95,6 +114,8 @@ def check_arena_migrate(
             )
     check_weights(weights, new_indices, "list", indices.device)
     check_state(indices, exp_avg, exp_avg_sq, master, births)
+    check_scales(indices, offsets, exp_avg, exp_avg_scale, exp_avg_sq_scale)
+    check_master(weights, master)
     check_steps(steps, len(weights), indices.device)
 
 
@@ -191,10 +212,10 @@ def check_state(
 ) -> None:
     """Check for moments, masters and births that are arenas of one length and of their dtypes."""
     device = indices.device
-    if exp_avg.dtype != exp_avg_sq.dtype or exp_avg.dtype not in MOMENT_DTYPES:
+    if (exp_avg.dtype, exp_avg_sq.dtype) not in _MOMENTS:
         raise TypeError(
-            f"the moments exp_avg and exp_avg_sq must both be float32 or both be bfloat16, got {exp_avg.dtype} "
-            f"and {exp_avg_sq.dtype}"
+            "the moments exp_avg and exp_avg_sq must both be float32, both be bfloat16, or be int8 and uint8 codes, "
+            f"got {exp_avg.dtype} and {exp_avg_sq.dtype}"
         )
     arenas = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "master": master, "births": births}
     for label, x in arenas.items():
@@ -202,9 +223,38 @@ def check_state(
             raise ValueError(
                 f"{label} must be a contiguous arena of shape {tuple(indices.shape)} on {device}, got {describe(x)}"
             )
-    for label, x, dtype in (("master", master, torch.float32), ("births", births, torch.int32)):
-        if x is not None and x.dtype != dtype:
-            raise TypeError(f"{label} must be {dtype}, got {x.dtype}")
+    if master is not None and master.dtype not in (torch.float32, torch.int16):
+        raise TypeError(f"master must be torch.float32, or torch.int16 low halves, got {master.dtype}")
+    if births is not None and births.dtype != torch.int32:
+        raise TypeError(f"births must be torch.int32, got {births.dtype}")
+
+
+def check_scales(
+    indices: Tensor,
+    offsets: Sequence[int],
+    exp_avg: Tensor,
+    exp_avg_scale: Tensor | None,
+    exp_avg_sq_scale: Tensor | None,
+) -> None:
+    """Check for scales of both moments where these are codes, and for none where they are not."""
+    coded = exp_avg.dtype == torch.int8
+    shape = (groups_of(indices.numel()),)
+    for label, x in (("exp_avg_scale", exp_avg_scale), ("exp_avg_sq_scale", exp_avg_sq_scale)):
+        if (x is not None) != coded:
+            raise ValueError(f"{label} is needed for 8-bit moments, and for no others; the moments are {exp_avg.dtype}")
+        if x is not None and not (x.shape == shape and x.is_contiguous() and x.device == indices.device):
+            raise ValueError(f"{label} must be contiguous of shape {shape} on {indices.device}, got {describe(x)}")
+        if x is not None and x.dtype != torch.float32:
+            raise TypeError(f"{label} must be torch.float32, got {x.dtype}")
+    for i, offset in enumerate(offsets):
+        if coded and offset % GROUP:
+            raise ValueError(f"segment {i} starts at {offset}; with 8-bit moments it must be a multiple of {GROUP}")
+
+
+def check_master(weights: Sequence[Tensor], master: Tensor | None) -> None:
+    """Check that low halves of masters come with bfloat16 weights."""
+    if master is not None and master.dtype == torch.int16 and weights and weights[0].dtype != torch.bfloat16:
+        raise TypeError(f"a master of low halves needs bfloat16 weights, got {weights[0].dtype}")
 
 
 def check_steps(steps: Tensor, n: int, device: torch.device) -> None:

@@ -31,15 +31,18 @@ def arena_migrate_(
     *,
     master: Tensor | None = None,
     births: Tensor | None = None,
+    exp_avg_scale: Tensor | None = None,
+    exp_avg_sq_scale: Tensor | None = None,
     validate: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Give n matrices new index lists and carry their state over, in place.
 
     This is what a refresh does (LIFT, arXiv 2506.00772, section 3.2). Each old list is merged with
-    its new one once. Entries in both keep their state to the bit. Entries that enter start with
-    zero moments, the weight's value as master, and the matrix's step count as birth. Positions of
-    the arenas outside the new segments keep their bits, also where a segment shrinks.
+    its new one once. Entries in both keep their state to the bit, but for 8-bit moments, which get
+    new codes: other entries share their scales now. Entries that enter start with zero moments, the
+    weight's value as master, and the matrix's step count as birth. Positions of the arenas outside
+    the new segments keep their bits, also where a segment shrinks.
 
     Args:
         weights: n contiguous tensors of one dtype (float32, bfloat16, float16), only read.
@@ -49,11 +52,12 @@ def arena_migrate_(
         offsets: where the segment of each matrix starts in the arenas, before and after.
         counts: entries that each segment has now. Afterwards it has those of its new list, and
             neither may reach another segment.
-        exp_avg: arena of the first moments, float32 or bfloat16.
-        exp_avg_sq: arena of the second moments, of the same dtype.
+        exp_avg: arena of the first moments, float32, bfloat16 or int8 codes.
+        exp_avg_sq: arena of the second moments, of the same dtype, or uint8 codes.
         steps: (n,) float32, the updates of each matrix so far.
-        master: float32 arena of master weights.
+        master: float32 arena of master weights, or int16 arena of their low halves.
         births: int32 arena, the step count at which each entry was selected.
+        exp_avg_scale, exp_avg_sq_scale: of `sparse_adamw_`.
         validate: check all lists, and that segments do not overlap, which waits for the device.
             Without it, positions out of range are undefined behavior.
         backend: name of a backend, see `lift_kernels.backends`. None takes the fastest usable one.
@@ -72,19 +76,20 @@ def arena_migrate_(
         Every error is raised before anything is written.
     """
     arena = weights, new_indices, indices, offsets, counts, exp_avg, exp_avg_sq, steps
+    optional = master, births, exp_avg_scale, exp_avg_sq_scale
     ordinary = backend is None and not validate and type(indices) is Tensor and indices.is_cpu
     if ordinary and not torch.is_grad_enabled() and not is_compiling() and active_modes() == 0:
         if native := native_op("arena_migrate_"):
             # The usual refresh on a CPU runs no Python code of another module.
             try:
-                kept = native(*arena, master, births)
+                kept = native(*arena, *optional)
             except (RuntimeError, ValueError, TypeError):
                 kept = None  # Fall through: the Python path below raises the detailed error.
             if kept is not None:
-                increment_version(_written(indices, exp_avg, exp_avg_sq, master, births))
+                increment_version(_written(indices, exp_avg, exp_avg_sq, *optional))
                 return kept
     op = _arena_migrate_op if skips_dispatcher(indices) else torch.ops.lift_kernels.arena_migrate_.default
-    return op(*arena, master, births, validate=validate, backend=backend)
+    return op(*arena, *optional, validate=validate, backend=backend)
 
 
 def _written(*arenas: Tensor | None) -> list[Tensor]:
@@ -102,12 +107,15 @@ def _arena_migrate_op(
     steps,
     master=None,
     births=None,
+    exp_avg_scale=None,
+    exp_avg_sq_scale=None,
     *,
     validate=False,
     backend=None,
 ):
     arena = weights, new_indices, indices, offsets, counts, exp_avg, exp_avg_sq
-    check_arena_migrate(*arena, steps, master, births)
+    optional = master, births, exp_avg_scale, exp_avg_sq_scale
+    check_arena_migrate(*arena, steps, *optional)
     if validate:
         check_migrated_segments(*arena[:5])
     name = dispatch.choose(backend, indices.device, "arena_migrate_")
@@ -118,8 +126,8 @@ def _arena_migrate_op(
         )
     if not weights:
         return torch.zeros(0, dtype=torch.int64, device=indices.device)
-    state = *arena, steps.contiguous(), master, births
-    increment_version(_written(indices, exp_avg, exp_avg_sq, master, births))
+    state = *arena, steps.contiguous(), *optional
+    increment_version(_written(indices, exp_avg, exp_avg_sq, *optional))
     if name == "reference":
         return reference.arena_migrate_ref(*state)
     if name == "triton":
@@ -144,11 +152,14 @@ def _arena_migrate_fake(
     steps,
     master=None,
     births=None,
+    exp_avg_scale=None,
+    exp_avg_sq_scale=None,
     *,
     validate=False,
     backend=None,
 ):
-    check_arena_migrate(weights, new_indices, indices, offsets, counts, exp_avg, exp_avg_sq, steps, master, births)
+    arena = weights, new_indices, indices, offsets, counts, exp_avg, exp_avg_sq, steps
+    check_arena_migrate(*arena, master, births, exp_avg_scale, exp_avg_sq_scale)
     return torch.empty(len(weights), dtype=torch.int64, device=indices.device)
 
 
@@ -157,8 +168,9 @@ def _arena_migrate_fake(
 _library = torch.library.Library("lift_kernels", "FRAGMENT")
 _library.define(
     "arena_migrate_(Tensor[] weights, Tensor[] new_indices, Tensor(a!) indices, int[] offsets, int[] counts, "
-    "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor steps, Tensor(d!)? master=None, Tensor(e!)? births=None, *, "
-    "bool validate=False, str? backend=None) -> Tensor"
+    "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor steps, Tensor(d!)? master=None, Tensor(e!)? births=None, "
+    "Tensor(f!)? exp_avg_scale=None, Tensor(g!)? exp_avg_sq_scale=None, *, bool validate=False, "
+    "str? backend=None) -> Tensor"
 )
 _library.impl("arena_migrate_", _arena_migrate_op, "CompositeExplicitAutograd")
 torch.library.register_fake("lift_kernels::arena_migrate_", _arena_migrate_fake, lib=_library)

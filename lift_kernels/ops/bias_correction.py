@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .device_tables import DeviceTables, Table
-from .reference import stochastic_key
+from .stochastic_rounding import stochastic_key
 
 MAX_AGE = 2**24
 """Largest bias-correction table, in steps. Betas beyond 0.999999 would need a larger one."""

@@ -1,7 +1,8 @@
 """The executable specification: every op in plain PyTorch, slow and obvious.
 
-Tests compare each backend with these functions, and an op falls back to them. Only torch is
-imported, so that the specification can be read, copied into a notebook and believed on its own.
+Tests compare each backend with these functions, and an op falls back to them. It imports
+torch, and the two modules `state_formats` and `stochastic_rounding`, which import torch alone. So
+the specification can be read, copied into a notebook and believed on its own.
 
 A matrix has m * n entries in row-major order. Its index list holds k sorted, unique flat positions
 (int32). The lists of many matrices lie one behind the other in an *arena*. Matrix i owns the arena
@@ -15,6 +16,10 @@ import math
 import torch
 from torch import Tensor
 
+from . import state_formats
+from .stochastic_rounding import counter_hash, round_stochastic_ref, stochastic_key
+
+GROUP = state_formats.GROUP
 _MASK32 = 0xFFFFFFFF
 _LAST = 0x7FFFFFFF
 
@@ -36,9 +41,12 @@ def sparse_adamw_ref(
     weight_decay: float,
     master: Tensor | None = None,
     births: Tensor | None = None,
+    exp_avg_scale: Tensor | None = None,
+    exp_avg_sq_scale: Tensor | None = None,
     inv_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     packed_grads: bool = False,
+    packed_weights: bool = False,
     maximize: bool = False,
     stochastic: bool = False,
     seed: int = 0,
@@ -53,18 +61,28 @@ def sparse_adamw_ref(
     lr = float(lr)
     for i, (weight, grad) in enumerate(zip(weights, grads)):
         segment = slice(offsets[i], offsets[i] + counts[i])
+        groups = slice(offsets[i] // GROUP, offsets[i] // GROUP + state_formats.groups_of(counts[i]))
         index = indices[segment].long()
+        place = slice(None) if packed_weights else index
         flat = weight.view(-1)
         compute = torch.promote_types(weight.dtype, torch.float32)
 
-        w = flat[index].to(compute) if master is None else master[segment].clone()
+        if master is None:
+            w = flat[place].to(compute, copy=True)
+        elif master.dtype == torch.int16:
+            w = state_formats.join_master(flat[place], master[segment])
+        else:
+            w = master[segment].clone()
         g = (grad.reshape(-1) if packed_grads else grad.reshape(-1)[index]).to(compute)
         if inv_scale is not None:
             g = g * inv_scale.to(compute)
         if maximize:
             g = -g
-        m = exp_avg[segment].to(compute)
-        v = exp_avg_sq[segment].to(compute)
+        if exp_avg_scale is None or exp_avg_sq_scale is None:
+            m, v = exp_avg[segment].to(compute, copy=True), exp_avg_sq[segment].to(compute, copy=True)
+        else:
+            m = state_formats.decode(exp_avg[segment], exp_avg_scale[groups])
+            v = state_formats.decode(exp_avg_sq[segment], exp_avg_sq_scale[groups]).square()
 
         # This is the sequence of torch.optim.AdamW(foreach=False), with scalars as Python floats.
         # At density 1 the result equals it bit for bit.
@@ -80,16 +98,21 @@ def sparse_adamw_ref(
             denom = (v.sqrt() / (1 - beta2**age).sqrt().to(compute)).add_(eps)
             w.sub_((lr / (1 - beta1**age)).to(compute) * m / denom)
 
-        exp_avg[segment] = m.to(exp_avg.dtype)
-        exp_avg_sq[segment] = v.to(exp_avg_sq.dtype)
-        if master is not None:
-            master[segment] = w
-        if stochastic:
-            position = torch.arange(segment.start, segment.stop, device=weight.device)
-            noise = counter_hash(counter_hash(position) ^ stochastic_key(steps[i], seed))
-            flat[index] = round_stochastic_ref(w, noise, weight.dtype)
+        position = torch.arange(segment.start, segment.stop, device=weight.device)
+        if exp_avg_scale is None or exp_avg_sq_scale is None:
+            exp_avg[segment] = m.to(exp_avg.dtype)
+            exp_avg_sq[segment] = v.to(exp_avg_sq.dtype)
         else:
-            flat[index] = w.to(weight.dtype)
+            up = state_formats.dither(position, int(step))
+            exp_avg[segment], exp_avg_scale[groups] = state_formats.encode_first(m)
+            exp_avg_sq[segment], exp_avg_sq_scale[groups] = state_formats.encode_root(v.sqrt(), up)
+        if master is not None:
+            master[segment] = state_formats.split_master(w) if master.dtype == torch.int16 else w
+        if stochastic:
+            noise = counter_hash(counter_hash(position) ^ stochastic_key(steps[i], seed))
+            flat[place] = round_stochastic_ref(w, noise, weight.dtype)
+        else:
+            flat[place] = w.to(weight.dtype)
 
 
 def packed_gather_ref(source: Tensor, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -132,6 +155,8 @@ def arena_migrate_ref(
     steps: Tensor,
     master: Tensor | None = None,
     births: Tensor | None = None,
+    exp_avg_scale: Tensor | None = None,
+    exp_avg_sq_scale: Tensor | None = None,
 ) -> Tensor:
     """Move the segments of many matrices to new sorted lists, in place.
 
@@ -142,10 +167,22 @@ def arena_migrate_ref(
         before, after = (slice(offsets[i], offsets[i] + count) for count in (counts[i], new.numel()))
         old = indices[before].clone()
         kept[i] = (packed_migrate_ref(old, old, new, -1) >= 0).sum()
-        for arena, fill in ((exp_avg, 0), (exp_avg_sq, 0), (births, int(steps[i])), (master, 0)):
-            if arena is not None:
-                entries = packed_gather_ref(weight, new, torch.float32) if arena is master else None
-                arena[after] = packed_migrate_ref(arena[before], old, new, fill, entries)
+        coded = ((exp_avg, exp_avg_scale, state_formats.encode_first),)
+        coded += ((exp_avg_sq, exp_avg_sq_scale, state_formats.encode_root),)
+        for arena, scale, encode in coded:
+            if scale is None:
+                arena[after] = packed_migrate_ref(arena[before], old, new)
+            else:  # through fp32, because other entries share the groups
+                first = offsets[i] // GROUP
+                was, now = (slice(first, first + state_formats.groups_of(n)) for n in (counts[i], new.numel()))
+                values = state_formats.decode(arena[before], scale[was])
+                arena[after], scale[now] = encode(packed_migrate_ref(values, old, new))
+        if births is not None:
+            births[after] = packed_migrate_ref(births[before], old, new, int(steps[i]))
+        if master is not None:
+            split = master.dtype == torch.int16  # An entry that enters has the weight's value, whose low half is 0.
+            entries = None if split else packed_gather_ref(weight, new, torch.float32)
+            master[after] = packed_migrate_ref(master[before], old, new, 0, entries)
         indices[after] = new
     return kept
 
@@ -303,47 +340,3 @@ def chebyshev_step_ref_(product: Tensor, block: Tensor, previous: Tensor | None,
     if previous is not None:
         raised = 2.0 * raised - previous
     return raised, cholesky_qr_ref_(raised, block)
-
-
-def counter_hash(x: Tensor) -> Tensor:
-    """Mix the bits of uint32 values, held in int64, by a bijection.
-
-    The constants are those of C. Wellons' lowbias32. A product of two 32-bit numbers may wrap in
-    int64, but only its low 32 bits are kept, and they stay right.
-    """
-    x = x & _MASK32
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK32
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK32
-    return x ^ (x >> 16)
-
-
-def stochastic_key(steps: Tensor, seed: int) -> Tensor:
-    """Return one 32-bit key, held in int64, per step count.
-
-    So the noise of a step is a function of seed, step and arena position alone.
-    """
-    return counter_hash(counter_hash(torch.full_like(steps, seed, dtype=torch.int64)) ^ steps.long())
-
-
-def round_stochastic_ref(x: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round fp32 ``x`` down or up to bf16 or fp16, with probability by distance.
-
-    ``noise`` is uniform uint32. Values that are not finite are rounded to nearest, so that NaN and
-    infinity stay what they are.
-    """
-    bits = x.view(torch.int32).long() & _MASK32
-    if dtype == torch.bfloat16:
-        rounded = _from_bits(bits + (noise & 0xFFFF) & 0xFFFF0000)
-    elif dtype == torch.float16:
-        normal = _from_bits(bits + (noise & 0x1FFF) & 0xFFFFE000)
-        # Below 2^-14 fp16 is a fixed-point format with quantum 2^-24. There x * 2^24 is exact.
-        scaled = (x.abs() * 2.0**24 + (noise >> 8).float() * 2.0**-24).floor() * 2.0**-24
-        rounded = torch.where(x.abs() < 2.0**-14, torch.copysign(scaled, x), normal)
-    else:
-        raise ValueError(f"stochastic rounding needs bfloat16 or float16 weights, got {dtype}")
-    return torch.where(x.isfinite(), rounded, x).to(dtype)
-
-
-def _from_bits(bits: Tensor) -> Tensor:
-    """Return the fp32 values of uint32 bit patterns held in int64."""
-    return torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32).view(torch.float32)

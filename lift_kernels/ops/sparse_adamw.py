@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 
 from ..validation import require
 from . import bias_correction, dispatch, reference
-from .arena_checks import check_adamw, check_segments
+from .arena_checks import check_adamw, check_overlap, check_segments
 from .dispatch import native_op
 from .eager import active_modes, row_major, skips_dispatcher
 
@@ -36,9 +36,12 @@ def sparse_adamw_(
     weight_decay: float = 0.0,
     master: Tensor | None = None,
     births: Tensor | None = None,
+    exp_avg_scale: Tensor | None = None,
+    exp_avg_sq_scale: Tensor | None = None,
     inv_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     packed_grads: bool = False,
+    packed_weights: bool = False,
     maximize: bool = False,
     stochastic: bool = False,
     seed: int = 0,
@@ -58,21 +61,27 @@ def sparse_adamw_(
         indices: int32 arena of the sorted flat positions.
         offsets: where the segment of each matrix starts in the arenas.
         counts: entries of each segment.
-        exp_avg: arena of the first moments, float32 or bfloat16.
-        exp_avg_sq: arena of the second moments, of the same dtype.
+        exp_avg: arena of the first moments, float32, bfloat16 or int8 codes.
+        exp_avg_sq: arena of the second moments, of the same dtype, or uint8 codes of their square
+            roots (`lift_kernels.ops.state_formats`).
         steps: (n,) float32, the updates of each matrix, this one included.
         lr: learning rate, a float or a 0-dim tensor on the CPU or on the device.
         betas: decay rates of the two moments.
         eps: added to the denominator.
         weight_decay: decoupled decay, of the selected entries only.
         master: float32 arena of master weights for bfloat16 or float16 weights. It is updated, and
-            the weights become its values rounded to nearest even.
+            the weights become its values rounded to nearest even. An int16 arena holds the low
+            halves of the masters of bfloat16 weights.
         births: int32 arena, the step count at which each entry was selected. Given, the bias
             correction of an entry counts the steps since then. None counts the steps of its matrix.
+        exp_avg_scale, exp_avg_sq_scale: float32 scales of the codes, one for each 32 positions of
+            the arenas. Segments must then start at multiples of 32.
         inv_scale: 0-dim float32 on the device, by which gradients are multiplied: the inverse scale
             of a GradScaler times a clipping factor.
         found_inf: 0-dim float32 on the device. If it is not zero, nothing changes.
         packed_grads: gradients are packed vectors and not dense.
+        packed_weights: weights are vectors of the ``counts[i]`` selected entries, and no matrices.
+            So are the gradients then.
         maximize: step along the gradient and not against it.
         stochastic: round the weights stochastically. This needs bfloat16 or float16 weights and no
             master. The noise is a function of ``seed``, step and arena position, the same on every
@@ -99,14 +108,16 @@ def sparse_adamw_(
         # The usual step on a CPU. Its argument checks take a tenth of the time of the Python ones
         # when the caches are cold. Until it runs, no Python code of another module does: looking
         # functions up in other modules takes 1 % of a step on 16 M weights.
-        scales = inv_scale, found_inf, packed_grads, maximize, stochastic, seed & 0xFFFFFFFF
+        scales = exp_avg_scale, exp_avg_sq_scale, inv_scale, found_inf
+        forms = packed_grads, packed_weights, maximize, stochastic, seed & 0xFFFFFFFF
         try:
             bias = None if births is None else _cpu_bias_table(beta1, beta2)
-            done = native(*arena, lr, beta1, beta2, eps, weight_decay, master, births, bias, *scales)
+            done = native(*arena, lr, beta1, beta2, eps, weight_decay, master, births, bias, *scales, *forms)
         except (RuntimeError, ValueError, TypeError):
             done = False  # Fall through: the Python path below raises the detailed error.
         if done:
-            increment_version([*weights, exp_avg, exp_avg_sq, *([] if master is None else [master])])
+            increment_version([*weights, exp_avg, exp_avg_sq])
+            increment_version([x for x in (master, exp_avg_scale, exp_avg_sq_scale) if x is not None])
             return
     lr = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
     op = _sparse_adamw_op if skips_dispatcher(indices) else torch.ops.lift_kernels.sparse_adamw_.default
@@ -115,6 +126,8 @@ def sparse_adamw_(
         lr,
         master,
         births,
+        exp_avg_scale,
+        exp_avg_sq_scale,
         inv_scale,
         found_inf,
         beta1=beta1,
@@ -122,6 +135,7 @@ def sparse_adamw_(
         eps=eps,
         weight_decay=weight_decay,
         packed_grads=packed_grads,
+        packed_weights=packed_weights,
         maximize=maximize,
         stochastic=stochastic,
         seed=seed,
@@ -148,6 +162,8 @@ def _sparse_adamw_op(
     lr,
     master=None,
     births=None,
+    exp_avg_scale=None,
+    exp_avg_sq_scale=None,
     inv_scale=None,
     found_inf=None,
     *,
@@ -156,6 +172,7 @@ def _sparse_adamw_op(
     eps,
     weight_decay,
     packed_grads=False,
+    packed_weights=False,
     maximize=False,
     stochastic=False,
     seed=0,
@@ -163,16 +180,22 @@ def _sparse_adamw_op(
     backend=None,
 ):
     arena = weights, grads, indices, offsets, counts, exp_avg, exp_avg_sq, steps
-    optional = master, births, inv_scale, found_inf
-    check_adamw(*arena, lr, *optional, packed_grads, stochastic)
-    if validate:
+    optional = master, births, exp_avg_scale, exp_avg_sq_scale, inv_scale, found_inf
+    check_adamw(*arena, lr, *optional, packed_grads, packed_weights, stochastic)
+    if validate and packed_weights:
+        check_overlap(offsets, counts)
+    elif validate:
         check_segments(weights, indices, offsets, counts)
     if not weights:
         return
     name = dispatch.choose(backend, indices.device, "sparse_adamw_")
     steps = steps.contiguous()
     arena = *arena[:-1], steps
-    increment_version([*weights, exp_avg, exp_avg_sq, *([] if master is None else [master])])
+    increment_version([*weights, exp_avg, exp_avg_sq])
+    increment_version([x for x in (master, exp_avg_scale, exp_avg_sq_scale) if x is not None])
+    forms = {"packed_grads": packed_grads, "packed_weights": packed_weights, "maximize": maximize}
+    scales = {"exp_avg_scale": exp_avg_scale, "exp_avg_sq_scale": exp_avg_sq_scale}
+    scales |= {"inv_scale": inv_scale, "found_inf": found_inf}
     if name == "reference":
         return reference.sparse_adamw_ref(
             *arena,
@@ -183,12 +206,10 @@ def _sparse_adamw_op(
             weight_decay=weight_decay,
             master=master,
             births=births,
-            inv_scale=inv_scale,
-            found_inf=found_inf,
-            packed_grads=packed_grads,
-            maximize=maximize,
             stochastic=stochastic,
             seed=seed,
+            **scales,
+            **forms,
         )
     launch = weights, [row_major(g) for g in grads], indices, offsets, counts, exp_avg, exp_avg_sq
     bias = bias_correction.bias_table(beta1, beta2, indices.device) if births is not None else None
@@ -208,14 +229,12 @@ def _sparse_adamw_op(
             steps=steps,
             bias=bias,
             keys=keys,
-            inv_scale=inv_scale,
-            found_inf=found_inf,
-            packed_grads=packed_grads,
-            maximize=maximize,
+            **scales,
+            **forms,
         )
-    scales = inv_scale, found_inf, packed_grads, maximize, stochastic, seed & 0xFFFFFFFF
     native = torch.ops.lift_kernels_native.sparse_adamw_.default
-    done = native(*launch, steps, float(lr), beta1, beta2, eps, weight_decay, master, births, bias, *scales)
+    optional = master, births, bias, *scales.values(), *forms.values(), stochastic, seed & 0xFFFFFFFF
+    done = native(*launch, steps, float(lr), beta1, beta2, eps, weight_decay, *optional)
     require(done, "internal error: the native step rejected arguments that passed the checks", RuntimeError)
 
 
@@ -231,15 +250,19 @@ def _sparse_adamw_fake(
     lr,
     master=None,
     births=None,
+    exp_avg_scale=None,
+    exp_avg_sq_scale=None,
     inv_scale=None,
     found_inf=None,
     *,
     packed_grads=False,
+    packed_weights=False,
     stochastic=False,
     **options,
 ):
     arena = weights, grads, indices, offsets, counts, exp_avg, exp_avg_sq, steps
-    check_adamw(*arena, lr, master, births, inv_scale, found_inf, packed_grads, stochastic)
+    optional = master, births, exp_avg_scale, exp_avg_sq_scale, inv_scale, found_inf
+    check_adamw(*arena, lr, *optional, packed_grads, packed_weights, stochastic)
 
 
 # This op is not defined by custom_op, which adds two Python layers to every call. They cost 0.3 ms
@@ -249,9 +272,10 @@ _library = torch.library.Library("lift_kernels", "FRAGMENT")
 _library.define(
     "sparse_adamw_(Tensor(a!)[] weights, Tensor[] grads, Tensor indices, int[] offsets, int[] counts, "
     "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor steps, Tensor lr, Tensor(d!)? master=None, "
-    "Tensor? births=None, Tensor? inv_scale=None, Tensor? found_inf=None, *, float beta1, float beta2, float eps, "
-    "float weight_decay, bool packed_grads=False, bool maximize=False, bool stochastic=False, "
-    "int seed=0, bool validate=False, str? backend=None) -> ()"
+    "Tensor? births=None, Tensor(e!)? exp_avg_scale=None, Tensor(f!)? exp_avg_sq_scale=None, Tensor? inv_scale=None, "
+    "Tensor? found_inf=None, *, float beta1, float beta2, float eps, float weight_decay, bool packed_grads=False, "
+    "bool packed_weights=False, bool maximize=False, bool stochastic=False, int seed=0, bool validate=False, "
+    "str? backend=None) -> ()"
 )
 _library.impl("sparse_adamw_", _sparse_adamw_op, "CompositeExplicitAutograd")
 torch.library.register_fake("lift_kernels::sparse_adamw_", _sparse_adamw_fake, lib=_library)

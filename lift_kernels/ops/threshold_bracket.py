@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference import counter_hash
+from .stochastic_rounding import counter_hash
 
 WIDTH = 0.02
 """Relative half width of the interval around the threshold of the last refresh.

@@ -165,9 +165,9 @@ CALLS = [
     pytest.param(op, sample, id=f"{op}: {name}") for op, calls in SAMPLES.items() for name, sample in calls.items()
 ]
 MUTATED = {
-    "sparse_adamw_": {"weights", "exp_avg", "exp_avg_sq", "master"},
+    "sparse_adamw_": {"weights", "exp_avg", "exp_avg_sq", "master", "exp_avg_scale", "exp_avg_sq_scale"},
     "packed_scatter_": {"dest"},
-    "arena_migrate_": {"indices", "exp_avg", "exp_avg_sq", "master", "births"},
+    "arena_migrate_": {"indices", "exp_avg", "exp_avg_sq", "master", "births", "exp_avg_scale", "exp_avg_sq_scale"},
     "packed_gather": set(),
     "packed_migrate": set(),
     "packed_l2_norm": set(),

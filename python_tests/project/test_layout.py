@@ -83,9 +83,12 @@ def test_packages_import_only_what_lies_below_them():
     assert len(edges) > 100
 
 
-def test_the_reference_imports_torch_alone():
-    others = {name.split(".")[0] for name in imports("ops.reference")} - {"torch"} - sys.stdlib_module_names
-    assert not others, f"ops.reference imports {', '.join(sorted(others))}"
+def test_the_specification_imports_torch_alone():
+    own = {"ops.state_formats", "ops.stochastic_rounding"}
+    for module in ("ops.reference", *own):
+        others = {name.split(".")[0] for name in imports(module)} - {"torch", "lift_kernels"} - sys.stdlib_module_names
+        assert not others, f"{module} imports {', '.join(sorted(others))}"
+        assert own_imports(module) <= own
 
 
 def test_no_module_imports_itself_in_a_circle():
