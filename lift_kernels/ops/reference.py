@@ -167,15 +167,15 @@ def arena_migrate_ref(
         before, after = (slice(offsets[i], offsets[i] + count) for count in (counts[i], new.numel()))
         old = indices[before].clone()
         kept[i] = (packed_migrate_ref(old, old, new, -1) >= 0).sum()
-        coded = ((exp_avg, exp_avg_scale, state_formats.encode_first),)
-        coded += ((exp_avg_sq, exp_avg_sq_scale, state_formats.encode_root),)
-        for arena, scale, encode in coded:
+        moments = (exp_avg, exp_avg_scale), (exp_avg_sq, exp_avg_sq_scale)
+        for arena, scale in moments:
             if scale is None:
                 arena[after] = packed_migrate_ref(arena[before], old, new)
             else:  # through fp32, because other entries share the groups
                 first = offsets[i] // GROUP
                 was, now = (slice(first, first + state_formats.groups_of(n)) for n in (counts[i], new.numel()))
                 values = state_formats.decode(arena[before], scale[was])
+                encode = state_formats.encode_first if arena is exp_avg else state_formats.encode_root
                 arena[after], scale[now] = encode(packed_migrate_ref(values, old, new))
         if births is not None:
             births[after] = packed_migrate_ref(births[before], old, new, int(steps[i]))

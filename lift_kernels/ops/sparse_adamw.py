@@ -193,9 +193,6 @@ def _sparse_adamw_op(
     arena = *arena[:-1], steps
     increment_version([*weights, exp_avg, exp_avg_sq])
     increment_version([x for x in (master, exp_avg_scale, exp_avg_sq_scale) if x is not None])
-    forms = {"packed_grads": packed_grads, "packed_weights": packed_weights, "maximize": maximize}
-    scales = {"exp_avg_scale": exp_avg_scale, "exp_avg_sq_scale": exp_avg_sq_scale}
-    scales |= {"inv_scale": inv_scale, "found_inf": found_inf}
     if name == "reference":
         return reference.sparse_adamw_ref(
             *arena,
@@ -208,8 +205,13 @@ def _sparse_adamw_op(
             births=births,
             stochastic=stochastic,
             seed=seed,
-            **scales,
-            **forms,
+            exp_avg_scale=exp_avg_scale,
+            exp_avg_sq_scale=exp_avg_sq_scale,
+            inv_scale=inv_scale,
+            found_inf=found_inf,
+            packed_grads=packed_grads,
+            packed_weights=packed_weights,
+            maximize=maximize,
         )
     launch = weights, [row_major(g) for g in grads], indices, offsets, counts, exp_avg, exp_avg_sq
     bias = bias_correction.bias_table(beta1, beta2, indices.device) if births is not None else None
@@ -229,12 +231,19 @@ def _sparse_adamw_op(
             steps=steps,
             bias=bias,
             keys=keys,
-            **scales,
-            **forms,
+            exp_avg_scale=exp_avg_scale,
+            exp_avg_sq_scale=exp_avg_sq_scale,
+            inv_scale=inv_scale,
+            found_inf=found_inf,
+            packed_grads=packed_grads,
+            packed_weights=packed_weights,
+            maximize=maximize,
         )
     native = torch.ops.lift_kernels_native.sparse_adamw_.default
-    optional = master, births, bias, *scales.values(), *forms.values(), stochastic, seed & 0xFFFFFFFF
-    done = native(*launch, steps, float(lr), beta1, beta2, eps, weight_decay, *optional)
+    scales = exp_avg_scale, exp_avg_sq_scale, inv_scale, found_inf
+    forms = packed_grads, packed_weights, maximize, stochastic, seed & 0xFFFFFFFF
+    numbers = float(lr), beta1, beta2, eps, weight_decay
+    done = native(*launch, steps, *numbers, master, births, bias, *scales, *forms)
     require(done, "internal error: the native step rejected arguments that passed the checks", RuntimeError)
 
 

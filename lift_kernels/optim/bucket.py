@@ -69,6 +69,8 @@ class Bucket:
             weight_decay=group["weight_decay"],
             master=arena.master,
             births=arena.births,
+            exp_avg_scale=arena.exp_avg_scale,
+            exp_avg_sq_scale=arena.exp_avg_sq_scale,
             inv_scale=self._here(inv_scale),
             found_inf=self._here(found_inf),
             packed_grads=self.packed,

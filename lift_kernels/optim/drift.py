@@ -182,14 +182,14 @@ def _by_arena(refs: Iterable[MatrixRef]) -> list[tuple[PackedState, list[MatrixR
 def _sampled(arena: PackedState, refs: Sequence[MatrixRef]) -> list[Tensor]:
     """Present fp32 values of the sampled entries of each matrix, gathered together.
 
-    They lie evenly in its index list. Masters are read where there are some, else weights.
+    They lie evenly in its index list. fp32 masters are read where there are some, else weights.
     """
     rows = [ref.row for ref in refs]
     counts = [arena.counts[row] for row in rows]
     sizes = [sample_size(k) for k in counts]
     places = [arena.offsets[row] + torch.arange(n) * k // n for row, k, n in zip(rows, counts, sizes)]
     positions = torch.cat(places).to(arena.indices.device, non_blocking=True)
-    if arena.master is not None:
+    if arena.master is not None and arena.master.dtype == torch.float32:
         return list(arena.master[positions].split(sizes))
     # A migration from empty lists gathers the values of all entries of all weights in one call.
     offsets = [0, *itertools.accumulate(-(-n // ALIGNMENT) * ALIGNMENT for n in sizes)]

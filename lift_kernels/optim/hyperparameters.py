@@ -19,6 +19,7 @@ from ..nn.trainable import Trainable, trainable_of
 from ..ops import dispatch
 from ..ops.bias_correction import last_age
 from ..validation import MOMENT_DTYPES, check_matrix, require
+from .state_conversion import EIGHT_BIT
 
 logger = logging.getLogger("lift_kernels")
 OPTIONS = frozenset(
@@ -76,15 +77,15 @@ def check_group(group: dict[str, Any]) -> None:
     require(bias in ("global", "per_entry"), f"bias_correction must be 'global' or 'per_entry', got {bias!r}")
     if bias == "per_entry":
         last_age(*betas)
-    require(master in ("fp32", None), f"master must be 'fp32' or None, got {master!r}")
+    require(master in ("fp32", "split", None), f"master must be 'fp32', 'split' or None, got {master!r}")
     require(rounding in ("nearest", "stochastic"), f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
     require(
         rounding == "nearest" or master is None,
         "rounding='stochastic' needs master=None: a master is rounded to nearest",
     )
     require(
-        group["state_dtype"] in MOMENT_DTYPES,
-        f"state_dtype must be torch.float32 or torch.bfloat16, got {group['state_dtype']}",
+        group["state_dtype"] in (*MOMENT_DTYPES, EIGHT_BIT),
+        f"state_dtype must be torch.float32, torch.bfloat16 or {EIGHT_BIT!r}, got {group['state_dtype']!r}",
         TypeError,
     )
     for option in ("maximize", "capturable"):
@@ -199,6 +200,11 @@ def _check_parameter(parameter: Tensor, group: dict[str, Any], name: str, backen
     require(
         group["rounding"] == "nearest" or matrix.dtype != torch.float32,
         f"{name}: rounding='stochastic' is for bfloat16 and float16 weights, got {matrix.dtype}; use 'nearest'",
+    )
+    require(
+        group["master"] != "split" or matrix.dtype == torch.bfloat16,
+        f"{name}: master='split' keeps the low halves of masters beside bfloat16 weights, and these are "
+        f"{matrix.dtype}; use master='fp32', or convert the model to bfloat16",
     )
     require(
         not trainable.packed or group["master"] is not None,

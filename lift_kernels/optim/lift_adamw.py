@@ -52,9 +52,10 @@ class LiftAdamW(Optimizer):
             would change, by prediction. None: it is always refreshed (the paper).
         bias_correction: ``"global"`` counts the steps of a matrix (the paper). ``"per_entry"``
             counts those since an entry came in.
-        master: ``"fp32"`` keeps fp32 masters of bf16/fp16 weights. None rounds the weight itself.
+        master: ``"fp32"`` keeps fp32 masters of bf16/fp16 weights, ``"split"`` only their low bits
+            beside bf16 weights. None rounds the weight itself.
         rounding: ``"nearest"`` or, with ``master=None``, ``"stochastic"``.
-        state_dtype: of the moments, torch.float32 or torch.bfloat16.
+        state_dtype: of the moments: torch.float32, torch.bfloat16, or ``"8bit"`` for 8-bit codes.
         max_grad_norm: clips the norm over all trained entries of all groups. The host never waits.
         capturable: as in torch: the step may be captured in a CUDA graph. Refresh between replays.
         selection: ``"principal"`` (the paper), ``"off_principal"`` (the least |W_r| outside the 2k
@@ -98,7 +99,7 @@ class LiftAdamW(Optimizer):
         bias_correction: str = "global",
         master: str | None = "fp32",
         rounding: str = "nearest",
-        state_dtype: torch.dtype = torch.float32,
+        state_dtype: torch.dtype | str = torch.float32,
         max_grad_norm: float | None = None,
         capturable: bool = False,
         maximize: bool = False,

@@ -71,19 +71,21 @@ class MatrixRef:
         assert self.arena is not None, f"{self.name} has no mask yet"
         return self.arena.counts[self.row]
 
-    def kind(self) -> tuple[torch.device, torch.dtype, torch.dtype, bool, bool]:
+    def kind(self) -> tuple[torch.device, torch.dtype, torch.dtype | str, str | None, bool]:
         """Device, weight dtype and form of state: those of one kind share an arena."""
         matrix, group = self.trainable.matrix, self.group
-        master = keeps_master(self.trainable, group)
+        master = master_form(self.trainable, group)
         return matrix.device, matrix.dtype, group["state_dtype"], master, group["bias_correction"] == "per_entry"
 
 
-def keeps_master(kind: trainable.Trainable, group: dict[str, Any]) -> bool:
-    """Whether the state of a matrix holds fp32 values of its entries.
+def master_form(kind: trainable.Trainable, group: dict[str, Any]) -> str | None:
+    """How the state of a matrix holds the fp32 values of its entries: "fp32", "split" or not.
 
     The values of a packed layer are the master, in fp32 as well.
     """
-    return kind.packed or (group["master"] is not None and kind.matrix.dtype != torch.float32)
+    if kind.packed and group["master"] is None:
+        return "fp32"
+    return group["master"] if kind.packed or kind.matrix.dtype != torch.float32 else None
 
 
 class DenseRef(NamedTuple):

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from .. import ops
 from ..nn.weight_version import follow_weight, warn_of_changed, weight_version
+from ..ops.state_formats import GROUP, groups_of
 from ..validation import ALIGNMENT, check_index_lists, check_matrix, require
+from .state_conversion import EIGHT_BIT, SCALES, master_as, moment_dtypes, moments_as
 
 
 class PackedState:
@@ -19,14 +21,17 @@ class PackedState:
 
     Attributes (all arenas have one length; matrix i owns ``offsets[i] .. offsets[i] + counts[i]``):
         indices: int32, sorted flat positions of each matrix.
-        exp_avg, exp_avg_sq: moments in ``state_dtype`` (fp32 or bf16).
-        master: fp32 values of low-precision weights, or None.
+        exp_avg, exp_avg_sq: moments in ``state_dtype``: fp32, bf16 or "8bit", which are codes.
+        exp_avg_scale, exp_avg_sq_scale: fp32 scales of the codes, one for 32 entries, or None.
+        master: fp32 values of low-precision weights, or their low halves (int16), or None.
         births: int32 step count at which each entry came in, or None (global bias correction).
         steps: (n,) fp32, updates of each matrix.
         layout: a number that rises when offsets, counts and addresses change.
     """
 
-    def __init__(self, device: torch.device, state_dtype: torch.dtype, *, master: bool, births: bool) -> None:
+    def __init__(
+        self, device: torch.device, state_dtype: torch.dtype | str, *, master: str | None, births: bool
+    ) -> None:
         self.weights: list[Tensor] = []
         self.names: list[str] = []
         self.offsets: list[int] = []
@@ -34,10 +39,18 @@ class PackedState:
         self.layout = 0
         self.steps = torch.zeros(0, dtype=torch.float32, device=device)
         self.indices = torch.zeros(0, dtype=torch.int32, device=device)
-        self.exp_avg = torch.zeros(0, dtype=state_dtype, device=device)
-        self.exp_avg_sq = torch.zeros(0, dtype=state_dtype, device=device)
-        self.master = torch.zeros(0, dtype=torch.float32, device=device) if master else None
+        self.state_dtype = state_dtype
+        first, second = moment_dtypes(state_dtype)
+        scales, masters = state_dtype == EIGHT_BIT, {"fp32": torch.float32, "split": torch.int16, None: None}[master]
+        self.exp_avg = torch.zeros(0, dtype=first, device=device)
+        self.exp_avg_sq = torch.zeros(0, dtype=second, device=device)
+        self.exp_avg_scale = torch.zeros(0, dtype=torch.float32, device=device) if scales else None
+        self.exp_avg_sq_scale = torch.zeros(0, dtype=torch.float32, device=device) if scales else None
+        self.master = torch.zeros(0, dtype=masters, device=device) if masters else None
         self.births = torch.zeros(0, dtype=torch.int32, device=device) if births else None
+        # Whether masters must follow weights that change. Low halves need not: beside another
+        # weight they belong to a master that rounds to it.
+        self._follows = master == "fp32"
         self._dtypes: list[torch.dtype] = []  # of the weights when they came in
         self._every_row: list[int] = []
         self._row_tensors: dict[tuple[int, ...], Tensor] = {}
@@ -46,8 +59,8 @@ class PackedState:
         self._counters: list[int] = []
 
     def buffers(self) -> dict[str, Tensor]:
-        """The buffers that exist, by name. All have the arena's length."""
-        names = ("indices", "exp_avg", "exp_avg_sq", "master", "births")
+        """The buffers that exist, by name. All but scales have the arena's length."""
+        names = ("indices", "exp_avg", "exp_avg_sq", *SCALES, "master", "births")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def append(
@@ -93,12 +106,18 @@ class PackedState:
 
     def views(self, i: int) -> dict[str, Tensor]:
         """Views of matrix i: ``step`` (0-dim) and its slice of every buffer."""
-        segment = self.segment(i)
-        return {"step": self.steps[i], **{name: arena[segment] for name, arena in self.buffers().items()}}
+        segment, groups = self.segment(i), self._groups(i)
+        views = {name: arena[groups if name in SCALES else segment] for name, arena in self.buffers().items()}
+        return {"step": self.steps[i], **views}
 
     def segment(self, i: int) -> slice:
         """The arena positions of matrix i."""
         return slice(self.offsets[i], self.offsets[i] + self.counts[i])
+
+    def _groups(self, i: int) -> slice:
+        """The places of matrix i in the scales."""
+        first = self.offsets[i] // GROUP
+        return slice(first, first + groups_of(self.counts[i]))
 
     def begin_step(self, rows: Sequence[int], found_inf: Tensor | None = None) -> Tensor:
         """Prepare a step of the matrices ``rows``, and return what their step counts will be.
@@ -122,7 +141,7 @@ class PackedState:
             self.steps.copy_(steps)
         else:
             self.steps[self._row_tensor(tuple(rows))] = steps
-        if self.master is not None:
+        if self._follows:
             for row, counter in zip(rows, [self.weights[row]._version for row in rows]):
                 self._counters[row] = counter
 
@@ -163,6 +182,8 @@ class PackedState:
                 self.steps if self._is_all(rows) else self.steps[self._row_tensor(tuple(rows))],
                 master=self.master,
                 births=self.births,
+                exp_avg_scale=self.exp_avg_scale,
+                exp_avg_sq_scale=self.exp_avg_sq_scale,
                 backend=backend,
             )
         except Exception:
@@ -184,14 +205,16 @@ class PackedState:
         # address alone does not tell: an allocator gives it again to a weight of another dtype.
         same = [w.data_ptr() for w in weights] == addresses and [w.dtype for w in weights] == dtypes
         if same and all([w.is_contiguous() for w in weights]):
-            if self.master is None or [w._version for w in weights] == counters:
+            if not self._follows or [w._version for w in weights] == counters:
                 return
         self.check_weights(rows)
         changed = []
         for row, weight in zip(rows, weights):
             seen, segment = (self._addresses[row], self._counters[row]), self.segment(row)
-            if self.master is not None and follow_weight(seen, self.master[segment], weight, self.indices[segment])[1]:
-                changed.append(self.names[row])
+            if self._follows:
+                assert self.master is not None
+                _, stale = follow_weight(seen, self.master[segment], weight, self.indices[segment])
+                changed += [self.names[row]] * stale
             self._addresses[row], self._counters[row] = weight_version(weight)
         warn_of_changed(changed, "fp32 masters follow the new values")
 
@@ -227,23 +250,29 @@ class PackedState:
         offsets = [0, *itertools.accumulate(sizes)]
         buffers = {}
         for name, arena in self.buffers().items():
-            buffers[name] = grown = torch.zeros(offsets[-1], dtype=arena.dtype, device=arena.device)
+            step = GROUP if name in SCALES else 1
+            buffers[name] = grown = torch.zeros(offsets[-1] // step, dtype=arena.dtype, device=arena.device)
             for start, was, count, old_count in zip(offsets, self.offsets, counts, self.counts):
-                size = min(count, old_count)
+                start, was, size = start // step, was // step, -(-min(count, old_count) // step)
                 grown[start : start + size] = arena[was : was + size]
         for name, grown in buffers.items():
             setattr(self, name, grown)
         self.offsets, self.counts, self.layout = offsets[:-1], counts, self.layout + 1
 
     def _fill(self, i: int, weight: Tensor, entry: dict[str, Tensor]) -> None:
-        segment = self.segment(i)
-        for name, arena in self.buffers().items():
+        views = self.views(i)
+        if "exp_avg" in entry:
+            entry = {**entry, **moments_as(entry, self.state_dtype)}
+        for name in self.buffers():
+            view = views[name]
             if name in entry:
-                arena[segment] = entry[name].to(device=arena.device, dtype=arena.dtype)
+                view.copy_(master_as(entry[name], view.dtype) if name == "master" else entry[name])
             elif name == "master":
-                arena[segment] = ops.packed_gather(weight.detach(), self.indices[segment], dtype=torch.float32)
+                view.copy_(
+                    master_as(ops.packed_gather(weight.detach(), views["indices"], dtype=torch.float32), view.dtype)
+                )
             elif name == "births":
-                arena[segment] = self.steps[i].to(torch.int32)
+                view.fill_(self.steps[i].to(torch.int32))
         if "master" not in entry:  # A given master may be older than the weight. The next step compares them.
             self._mark([i])
 
@@ -261,7 +290,7 @@ class PackedState:
     def _check_lengths(self, entry: dict[str, Tensor], name: str) -> None:
         """Raise unless all of an entry is as long as its index list."""
         indices = entry["indices"]
-        for key in self.buffers():
+        for key in self.buffers().keys() - set(SCALES):
             value = entry.get(key)
             require(
                 value is None or value.shape == indices.shape,

@@ -19,16 +19,18 @@ from torch import Tensor
 from ..masks import costs
 from ..nn import weight_sample
 from ..nn.trainable import Trainable, trainable_of
+from ..ops.state_formats import groups_of
 from . import drift
 from .hyperparameters import is_sparse, mask_size
 from .mask_options import MaskOptions
-from .matrix_ref import keeps_master
+from .matrix_ref import master_form
+from .state_conversion import EIGHT_BIT, SCALES, STARTS, moment_dtypes
 
 VERSION = 1
 """Version of the saved form. It is stored with each matrix, where tools that move state keep it."""
 _WARM = ("basis", "threshold")
 _DENSE = ("step", "exp_avg", "exp_avg_sq")
-_OPTIONAL = (*_WARM, *drift.STATE_KEYS, "matrix_shape", "version")
+_OPTIONAL = (*_WARM, *drift.STATE_KEYS, STARTS, "matrix_shape", "version")
 """What the state of a matrix with a mask may lack, and its saved form has."""
 
 
@@ -159,8 +161,11 @@ def _parts(kind: Trainable, group: dict[str, Any], options: MaskOptions, entry: 
         "step": _Part((), fp32),
         "indices": _Part((n,), torch.int32, -1),
     }
-    parts |= {"exp_avg": _Part((n,), state_dtype), "exp_avg_sq": _Part((n,), state_dtype)}
-    if keeps_master(kind, group):
+    first, second = moment_dtypes(state_dtype)
+    parts |= {"exp_avg": _Part((n,), first), "exp_avg_sq": _Part((n,), second)}
+    if state_dtype == EIGHT_BIT:
+        parts |= dict.fromkeys(SCALES, _Part((groups_of(n),), fp32)) | {STARTS: _Part((1,), torch.int64)}
+    if master_form(kind, group) is not None:
         parts["master"] = _Part((n,), fp32)
     if group["bias_correction"] == "per_entry":
         parts["births"] = _Part((n,), torch.int32)

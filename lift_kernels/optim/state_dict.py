@@ -19,11 +19,12 @@ from .hyperparameters import OPTIONS, check_group, is_sparse
 from .mask_options import MaskOptions
 from .matrix_table import MatrixTable
 from .placeholders import VERSION, completed, read_together
+from .state_conversion import EIGHT_BIT, SCALES, check_scales, whole_master
 
 _OURS = "give what LiftAdamW.state_dict() returned"
 _DTYPES = {
-    "exp_avg": MOMENT_DTYPES,
-    "exp_avg_sq": MOMENT_DTYPES,
+    "exp_avg": (*MOMENT_DTYPES, torch.int8),
+    "exp_avg_sq": (*MOMENT_DTYPES, torch.uint8),
     "master": (torch.float32,),
     "births": (torch.int32,),
 }
@@ -62,6 +63,8 @@ def saved_form(
         if i in entries:
             entry = completed(entries[i], p, group, options)
             entry |= {weight_sample.KEY: samples[i]} if i in samples else {}
+            if "master" in entry and "indices" in entry:
+                entry["master"] = whole_master(entry["master"], trainable_of(p).matrix, entry["indices"])
             entries[i] = compact(entry, host=True)
     for group in state_dict["param_groups"]:
         if "param_names" in group:
@@ -197,6 +200,26 @@ def _check_buffers(entry: dict[str, Any], name: str) -> None:
                 f"{_OURS}",
                 TypeError,
             )
+    require(
+        (entry["exp_avg"].dtype == torch.int8) == (entry["exp_avg_sq"].dtype == torch.uint8),
+        f"{name}: exp_avg and exp_avg_sq of the state dict must both be 8-bit codes or both be none, got "
+        f"{entry['exp_avg'].dtype} and {entry['exp_avg_sq'].dtype}; {_OURS}",
+        TypeError,
+    )
+    if entry["exp_avg"].dtype == torch.int8:
+        check_scales(entry, name)
+
+
+def _check_codable(entry: dict[str, Any], group: dict[str, Any], name: str) -> None:
+    """Raise if moments that are to be put into 8-bit codes are not finite."""
+    if group["state_dtype"] != EIGHT_BIT or "indices" not in entry:
+        return
+    for key in ("exp_avg", "exp_avg_sq", *SCALES):
+        require(
+            key not in entry or not entry[key].is_floating_point() or bool(entry[key].isfinite().all()),
+            f"{name}: {key} of the state dict is not finite, and 8-bit moments cannot hold that; load an earlier "
+            "checkpoint, or set state_dtype=torch.float32",
+        )
 
 
 def check_fits(state_dict: dict[str, Any], parameters: Sequence[Tensor], table: MatrixTable) -> None:
@@ -213,6 +236,9 @@ def check_fits(state_dict: dict[str, Any], parameters: Sequence[Tensor], table: 
         )
     matrices = [refs[p].trainable.matrix if p in refs else p for p in parameters]
     check_state_dict(state_dict, matrices, [p in refs for p in parameters], [names[p] for p in parameters])
+    saved_groups = (group for group in state_dict["param_groups"] for _ in group["params"])
+    for i, (p, group) in enumerate(zip(parameters, saved_groups)):
+        _check_codable(state_dict["state"].get(i, {}), group, names[p])
 
 
 def before_load(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
+import torch
+
 from ..validation import require
 
 logger = logging.getLogger("lift_kernels")
@@ -26,7 +28,8 @@ def in_own_order(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -
     and packed mode load into each other. So do names that differ by what a wrapper puts in, such as
     DDP's ``module.`` or torch.compile's ``_orig_mod.``.
 
-    ``refresh_drift`` stays that of ``groups`` where none was saved.
+    ``refresh_drift`` stays that of ``groups`` where none was saved. A form of state stays where it
+    is not the default: moments and masters are put into it.
 
     Raises ValueError, with the names that differ, for parameters of other names or in other groups.
     """
@@ -54,6 +57,10 @@ def in_own_order(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -
     for group, own_group in zip(ordered, groups):
         if group.get("refresh_drift") is None:  # Version 0.1 has no such key.
             group["refresh_drift"] = own_group.get("refresh_drift")
+        if own_group["state_dtype"] != torch.float32:
+            group["state_dtype"] = own_group["state_dtype"]
+        if own_group["master"] != "fp32":
+            group.update(master=own_group["master"], rounding=own_group["rounding"])
     entries = {i: state_dict["state"][key] for i, key in enumerate(ids) if key in state_dict["state"]}
     return {**state_dict, "state": entries, "param_groups": ordered}
 

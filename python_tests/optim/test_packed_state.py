@@ -30,7 +30,7 @@ def make_entry(numel, count, seed, step=7):
     }
 
 
-def make_state(sizes=SIZES, dtype=BF16, moments=FP32, master=True, births=True, device=CPU):
+def make_state(sizes=SIZES, dtype=BF16, moments=FP32, master="fp32", births=True, device=CPU):
     """A state of several matrices after some steps, and what was put in."""
     state = PackedState(torch.device(device), moments, master=master, births=births)
     weights = [make_weight(shape, seed, dtype).to(device) for seed, (shape, _) in enumerate(sizes)]
@@ -89,7 +89,7 @@ def test_append_places_and_fills(moments):
 
 
 def test_a_bare_index_list_starts_from_zero():
-    state = PackedState(CPU, FP32, master=True, births=True)
+    state = PackedState(CPU, FP32, master="fp32", births=True)
     weight = make_weight((5, 6), 0, BF16)
     state.append([weight], [{"indices": torch.tensor([0, 7, 29], dtype=torch.int32)}], ["w"])
     views = state.views(0)
@@ -99,14 +99,14 @@ def test_a_bare_index_list_starts_from_zero():
 
 
 def test_optional_arenas_are_absent():
-    state, _, _ = make_state(master=False, births=False)
+    state, _, _ = make_state(master=None, births=False)
     assert state.master is None and state.births is None
     assert set(state.views(0)) == {"step", "indices", "exp_avg", "exp_avg_sq"}
 
 
 def test_append_twice_equals_append_at_once():
     both, weights, entries = make_state()
-    state = PackedState(CPU, FP32, master=True, births=True)
+    state = PackedState(CPU, FP32, master="fp32", births=True)
     names = [f"layer.{i}" for i in range(len(weights))]
     state.append(weights[:2], entries[:2], names[:2])
     state.exp_avg[: state.counts[0]] *= 1  # a second append must copy present values, not the ones first put in
@@ -235,7 +235,7 @@ def test_a_bad_list_changes_nothing(bad, error, message):
     with pytest.raises(error, match=message):
         state.migrate([1, 0], [good, bad])
     assert_equal(copies(state), before)
-    fresh = PackedState(CPU, FP32, master=True, births=True)
+    fresh = PackedState(CPU, FP32, master="fp32", births=True)
     with pytest.raises(error, match=message):
         fresh.append(weights[1::-1], [entries[1], {"indices": bad}], ["layer.1", "layer.0"])
     assert fresh.weights == fresh.offsets == fresh.names == [] and fresh.indices.numel() == 0
