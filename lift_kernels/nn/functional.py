@@ -31,6 +31,8 @@ class LiftLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, values, weight, bias, indices, transposed, compute, backend):
         ctx.transposed, ctx.compute, ctx.backend, ctx.dtype = transposed, compute, backend, values.dtype
+        if values.dtype != torch.float32:
+            ctx.values = values
         needs_x, needs_values = ctx.needs_input_grad[:2]
         # Only what backward reads is saved. Autograd notices a refresh between the passes, because
         # the index list is among it.
@@ -55,10 +57,24 @@ class LiftLinearFunction(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             flat = x.reshape(-1, x.shape[-1])
             rows, columns = (flat, grad) if ctx.transposed else (grad, flat)
-            grad_values = ops.packed_weight_grad(rows, columns, indices, dtype=ctx.dtype, backend=ctx.backend)
+            dtype = ctx.dtype if ctx.dtype == torch.float32 else _sum_dtype(ctx.values)
+            grad_values = ops.packed_weight_grad(rows, columns, indices, dtype=dtype, backend=ctx.backend)
         if ctx.needs_input_grad[3]:
             grad_bias = grad.sum(0)
         return grad_x, grad_values, None, grad_bias, None, None, None, None
+
+
+def _sum_dtype(values: Tensor) -> torch.dtype:
+    """The dtype of the next gradient of bf16 ``values``.
+
+    A first gradient is bf16. Further ones are added to it in fp32, and it becomes fp32 for that.
+    DistributedDataParallel takes gradients of the dtype of its buckets alone.
+    """
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if values.grad is None or several or torch.compiler.is_compiling():
+        return values.dtype
+    values.grad = values.grad.float()
+    return torch.float32
 
 
 def lift_linear(
@@ -77,7 +93,7 @@ def lift_linear(
 
     Args:
         x: (..., n).
-        values: (k,) fp32; it receives the gradient, and its numbers are not read.
+        values: (k,) fp32 or bf16; it receives the gradient, and its numbers are not read.
         weight: (m, n), which holds the values at ``indices``; (n, m) with ``transposed``.
         indices: (k,) int32, sorted flat positions; trusted, as everywhere in a step.
         bias: (m,), or None.

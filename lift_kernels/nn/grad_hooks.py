@@ -17,12 +17,16 @@ _IGNORED = "_ddp_params_and_buffers_to_ignore"
 """The attribute of a module in which DistributedDataParallel looks for names to leave out."""
 
 
-def pack_on_accumulate(p: Tensor, indices: Tensor, number: int | None = None) -> None:
+def pack_on_accumulate(
+    p: Tensor, indices: Tensor, number: int | None = None, dtype: torch.dtype = torch.float32
+) -> None:
     """Pack the gradient of ``p`` from now on: its entries at ``indices`` go to ``p.lift_grad``.
 
-    ``number`` is what random masks of ``p`` are drawn by.
+    ``number`` is what random masks of ``p`` are drawn by. ``dtype`` is that of a gradient, float32
+    or bfloat16. Sums of several are fp32.
     """
     waiting = getattr(p, "lift_grad", None)  # Of a pickled parameter, which has lost its hook.
+    p.lift_dtype = dtype  # type: ignore[attr-defined]
     p.lift_indices, p.lift_grad, p.lift_number = indices, waiting, number  # type: ignore[attr-defined]
     _hooks[p] = p.register_post_accumulate_grad_hook(pack_gradient)
     trainable.note_change()
@@ -33,6 +37,11 @@ def remove_hook(p: Tensor) -> None:
     _hooks.pop(p).remove()
     p.lift_indices = p.lift_grad = None  # type: ignore[attr-defined]
     trainable.note_change()
+
+
+def dtype_of(p: Any) -> torch.dtype:
+    """The dtype of a packed gradient of a hooked parameter."""
+    return p.lift_dtype
 
 
 def hooked_parameters(model: nn.Module) -> list[Tensor]:
@@ -46,9 +55,10 @@ def pack_gradient(p: Any) -> None:
 
     The dense gradient is freed before that of the next layer is made.
     """
-    packed = ops.packed_gather(p.grad, p.lift_indices, dtype=torch.float32)
+    first = p.lift_grad is None
+    packed = ops.packed_gather(p.grad, p.lift_indices, dtype=p.lift_dtype if first else torch.float32)
     p.grad = None
-    p.lift_grad = packed if p.lift_grad is None else p.lift_grad.add_(packed)
+    p.lift_grad = packed if first else p.lift_grad.float().add_(packed)
 
 
 def leave_out_of_ddp(model: nn.Module) -> None:

@@ -1,10 +1,14 @@
 """Linear layers whose backward computes only the k selected entries of the weight gradient.
 
-The trainable parameter of a packed layer is ``values``, an fp32 vector of the selected entries.
+The trainable parameter of a packed layer is ``values``, a vector of the selected entries. Its
 ``weight`` is a parameter without gradient that holds the values rounded to its dtype. The forward
 pass reads the weight alone. ``values`` is in the autograd graph only to receive its gradient.
 Whoever changes ``values`` writes the weight too: LiftAdamW in its step, `optimizer_hooks` for other
 optimizers, `PackedLinear.scatter` for everyone else.
+
+LiftAdamW keeps the values of a layer in its own state. Where these are fp32 masters on the same
+device and ``values`` is fp32, ``values`` becomes a view of them. Everywhere else it needs no memory
+any more: it is NaN throughout, one number for all entries (``stores_values`` is False).
 
 A layer is converted in place by a change of its ``__class__``. So its name, its hooks, its keys in
 a state dict and every reference to it stay.
@@ -31,7 +35,8 @@ class PackedLinear(nn.Module):
 
     Attributes:
         weight: parameter without gradient; it holds the rounded values at ``indices``.
-        values: (k,) fp32 parameter, kept fp32 through ``.to(dtype)`` and ``.half()``.
+        values: (k,) fp32 or bf16 parameter; its dtype stays through ``.to(dtype)`` and ``.half()``.
+        stores_values: whether ``values`` holds numbers, or LiftAdamW alone.
         indices: (k,) int32; not a buffer, because DDP broadcasts buffers.
         lift_name: the layer's name for messages.
         lift_number: what random masks are drawn by, given by `pack_gradients`.
@@ -47,6 +52,7 @@ class PackedLinear(nn.Module):
     lift_number: int | None = None
     lift_backend: str | None = None
     stepped_by: str = ""
+    stores_values: bool = True
     _transposed = False
     _plain: type[nn.Module]
     _required_grad: bool  # of the weight, before
@@ -68,7 +74,12 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def pack(
-        cls, module: nn.Module, indices: Tensor, name: str = "", values: nn.Parameter | None = None
+        cls,
+        module: nn.Module,
+        indices: Tensor,
+        name: str = "",
+        values: nn.Parameter | None = None,
+        grad_dtype: torch.dtype = torch.float32,
     ) -> PackedLinear:
         """Convert ``module`` in place. Hooks, names and the weight itself stay.
 
@@ -76,6 +87,7 @@ class PackedLinear(nn.Module):
             indices: (k,) int32, sorted flat positions in the weight.
             name: of the layer, for messages.
             values: of another layer that shares the weight; None makes new ones.
+            grad_dtype: of new values and their gradient, float32 or bfloat16.
 
         Raises, naming the layer, for a weight or an index list that cannot be used. Nothing is
         changed then.
@@ -85,19 +97,25 @@ class PackedLinear(nn.Module):
         check_index_list(indices, weight.numel(), label, weight.device)
         if values is not None:
             require(
-                values.shape == indices.shape and values.dtype == torch.float32,
-                f"{label}: values must be {indices.numel()} float32 numbers, got {tuple(values.shape)} {values.dtype}",
+                values.shape == indices.shape and values.dtype == grad_dtype,
+                f"{label}: values must be {indices.numel()} {str(grad_dtype).removeprefix('torch.')} numbers, got "
+                f"{tuple(values.shape)} {values.dtype}",
             )
-        return cls._convert(module, indices, name, values)
+        return cls._convert(module, indices, name, values, grad_dtype)
 
     @classmethod
     def _convert(
-        cls, module: nn.Module, indices: Tensor, name: str = "", values: nn.Parameter | None = None
+        cls,
+        module: nn.Module,
+        indices: Tensor,
+        name: str = "",
+        values: nn.Parameter | None = None,
+        grad_dtype: torch.dtype = torch.float32,
     ) -> PackedLinear:
         """`pack` without its checks, for layers that were checked and lists of our own."""
         weight = module.get_parameter("weight")
         if values is None:
-            values = nn.Parameter(ops.packed_gather(weight.detach(), indices, dtype=torch.float32))
+            values = nn.Parameter(ops.packed_gather(weight.detach(), indices, dtype=grad_dtype))
         plain, required = type(module), weight.requires_grad
         module.__class__ = cls  # type: ignore[assignment]
         assert isinstance(module, PackedLinear)
@@ -121,6 +139,7 @@ class PackedLinear(nn.Module):
             "lift_name",
             "lift_number",
             "stepped_by",
+            "stores_values",
             "lift_backend",
             "indices",
         ):
@@ -136,8 +155,12 @@ class PackedLinear(nn.Module):
 
     @torch.no_grad()
     def scatter(self) -> None:
-        """Write ``values`` into the weight, rounded to nearest even."""
-        ops.packed_scatter_(self.weight, self.indices, self.values)
+        """Write ``values`` into the weight, rounded to nearest even.
+
+        Values that LiftAdamW stores are in the weight already.
+        """
+        if self.stores_values:
+            ops.packed_scatter_(self.weight, self.indices, self.values)
         self._mark()
 
     @torch.no_grad()
@@ -146,7 +169,7 @@ class PackedLinear(nn.Module):
 
         Entries that round to the weight's present value keep all their bits.
         """
-        changed = regather(self.values, self.weight, self.indices)
+        changed = self.stores_values and regather(self.values, self.weight, self.indices)
         self._mark()
         return changed
 
@@ -156,11 +179,32 @@ class PackedLinear(nn.Module):
 
         Returns whether any value changed.
         """
-        self._seen, changed = follow_weight(self._seen, self.values, self.weight, self.indices)
+        seen = self._seen if self.stores_values else weight_version(self.weight)
+        self._seen, changed = follow_weight(seen, self.values, self.weight, self.indices)
         return changed
+
+    @torch.no_grad()
+    def store_values(self) -> None:
+        """Let ``values`` hold the present entries of the weight, if it holds no numbers yet.
+
+        For other optimizers. Raises RuntimeError, naming the layer, where ``values`` is too coarse
+        for them: its numbers would be rounded into the weight.
+        """
+        require(
+            self.values.dtype in (torch.float32, self.weight.dtype),
+            f"{self.lift_name or type(self).__name__}: its {self.values.dtype} values are too coarse for "
+            f"{self.weight.dtype} weights; train them by LiftAdamW, or pack_gradients with grad_dtype=torch.float32",
+            RuntimeError,
+        )
+        if not self.stores_values:
+            self.values.data = ops.packed_gather(self.weight.detach(), self.indices, dtype=self.values.dtype)
+            for layer in trainable.layers_of(self.values):
+                layer.stores_values = True
 
     def _register(self) -> None:
         """Make ``values`` known to optimizers."""
+        if self.values.dtype != torch.float32:
+            self.values.grad_dtype = None  # type: ignore[assignment]  # `functional` adds gradients in fp32.
         trainable.register(self.values, self)
         optimizer_hooks.watch(self.values)
 
@@ -182,6 +226,7 @@ class PackedLinear(nn.Module):
             super()._apply(fn, recurse)
         with torch.no_grad():
             moved = _moved(values.data, fn)
+            moved = moved if self.stores_values else trainable.without_numbers(moved)
             if torch._has_compatible_shallow_copy_type(values, moved):
                 values.data = moved
                 if values.grad is not None:
@@ -209,6 +254,8 @@ class PackedLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if not self.stores_values:  # A copy has a number for each entry.
+            self.values.data = trainable.without_numbers(self.values)
         self._register()
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -117,6 +117,8 @@ def _layers(optimizer: Optimizer) -> Iterator[Any]:
 
 
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for layer in _layers(optimizer):
+        layer.store_values()
     changed = [layer.lift_name or "a layer" for layer in _layers(optimizer) if layer.follow_weight()]
     warn_of_changed(changed, "the values of packed layers follow them")
 

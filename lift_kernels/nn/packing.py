@@ -33,6 +33,7 @@ def pack_gradients(
     selection: str | Callable[[Tensor, int], Tensor] = "principal",
     seed: int = 0,
     freeze_rest: bool = False,
+    grad_dtype: torch.dtype = torch.float32,
     backend: str | None = None,
     process_group: torch.distributed.ProcessGroup | str | None = None,
 ) -> list[dict[str, Any]]:
@@ -52,6 +53,8 @@ def pack_gradients(
         include, exclude, freeze_rest: of `lift_param_groups`.
         extra: of `lift_param_groups`. These weights get a hook.
         rank, density, budget_rank, selection, seed: of `LiftAdamW`.
+        grad_dtype: of packed gradients, float32 or bfloat16. Those of several backward passes are
+            added in float32, which the sum then has, but not among several ranks.
         backend: of the layers' weight gradients; None for the fastest usable one.
         process_group: of `LiftAdamW`. Its ranks must have the same weights here, before
             DistributedDataParallel broadcasts those of rank 0.
@@ -71,6 +74,11 @@ def pack_gradients(
     require(
         backend is None or backend in usable,
         f"backend {backend!r} computes no packed weight gradients; choose one of {', '.join(usable)}, or None",
+    )
+    require(
+        grad_dtype in (torch.float32, torch.bfloat16),
+        f"grad_dtype must be torch.float32 or torch.bfloat16, got {grad_dtype!r}",
+        TypeError,
     )
     check_selection(selection)
     check_seed(seed)
@@ -95,10 +103,13 @@ def pack_gradients(
             for _, module in layers[name]:
                 module.lift_backend, module.lift_number = backend, number  # type: ignore[assignment]
             trained.append(
-                (f"{name.removesuffix('weight')}values", _pack_layers(layers[name], masks[name].indices, required[p]))
+                (
+                    f"{name.removesuffix('weight')}values",
+                    _pack_layers(layers[name], masks[name].indices, required[p], grad_dtype),
+                )
             )
         else:
-            pack_on_accumulate(p.requires_grad_(True), masks[name].indices, number)
+            pack_on_accumulate(p.requires_grad_(True), masks[name].indices, number, grad_dtype)
             trained.append((name, p))
         trainable.set_initial_mask(trained[-1][1], warm_part(masks[name]._asdict(), p, "device"))
     if hooked_parameters(model):
@@ -165,7 +176,9 @@ def _check_layers(layers: dict[str, list[tuple[str, nn.Module]]]) -> None:
             PackedLinear.check(module, name)
 
 
-def _pack_layers(members: list[tuple[str, nn.Module]], indices: Tensor, required: bool) -> nn.Parameter:
+def _pack_layers(
+    members: list[tuple[str, nn.Module]], indices: Tensor, required: bool, grad_dtype: torch.dtype
+) -> nn.Parameter:
     """Convert the layers that share one weight, and return the values that they share.
 
     ``required`` is the weight's ``requires_grad`` before anything was frozen.
@@ -176,6 +189,6 @@ def _pack_layers(members: list[tuple[str, nn.Module]], indices: Tensor, required
         cls = _class_of(module)
         assert cls is not None
         weight.requires_grad_(required)  # what each layer remembers for `unpack`
-        values = cls._convert(module, indices, name, values).values
+        values = cls._convert(module, indices, name, values, grad_dtype).values
     assert values is not None
     return values

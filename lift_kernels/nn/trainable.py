@@ -79,6 +79,17 @@ def trainable_of(parameter: Tensor) -> Trainable:
     return HookedMatrix(parameter) if getattr(parameter, "lift_indices", None) is not None else DenseMatrix(parameter)
 
 
+def without_numbers(values: Tensor, shape: torch.Size | None = None) -> Tensor:
+    """(k,) NaN like ``values``, or of another shape, in the memory of one number.
+
+    Where there are several ranks, DistributedDataParallel may yet write into it when it is
+    constructed. So it has memory of its own then.
+    """
+    nan = torch.full((), torch.nan, dtype=values.dtype, device=values.device).expand(shape or values.shape)
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return nan.clone() if several else nan
+
+
 class Trainable:
     """A parameter, the matrix whose entries it trains, and its gradient.
 
@@ -183,9 +194,10 @@ class HookedMatrix(Trainable):
             "module that it wraps",
             RuntimeError,
         )
+        dtypes, dtype = (torch.float32, p.lift_dtype), str(p.lift_dtype).removeprefix("torch.")
         require(
-            grad.shape == indices.shape and grad.dtype == torch.float32 and grad.device == indices.device,
-            f"{name}: lift_grad must be {indices.numel()} float32 numbers on {indices.device}, got "
+            grad.shape == indices.shape and grad.dtype in dtypes and grad.device == indices.device,
+            f"{name}: lift_grad must be {indices.numel()} {dtype} numbers on {indices.device}, got "
             f"{tuple(grad.shape)} {grad.dtype} on {grad.device}",
         )
         return grad, True
@@ -237,24 +249,34 @@ class PackedValues(Trainable):
         self.parameter.grad = None
 
     def initial_state(self) -> dict[str, Tensor]:
-        """The list that the layers chose, and their present values."""
-        start = {"indices": self.indices, "master": self.parameter.detach()}
+        """The list that the layers chose, and their present values where these have all bits."""
+        start = {"indices": self.indices}
+        if self.layers[0].stores_values and self.parameter.dtype == torch.float32:
+            start["master"] = self.parameter.detach()
         return start | _first.pop(self.parameter, {})
 
     def bind(self, views: dict[str, Tensor]) -> None:
-        """``values`` becomes a view of the master, so there is no second copy.
+        """``values`` becomes a view of the masters, or gives up its memory.
 
-        A gradient of another length is dropped.
+        So there is no second copy. A gradient of another length is dropped.
         """
         indices, p = views["indices"], self.parameter
+        stores = self._stores(views)
         for layer in self.layers:
-            layer.indices = indices
+            layer.indices, layer.stores_values = indices, stores
         if p.grad is not None and p.grad.shape != indices.shape:
             p.grad = None
-        p.data = views["master"]
+        p.data = views["master"] if stores else without_numbers(p.new_empty(0).to(indices.device), indices.shape)
         note_change()
 
     def is_bound(self, views: dict[str, Tensor]) -> bool:
-        return self.parameter.data_ptr() == views["master"].data_ptr() and all(
-            layer.indices is views["indices"] for layer in self.layers
+        stores = self._stores(views)
+        same = self.parameter.data_ptr() == views["master"].data_ptr() if stores else True
+        return same and all(
+            layer.indices is views["indices"] and layer.stores_values == stores for layer in self.layers
         )
+
+    def _stores(self, views: dict[str, Tensor]) -> bool:
+        """Whether ``values`` can be a view of the masters in an optimizer's slices."""
+        master, p = views.get("master"), self.parameter
+        return master is not None and (master.dtype, master.device) == (p.dtype, views["indices"].device)

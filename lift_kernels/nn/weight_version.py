@@ -19,18 +19,19 @@ def weight_version(weight: Tensor) -> tuple[int, int]:
 
 
 def regather(values: Tensor, weight: Tensor, indices: Tensor) -> bool:
-    """Let fp32 ``values`` follow the entries of a weight at ``indices``.
+    """Let ``values`` follow the entries of a weight at ``indices``.
 
     Returns whether any value changed.
 
     A value that rounds to the weight's entry keeps all its bits. So loading a checkpoint of the
-    model after that of the optimizer loses nothing.
+    model after that of the optimizer loses nothing. So does one to which the entry rounds.
     """
     present = ops.packed_gather(weight.detach(), indices)
-    stale = values.to(present.dtype) != present
+    coarse = values.dtype if values.dtype != torch.float32 else present.dtype
+    stale = values.to(coarse) != present.to(coarse)
     changed = bool(stale.any())
     if changed:
-        values.copy_(torch.where(stale, present.float(), values))
+        values.copy_(torch.where(stale, present.to(values.dtype), values))
     return changed
 
 

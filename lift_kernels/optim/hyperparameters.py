@@ -207,9 +207,9 @@ def _check_parameter(parameter: Tensor, group: dict[str, Any], name: str, backen
         f"{matrix.dtype}; use master='fp32', or convert the model to bfloat16",
     )
     require(
-        not trainable.packed or group["master"] is not None,
-        f"{name}: values of a packed layer are kept in fp32, so master=None cannot work; leave it out, or "
-        "use lift_param_groups",
+        not trainable.packed or group["master"] is not None or parameter.dtype != torch.float32,
+        f"{name}: fp32 values of a packed layer are its masters, so master=None cannot work; leave it out, give "
+        "pack_gradients grad_dtype=torch.bfloat16, or use lift_param_groups",
     )
 
 

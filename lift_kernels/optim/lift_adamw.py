@@ -52,8 +52,7 @@ class LiftAdamW(Optimizer):
             would change, by prediction. None: it is always refreshed (the paper).
         bias_correction: ``"global"`` counts the steps of a matrix (the paper). ``"per_entry"``
             counts those since an entry came in.
-        master: ``"fp32"`` keeps fp32 masters of bf16/fp16 weights, ``"split"`` only their low bits
-            beside bf16 weights. None rounds the weight itself.
+        master: of bf16/fp16 weights, ``"fp32"``, ``"split"`` (bf16: low bits beside them) or None.
         rounding: ``"nearest"`` or, with ``master=None``, ``"stochastic"``.
         state_dtype: of the moments: torch.float32, torch.bfloat16, or ``"8bit"`` for 8-bit codes.
         max_grad_norm: clips the norm over all trained entries of all groups. The host never waits.
@@ -335,7 +334,7 @@ class LiftAdamW(Optimizer):
         config = {key: getattr(self, key) for key in _KEPT.split()}
         state = defaultdict(dict, {p: compact(entry) for p, entry in self.state.items()})
         layers = {p: layers for p in parameters_of(self.param_groups) if (layers := trainable.layers_of(p))}
-        hooked = {ref.parameter: ref.draw_number for ref in self._table.hooked}
+        hooked = {ref.parameter: (ref.draw_number, grad_hooks.dtype_of(ref.parameter)) for ref in self._table.hooked}
         packed = {"_packed_layers": layers, "_hooked": hooked}
         return {**super().__getstate__(), **config, "state": state, "grad_norm": None, **packed}
 
@@ -345,7 +344,7 @@ class LiftAdamW(Optimizer):
             for p, layers in self.__dict__.pop("_packed_layers", {}).items():
                 for layer in layers:
                     trainable.register(p, layer)  # A copied parameter does not know.
-            for p, number in self.__dict__.pop("_hooked", {}).items():
-                grad_hooks.pack_on_accumulate(p, self.state[p]["indices"], number)  # torch copies no hooks.
+            for p, options in self.__dict__.pop("_hooked", {}).items():
+                grad_hooks.pack_on_accumulate(p, self.state[p]["indices"], *options)  # torch copies no hooks.
             optimizer_hooks.claim(parameters_of(self.param_groups), self)
             self._restore(self.state)

@@ -81,11 +81,11 @@ class MatrixRef:
 def master_form(kind: trainable.Trainable, group: dict[str, Any]) -> str | None:
     """How the state of a matrix holds the fp32 values of its entries: "fp32", "split" or not.
 
-    The values of a packed layer are the master, in fp32 as well.
+    fp32 ``values`` of a packed layer are a view of the masters, so there are some beside fp32
+    weights, too.
     """
-    if kind.packed and group["master"] is None:
-        return "fp32"
-    return group["master"] if kind.packed or kind.matrix.dtype != torch.float32 else None
+    viewed = kind.packed and kind.parameter.dtype == torch.float32
+    return group["master"] if viewed or kind.matrix.dtype != torch.float32 else None
 
 
 class DenseRef(NamedTuple):
