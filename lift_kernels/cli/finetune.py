@@ -24,6 +24,7 @@ def add_parser(commands: Any) -> None:
     add_data(data)
     data.add_argument("--seed", type=int, help="seed of problems, order and random masks (default: 0)")
     _add_method(parser.add_argument_group("method", "what is trained"))
+    _add_state(parser.add_argument_group("memory", "how the methods that choose entries keep their state"))
     training = parser.add_argument_group("training")
     add_training(training, steps=60)
     training.add_argument("--lr", type=float, help="peak learning rate (default: 1e-3; full: 1e-4)")
@@ -143,6 +144,18 @@ def add_masks(group: Any) -> None:
         help="packed or dense, for the methods that choose entries; packed: identical result, lower\nmemory "
         "(default: packed)",
     )
+
+
+def _add_state(group: Any) -> None:
+    """Add the options that say how gradients and optimizer state are kept, by the same methods."""
+    add = group.add_argument
+    add("--state-dtype", help="of the moments: float32, bfloat16 or 8bit (default: float32)")
+    add(
+        "--master",
+        help="what is kept of the float32 values of bfloat16 weights: fp32, split (the low halves)\nor none "
+        "(default: fp32)",
+    )
+    add("--grad-dtype", help="of packed gradients: float32 or bfloat16 (default: float32)")
 
 
 def add_training(group: Any, steps: int) -> None:

@@ -108,7 +108,28 @@ def _check_training(settings: Settings) -> None:
             f"autocast runs the forward passes of float32 weights in bfloat16, and dtype is {settings.dtype}; leave "
             "out --autocast, or take --dtype float32"
         )
+    _check_state(settings)
     check_tracker(settings.report_to)
+
+
+def _check_state(settings: Settings) -> None:
+    """Check the forms in which gradients, moments and masters are kept."""
+    packed = settings.gradients == "packed"
+    if settings.master == "split" and settings.dtype != "bfloat16":
+        raise UserError(
+            f"master is 'split', which keeps the low halves of masters beside bfloat16 weights, and dtype is "
+            f"{settings.dtype}; take --dtype bfloat16, or leave out --master"
+        )
+    if settings.master == "none" and packed and settings.grad_dtype == "float32":
+        raise UserError(
+            "master is 'none', and float32 packed gradients come with float32 values, which are masters; take "
+            "--grad-dtype bfloat16, or leave out --master"
+        )
+    if settings.grad_dtype != "float32" and not packed:
+        raise UserError(
+            f"grad_dtype is {settings.grad_dtype}, and gradients are dense, which have the dtype of the weights; leave "
+            "out --grad-dtype or --gradients"
+        )
 
 
 def check_tracker(name: str) -> None:

@@ -25,6 +25,9 @@ USED_BY = {
     "refresh_interval": tuple(method for method in SPARSE if method not in FIXED),
     "refresh_drift": ("lift",),
     "gradients": SPARSE,
+    "state_dtype": SPARSE,
+    "master": SPARSE,
+    "grad_dtype": SPARSE,
 }
 """Which methods use an option. All use the others, and ``extra`` is refused where it has no use."""
 LEARNING_RATES = dict.fromkeys(METHODS, 1e-3) | {"full": 1e-4}
@@ -32,6 +35,8 @@ LEARNING_RATES = dict.fromkeys(METHODS, 1e-3) | {"full": 1e-4}
 BETAS = (0.9, 0.95)  # as in the LIFT paper
 CLIP_NORM = 1.0  # largest norm of the gradient over the trained entries
 GRADIENTS = ("packed", "dense")
+STATE_DTYPES: dict[str, torch.dtype | str] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": "8bit"}
+MASTERS = {"fp32": "fp32", "split": "split", "none": None}
 PARALLEL = ("none", "ddp")
 PROBLEMS = ("plain", "hard")
 LOSSES = ("answers", "all")
@@ -43,6 +48,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "method": METHODS,
     "gradients": GRADIENTS,
+    "state_dtype": tuple(STATE_DTYPES),
+    "master": tuple(MASTERS),
+    "grad_dtype": ("float32", "bfloat16"),
     "dtype": tuple(DTYPES),
     "device": ("auto", "cpu", "cuda"),
     "parallel": PARALLEL,
@@ -70,6 +78,10 @@ class Settings:
         neutral: text files whose loss is measured beside the built-in neutral text.
         method: one of METHODS.
         gradients: one of GRADIENTS, for the methods of SPARSE.
+        state_dtype: of the moments of the methods of SPARSE, a key of STATE_DTYPES.
+        master: masters of weights that are not float32, a key of MASTERS, for the methods of
+            SPARSE.
+        grad_dtype: of packed gradients, float32 or bfloat16.
         density: share of each matrix that is trained, by the methods of SPARSE and shira.
         rank: rank of the approximation that selects the entries.
         budget_rank: train (rows + columns) x budget_rank entries per matrix, in place of density.
@@ -118,6 +130,9 @@ class Settings:
     neutral: tuple[str, ...] = ()
     method: str = "lift"
     gradients: str = "packed"
+    state_dtype: str = "float32"
+    master: str = "fp32"
+    grad_dtype: str = "float32"
     density: float = 0.05
     rank: int = 64
     budget_rank: int | None = None

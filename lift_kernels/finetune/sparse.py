@@ -16,7 +16,7 @@ from ..nn.param_groups import lift_param_groups, pattern_of, stacked_weights
 from ..nn.weight_kinds import LINEAR, weights_of
 from ..optim.lift_adamw import LiftAdamW
 from . import prompts
-from .config import BETAS, CLIP_NORM, FIXED, Settings
+from .config import BETAS, CLIP_NORM, DTYPES, FIXED, MASTERS, STATE_DTYPES, Settings
 from .data import RunData
 from .evaluation import answer_loss
 from .forward import bypassed_layers
@@ -71,7 +71,10 @@ def sparse_optimizer(
     def choose() -> LiftAdamW:
         if settings.method == "gradient":
             add_gradients(model, tokenizer, settings, data, ranks)
-        groups = pack_gradients(model, **masks, **budget, **rules) if packed else lift_param_groups(model, **rules)
+        if packed:
+            groups = pack_gradients(model, **masks, **budget, **rules, grad_dtype=DTYPES[settings.grad_dtype])
+        else:
+            groups = lift_param_groups(model, **rules)
         if bypassed:
             groups.append({"params": [(n, p.requires_grad_(True)) for n, p in bypassed.items()], "lift": True})
         optimizer = LiftAdamW(
@@ -81,6 +84,8 @@ def sparse_optimizer(
             refresh_interval=None if settings.method in FIXED else settings.refresh_interval or None,
             refresh_drift=(settings.refresh_drift or None) if settings.method == "lift" else None,
             max_grad_norm=CLIP_NORM,
+            state_dtype=STATE_DTYPES[settings.state_dtype],
+            master=MASTERS[settings.master],
             warm_start=None,  # bases would enlarge the state by a quarter, and a run has few refreshes to speed up
             **masks,
             **budget,
