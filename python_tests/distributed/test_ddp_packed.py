@@ -18,6 +18,12 @@ MODES = {
     "spread": {"options": {"refresh_schedule": "spread"}},
     "drift": {"options": {"refresh_drift": 0.02}},
     "norm": {"options": {"max_grad_norm": 0.01}},
+    "small state": {
+        "dtype": torch.bfloat16,
+        "grad_dtype": torch.bfloat16,
+        "options": {"state_dtype": "8bit", "master": "split"},
+    },
+    "small state, no_sync": {"micro": 2, "grad_dtype": torch.bfloat16, "options": {"state_dtype": "8bit"}},
 }
 WORKER = (
     f"MODES = {MODES!r}\n"
@@ -37,9 +43,9 @@ class Net(nn.Module):
 
 MASK = dict(rank=3, density=0.2)
 
-def make(group, dtype=torch.float32, options={}, **ignored):
+def make(group, dtype=torch.float32, grad_dtype=torch.float32, options={}, **ignored):
     model = Net().to(dtype)
-    groups = pack_gradients(model, freeze_rest=True, process_group=group, **MASK)
+    groups = pack_gradients(model, freeze_rest=True, process_group=group, grad_dtype=grad_dtype, **MASK)
     return model, LiftAdamW(groups, lr=0.01, refresh_interval=3, process_group=group, **MASK | options)
 
 def losses(model, step, rank, micro=1, unused=(), **ignored):
@@ -52,7 +58,8 @@ def model_dtype(model):
     return next(p.dtype for name, p in model.named_parameters() if name.endswith("weight"))
 
 def result(model, optimizer):
-    return [p.detach().clone() for p in model.parameters()], [
+    # `values` is NaN where the optimizer stores them.
+    return [p.detach().nan_to_num(7.0) for p in model.parameters()], [
         entry["indices"].clone() for entry in optimizer.state.values() if "indices" in entry]
 
 def together(ddp={}, micro=1, **case):
