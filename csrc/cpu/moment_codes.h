@@ -44,31 +44,35 @@ struct Scale {
   }
 };
 
-[[gnu::always_inline]] inline float on_scale(float magnitude, float factor) {
-  const float scaled = magnitude * factor;
-  return scaled >= 0x1p-60f ? scaled : 0.0f;
+// Puts a magnitude, given by its bits, on the scale of cubes of codes. Infinity and NaN are taken for
+// the largest number, whose product is 0: the factor of their group is 0. The specification also makes
+// 0 of what is below 2^-60. That need not be done, because it gets the same codes.
+[[gnu::always_inline]] inline float on_scale(uint32_t magnitude, float factor) {
+  constexpr uint32_t kLargest = 0x7f7fffffu;
+  return float_of(magnitude < kLargest ? magnitude : kLargest) * factor;
 }
 
-[[gnu::always_inline]] inline int8_t first_code(float moment, float factor) {
-  const float scaled = on_scale(float_of(bits_of(moment) & 0x7fffffffu), factor);
-  const int32_t code = int32_t(cube_root(scaled) + 0.5f);
-  return int8_t(moment < 0.0f ? -code : code);
+[[gnu::always_inline]] inline int32_t first_code(float moment, float factor) {
+  const uint32_t bits = bits_of(moment), magnitude = bits & 0x7fffffffu;
+  const float code = cube_root(on_scale(magnitude, factor)) + 0.5f;
+  return int32_t(float_of(bits_of(code) | (bits ^ magnitude)));  // truncated towards zero
 }
 
-// Rounds up where the share of the way to the next code is 1 - up or more.
-[[gnu::always_inline]] inline uint8_t root_code(float root, float factor, float up) {
-  const float scaled = on_scale(root, factor);
-  int32_t code = int32_t(cube_root(scaled));
+// Rounds up where the share of the way to the next code is 1 - up or more. Comparisons are numbers
+// here, because GCC would make branches of them.
+[[gnu::always_inline]] inline int32_t root_code(float root, float factor, float up) {
+  const float scaled = on_scale(bits_of(root), factor);
+  const int32_t code = int32_t(cube_root(scaled));
   const float below = float(code);
   const float distance = 3.0f * below * (below + 1.0f) + 1.0f;
-  code += scaled - below * below * below >= (1.0f - up) * distance ? 1 : 0;
-  code = code < 1 ? 1 : code > 255 ? 255 : code;
-  return uint8_t(root > 0.0f ? code : 0);
+  const int32_t rounded = code + int32_t(scaled - below * below * below >= (1.0f - up) * distance);
+  const int32_t at_least_one = rounded < 1 ? 1 : rounded;
+  return (at_least_one > 255 ? 255 : at_least_one) & -int32_t(root > 0.0f);
 }
 
-[[gnu::always_inline]] inline float dither(uint32_t position, uint32_t of_step) {
-  return float(int32_t((position * kDitherPosition + of_step) >> 8)) * 0x1p-24f;
-}
+// Of a word that grows by kDitherPosition from an arena position to the next, and by kDitherStep a
+// step.
+[[gnu::always_inline]] inline float dither(uint32_t word) { return float(int32_t(word >> 8)) * 0x1p-24f; }
 
 [[gnu::always_inline]] inline float cube(int32_t code) {
   const float x = float(code);
