@@ -21,7 +21,7 @@ struct Codes {
 constexpr float kFirstCube = 127.0f * 127.0f * 127.0f, kRootCube = 255.0f * 255.0f * 255.0f;
 constexpr uint32_t kDitherPosition = 0xc13fa9a9u, kDitherStep = 0x91e10da5u;
 
-// The cube root of x, with a relative error below 2^-14. No lane divides.
+// The cube root of x, 2^-60 to 2^24, with a relative error below 2^-14. No lane divides.
 [[gnu::always_inline]] inline float cube_root(float x) {
   float root = float_of(uint32_t(0x54a2fa8c - int32_t(float(int32_t(bits_of(x))) * (1.0f / 3.0f))));
   const float third = x * (1.0f / 3.0f);
@@ -44,24 +44,22 @@ struct Scale {
   }
 };
 
-// Puts a magnitude, given by its bits, on the scale of cubes of codes. Infinity and NaN are taken for
-// the largest number, whose product is 0: the factor of their group is 0. The specification also makes
-// 0 of what is below 2^-60. That need not be done, because it gets the same codes.
-[[gnu::always_inline]] inline float on_scale(uint32_t magnitude, float factor) {
-  constexpr uint32_t kLargest = 0x7f7fffffu;
-  return float_of(magnitude < kLargest ? magnitude : kLargest) * factor;
+// Puts a magnitude on the scale of cubes of codes. All that is tiny is 2^-60 there, and so is NaN.
+[[gnu::always_inline]] inline float on_scale(float magnitude, float factor) {
+  const float scaled = magnitude * factor;
+  return scaled > 0x1p-60f ? scaled : 0x1p-60f;
 }
 
 [[gnu::always_inline]] inline int32_t first_code(float moment, float factor) {
   const uint32_t bits = bits_of(moment), magnitude = bits & 0x7fffffffu;
-  const float code = cube_root(on_scale(magnitude, factor)) + 0.5f;
+  const float code = cube_root(on_scale(float_of(magnitude), factor)) + 0.5f;
   return int32_t(float_of(bits_of(code) | (bits ^ magnitude)));  // truncated towards zero
 }
 
 // Rounds up where the share of the way to the next code is 1 - up or more. Comparisons are numbers
 // here, because GCC would make branches of them.
 [[gnu::always_inline]] inline int32_t root_code(float root, float factor, float up) {
-  const float scaled = on_scale(bits_of(root), factor);
+  const float scaled = on_scale(root, factor);
   const int32_t code = int32_t(cube_root(scaled));
   const float below = float(code);
   const float distance = 3.0f * below * (below + 1.0f) + 1.0f;
