@@ -93,7 +93,7 @@ def test_first_moments_need_no_dither():
     generator = torch.Generator().manual_seed(2)
     exact, codes = torch.zeros(1024), encode_first(torch.zeros(1024))
     errors = []
-    for step in range(300):
+    for _ in range(300):
         grad = torch.randn(1024, generator=generator)
         exact = exact.lerp(grad, 0.1)
         codes = encode_first(decode(*codes).lerp(grad, 0.1))

@@ -51,7 +51,7 @@ def magnitudes(count: int, top: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("top", [FIRST_TOP, ROOT_TOP])
 def test_every_code_comes_back_at_every_scale(top):
-    """Roots also where they are rounded up or down as far as the dither goes in nearly all steps."""
+    """Roots also where they are rounded up or down as far as nearly all of the dither goes."""
     codes, scales = grid(top), scales_of_all_sizes(top)
     groups = len(codes) // GROUP
     many = codes.repeat(len(scales))
@@ -143,7 +143,7 @@ def test_a_tail_is_a_group_whose_rest_is_zero(encode, entries):
 
 @pytest.mark.parametrize("encode", [encode_first, encode_root])
 def test_groups_without_a_number_worth_storing(encode):
-    """All of a group is zero where its largest entry is below 2^-100, and NaN with one NaN in it."""
+    """A group whose largest entry is below 2^-100 is zero. One with a NaN in it is all NaN."""
     inf, nan = float("inf"), float("nan")
     values = torch.ones(7, GROUP)
     values[0] = 0.0
