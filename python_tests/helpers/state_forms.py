@@ -121,5 +121,3 @@ def assert_codes_near(found: Tensor, expected: Tensor, label: str) -> None:
 def assert_scales_near(found: Tensor, expected: Tensor, label: str) -> None:
     """Check that scales are equal but for a few ulp."""
     torch.testing.assert_close(found, expected, rtol=2.0**-20, atol=0, equal_nan=True, msg=f"{label} differs")
-
-

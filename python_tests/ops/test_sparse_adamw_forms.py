@@ -76,7 +76,7 @@ def step_and_check(backend, problem: FormProblem, **options) -> None:
 @pytest.mark.parametrize("births", [False, True], ids=["global", "per-entry"])
 @pytest.mark.parametrize("grad", [FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])
 def test_sparse_adamw_forms(backend, form, births, grad):
-    """Tails, a matrix of one entry and one of none; dense gradients unless the weights are packed."""
+    """Tails, a matrix of one entry and one of none; gradients are dense beside dense weights."""
     problem = make_forms(backend, SIZES, grad=grad, births=births, **form)
     for step in range(2):
         step_and_check(backend, problem)
@@ -98,7 +98,7 @@ def test_sparse_adamw_forms_options(backend, form, options):
 @pytest.mark.parametrize("count", [0, 1, 31, 32, 33, 127, 128, 129, 500, 1200])
 @pytest.mark.parametrize("births", [False, True], ids=["global", "per-entry"])
 def test_sparse_adamw_forms_codes_are_those_of_the_reference(backend, count, births):
-    """With betas of 0, moments are functions of the gradient alone, so their codes are equal bits."""
+    """With betas of 0, moments are functions of the gradient alone, so the bits are equal."""
     problem = make_forms(backend, [((40, 30), count)], coded=True, split=True, births=births)
     problem.grads[0] *= torch.exp(3 * torch.randn(40, 1, generator=torch.Generator().manual_seed(count)))
     expected = problem.copy()
@@ -187,7 +187,7 @@ def test_sparse_adamw_forms_packed_weights_are_those_of_matrices(backend, weight
 
 
 def test_sparse_adamw_forms_split_masters_are_fp32_masters_until_a_tie(backend):
-    """Over 1,000 steps with given gradients every entry has the same bits, but after its first tie."""
+    """Over 1,000 steps with given gradients, every entry has the same bits up to its first tie."""
     whole = make_forms(backend, [((64, 40), 1000)], weight=BF16, master=True, packed=True, step=0)
     halves = make_forms(backend, [((64, 40), 1000)], split=True, packed=True, step=0)
     at = whole.segment(0)
