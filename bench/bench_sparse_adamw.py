@@ -18,7 +18,8 @@ time, and the exit status is 1.
 
 Bytes of the roofline, per step. Sparse: each distinct 64-byte line that selected entries lie on
 counts, for weights read and written, for dense gradients read. Each entry counts 4 (index) + 2
-moments read and written + 8 (master read and written) + a packed gradient. Dense: weight and
+moments read and written, with their scales, + 8 (master read and written, 4 for a low half) + a
+packed gradient. Dense: weight and
 moments are read and written, the gradient is read. The roofline is these bytes over the measured
 copy bandwidth.
 
@@ -93,13 +94,16 @@ def candidates(
     generator = torch.Generator().manual_seed(0)
     grads = [torch.randn(w.shape, generator=generator).mul_(1e-3).to(dtype) for w in weights]
     if dtype == FP32:
-        kinds = {"": {}}
+        kinds = {"": {}, ", 8-bit moments": {"moment": torch.int8}}
     else:
         kinds = {
             ", bf16 moments": {"moment": BF16},
             ", bf16 moments, fp32 master": {"moment": BF16, "master": True},
             ", fp32 moments, fp32 master": {"master": True},
             ", bf16 moments, stochastic": {"moment": BF16, "stochastic": True},
+            ", 8-bit moments, fp32 master": {"moment": torch.int8, "master": True},
+            ", fp32 moments, split master": {"split": True},
+            ", 8-bit moments, split master": {"moment": torch.int8, "split": True},
         }
     numel = sum(w.numel() for w in weights)
     wrong: dict[str, str] = {}

@@ -92,11 +92,18 @@ def cpu_objects(tmp_path_factory):
     return compile_all(tmp_path_factory.mktemp("cpu_objects"), platform.machine())
 
 
+def runs_on_its_backend(item) -> bool:
+    """Whether its module names no BACKENDS, or names the one of this item."""
+    backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+    return backend is None or backend.name in getattr(item.module, "BACKENDS", (backend.name,))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     no_gpu = pytest.mark.skip(reason="no CUDA device")
     # In the interpreter, NumPy warns when fp32 overflows or turns NaN. A GPU and torch do not.
     quiet = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning")
+    items[:] = [item for item in items if runs_on_its_backend(item)]
     for item in items:
         if dispatch.interpreting():
             item.add_marker(quiet)

@@ -15,6 +15,7 @@ from bench.common.arenas import LINE, Arena
 from bench.common.baselines import parameters
 from bench.common.timing import difference
 from lift_kernels import ops
+from lift_kernels.ops.state_formats import GROUP, groups_of, join_master
 
 HYPER = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -22,15 +23,24 @@ DENSITY, RANK = 0.05, 64
 
 
 class SparseStep:
-    """`sparse_adamw_` on all matrices, ten steps into their training."""
+    """`sparse_adamw_` on all matrices, ten steps into their training.
 
-    def __init__(self, weights, grads, arena: Arena, moment=FP32, master=False, packed=False, stochastic=False):
+    The dtype int8 of ``moment`` says 8-bit moments. ``split`` has low halves of masters.
+    """
+
+    def __init__(
+        self, weights, grads, arena: Arena, moment=FP32, master=False, packed=False, stochastic=False, split=False
+    ):
         self.weights, self.arena, self.packed, self.stochastic = weights, arena, packed, stochastic
         flat = [index.long() for index in arena.lists()]
         self.grads = [g.view(-1)[i] for g, i in zip(grads, flat)] if packed else grads
-        self.exp_avg, self.exp_avg_sq = arena.zeros(moment), arena.zeros(moment)
-        self.master = arena.zeros(FP32) if master else None
-        if master:
+        coded = moment == torch.int8
+        self.exp_avg, self.exp_avg_sq = arena.zeros(moment), arena.zeros(torch.uint8 if coded else moment)
+        names = ("exp_avg_scale", "exp_avg_sq_scale") if coded else ()
+        groups = groups_of(len(arena.indices))
+        self.scales = {name: torch.zeros(groups, device=arena.indices.device) for name in names}
+        self.master = arena.zeros(torch.int16 if split else FP32) if master or split else None
+        if master and not split:
             for weight, offset, index in zip(weights, arena.offsets, flat):
                 self.master[offset : offset + len(index)] = weight.view(-1)[index].float()
         self.steps = torch.full((len(weights),), 10.0, device=arena.indices.device)
@@ -48,6 +58,7 @@ class SparseStep:
             self.exp_avg_sq,
             self.steps,
             master=self.master,
+            **self.scales,
             packed_grads=self.packed,
             stochastic=self.stochastic,
             seed=1,
@@ -59,9 +70,9 @@ class SparseStep:
         """Bytes that a step moves at least.
 
         Lines of weights are read and written, those of dense gradients are read. Each entry adds
-        its index (4 bytes), two moments read and written, a master read and written (8) and a
-        packed gradient. A weight that has a master is only written. But its lines must be read too,
-        since they are written in part.
+        its index (4 bytes), two moments and their scales read and written, a master or its low half
+        read and written (8 or 4) and a packed gradient. A weight that has a master is only written.
+        But its lines must be read too, since they are written in part.
 
         Args:
             fetch: bytes that the device fetches where an entry is read, if more than a line. A
@@ -69,7 +80,8 @@ class SparseStep:
         """
         width = self.weights[0].element_size()
         lines = self.arena.line_bytes(width) + self.arena.line_bytes(width, None if self.master is not None else fetch)
-        stream = 4 + 4 * self.exp_avg.element_size() + (8 if self.master is not None else 0)
+        stream = 4 + 4 * self.exp_avg.element_size() + len(self.scales) * 8 / GROUP
+        stream += 0 if self.master is None else 2 * self.master.element_size()
         if self.packed:
             stream += self.grads[0].element_size()
         else:
@@ -86,18 +98,29 @@ class SparseStep:
     def check(self) -> str:
         """What is wrong with two steps, or an empty string.
 
-        Whole weights are compared with the reference's. All tensors are put back.
+        It is one step with 8-bit moments, because a code that is rounded otherwise differs by more
+        than rounding in the next. Whole weights are compared with the reference's. All tensors are
+        put back.
         """
-        state = [*self.weights, self.exp_avg, self.exp_avg_sq, *([] if self.master is None else [self.master])]
+        state = [*self.weights, self.exp_avg, self.exp_avg_sq, *self.scales.values()]
+        state += [] if self.master is None else [self.master]
         saved = [tensor.clone() for tensor in state]
         results = []
         for backend in ("reference", None):
-            for _ in range(2):
+            for _ in range(1 if self.scales else 2):
                 self(backend)
             results.append([tensor.clone() for tensor in state])
+            if self.master is not None and self.master.dtype == torch.int16:
+                results[-1][-1] = self._joined()
             for tensor, old in zip(state, saved):
                 tensor.copy_(old)
         return difference(*results)
+
+    def _joined(self) -> Tensor:
+        """The fp32 masters of all entries."""
+        weights = [w.view(-1)[index.long()] for w, index in zip(self.weights, self.arena.lists())]
+        halves = [self.master[o : o + c] for o, c in zip(self.arena.offsets, self.arena.counts)]
+        return torch.cat([join_master(*pair) for pair in zip(weights, halves)])
 
 
 class AuthorsStep:

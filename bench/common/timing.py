@@ -108,14 +108,15 @@ def timed(run: Callable[[], object], device: str, runs: int, warmup: int = 2) ->
 def difference(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> str:
     """What is wrong with the results of a candidate, or an empty string.
 
-    fp32 results may differ by 1e-6 of the largest entry. bf16 and fp16 results may differ by one
-    unit in the last place in one entry of a thousand.
+    fp32 results may differ by 1e-6 of the largest entry. bf16 and fp16 results, and codes, may
+    differ by one unit in the last place in one entry of a thousand.
     """
     for i, (right, got) in enumerate(zip(expected, actual)):
         gap = (right.double() - got.double()).abs()
         largest = float(right.abs().max())
-        if right.dtype.is_floating_point and right.dtype.itemsize == 2:
-            unit = right.double().abs() * torch.finfo(right.dtype).eps + 1e-30
+        if right.dtype.itemsize <= 2:
+            is_code = not right.dtype.is_floating_point
+            unit = torch.ones_like(gap) if is_code else right.double().abs() * torch.finfo(right.dtype).eps + 1e-30
             same = bool((gap <= unit).all()) and float((gap > 0).double().mean()) <= 1e-3
         else:
             same = float(gap.max()) <= 1e-6 * largest

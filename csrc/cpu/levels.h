@@ -28,8 +28,7 @@ struct StepLoops {
   void (*update_codes)(float* w, const Codes& moments, const float* g, int n, const Scalars& s);
   void (*update_codes_per_entry)(float* w, const Codes& moments, const float* g, int n, const Scalars& s,
                                  const float* inv_bc1, const float* inv_sqrt_bc2);
-  // The moments that codes stand for, second ones as their roots, and the codes of moments.
-  void (*decode)(const Codes& moments, float* first, float* root, int n);
+  // The codes of first moments and of roots of second ones, rounded to nearest.
   void (*encode)(const float* first, const float* root, const Codes& moments, int n);
   // fp32 masters of bf16 weights and their low halves, and the weights and low halves of masters.
   void (*join)(const void* weights, const int16_t* low, float* masters, int n);

@@ -21,7 +21,7 @@ struct Codes {
 constexpr float kFirstCube = 127.0f * 127.0f * 127.0f, kRootCube = 255.0f * 255.0f * 255.0f;
 constexpr uint32_t kDitherPosition = 0xc13fa9a9u, kDitherStep = 0x91e10da5u;
 
-// The cube root of x, with a relative error below 2^-14. No lane divides.
+// The cube root of x, 2^-60 to 2^24, with a relative error below 2^-14. No lane divides.
 [[gnu::always_inline]] inline float cube_root(float x) {
   float root = float_of(uint32_t(0x54a2fa8c - int32_t(float(int32_t(bits_of(x))) * (1.0f / 3.0f))));
   const float third = x * (1.0f / 3.0f);
@@ -44,31 +44,33 @@ struct Scale {
   }
 };
 
+// Puts a magnitude on the scale of cubes of codes. All that is tiny is 2^-60 there, and so is NaN.
 [[gnu::always_inline]] inline float on_scale(float magnitude, float factor) {
   const float scaled = magnitude * factor;
-  return scaled >= 0x1p-60f ? scaled : 0.0f;
+  return scaled > 0x1p-60f ? scaled : 0x1p-60f;
 }
 
-[[gnu::always_inline]] inline int8_t first_code(float moment, float factor) {
-  const float scaled = on_scale(float_of(bits_of(moment) & 0x7fffffffu), factor);
-  const int32_t code = int32_t(cube_root(scaled) + 0.5f);
-  return int8_t(moment < 0.0f ? -code : code);
+[[gnu::always_inline]] inline int32_t first_code(float moment, float factor) {
+  const uint32_t bits = bits_of(moment), magnitude = bits & 0x7fffffffu;
+  const float code = cube_root(on_scale(float_of(magnitude), factor)) + 0.5f;
+  return int32_t(float_of(bits_of(code) | (bits ^ magnitude)));  // truncated towards zero
 }
 
-// Rounds up where the share of the way to the next code is 1 - up or more.
-[[gnu::always_inline]] inline uint8_t root_code(float root, float factor, float up) {
+// Rounds up where the share of the way to the next code is 1 - up or more. Comparisons are numbers
+// here, because GCC would make branches of them.
+[[gnu::always_inline]] inline int32_t root_code(float root, float factor, float up) {
   const float scaled = on_scale(root, factor);
-  int32_t code = int32_t(cube_root(scaled));
+  const int32_t code = int32_t(cube_root(scaled));
   const float below = float(code);
   const float distance = 3.0f * below * (below + 1.0f) + 1.0f;
-  code += scaled - below * below * below >= (1.0f - up) * distance ? 1 : 0;
-  code = code < 1 ? 1 : code > 255 ? 255 : code;
-  return uint8_t(root > 0.0f ? code : 0);
+  const int32_t rounded = code + int32_t(scaled - below * below * below >= (1.0f - up) * distance);
+  const int32_t at_least_one = rounded < 1 ? 1 : rounded;
+  return (at_least_one > 255 ? 255 : at_least_one) & -int32_t(root > 0.0f);
 }
 
-[[gnu::always_inline]] inline float dither(uint32_t position, uint32_t of_step) {
-  return float(int32_t((position * kDitherPosition + of_step) >> 8)) * 0x1p-24f;
-}
+// Of a word that grows by kDitherPosition from an arena position to the next, and by kDitherStep a
+// step.
+[[gnu::always_inline]] inline float dither(uint32_t word) { return float(int32_t(word >> 8)) * 0x1p-24f; }
 
 [[gnu::always_inline]] inline float cube(int32_t code) {
   const float x = float(code);

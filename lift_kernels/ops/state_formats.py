@@ -80,7 +80,7 @@ def dither(positions: Tensor, step: int) -> Tensor:
 
 
 def cube_root(x: Tensor) -> Tensor:
-    """Return the cube roots of fp32 ``x``, 0 or 2^-60 to 2^24, with a relative error below 2^-14.
+    """Return the cube roots of fp32 ``x``, 2^-60 to 2^24, with a relative error below 2^-14.
 
     An integer operation on the bits guesses the reciprocal root, and two Newton steps follow. There
     is no division.
@@ -103,7 +103,8 @@ def _scaled(magnitude: Tensor, top: int) -> tuple[Tensor, Tensor]:
     scales = torch.where(largest.isfinite(), scales, torch.nan)
     factor = torch.where(coded, cube / largest, 0.0)
     scaled = magnitude * factor.repeat_interleave(GROUP)[:k]
-    return torch.where(scaled >= 2.0**-60, scaled, 0.0), scales
+    # What is smaller or NaN has code 0 or 1 anyway. The cube root of 0 would overflow to NaN.
+    return torch.where(scaled > 2.0**-60, scaled, 2.0**-60), scales
 
 
 def split_master(master: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from helpers.drivers import EMULATED, Driver, Machine, link, unavailable
 from helpers.migrations import make_migration
 from helpers.native_objects import compile_all
 from helpers.spectra import whole_factors
+from helpers.state_forms import make_forms
 from helpers.step_problems import HYPER, assert_stepped, make_problem
 
 from lift_kernels.ops import bias_correction, cpu_levels, dispatch, reference
@@ -45,6 +46,17 @@ STEPS = [  # weight, master, stochastic, gradient, moment, packed, births
     (FP16, False, False, FP16, BF16, True, True),
     (FP16, False, True, FP16, FP32, False, False),
     (FP16, False, True, FP32, BF16, True, True),
+]
+
+FORMS = [  # options of `make_forms`
+    {"coded": True, "grad": BF16, "packed": True},
+    {"coded": True, "split": True, "grad": BF16},
+    {"coded": True, "weight": FP16, "grad": FP16, "births": True},
+    {"coded": True, "weight": BF16, "master": True, "births": True},
+    {"split": True, "births": True},
+    {"split": True, "moment": BF16, "packed": True, "grad": BF16},
+    {"packed_weights": True},
+    {"packed_weights": True, "coded": True, "split": True, "births": True},
 ]
 
 
@@ -110,6 +122,53 @@ def test_steps(driver):
         )
         assert_stepped(before, there, **options)
         assert_same_bits(there.state(), here.state())
+
+
+@every_level
+def test_steps_on_other_forms_of_state(driver):
+    """8-bit moments, low halves and packed weights; two steps have the bits of this process."""
+    sizes = [((13, 17), 40), ((100, 87), 1300), ((1, 1), 1), ((5, 3), 0), ((64, 31), 513)]
+    betas = HYPER["betas"]
+    for forms in FORMS:
+        here = make_forms(NATIVE, sizes, **forms)
+        there = here.copy()
+        for _ in range(2):
+            here.step(NATIVE)
+            there.steps += 1
+            driver.sparse_adamw_(
+                *(there.weights, there.grads, there.indices, there.offsets, there.counts),
+                *(there.exp_avg, there.exp_avg_sq, there.steps, HYPER["lr"], *betas, HYPER["eps"]),
+                HYPER["weight_decay"],
+                master=there.master,
+                births=there.births,
+                bias=None if there.births is None else bias_correction.bias_table(*betas, torch.device("cpu")),
+                exp_avg_scale=there.exp_avg_scale,
+                exp_avg_sq_scale=there.exp_avg_sq_scale,
+                packed=there.packed,
+                packed_weights=there.packed_weights,
+            )
+            assert_same_bits(there.state(), here.state())
+
+
+@every_run
+def test_migrations_of_other_forms_of_state(driver):
+    """8-bit moments and low halves: all bits are the reference's."""
+    generator = torch.Generator().manual_seed(6)
+    lists = [random_indices(9000, count, generator) for count in (4000, 3001)]
+    for counts in ((4000, 3001), (3001, 4000)):
+        here = make_forms(NATIVE, [((90, 100), 4000)], coded=True, split=True, births=True)
+        here.counts = [counts[0]]
+        at = here.segment(0)
+        old, new = lists if counts[0] == 4000 else lists[::-1]
+        here.indices[at] = old
+        there = here.copy()
+        state = [here.master, here.births, here.exp_avg_scale, here.exp_avg_sq_scale]
+        arena = here.weights, [new], here.indices, here.offsets, here.counts, here.exp_avg, here.exp_avg_sq, here.steps
+        kept = reference.arena_migrate_ref(*arena, *state)
+        state = [there.master, there.births, there.exp_avg_scale, there.exp_avg_sq_scale]
+        arena = there.weights, [new], there.indices, there.offsets, there.counts, there.exp_avg, there.exp_avg_sq
+        assert torch.equal(driver.arena_migrate_(*arena, there.steps, *state), kept)
+        assert_same_bits(there.state() | there.inputs(), here.state() | here.inputs())
 
 
 @every_level

@@ -55,25 +55,29 @@ std::vector<lift::Segment> segments_of(int64_t n, const Array& offsets, const Ar
   return segments;
 }
 
-// Settings: n, dtypes of weight, gradient and moment, packed, stochastic, seed. Then lr, beta1,
-// beta2, eps, weight decay, factor of the gradient.
+// Settings: n, dtypes of weight, gradient and moment, packed gradients, stochastic, seed, whether the
+// masters are low halves, packed weights. Then lr, beta1, beta2, eps, weight decay, factor of the
+// gradient.
 void sparse_adamw(const Arrays& a) {
   const int64_t* s = a[0].as<int64_t>();
   const double* scalars = a[1].as<double>();
   std::vector<lift::Segment> segments = segments_of(s[0], a[2], a[3]);
   for (size_t i = 0; i < segments.size(); ++i) {
     segments[i].step = a[4].as<float>()[i];
-    segments[i].weight = a[11 + i].as<void>();
-    segments[i].grad = a[11 + segments.size() + i].as<void>();
+    segments[i].weight = a[13 + i].as<void>();
+    segments[i].grad = a[13 + segments.size() + i].as<void>();
   }
   lift::AdamW adamw{};
   adamw.indices = a[5].as<int32_t>();
   adamw.exp_avg = a[6].as<void>();
   adamw.exp_avg_sq = a[7].as<void>();
-  adamw.master = a[8].as<float>();
+  if (s[7] != 0) adamw.master_low = a[8].as<int16_t>();
+  else adamw.master = a[8].as<float>();
   adamw.births = a[9].as<int32_t>();
   adamw.bias_table = a[10].as<float>();
   adamw.bias_ages = a[10].size / int64_t(2 * sizeof(float)) - 1;
+  adamw.exp_avg_scale = a[11].as<float>();
+  adamw.exp_avg_sq_scale = a[12].as<float>();
   adamw.lr = scalars[0];
   adamw.beta1 = scalars[1];
   adamw.beta2 = scalars[2];
@@ -83,6 +87,7 @@ void sparse_adamw(const Arrays& a) {
   adamw.packed_grads = s[4] != 0;
   adamw.stochastic = s[5] != 0;
   adamw.seed = uint32_t(s[6]);
+  adamw.packed_weights = s[8] != 0;
   lift::sparse_adamw_cpu(segments.data(), s[0], adamw, dtype(s[1]), dtype(s[2]), dtype(s[3]), parallel_for);
 }
 
@@ -112,23 +117,31 @@ void packed_square_sums(const Arrays& a) {
                                parallel_for);
 }
 
-// Offsets, old counts, steps; indices, moments, masters, births; kept; then weights and new lists.
+// Settings: n, dtypes of weight and moment, whether the masters are low halves. Offsets, old counts,
+// steps; indices, moments, masters, births, scales; kept; then weights and new lists.
 void arena_migrate(const Arrays& a) {
   const int64_t* s = a[0].as<int64_t>();
   const size_t n = size_t(s[0]);
   std::vector<lift::Migration> matrices(n);
   for (size_t i = 0; i < n; ++i) {
-    const Array& list = a[10 + n + i];
-    matrices[i].weight = a[10 + i].as<void>();
+    const Array& list = a[12 + n + i];
+    matrices[i].weight = a[12 + i].as<void>();
     matrices[i].new_indices = list.as<int32_t>();
     matrices[i].offset = a[1].as<int64_t>()[i];
     matrices[i].old_count = a[2].as<int64_t>()[i];
     matrices[i].new_count = list.size / int64_t(sizeof(int32_t));
     matrices[i].step = int32_t(a[3].as<float>()[i]);
   }
-  const lift::MigrationArenas arenas{a[4].as<int32_t>(), a[5].as<void>(), a[6].as<void>(), a[7].as<float>(),
-                                     a[8].as<int32_t>()};
-  lift::arena_migrate_cpu(matrices.data(), s[0], arenas, dtype(s[1]), dtype(s[2]), a[9].as<int64_t>(), parallel_for);
+  lift::MigrationArenas arenas{};
+  arenas.indices = a[4].as<int32_t>();
+  arenas.exp_avg = a[5].as<void>();
+  arenas.exp_avg_sq = a[6].as<void>();
+  if (s[3] != 0) arenas.master_low = a[7].as<int16_t>();
+  else arenas.master = a[7].as<float>();
+  arenas.births = a[8].as<int32_t>();
+  arenas.exp_avg_scale = a[9].as<float>();
+  arenas.exp_avg_sq_scale = a[10].as<float>();
+  lift::arena_migrate_cpu(matrices.data(), s[0], arenas, dtype(s[1]), dtype(s[2]), a[11].as<int64_t>(), parallel_for);
 }
 
 void lowrank_topk(const Arrays& a) {

@@ -20,7 +20,7 @@ from torch import Tensor
 from bench.kernels import cpu
 
 SOURCE = Path(__file__).parents[1] / "drivers" / "driver.cpp"
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType of launchers.h
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 4}  # DType of launchers.h
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,11 @@ def link(objects: dict[str, Path], folder: Path, architecture: str) -> Path:
     return target
 
 
+def is_split(master: Tensor | None) -> bool:
+    """Whether masters are low halves."""
+    return master is not None and master.dtype == torch.int16
+
+
 class Driver:
     """The private native ops, in the driver at one level. Tensors are changed in place."""
 
@@ -82,18 +87,21 @@ class Driver:
         master: Tensor | None = None,
         births: Tensor | None = None,
         bias: Tensor | None = None,
+        exp_avg_scale: Tensor | None = None,
+        exp_avg_sq_scale: Tensor | None = None,
         inv_scale: float = 1.0,
         packed: bool = False,
+        packed_weights: bool = False,
         maximize: bool = False,
         stochastic: bool = False,
         seed: int = 0,
     ) -> None:
         weights, grads, indices, offsets, counts, exp_avg, exp_avg_sq, steps, *scalars = arguments
         dtypes = [DTYPES[tensor.dtype] for tensor in (weights[0], grads[0], exp_avg)]
-        settings = [len(weights), *dtypes, packed, stochastic, seed]
+        settings = [len(weights), *dtypes, packed, stochastic, seed, is_split(master), packed_weights]
         numbers = [*scalars, -inv_scale if maximize else inv_scale]
         arrays = [settings, numbers, offsets, counts, steps, indices, exp_avg, exp_avg_sq, master, births, bias]
-        self._call("sparse_adamw", *arrays, *weights, *grads)
+        self._call("sparse_adamw", *arrays, exp_avg_scale, exp_avg_sq_scale, *weights, *grads)
 
     def packed_gather(self, source: Tensor, indices: Tensor, out: Tensor) -> None:
         settings = [DTYPES[source.dtype], DTYPES[out.dtype], indices.numel()]
@@ -114,11 +122,11 @@ class Driver:
         return sums
 
     def arena_migrate_(
-        self, weights, new, indices, offsets, counts, exp_avg, exp_avg_sq, steps, master, births
+        self, weights, new, indices, offsets, counts, exp_avg, exp_avg_sq, steps, master, births, *scales
     ) -> Tensor:
-        settings = [len(weights), DTYPES[weights[0].dtype], DTYPES[exp_avg.dtype]]
+        settings = [len(weights), DTYPES[weights[0].dtype], DTYPES[exp_avg.dtype], is_split(master)]
         kept = torch.empty(len(weights), dtype=torch.int64)
-        arenas = [indices, exp_avg, exp_avg_sq, master, births]
+        arenas = [indices, exp_avg, exp_avg_sq, master, births, *(scales or (None, None))]
         self._call("arena_migrate", settings, offsets, counts, steps, *arenas, kept, *weights, *new)
         return kept
 

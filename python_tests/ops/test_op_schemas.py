@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.backends import backend_of
+from helpers.backends import STATE_FORMS, backend_of
 from helpers.bitmap_cases import CASES
 from helpers.bits import BF16, FP16, FP32, bits
 from helpers.migrations import make_migration
+from helpers.state_forms import make_forms
 from helpers.step_problems import make_problem
 
 from lift_kernels import ops
@@ -45,6 +46,31 @@ def adamw_arguments(backend, **kinds):
     return arguments, options | extra | {"master": problem.master, "births": problem.births}
 
 
+def adamw_forms(backend, **forms):
+    """Arguments of a step on other forms of state; plain ones for a backend without them."""
+    if backend.name not in STATE_FORMS:
+        return adamw_arguments(backend)
+    problem = make_forms(backend, [((6, 7), 9), ((5, 4), 20)], **forms)
+    arguments, options = adamw_arguments(backend)
+    weights = [weight.clone() for weight in problem.weights]
+    arguments = weights, problem.grads, *arguments[2:5], problem.exp_avg, problem.exp_avg_sq, *arguments[7:]
+    names = "master", "births", "exp_avg_scale", "exp_avg_sq_scale", "packed_weights"
+    options |= {name: getattr(problem, name) for name in names} | {"packed_grads": problem.packed}
+    return arguments, options
+
+
+def migrate_forms(backend):
+    """8-bit moments and low halves of masters."""
+    arguments, _ = migrate_arguments(backend, weight=BF16)
+    if backend.name not in STATE_FORMS:
+        return arguments, {}
+    length = arguments[2].numel()
+    codes = [torch.arange(length, device=backend.device).to(dtype) for dtype in (torch.int8, torch.uint8)]
+    scales = [torch.ones(-(-length // 32), device=backend.device) for _ in range(2)]
+    master = torch.arange(length, device=backend.device).short()
+    return (*arguments[:5], *codes, arguments[7], master, arguments[9], *scales), {}
+
+
 def norm_arguments(backend, packed):
     problem = make_problem(backend, [((6, 7), 9), ((5, 4), 20)], packed=packed)
     return (problem.grads, problem.indices, problem.offsets, problem.counts), {"packed_grads": packed}
@@ -79,6 +105,9 @@ SAMPLES = {
             adamw_arguments(backend, weight=FP16)[0],
             adamw_arguments(backend, weight=FP16)[1] | {"stochastic": True, "seed": 3},
         ),
+        "8-bit moments": lambda backend: adamw_forms(backend, coded=True),
+        "split masters": lambda backend: adamw_forms(backend, split=True, packed=True),
+        "packed weights": lambda backend: adamw_forms(backend, packed_weights=True, coded=True, split=True),
     },
     "packed_gather": {
         "same dtype": lambda backend: ((torch.randn(4, 5, device=backend.device), int32([1, 7, 19], backend)), {}),
@@ -112,6 +141,7 @@ SAMPLES = {
         "all arenas": migrate_arguments,
         "moments": lambda backend: migrate_arguments(backend, moment=BF16, master=False, births=False),
         "master": lambda backend: migrate_arguments(backend, weight=BF16, births=False),
+        "8-bit moments, split masters": migrate_forms,
     },
     "lowrank_topk": {
         "sampled bracket": lambda backend: (
