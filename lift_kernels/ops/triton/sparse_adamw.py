@@ -13,6 +13,7 @@ from .launch_tables import block_size, block_table, pointer_table
 from .memory import load_stream, store_stream
 from .rounding import FORMATS, bits, counter_hash, narrow, narrow_stochastic, widen
 from .state_formats import decode, dither, encode_first, encode_root, group_scales, join_master, low_half, spread
+from .targets import step_options
 
 
 @triton.jit(do_not_specialize=["last_age"])
@@ -133,21 +134,12 @@ def _sparse_adamw_kernel(
     root = tl.sqrt_rn(v)
     w = w * decay - tl.div_rn(step_size * m, root * correction + eps)
 
-    position = start.to(tl.uint32) + lanes.to(tl.uint32)
-    if exp_avg_scale is None:
-        m_new = narrow(m, m_stored.dtype)
-        v_new = narrow(v, v_stored.dtype)
-    else:
-        m_new, m_scale = encode_first(m, real, BLOCK)
-        up = dither(position, tl.load(steps + matrix).to(tl.int32))
-        v_new, v_scale = encode_root(root, up, real, BLOCK)
-        tl.store(exp_avg_scale + group, m_scale, mask=owned)
-        tl.store(exp_avg_sq_scale + group, v_scale, mask=owned)
-
     # A vector store must cover the padding too. The kernel must not change what lies there, so it
     # writes the old bits back.
-    tl.store(exp_avg + start + lanes, tl.where(real, m_new, m_stored), mask=inside)
-    tl.store(exp_avg_sq + start + lanes, tl.where(real, v_new, v_stored), mask=inside)
+    position = start.to(tl.uint32) + lanes.to(tl.uint32)
+    if exp_avg_scale is None:
+        tl.store(exp_avg + start + lanes, tl.where(real, narrow(m, m_stored.dtype), m_stored), mask=inside)
+        tl.store(exp_avg_sq + start + lanes, tl.where(real, narrow(v, v_stored.dtype), v_stored), mask=inside)
     if master is not None:
         kept = w if w_stored.dtype == tl.float32 else low_half(w)
         tl.store(master + start + lanes, tl.where(real, kept, w_stored), mask=inside)
@@ -160,6 +152,14 @@ def _sparse_adamw_kernel(
         store_stream(weight, rounded, count, BLOCK)
     else:
         tl.store(weight, rounded, mask=real)
+    if exp_avg_scale is not None:  # last, when nothing of the weights takes registers any more
+        codes, m_scale = encode_first(m, real, BLOCK)
+        tl.store(exp_avg + start + lanes, tl.where(real, codes, m_stored), mask=inside)
+        tl.store(exp_avg_scale + group, m_scale, mask=owned)
+        up = dither(position, tl.load(steps + matrix).to(tl.int32))
+        codes, v_scale = encode_root(root, up, real, BLOCK)
+        tl.store(exp_avg_sq + start + lanes, tl.where(real, codes, v_stored), mask=inside)
+        tl.store(exp_avg_sq_scale + group, v_scale, mask=owned)
 
 
 def sparse_adamw_triton(
@@ -200,10 +200,9 @@ def sparse_adamw_triton(
         keys: (n,) int32, from `stochastic_keys`. Given, weights are rounded stochastically.
     """
     block = block_size()
-    # Without a master, a block waits for the weights last. Where its streams are short, more warps
-    # hide that: on an H100, 5.7 ms and not 6.0 for LLaMA-2-7B with bf16 moments and gradients.
+    # Without an fp32 master, a block waits for the weights last.
     late = (master is None or master.dtype == torch.int16) and weights[0].element_size() == 2 and not packed_weights
-    warps = 8 if late and (packed_grads or exp_avg.element_size() <= 2) else 4
+    late = late and (packed_grads or exp_avg.element_size() <= 2)
     with torch.cuda.device_of(indices):
         blocks, aligned = block_table(offsets, counts, indices.numel(), block, indices.device)
         if blocks.shape[0] == 0:
@@ -242,6 +241,5 @@ def sparse_adamw_triton(
             WIDE_WEIGHTS=packed_weights and wide_weights,
             MAXIMIZE=maximize,
             BLOCK=block,
-            num_warps=warps,
-            enable_fp_fusion=False,
+            **step_options(indices.device, late=late, coded=exp_avg_scale is not None),
         )
