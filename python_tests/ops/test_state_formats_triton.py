@@ -48,14 +48,17 @@ def random_codes(length, device):
     return {name: tensor.to(device) for name, tensor in codes.items()}
 
 
-def encode_into(codes, problem, up):
+def root_of(backend, squares):
+    """Square roots. Those of torch may be by MKL, which does not always round to nearest."""
+    return squares.sqrt() if backend.name == "reference" else squares.double().sqrt().float()
+
+
+def encode_into(backend, codes, problem, up):
     """Put codes of a problem's fp32 moments into the arenas. ``up(i)`` rounds the roots."""
     for i, (offset, count) in enumerate(zip(problem.offsets, problem.counts)):
         segment, group = problem.segment(i), group_slice(offset, count)
         codes["exp_avg"][segment], codes["exp_avg_scale"][group] = encode_first(problem.exp_avg[segment])
-        # torch's own square root of fp32 may be by MKL, which does not always round to nearest.
-        root = problem.exp_avg_sq[segment].double().sqrt().float()
-        roots = encode_root(root, up(i))
+        roots = encode_root(root_of(backend, problem.exp_avg_sq[segment]), up(i))
         codes["exp_avg_sq"][segment], codes["exp_avg_sq_scale"][group] = roots
 
 
@@ -111,7 +114,10 @@ def make_forms(
         codes = random_codes(problem.indices.numel(), problem.indices.device)
         generator = torch.Generator().manual_seed(1)
         encode_into(
-            codes, problem, lambda i: torch.rand(problem.counts[i], generator=generator).to(codes["exp_avg"].device)
+            backend,
+            codes,
+            problem,
+            lambda i: torch.rand(problem.counts[i], generator=generator).to(codes["exp_avg"].device),
         )
         decode_into(problem, codes)
     if low:
@@ -162,7 +168,7 @@ def step_and_check(backend, forms, **options):
             position = torch.arange(plain.segment(i).start, plain.segment(i).stop, device=plain.indices.device)
             return state_formats.dither(position, int(plain.steps[i]))
 
-        encode_into(after, plain, up)
+        encode_into(backend, after, plain, up)
         before |= {name: bits(tensor) for name, tensor in after.items()}
     for i, weight in enumerate(plain.weights):
         if forms.low is not None:
