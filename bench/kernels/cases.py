@@ -153,7 +153,7 @@ def adamw_case(
     options = {"num_warps": warps}
     if warps != THREADS // 32:
         words.append(f"{warps} warps")
-    if coded:
+    if coded and aligned:
         options["maxnreg"] = targets.CODED_REGISTERS[warps]
     return Case(
         "sparse_adamw: " + ", ".join(words),

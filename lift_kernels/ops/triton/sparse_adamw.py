@@ -131,18 +131,17 @@ def _sparse_adamw_kernel(
         age = tl.minimum(tl.maximum(age, 0), last_age)
         step_size = step_size * tl.load(bias + age, mask=real, other=0.0)
         correction = correction * tl.load(bias + last_age + 1 + age, mask=real, other=0.0)
-    root = tl.sqrt_rn(v)
-    w = w * decay - tl.div_rn(step_size * m, root * correction + eps)
+    w = w * decay - tl.div_rn(step_size * m, tl.sqrt_rn(v) * correction + eps)
 
     # A vector store must cover the padding too. The kernel must not change what lies there, so it
     # writes the old bits back.
-    position = start.to(tl.uint32) + lanes.to(tl.uint32)
     if exp_avg_scale is None:
         tl.store(exp_avg + start + lanes, tl.where(real, narrow(m, m_stored.dtype), m_stored), mask=inside)
         tl.store(exp_avg_sq + start + lanes, tl.where(real, narrow(v, v_stored.dtype), v_stored), mask=inside)
     if master is not None:
         kept = w if w_stored.dtype == tl.float32 else low_half(w)
         tl.store(master + start + lanes, tl.where(real, kept, w_stored), mask=inside)
+    position = start.to(tl.uint32) + lanes.to(tl.uint32)
     if keys is not None:
         key = tl.load(keys + matrix).to(tl.uint32, bitcast=True)
         rounded = narrow_stochastic(w, counter_hash(counter_hash(position) ^ key), WEIGHT)
@@ -157,7 +156,7 @@ def _sparse_adamw_kernel(
         tl.store(exp_avg + start + lanes, tl.where(real, codes, m_stored), mask=inside)
         tl.store(exp_avg_scale + group, m_scale, mask=owned)
         up = dither(position, tl.load(steps + matrix).to(tl.int32))
-        codes, v_scale = encode_root(root, up, real, BLOCK)
+        codes, v_scale = encode_root(tl.sqrt_rn(v), up, real, BLOCK)
         tl.store(exp_avg_sq + start + lanes, tl.where(real, codes, v_stored), mask=inside)
         tl.store(exp_avg_sq_scale + group, v_scale, mask=owned)
 
@@ -241,5 +240,5 @@ def sparse_adamw_triton(
             WIDE_WEIGHTS=packed_weights and wide_weights,
             MAXIMIZE=maximize,
             BLOCK=block,
-            **step_options(indices.device, late=late, coded=exp_avg_scale is not None),
+            **step_options(indices.device, late=late, coded=exp_avg_scale is not None, aligned=aligned),
         )

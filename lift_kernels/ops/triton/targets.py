@@ -22,7 +22,7 @@ CODED_REGISTERS = {4: 128, 8: 80}
 """Registers of a thread in a step of 8-bit moments, by the warps of a program.
 
 Four or three programs then fit on a multiprocessor, and nothing spills. Without a limit, some forms
-take 134 or 90.
+take 134 or 90. Segments that are not aligned have none, because they would spill on sm_120.
 """
 
 TRITON_3_7 = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7)
@@ -74,7 +74,7 @@ def lacks(target: GPUTarget) -> str:
     )
 
 
-def step_options(device: torch.device, *, late: bool, coded: bool) -> dict:
+def step_options(device: torch.device, *, late: bool, coded: bool, aligned: bool) -> dict:
     """Return the options of a step.
 
     Args:
@@ -82,10 +82,11 @@ def step_options(device: torch.device, *, late: bool, coded: bool) -> dict:
         late: a block waits for its weights last, and its streams are short. More warps hide that:
             on an H100, 5.7 ms and not 6.0 for LLaMA-2-7B with bf16 moments and gradients.
         coded: the moments are 8-bit codes.
+        aligned: so are the segments.
     """
     warps = 8 if late else 4
     options = {"num_warps": warps, "enable_fp_fusion": False}
-    if coded and target_of(device).backend == "cuda":
+    if coded and aligned and target_of(device).backend == "cuda":
         options["maxnreg"] = CODED_REGISTERS[warps]
     return options
 
