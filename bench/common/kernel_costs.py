@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lift_kernels.ops import cuda
+from lift_kernels.ops.state_formats import GROUP
 
 
 class Work(NamedTuple):
@@ -118,13 +119,27 @@ def _find(named: dict[str, Any]) -> Work:
 
 
 def _take(named: dict[str, Any]) -> Work:
-    """Reads positions and values, writes values. Entries that enter would read weights as well."""
-    return Work(size(named["blocks"]) + _entries(named) * (4 + 2 * named["arena"].element_size()))
+    """Reads positions and values, writes values. Entries that enter would read weights as well.
+
+    8-bit moments are taken as fp32, and their scales are read.
+    """
+    return Work(size(named["blocks"]) + _scales(named) + _entries(named) * (4 + _moved(named)))
 
 
 def _put(named: dict[str, Any]) -> Work:
     """Reads and writes values, or the new lists."""
-    return Work(size(named["blocks"]) + _entries(named) * 2 * named["arena"].element_size())
+    return Work(size(named["blocks"]) + _scales(named) + _entries(named) * _moved(named))
+
+
+def _moved(named: dict[str, Any]) -> int:
+    """Bytes of an entry in the arena and in scratch. A new list, read instead, has the arena's."""
+    arena, values = named["arena"], named["values"]
+    return arena.element_size() + (arena if values is None else values).element_size()
+
+
+def _scales(named: dict[str, Any]) -> float:
+    """Bytes of the scales of 8-bit moments."""
+    return 0.0 if named["scales"] is None else _entries(named) * named["scales"].element_size() / GROUP
 
 
 def _entries(named: dict[str, Any]) -> int:

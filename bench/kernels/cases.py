@@ -23,7 +23,8 @@ TESTED_PRODUCTS = (75, 120)
 BLOCK = 1024
 THREADS = 128
 FORMATS = {"fp32": "fp32", "fp16": "fp16", "bf16": "i16", "int32": "i32"}  # bf16 travels as bit patterns
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int32": 4}
+FORMATS |= {"int16": "i16", "int8": "i8", "uint8": "u8"}
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int32": 4, "int16": 2, "int8": 1, "uint8": 1}
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,22 @@ class Case:
     tensor_cores: bool = False  # on cards that have them
     # All copies to shared memory past the registers must move 128 bits, on cards that have them.
     wide_copies: bool = False
+    single_bytes: int | None = None  # accesses of a byte that a thread may have in its code; None: any
+
+    @property
+    def threads(self) -> int:
+        """Threads of a program that works on a stream."""
+        warps = self.options.get("num_warps", THREADS // 32)
+        assert isinstance(warps, int)
+        return 32 * warps
 
     def needed(self, streams: tuple[str, ...] | None) -> int:
-        """128-bit accesses a thread makes when all of these streams move that wide."""
-        return sum(BLOCK // THREADS * BYTES[dtype] // 16 for dtype in streams or ())
+        """128-bit accesses a thread makes when all of these streams move as wide as they can.
+
+        The entries of a thread have less than 128 bits of a stream of codes. Neither have they of
+        16-bit streams where a program has eight warps.
+        """
+        return sum(BLOCK // self.threads * BYTES[dtype] // 16 for dtype in streams or ())
 
     def targets(self, tested: bool) -> tuple[int, ...]:
         """CUDA targets to compile for: those of the report, or fewer that are ``tested``."""
@@ -86,19 +99,38 @@ CUDA_LAUNCHES = {
 
 
 def adamw_case(
-    weight, grad, moments, *, master=False, births=False, packed=False, stochastic=False, scaled=False, aligned=True
+    weight,
+    grad,
+    moments,
+    *,
+    master=False,
+    split=False,
+    births=False,
+    packed=False,
+    packed_weights=False,
+    stochastic=False,
+    scaled=False,
+    aligned=True,
+    warps=4,
 ):
     """A variant of the AdamW kernel.
 
-    Dtypes are keys of `FORMATS`. ``scaled``: with inv_scale and found_inf.
+    Dtypes are keys of `FORMATS`, and "int8" stands for 8-bit moments. ``split``: the master is its
+    low halves. ``scaled``: with inv_scale and found_inf. The launcher takes eight ``warps`` where a
+    block waits for its weights last.
     """
+    coded, packed = moments == "int8", packed or packed_weights
+    stored = {"exp_avg": moments, "exp_avg_sq": "uint8" if coded else moments}
     types = dict.fromkeys(("weights", "grads", "blocks"), "*i64")
     types |= {"indices": "*i32", "table": "*fp32", "last_age": "i32"}
-    types |= dict.fromkeys(("exp_avg", "exp_avg_sq"), f"*{FORMATS[moments]}")
+    types |= {name: f"*{FORMATS[dtype]}" for name, dtype in stored.items()}
+    types |= dict.fromkeys(("exp_avg_scale", "exp_avg_sq_scale", "steps") if coded else (), "*fp32")
     types |= dict.fromkeys(("one_minus_beta1", "beta1", "one_minus_beta2", "beta2", "eps"), "fp32")
     optional = {
         "master": ({"master": "*fp32"}, master),
+        "low halves": ({"master": "*i16"}, split),
         "births": ({"births": "*i32", "steps": "*fp32", "bias": "*fp32"}, births),
+        "packed weights": ({}, packed_weights),
         "stochastic": ({"keys": "*i32"}, stochastic),
         "scaled": ({"inv_scale": "*fp32", "found_inf": "*fp32"}, scaled),
     }
@@ -108,15 +140,30 @@ def adamw_case(
             types |= arguments
             words.append(word)
     constants = {"PACKED": packed, "ALIGNED": aligned, "WIDE_GRADS": aligned, "MAXIMIZE": False, "BLOCK": BLOCK}
+    constants |= {"PACKED_WEIGHTS": packed_weights, "WIDE_WEIGHTS": packed_weights and aligned}
     constants |= {"WEIGHT": FORMATS[weight], "GRAD": FORMATS[grad]}
     if aligned:
-        loads = ("int32", moments, moments, *["fp32"] * master, *["int32"] * births, *[grad] * packed)
-        stores = (moments, moments, *["fp32"] * master)
+        stores = (*stored.values(), *["fp32"] * master, *["int16"] * split)
+        loads = (*stores, *["int32"] * births, *[grad] * packed)
+        loads += (weight,) * (packed_weights and not master) + ("int32",) * (not packed_weights)
+        stores += (weight,) * packed_weights
     else:
         loads = stores = ()
         words.append("unaligned")
+    options = {"num_warps": warps}
+    if warps != THREADS // 32:
+        words.append(f"{warps} warps")
+    if coded and aligned:
+        options["maxnreg"] = targets.CODED_REGISTERS[warps]
     return Case(
-        "sparse_adamw: " + ", ".join(words), "sparse_adamw._sparse_adamw_kernel", types, constants, loads, stores
+        "sparse_adamw: " + ", ".join(words),
+        "sparse_adamw._sparse_adamw_kernel",
+        types,
+        constants,
+        loads,
+        stores,
+        options=options,
+        single_bytes=0 if coded and aligned else None,
     )
 
 
@@ -161,6 +208,15 @@ def migrate_cases():
         types = tables | dict.fromkeys(("values", "arena"), f"*{FORMATS[dtype]}")
         put = "arena_migrate._arena_migrate_put_kernel"
         yield Case(f"arena_migrate: put {dtype}", put, types, block | {"ALIGNED": True}, (dtype,), (dtype,))
+    for dtype in ("int8", "uint8"):
+        types = tables | {"arena": f"*{FORMATS[dtype]}", "scales": "*fp32", "values": "*fp32"}
+        positions = {"positions": "*i32"}
+        yield Case(f"arena_migrate: take {dtype} codes", take, types | positions, block, ("int32",), ("fp32",))
+        constants = block | {"ALIGNED": True}
+        last_block = BLOCK // THREADS  # is stored under a mask, in code of its own
+        yield Case(
+            f"arena_migrate: put {dtype} codes", put, types, constants, ("fp32",), (dtype,), single_bytes=last_block
+        )
     types = tables | {"arena": "*i32"}
     yield Case("arena_migrate: put lists", put, types, block | {"ALIGNED": True}, ("int32",), ("int32",))
 
@@ -254,6 +310,19 @@ CASES = (
     adamw_case("fp16", "fp16", "fp32", master=True, births=True, scaled=True),
     adamw_case("fp16", "fp16", "bf16", packed=True, stochastic=True),
     adamw_case("bf16", "bf16", "fp32", master=True, packed=True, births=True, aligned=False),
+    adamw_case("fp32", "fp32", "int8", births=True),
+    adamw_case("bf16", "bf16", "int8", warps=8),
+    adamw_case("bf16", "bf16", "int8", packed=True, warps=8),
+    adamw_case("bf16", "bf16", "int8", split=True, warps=8),
+    adamw_case("bf16", "bf16", "int8", split=True, packed=True, warps=8),
+    adamw_case("bf16", "bf16", "int8", split=True, births=True, scaled=True, warps=8),
+    adamw_case("bf16", "bf16", "int8", stochastic=True, births=True, packed=True, warps=8),
+    adamw_case("fp16", "fp16", "int8", master=True, packed=True, births=True),
+    adamw_case("bf16", "bf16", "int8", split=True, packed_weights=True, births=True, scaled=True),
+    adamw_case("bf16", "bf16", "fp32", master=True, packed_weights=True),
+    adamw_case("bf16", "fp32", "bf16", stochastic=True, packed_weights=True),
+    adamw_case("bf16", "bf16", "fp32", split=True, births=True),
+    adamw_case("bf16", "bf16", "int8", split=True, packed=True, births=True, aligned=False, warps=8),
     *packed_cases(),
     *migrate_cases(),
     tile_firsts_case(),

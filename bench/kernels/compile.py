@@ -65,6 +65,8 @@ class Compiled:
     tensor_cores: str  # instructions of the tensor cores: how many, and which
     needs_tensor_cores: bool
     products: str = ""  # the same in PTX, which names the types; Triton only
+    single_bytes: int = 0  # loads and stores of a byte from and to global memory
+    admitted_bytes: int | None = None  # of these; None: any
 
 
 def compile_for(case: Case, target: GPUTarget) -> Any:
@@ -112,6 +114,7 @@ def compile_case(case: Case, target: int) -> Compiled:
         needed_stores=case.needed(case.stores),
         needs_wide_copies=case.wide_copies and target >= 80,
         needs_tensor_cores=case.tensor_cores and has_tensor_cores(card),
+        admitted_bytes=case.single_bytes,
         products=count_matches(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*", compiled.asm["ptx"]),
         **counts,
     )
@@ -231,6 +234,7 @@ def _machine_code(cubin: Path, target: int) -> dict[str, dict]:
             "stack_bytes": resources["STACK"],
             "local_bytes": resources["LOCAL"],
             "spills": len(re.findall(r"\b(?:LDL|STL)\b", text)),
+            "single_bytes": len(re.findall(r"\b(?:LDG|STG)\.(?:\w+\.)*[US]8\b", text)),
             "wide_loads": _wide("LDG", text),
             "wide_stores": _wide("STG", text),
             "wide_copies": wide,

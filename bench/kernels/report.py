@@ -7,9 +7,10 @@ CPU that has the levels.
         [--cpu-csv PATH]
 
 The exit status is 1 when a kernel spills, uses local memory, fits on no multiprocessor, lost wide
-accesses that `bench.kernels.cases` declares, or multiplies by other units than declared. It is 1,
-too, when the loops of a CPU op compute with scalars or with narrower vectors than the level has,
-leave sums on the stack from one iteration to the next, or fuse multiply-adds where they must not.
+accesses that `bench.kernels.cases` declares, moves 8-bit codes byte by byte, or multiplies by other
+units than declared. It is 1, too, when the loops of a CPU op compute with scalars or with narrower
+vectors than the level has, leave sums on the stack from one iteration to the next, or fuse
+multiply-adds where they must not.
 Without nvcc or a C++ compiler for an architecture, a row says so.
 
 - ``regs``: registers a thread. ``shared``: bytes a block, static + dynamic.
@@ -151,6 +152,7 @@ def faults(record: Compiled) -> list[str]:
         "fits on no multiprocessor": occupancy_of(record).blocks == 0,
         "lost wide loads": record.wide_loads < record.needed_loads,
         "lost wide stores": record.wide_stores < record.needed_stores,
+        "codes move byte by byte": record.admitted_bytes is not None and record.single_bytes > record.admitted_bytes,
         "lost wide copies": record.needs_wide_copies and (record.narrow_copies > 0 or record.wide_copies == 0),
         "tensor cores unused": record.needs_tensor_cores and not record.tensor_cores,
     }

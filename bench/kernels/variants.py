@@ -30,7 +30,8 @@ def every_case() -> list[Case]:
 def _steps() -> Iterator[Case]:
     """The step: weights and masters or stochastic rounding, gradients, moments, births.
 
-    A launcher takes eight warps where a block waits for its weights last.
+    A launcher takes eight warps where a block waits for its weights last. With codes it limits the
+    registers.
     """
     forms = [(weight, master, keys) for weight in FLOATS for master, keys in ((False, False), (True, False))]
     forms += [(weight, False, True) for weight in ("fp16", "bf16")]
@@ -44,6 +45,17 @@ def _steps() -> Iterator[Case]:
             if not master and weight != "fp32" and (packed or moments == "bf16"):
                 case = adamw_case(weight, grad, moments, **form)
                 yield replace(case, name=f"{case.name}, 8 warps", loads=(), stores=(), options={"num_warps": 8})
+    every = [(weight, {}) for weight in FLOATS]
+    every += [(weight, {"master": True}) for weight in ("fp16", "bf16")]
+    every += [(weight, {"stochastic": True}) for weight in ("fp16", "bf16")] + [("bf16", {"split": True})]
+    for (weight, form), grad, births, packed in product(every, FLOATS, flags, flags):
+        warps = 8 if weight != "fp32" and "master" not in form else 4
+        yield adamw_case(weight, grad, "int8", births=births, packed=packed, warps=warps, **form)
+        if "split" in form:
+            yield adamw_case(weight, grad, "fp32", births=births, packed=packed, warps=8 if packed else 4, **form)
+            yield adamw_case(weight, grad, "bf16", births=births, packed=packed, warps=8, **form)
+    for (weight, form), moments, births in product(every, ("fp32", "bf16", "int8"), flags):
+        yield adamw_case(weight, weight, moments, births=births, packed_weights=True, scaled=True, **form)
     for births, packed, scaled in product(flags, flags, flags):  # the most arguments at once
         yield adamw_case("bf16", "bf16", "fp32", master=True, births=births, packed=packed, scaled=scaled)
         form = {"births": births, "packed": packed, "scaled": scaled, "aligned": False}
@@ -71,6 +83,7 @@ def _migrations() -> Iterator[Case]:
     """Migrations of lists and segments that are not aligned."""
     for case in CASES:
         if case.name.startswith("arena_migrate"):
+            case = replace(case, single_bytes=None)
             unaligned = dict.fromkeys(case.constants.keys() & {"ALIGNED", "WIDE_LISTS"}, False)
             yield replace(
                 case, name=f"{case.name}, unaligned", constants=case.constants | unaligned, loads=(), stores=()

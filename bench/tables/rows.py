@@ -141,7 +141,8 @@ def packed_op_rows() -> Rows:
 
 def kernel_rows() -> Rows:
     selections: dict[str, Selection] = {
-        "`sparse_adamw_`, aligned": {"kernel": "sparse_adamw: *", "needed_loads": "[1-9]*"},
+        "`sparse_adamw_`, aligned": {"kernel": "sparse_adamw: *moments [!i]*", "needed_loads": "[1-9]*"},
+        "`sparse_adamw_`, aligned, 8-bit moments": {"kernel": "sparse_adamw: *moments int8*", "needed_loads": "[1-9]*"},
         "`packed_gather`": {"kernel": "packed_gather: *"},
         "`packed_scatter_`": {"kernel": "packed_scatter: *"},
         "`packed_migrate`": {"kernel": "packed_migrate: *"},

@@ -101,7 +101,7 @@ def _scaled(magnitude: Tensor, top: int) -> tuple[Tensor, Tensor]:
     coded = largest >= _SMALLEST
     scales = torch.where(coded, largest * (1 / cube), 0.0)
     scales = torch.where(largest.isfinite(), scales, torch.nan)
-    factor = torch.where(coded, cube / largest, 0.0)
+    factor = torch.where(coded, torch.full_like(largest, cube) / largest, 0.0)  # rounded once
     scaled = magnitude * factor.repeat_interleave(GROUP)[:k]
     # What is smaller or NaN has code 0 or 1 anyway. The cube root of 0 would overflow to NaN.
     return torch.where(scaled > 2.0**-60, scaled, 2.0**-60), scales

@@ -30,6 +30,18 @@ def test_a_lowrank_product_has_fp32_error_on_every_card(monkeypatch, arch, newer
         assert scan == histogram
 
 
+@pytest.mark.parametrize("target", [CARDS[75], CARDS[90], MI300], ids=lambda target: str(target.arch))
+def test_options_of_a_step(monkeypatch, target):
+    """Registers are limited for 8-bit moments in aligned segments. Triton refuses that for AMD."""
+    monkeypatch.setattr(targets, "target_of", lambda device: target)
+    for late, warps in ((False, 4), (True, 8)):
+        for coded, aligned in ((False, True), (True, False), (True, True)):
+            options = targets.step_options(torch.device("cuda"), late=late, coded=coded, aligned=aligned)
+            limit = targets.CODED_REGISTERS[warps] if coded and aligned and target.backend == "cuda" else None
+            assert options.pop("maxnreg", None) == limit
+            assert options == {"num_warps": warps, "enable_fp_fusion": False}
+
+
 @pytest.mark.parametrize("target", [MI300, MI200], ids=lambda target: target.arch)
 def test_options_for_amd(target):
     """Triton refuses there ``maxnreg``, the precision tf32x3 and, but on gfx942, tf32."""

@@ -2,12 +2,14 @@
 
 One launch finds the old position of every new entry. Each arena is then taken into scratch by one
 launch and put back by another, since programs of one segment read and write each other's parts.
-Scratch is compact: program p owns ``p * BLOCK .. (p + 1) * BLOCK``. So it needs no masks.
+Scratch is compact: program p owns ``p * BLOCK .. (p + 1) * BLOCK``. So it needs no masks. 8-bit
+moments are taken as fp32, because other entries share their scales afterwards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,6 +19,7 @@ from torch import Tensor
 from .launch_tables import block_size, block_table, migration_table
 from .memory import load_stream, store_stream
 from .rounding import FORMATS, bits, widen
+from .state_formats import GROUP, decode, encode_first, encode_root, group_scales
 
 MAX_SCRATCH = 2**27
 """Entries of scratch, which have 8 bytes each. One matrix may need more."""
@@ -72,22 +75,25 @@ def _arena_migrate_find_kernel(
 def _arena_migrate_take_kernel(
     matrices,
     blocks,
-    arena,  # moments in fp32 or as bf16 patterns; patterns of fp32 masters; births
+    arena,  # moments in fp32, as bf16 patterns or codes; patterns or low halves of masters; births
+    scales,  # of the codes, fp32; None without codes
     positions,
-    values,  # (programs, BLOCK) in the arena's format
+    values,  # (programs, BLOCK) in the arena's format, or in fp32 for codes
     steps,  # (n,) fp32; None but for births
-    WEIGHT: tl.constexpr,  # format of the weights; None but for masters
+    WEIGHT: tl.constexpr,  # format of the weights; None but for fp32 masters
     WIDE_LISTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Take the values at the old positions, and those of the entries that enter."""
     row = blocks + tl.program_id(0).to(tl.int64) * 4
     matrix = tl.load(row)
-    segment = arena + (tl.load(row + 1) - tl.load(row + 2))
+    offset = tl.load(row + 1) - tl.load(row + 2)
     lanes = tl.arange(0, BLOCK)
     start = tl.program_id(0).to(tl.int64) * BLOCK
     position = tl.load(positions + start + lanes)
-    x = tl.load(segment + position, mask=position >= 0, other=0)
+    x = tl.load(arena + offset + position, mask=position >= 0, other=0)
+    if scales is not None:
+        x = decode(x, tl.load(scales + offset // GROUP + position // GROUP, mask=position >= 0, other=0.0))
     if WEIGHT is not None:
         enters = (position < 0) & (lanes < tl.load(row + 3))
         index = tl.load(_list_of(matrices, row, WIDE_LISTS) + lanes, mask=enters, other=0).to(tl.int64)
@@ -103,8 +109,9 @@ def _arena_migrate_take_kernel(
 def _arena_migrate_put_kernel(
     matrices,
     blocks,
-    values,  # (programs, BLOCK) in the arena's format; None for the new lists
+    values,  # (programs, BLOCK) as they were taken; None for the new lists
     arena,
+    scales,  # of the codes, fp32; None without codes
     ALIGNED: tl.constexpr,
     WIDE_LISTS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -119,7 +126,31 @@ def _arena_migrate_put_kernel(
         x = load_stream(_list_of(matrices, row, WIDE_LISTS), left, BLOCK)
     else:
         x = tl.load(values + tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))
+    if scales is not None:
+        real = tl.arange(0, BLOCK) < left
+        if arena.dtype.element_ty == tl.int8:
+            x, new_scales = encode_first(x, real, BLOCK)
+        else:
+            x, new_scales = encode_root(x, 0.5, real, BLOCK)
+        group, owned = group_scales(start, left, BLOCK)
+        tl.store(scales + group, new_scales, mask=owned)
     store_stream(arena + start, x, left, BLOCK)
+
+
+class Arena(NamedTuple):
+    """An arena that is moved, as the kernels take it.
+
+    Attributes:
+        data: the arena.
+        scales: of 8-bit moments.
+        steps: of births, the step counts that entering entries get.
+        weight: of fp32 masters, the format of the weights that entering entries take.
+    """
+
+    data: Tensor
+    scales: Tensor | None = None
+    steps: Tensor | None = None
+    weight: object = None
 
 
 def arena_migrate_triton(
@@ -133,16 +164,20 @@ def arena_migrate_triton(
     steps: Tensor,
     master: Tensor | None,
     births: Tensor | None,
+    exp_avg_scale: Tensor | None,
+    exp_avg_sq_scale: Tensor | None,
 ) -> Tensor:
     """Run `lift_kernels.ops.arena_migrate_`: 11 launches at most for up to 2^27 entries."""
     kept = torch.zeros(len(weights), dtype=torch.int64, device=indices.device)
-    arenas: list[tuple[Tensor, Tensor | None, object]] = [(bits(x), None, None) for x in (exp_avg, exp_avg_sq)]
-    if master is not None:
-        arenas.append((master.view(torch.int32), None, FORMATS[weights[0].dtype]))
+    arenas = [Arena(bits(exp_avg), exp_avg_scale), Arena(bits(exp_avg_sq), exp_avg_sq_scale)]
+    if master is not None and master.dtype == torch.int16:
+        arenas.append(Arena(master))  # An entry that enters has the weight's value, whose low half is 0.
+    elif master is not None:
+        arenas.append(Arena(master.view(torch.int32), weight=FORMATS[weights[0].dtype]))
     block = block_size()
     with torch.cuda.device_of(indices):
         for part in _parts([new.numel() for new in new_indices], block):
-            part_arenas = arenas + ([(births, steps[part], None)] if births is not None else [])
+            part_arenas = arenas + ([Arena(births, steps=steps[part])] if births is not None else [])
             lists = new_indices[part]
             blocks, aligned = block_table(
                 offsets[part], [new.numel() for new in lists], indices.numel(), block, indices.device
@@ -156,12 +191,12 @@ def _move(
     matrices: Tensor,
     blocks: Tensor,
     indices: Tensor,
-    arenas: list[tuple[Tensor, Tensor | None, object]],
+    arenas: list[Arena],
     kept: Tensor,
     aligned: bool,
     wide: bool,
 ) -> None:
-    """Move matrices whose scratch fits. Arenas come with their steps or the weights' format."""
+    """Move matrices whose scratch fits."""
     grid, block = (len(blocks),), block_size()
     if len(blocks) == 0:
         return
@@ -169,11 +204,13 @@ def _move(
     values = torch.empty_like(positions)
     wide_lists = {"WIDE_LISTS": wide, "BLOCK": block, "num_warps": 4, "enable_fp_fusion": False}
     _arena_migrate_find_kernel[grid](matrices, blocks, indices, positions, kept, **wide_lists)
-    for arena, steps, weight in arenas:
-        taken = values.view(arena.dtype)
-        _arena_migrate_take_kernel[grid](matrices, blocks, arena, positions, taken, steps, WEIGHT=weight, **wide_lists)
-        _arena_migrate_put_kernel[grid](matrices, blocks, taken, arena, ALIGNED=aligned, **wide_lists)
-    _arena_migrate_put_kernel[grid](matrices, blocks, None, indices, ALIGNED=aligned, **wide_lists)
+    for arena, scales, steps, weight in arenas:
+        taken = values.view(arena.dtype if scales is None else torch.float32)
+        _arena_migrate_take_kernel[grid](
+            matrices, blocks, arena, scales, positions, taken, steps, WEIGHT=weight, **wide_lists
+        )
+        _arena_migrate_put_kernel[grid](matrices, blocks, taken, arena, scales, ALIGNED=aligned, **wide_lists)
+    _arena_migrate_put_kernel[grid](matrices, blocks, None, indices, None, ALIGNED=aligned, **wide_lists)
 
 
 def _parts(counts: Sequence[int], block: int) -> Iterator[slice]:
