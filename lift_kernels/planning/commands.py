@@ -50,6 +50,7 @@ def command_of(form: Form, run: Run, checkpointing: bool) -> str:
     parts += [f"--batch-size {run.batch * run.accumulation * run.gpus}"]
     parts += [f"--accumulation {run.accumulation}"] if run.accumulation > 1 else []
     parts += ["--checkpointing"] if checkpointing else []
-    parts += [f"--{name.replace('_', '-')} {value}" for name, value in run.masks.items()] if form.lift else []
+    own = {name: getattr(form, name) for name in form.options} | (run.masks if form.lift else {})
+    parts += [f"--{name.replace('_', '-')} {value}" for name, value in own.items()]
     parts += ["--parallel ddp"] if run.gpus > 1 else []
     return " ".join(parts)

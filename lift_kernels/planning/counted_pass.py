@@ -78,6 +78,7 @@ class _Options:
     checkpointing: bool
     passes: int
     padded: bool
+    autocast: bool
     device: str
 
 
@@ -90,6 +91,7 @@ def count_pass(
     checkpointing: bool = False,
     passes: int = 1,
     padded: bool = False,
+    autocast: bool = False,
     device: str = "cuda",
 ) -> PassBytes:
     """Count a pass over a batch of sequences.
@@ -101,6 +103,7 @@ def count_pass(
         checkpointing: whether layers keep their inputs alone.
         passes: backward passes of a step; after the first one gradients are there from the start.
         padded: whether sequences are padded, so that attention gets a mask.
+        autocast: whether the forward pass runs in bf16 where the operations allow it.
         device: "cuda" counts the dense gradient that a packed layer makes within its op on a GPU.
 
     Raises:
@@ -112,7 +115,7 @@ def count_pass(
     lengths = [start + n * period + rest for n in (LEAST, MOST)]
     if repeats <= MOST or sum(lengths) > len(layers):
         lengths = [len(layers)]
-    options = _Options(kind, batch, seq, checkpointing, min(passes, 2), padded, device)
+    options = _Options(kind, batch, seq, checkpointing, min(passes, 2), padded, autocast, device)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # names that transformers and peft are about to change
@@ -242,7 +245,9 @@ def _run(model: Any, options: _Options) -> None:
     ids = torch.zeros(options.batch, options.seq, dtype=torch.long)
     mask = torch.ones(options.batch, 1, options.seq, options.seq, dtype=torch.bool) if options.padded else None
     given = {} if mask is None else {"attention_mask": mask}
-    model(input_ids=ids, labels=ids, **given, use_cache=False).loss.backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=options.autocast):
+        loss = model(input_ids=ids, labels=ids, **given, use_cache=False).loss
+    loss.backward()
 
 
 class _Phases:

@@ -21,6 +21,8 @@ MASTERS: Mapping[str | None, int] = {"fp32": 4, "split": 2, None: 0}
 """Bytes of the master of an entry. A split one is the low 16 bits; the bf16 weight is the rest."""
 TRANSFERS = 2 * 2**26
 """Bytes on the device through which offloaded state passes, an estimate."""
+FINETUNE_OPTIONS: frozenset[str] = frozenset()
+"""Those of the options of LIFT's forms that the command ``finetune`` has; a test compares them."""
 UNBUILT = "sharded weights are not supported yet"
 
 
@@ -34,11 +36,12 @@ class Form:
         state_dtype: of the moments, a key of `MOMENTS`, or "weights" for the dtype of the weights.
         master: a key of `MASTERS`.
         grad_dtype: of packed gradients; others have the dtype of the weights.
-        offload: whether moments, masters and bases are in host memory.
+        offload: "cpu" where moments, masters and bases are in host memory.
         sharded: whether weights, gradients and state are divided among the GPUs (FSDP2). In other
             forms each GPU holds all of them, and its own part of the batch.
         finetune: whether the command ``finetune`` has it.
         python: what runs it otherwise.
+        options: names of the options above that differ from the defaults.
     """
 
     name: str
@@ -46,10 +49,11 @@ class Form:
     state_dtype: str = "float32"
     master: str | None = "fp32"
     grad_dtype: str = "float32"
-    offload: bool = False
+    offload: str | None = None
     sharded: bool = False
     finetune: bool = False
     python: str = ""
+    options: tuple[str, ...] = ()
 
     @property
     def lift(self) -> bool:
@@ -57,13 +61,13 @@ class Form:
         return self.kind in ("dense", "packed")
 
 
-def _lift(name: str, kind: Kind, **options: str | bool | None) -> Form:
-    """A form of LIFT, with the options that LiftAdamW gets."""
+def _lift(name: str, kind: Kind, **options: str | None) -> Form:
+    """A form of LIFT, with the options that differ from their defaults."""
     shown = {k: f"torch.{v}" if k.endswith("dtype") and v != "8bit" else repr(v) for k, v in options.items()}
-    shown |= {"offload": "'cpu'"} if "offload" in options else {}
     groups = "pack_gradients" if kind == "packed" else "lift_param_groups"
     python = ", ".join([f"LiftAdamW({groups}(model, freeze_rest=True)", *(f"{k}={v}" for k, v in shown.items())]) + ")"
-    return Form(name, kind, finetune=not options, python=python, **options)  # type: ignore[arg-type]
+    form = Form(name, kind, finetune=set(options) <= FINETUNE_OPTIONS, python=python, options=tuple(options))
+    return replace(form, **options)  # type: ignore[arg-type]
 
 
 FORMS = (
@@ -72,15 +76,15 @@ FORMS = (
     Form("full, 8-bit AdamW", "full", "8bit", None, python="bitsandbytes.optim.AdamW8bit(model.parameters())"),
     Form("LoRA, rank 16", "lora", finetune=True),
     Form("SHiRA", "shira", finetune=True),
-    _lift("LIFT, dense gradients", "dense"),
-    _lift("LIFT, dense, bf16 state", "dense", state_dtype="bfloat16", master=None),
     _lift("LIFT", "packed"),
     _lift("LIFT, bf16 moments", "packed", state_dtype="bfloat16"),
     _lift("LIFT, 8-bit moments", "packed", state_dtype="8bit"),
     _lift("LIFT, 8-bit, split, bf16 grads", "packed", state_dtype="8bit", master="split", grad_dtype="bfloat16"),
-    _lift("LIFT, offloaded state", "packed", offload=True),
+    _lift("LIFT, offloaded state", "packed", offload="cpu"),
+    _lift("LIFT, dense gradients", "dense"),
+    _lift("LIFT, dense, bf16 state", "dense", state_dtype="bfloat16", master=None),
 )
-"""All forms. Those of LIFT go from the one that changes least to the one that takes least."""
+"""All forms. Those of LIFT with packed gradients go from the default to the leanest."""
 SHARDED = tuple(
     replace(form, name=f"{form.name}, sharded", sharded=True, finetune=False)
     for form in FORMS

@@ -62,7 +62,7 @@ def _outcome(plan: MemoryPlan) -> list[str]:
     if plan.gpu_memory is None:
         return [f"to run {best.form}: {best.command}", ""]
     how = " with checkpointing" if best.fits == "with checkpointing" else ""
-    why = "of LIFT's forms that fit the one that changes least"
+    why = "of LIFT's forms that fit the one nearest to the default"
     if not best.lift:
         least = min((row for row in plan.rows if row.lift and row.runs), key=lambda row: row.least)
         why = f"no form of LIFT fits at these numbers: {least.form} takes {gib(least.least)} GiB, the least"
