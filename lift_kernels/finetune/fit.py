@@ -72,8 +72,8 @@ def fitted(settings: Settings, given: Collection[str], memory: str) -> tuple[Set
     assert nearest is not None
     raise UserError(
         f"{name} does not fit into {_gib(whole)} GiB, of which training may fill {_gib(most)}; the nearest is "
-        f"{nearest}, {_gib(nearest.peak)} GiB; lower --max-length, --batch-size or --density, leave out options that you "
-        "gave, or see `python -m lift_kernels plan`"
+        f"{nearest}, {_gib(nearest.peak)} GiB; lower --max-length, --batch-size or --density, leave out options "
+        "that you gave, or see `python -m lift_kernels plan`"
     )
 
 

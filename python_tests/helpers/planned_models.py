@@ -11,7 +11,7 @@ from lift_kernels.nn.param_groups import pattern_of, stacked_weights
 from lift_kernels.nn.weight_kinds import LINEAR, weights_of
 from lift_kernels.planning.live_storages import LiveStorages
 
-VOCABULARY, BATCH, SEQ = 2000, 2, 128
+VOCABULARY, BATCH, SEQ = 2000, 1, 128
 SIZES = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 640}
 SIZES |= {"vocab_size": VOCABULARY, "max_position_embeddings": 512, "pad_token_id": 0}
 GEMMA = {"head_dim": 64, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"] * 6}
@@ -46,7 +46,7 @@ def prepare(model, kind: str) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def measured(config, kind: str, dtype: torch.dtype, checkpointing: bool) -> tuple[int, int]:
-    """Bytes that are kept between steps, and the most that are alive during one, the third."""
+    """Bytes that are kept between steps, and the most that are alive during one, the second."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).train()
     if checkpointing:
@@ -68,6 +68,5 @@ def measured(config, kind: str, dtype: torch.dtype, checkpointing: bool) -> tupl
         live.hold(getattr(module, "shira_indices", {}).values())
     kept = live.alive
     with live:
-        step()
         step()
     return kept, live.peaks[1.0]
