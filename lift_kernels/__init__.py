@@ -18,6 +18,7 @@ from .optim import LiftAdamW, PackedState, trained_entries_hook
 
 if TYPE_CHECKING:
     from .delta import apply_delta, delta_info, revert_delta, save_delta, switch_delta
+    from .planning import plan_memory
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ __all__ = [
     "packed_migrate",
     "packed_scatter_",
     "packed_weight_grad",
+    "plan_memory",
     "principal_indices",
     "revert_delta",
     "save_delta",
@@ -47,16 +49,17 @@ __all__ = [
     "unpack",
 ]
 
-_DELTA = {"apply_delta", "delta_info", "revert_delta", "save_delta", "switch_delta"}
+_LATER = dict.fromkeys(("apply_delta", "delta_info", "revert_delta", "save_delta", "switch_delta"), "delta")
+_LATER |= {"plan_memory": "planning"}
 
 
 def __getattr__(name: str) -> Any:
-    """Load `lift_kernels.delta` at its first use. Imports are faster without it."""
-    if name == "delta" or name in _DELTA:
+    """Load `lift_kernels.delta` or `planning` at its first use. Imports are faster without them."""
+    if name in _LATER or name in _LATER.values():
         from importlib import import_module
 
-        delta = import_module(".delta", __name__)
-        return delta if name == "delta" else getattr(delta, name)
+        package = import_module(f".{_LATER.get(name, name)}", __name__)
+        return getattr(package, name) if name in _LATER else package
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -28,7 +28,9 @@ from bench.tables.render import BLOCK, rewrite
 from bench.tables.specs import TABLES
 from bench.tables.types import TableError
 
-READMES = [ROOT / name for name in ("README.md", "bench/README.md", "csrc/README.md", "docs/architecture.md")]
+READMES = [
+    ROOT / name for name in ("README.md", "bench/README.md", "csrc/README.md", "docs/architecture.md", "docs/guide.md")
+]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,6 +7,18 @@ from bench.tables.probes import PROBE_TABLES
 from bench.tables.rows import refresh_cost_rows
 from bench.tables.types import Table
 
+_PLAN = {
+    "form": "{row.form}",
+    "weights": "{row.weights_gib:.1f}",
+    "state": "{row.state_gib:.1f}",
+    "gradients": "{row.gradients_gib:.1f}",
+    "scratch": "{row.scratch_gib:.1f}",
+    "activations": "{row.activations_gib:.1f}",
+    "total": "{row.total_gib:.1f} GiB",
+    "with checkpointing: activations": "{row.activations_checkpointed_gib:.1f}",
+    "total ": "{row.total_checkpointed_gib:.1f} GiB",
+    "fits": "{row.fits}",
+}
 COMPUTED_TABLES = {
     "refresh-cost": Table(
         "refresh_cost.csv",
@@ -55,6 +67,8 @@ COMPUTED_TABLES = {
         },
         each=[{}],
     ),
+    "plan-8b": Table("memory_plans.csv", _PLAN, each=[{"model": "Llama-3-8B"}]),
+    "plan-70b": Table("memory_plans.csv", _PLAN | {"runs today": "{row.today}"}, each=[{"model": "Llama-3-70B"}]),
     **COMPARISON_TABLES,
     **PROBE_TABLES,
 }

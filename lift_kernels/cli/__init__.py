@@ -1,4 +1,4 @@
-"""Command line: ``python -m lift_kernels finetune|compare|delta|mask|doctor``.
+"""Command line: ``python -m lift_kernels finetune|compare|plan|delta|mask|doctor``.
 
 Each command is a module with ``add_parser`` and ``run``. Heavy imports wait until a command runs.
 """
@@ -10,14 +10,14 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import UserError
-from . import compare, delta, doctor, finetune, mask
+from . import compare, delta, doctor, finetune, mask, plan
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = argparse.ArgumentParser(prog="lift_kernels", description="LIFT: fine-tuning of principal weights.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (finetune, compare, delta, doctor, mask):
+    for command in (finetune, compare, plan, delta, doctor, mask):
         command.add_parser(commands)
     return parser
 

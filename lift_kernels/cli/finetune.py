@@ -31,6 +31,12 @@ def add_parser(commands: Any) -> None:
     training.add_argument(
         "--parallel", help="none, or ddp: share each batch out among the ranks of torchrun (default: none)"
     )
+    training.add_argument(
+        "--fit",
+        metavar="SIZE",
+        help="choose --accumulation, --checkpointing and --dtype, where they are not given, so that\n"
+        "training fits into so much memory, such as 24GiB",
+    )
     _add_measuring(parser.add_argument_group("measuring", "before and after training"))
     _add_output(parser.add_argument_group("output"))
     parser.set_defaults(run=run, input_errors=())
@@ -227,14 +233,20 @@ def run(options: argparse.Namespace) -> int:
     """
     from ..finetune import Settings, run, settings_of
     from ..finetune.config import METHODS, USED_BY
+    from ..finetune.fit import fitted
     from ..finetune.parallel import SaidElsewhere, said_once, speaks_for_node
 
     given = {f.name: value for f in fields(Settings) if (value := getattr(options, f.name, None)) is not None}
     try:
         with said_once(speaks_for_node):
-            if options.resume is not None and given:
-                raise UserError(f"--resume takes all options from the interrupted run; leave out {', '.join(given)}")
+            if options.resume is not None and (given or options.fit):
+                names = [*given, *["fit"] * bool(options.fit)]
+                raise UserError(f"--resume takes all options from the interrupted run; leave out {', '.join(names)}")
             settings = Settings(**given) if options.resume is None else settings_of(options.resume)
+            if options.fit:
+                settings, choice = fitted(settings, given, options.fit)
+                if speaks_for_node(""):
+                    print(choice, flush=True)
         idle = [f"--{name.replace('_', '-')}" for name in given if settings.method not in USED_BY.get(name, METHODS)]
         if idle and speaks_for_node(""):
             print(f"method {settings.method} has no use for {', '.join(idle)}")

@@ -20,11 +20,11 @@ from .costs import factoring_bytes
 from .lowrank import TOLERANCE, LowRankFactors, batched_factors, factored_dtype, small_factors
 
 MEMORY_BUDGET = 3 * 2**30
-"""Bytes for the matrices that are factored together on a GPU: their copies, and the blocks of the
-iteration.
-
-On the CPU one matrix at a time keeps a core busy.
-"""
+"""The most bytes for the matrices that are factored together on a GPU: their copies, and the blocks
+of the iteration (`memory_budget_of`)."""
+BUDGET_SHARE = 24
+"""One part in so many of a GPU's memory is their budget. It depends on the GPU alone, so that a
+run that is resumed makes the same batches."""
 _SMALL = 2**22  # entries
 
 
@@ -142,8 +142,7 @@ def principal_masks(
         method, generator, tolerance: of `low_rank_factors`. A given ``generator`` keeps the
             matrices in order.
         memory_budget: bytes for matrices that are factored together, at least one, as
-            `costs.factoring_bytes` counts them; None: `MEMORY_BUDGET` on a GPU, one matrix at a
-            time on the CPU.
+            `costs.factoring_bytes` counts them; None: `memory_budget_of` their device.
         on_batch_done: is called with the number of masks after every batch, for a progress bar.
 
     Raises as `principal_indices` does, before or between batches. Nothing is changed in any case.
@@ -248,6 +247,18 @@ def _workers(count: int) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(threads)  # The workers have set it for threads to come, too.
 
 
+def memory_budget_of(device: torch.device) -> int:
+    """Bytes for matrices that are factored together on a device, at least one.
+
+    On the CPU one matrix at a time keeps a core busy.
+    """
+    if device.type != "cuda":
+        return 0
+    if not torch.cuda.is_available():  # tensors without numbers
+        return MEMORY_BUDGET
+    return min(MEMORY_BUDGET, torch.cuda.get_device_properties(device).total_memory // BUDGET_SHARE)
+
+
 def _batches(requests: Sequence[MaskRequest], memory_budget: int | None, method: str) -> list[list[int]]:
     """Numbers of the requests that are factored together, in order of their first."""
     kinds: dict[tuple, list[int]] = defaultdict(list)
@@ -257,7 +268,7 @@ def _batches(requests: Sequence[MaskRequest], memory_budget: int | None, method:
     batches = []
     for members in kinds.values():
         weight, rank = requests[members[0]].weight, requests[members[0]].rank
-        budget = memory_budget if memory_budget is not None else MEMORY_BUDGET if weight.is_cuda else 0
+        budget = memory_budget if memory_budget is not None else memory_budget_of(weight.device)
         size = 1
         if budget and weight.dim() == 2:
             each = factoring_bytes(weight.shape, rank, factored_dtype(weight).itemsize, method)

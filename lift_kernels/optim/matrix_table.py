@@ -184,18 +184,17 @@ class MatrixTable:
     ) -> tuple[list[Mask], list[Tensor]]:
         """New masks for matrices that have one, and how many of their entries were in the old.
 
-        Packed gradients are dropped: they have been used, and they belong to the old entries.
+        Packed gradients are dropped: they have been used, and they belong to the old entries. They
+        go first, because masks take memory.
         """
-        if (
-            options.selection == "gradient"
-        ):  # A changed refresh_interval may ask for masks that the hook did not expect.
+        if options.selection == "gradient":  # A changed interval may ask for masks that the hook did not expect.
             self._check_whole(refs)
+        for ref in refs:
+            ref.trainable.clear()
         masks = options.make(refs)
         try:
             kept = self.migrate(refs, masks, options.warm_start, options.backend)
         finally:
-            for ref in refs:
-                ref.trainable.clear()
             self.publish(refs, state)
         self._masks_took = sum(mask.seconds for mask in masks)
         return masks, kept

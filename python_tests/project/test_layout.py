@@ -18,7 +18,7 @@ from lift_kernels.ops import dispatch
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "lift_kernels"
 
-LAYERS = ("cli", "finetune", "integrations", "optim", "nn", "masks", "distributed", "ops")
+LAYERS = ("cli", "finetune", "planning", "integrations", "optim", "nn", "masks", "distributed", "ops")
 """Each package may import those to its right."""
 FLAT = {"errors", "validation", "_progress", "_storage"}
 ALLOWED = {name: {*LAYERS[i + 1 :], *FLAT} for i, name in enumerate(LAYERS)}
