@@ -24,9 +24,9 @@ def regather(values: Tensor, weight: Tensor, indices: Tensor) -> bool:
     Returns whether any value changed.
 
     A value that rounds to the weight's entry keeps all its bits. So loading a checkpoint of the
-    model after that of the optimizer loses nothing.
+    model after that of the optimizer loses nothing. Values may be on another device.
     """
-    present = ops.packed_gather(weight.detach(), indices)
+    present = ops.packed_gather(weight.detach(), indices).to(values.device)
     stale = values.to(present.dtype) != present
     changed = bool(stale.any())
     if changed:

@@ -56,7 +56,8 @@ class LiftAdamW(Optimizer):
             beside bf16 weights. None rounds the weight itself.
         rounding: ``"nearest"`` or, with ``master=None``, ``"stochastic"``.
         state_dtype: of the moments: torch.float32, torch.bfloat16, or ``"8bit"`` for 8-bit codes.
-        max_grad_norm: clips the norm over all trained entries of all groups. The host never waits.
+        offload: ``"cpu"`` keeps moments, masters and bases in host memory, where steps are made.
+        max_grad_norm: clips the norm over all trained entries of all groups.
         capturable: as in torch: the step may be captured in a CUDA graph. Refresh between replays.
         selection: ``"principal"`` (the paper), ``"off_principal"`` (the least |W_r| outside the 2k
             largest weights), ``"magnitude"``, ``"gradient"`` (largest when the mask is made) or
@@ -100,6 +101,7 @@ class LiftAdamW(Optimizer):
         master: str | None = "fp32",
         rounding: str = "nearest",
         state_dtype: torch.dtype | str = torch.float32,
+        offload: str | None = None,
         max_grad_norm: float | None = None,
         capturable: bool = False,
         maximize: bool = False,
@@ -118,11 +120,11 @@ class LiftAdamW(Optimizer):
         self._replicas, self._coverage = Replicas(process_group), Coverage()
         self._stale_masks: list[str] = []  # names of first masks that were made from other weights
         self._start_afresh()
-        options: dict[str, Any] = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        options: dict[str, Any] = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
         options |= dict(rank=rank, density=density, budget_rank=budget_rank, refresh_interval=refresh_interval)
         options |= dict(refresh_schedule=refresh_schedule, refresh_drift=refresh_drift, bias_correction=bias_correction)
         options |= dict(master=master, rounding=rounding, state_dtype=state_dtype, capturable=capturable)
-        options |= dict(maximize=maximize, lift=None, steps_since_refresh=0)
+        options |= dict(offload=offload, lift=None, steps_since_refresh=0)
         super().__init__(params, options)
         warn_of_overridden(options, self.param_groups)
 
@@ -198,8 +200,7 @@ class LiftAdamW(Optimizer):
             return  # No mask can be made from these gradients, and the step would be skipped.
         if table.missing:
             self._make_first_masks()
-        if self._stale_masks:
-            warn_of_stale_masks(self._stale_masks, len(table.refs))  # empties the list
+        warn_of_stale_masks(self._stale_masks, len(table.refs))  # empties the list
         if table.unseen and torch.distributed.is_available() and torch.distributed.is_initialized():
             table.compare_ranks(self._replicas)
         buckets, dense = sweep.buckets(table), sweep.dense()
@@ -217,8 +218,7 @@ class LiftAdamW(Optimizer):
         for group, parameters in dense:
             dense_adamw_(parameters, self.state, group, factor, found_inf)
         groups = list({id(bucket.group): bucket.group for bucket in buckets}.values())
-        # A CUDA graph replays kernels and not the schedule. The user refreshes between replays.
-        if self._schedule.count_step(groups, found_inf) and not dispatch.capturing():
+        if self._schedule.count_step(groups, found_inf) and not dispatch.capturing():  # A replay counts no steps.
             if due := self._schedule.due(groups, table.refs):
                 self.last_refresh = renew(self._table, due, self._mask_options(), self.state)
             self._schedule.restart(groups)
@@ -335,8 +335,7 @@ class LiftAdamW(Optimizer):
         config = {key: getattr(self, key) for key in _KEPT.split()}
         state = defaultdict(dict, {p: compact(entry) for p, entry in self.state.items()})
         layers = {p: layers for p in parameters_of(self.param_groups) if (layers := trainable.layers_of(p))}
-        hooked = {ref.parameter: ref.draw_number for ref in self._table.hooked}
-        packed = {"_packed_layers": layers, "_hooked": hooked}
+        packed = {"_packed_layers": layers, "_hooked": {ref.parameter: ref.draw_number for ref in self._table.hooked}}
         return {**super().__getstate__(), **config, "state": state, "grad_norm": None, **packed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

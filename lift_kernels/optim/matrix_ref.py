@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..masks.selection import SelectionRequest
+from ..masks.selection import SelectionRequest, warm_part
 from ..nn import trainable
 from .hyperparameters import mask_size
 from .packed_state import PackedState
@@ -71,11 +71,18 @@ class MatrixRef:
         assert self.arena is not None, f"{self.name} has no mask yet"
         return self.arena.counts[self.row]
 
-    def kind(self) -> tuple[torch.device, torch.dtype, torch.dtype | str, str | None, bool]:
-        """Device, weight dtype and form of state: those of one kind share an arena."""
+    def kind(self) -> tuple[torch.device, torch.dtype, torch.dtype | str, str | None, bool, str | None]:
+        """Device, weight dtype, form and place of state: those of one kind share an arena."""
         matrix, group = self.trainable.matrix, self.group
-        master = master_form(self.trainable, group)
-        return matrix.device, matrix.dtype, group["state_dtype"], master, group["bias_correction"] == "per_entry"
+        form = group["state_dtype"], master_form(self.trainable, group), group["bias_correction"] == "per_entry"
+        return matrix.device, matrix.dtype, *form, group.get("offload")
+
+    def keep_warm(self, entry: dict[str, Any], where: str | None) -> None:
+        """Keep `warm_part` of a mask or a saved state; in host memory where the state is there."""
+        offloaded = where is not None and self.group.get("offload") is not None
+        self.warm = warm_part(entry, self.parameter, "cpu" if offloaded else where)
+        if offloaded and self.parameter.is_cuda:
+            self.warm = {key: kept.pin_memory() for key, kept in self.warm.items()}
 
 
 def master_form(kind: trainable.Trainable, group: dict[str, Any]) -> str | None:
