@@ -146,7 +146,7 @@ class PackedLinear(nn.Module):
 
         Entries that round to the weight's present value keep all their bits.
         """
-        changed = regather(self.values, self.weight, self.indices)
+        changed = trainable.has_numbers(self.values) and regather(self.values, self.weight, self.indices)
         self._mark()
         return changed
 
@@ -156,6 +156,8 @@ class PackedLinear(nn.Module):
 
         Returns whether any value changed.
         """
+        if not trainable.has_numbers(self.values):  # The master of an optimizer follows the weight.
+            return False
         self._seen, changed = follow_weight(self._seen, self.values, self.weight, self.indices)
         return changed
 

@@ -50,6 +50,11 @@ def forget(values: Tensor, layer: Any) -> None:
     note_change()
 
 
+def has_numbers(values: Tensor) -> bool:
+    """Whether the ``values`` of a layer have memory. If not, they only receive a gradient."""
+    return values.numel() == 0 or values.untyped_storage().nbytes() > 0
+
+
 def layers_of(parameter: Tensor) -> list[Any]:
     """The layers whose ``values`` this is; none for every other parameter."""
     return list(_layers.get(parameter, ()))
@@ -238,23 +243,36 @@ class PackedValues(Trainable):
 
     def initial_state(self) -> dict[str, Tensor]:
         """The list that the layers chose, and their present values."""
-        start = {"indices": self.indices, "master": self.parameter.detach()}
+        start = {"indices": self.indices}
+        if has_numbers(self.parameter):
+            start["master"] = self.parameter.detach()
         return start | _first.pop(self.parameter, {})
 
     def bind(self, views: dict[str, Tensor]) -> None:
         """``values`` becomes a view of the master, so there is no second copy.
 
-        A gradient of another length is dropped.
+        Where the master is on another device, ``values`` has no memory. A gradient of another
+        length is dropped.
         """
-        indices, p = views["indices"], self.parameter
+        indices, master, p = views["indices"], views["master"], self.parameter
         for layer in self.layers:
             layer.indices = indices
         if p.grad is not None and p.grad.shape != indices.shape:
             p.grad = None
-        p.data = views["master"]
+        p.data = master if master.device == indices.device else _without_memory(indices)
         note_change()
 
     def is_bound(self, views: dict[str, Tensor]) -> bool:
-        return self.parameter.data_ptr() == views["master"].data_ptr() and all(
-            layer.indices is views["indices"] for layer in self.layers
-        )
+        indices, master, p = views["indices"], views["master"], self.parameter
+        if master.device == indices.device:
+            same = p.data_ptr() == master.data_ptr()
+        else:
+            same = p.shape == indices.shape and not has_numbers(p)
+        return same and all(layer.indices is indices for layer in self.layers)
+
+
+def _without_memory(like: Tensor) -> Tensor:
+    """fp32 values of this shape and device that only receive a gradient."""
+    values = torch.empty(like.shape, dtype=torch.float32, device=like.device)
+    values.untyped_storage().resize_(0)
+    return values

@@ -200,7 +200,8 @@ class LiftAdamW(Optimizer):
             return  # No mask can be made from these gradients, and the step would be skipped.
         if table.missing:
             self._make_first_masks()
-        warn_of_stale_masks(self._stale_masks, len(table.refs))  # empties the list
+        if self._stale_masks:
+            warn_of_stale_masks(self._stale_masks, len(table.refs))  # empties the list
         if table.unseen and torch.distributed.is_available() and torch.distributed.is_initialized():
             table.compare_ranks(self._replicas)
         buckets, dense = sweep.buckets(table), sweep.dense()
@@ -300,9 +301,8 @@ class LiftAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict`. Its masks replace all masks made before.
 
-        Parameters are matched by name where both sides have names, else by position. All state goes
-        to its parameter's device. The model may be loaded before or after. The first step compares
-        both, by samples of the weights that the state holds.
+        Parameters are matched by name where both sides have names, else by position. The model may
+        be loaded before or after. The first step compares both, by the state's samples of weights.
 
         Raises ValueError, naming the parameter, for the state of another model or version. Nothing
         is changed then.

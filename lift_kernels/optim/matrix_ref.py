@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..masks.selection import SelectionRequest, warm_part
+from ..masks.selection import SelectionRequest
 from ..nn import trainable
 from .hyperparameters import mask_size
 from .packed_state import PackedState
@@ -76,13 +76,6 @@ class MatrixRef:
         matrix, group = self.trainable.matrix, self.group
         form = group["state_dtype"], master_form(self.trainable, group), group["bias_correction"] == "per_entry"
         return matrix.device, matrix.dtype, *form, group.get("offload")
-
-    def keep_warm(self, entry: dict[str, Any], where: str | None) -> None:
-        """Keep `warm_part` of a mask or a saved state; in host memory where the state is there."""
-        offloaded = where is not None and self.group.get("offload") is not None
-        self.warm = warm_part(entry, self.parameter, "cpu" if offloaded else where)
-        if offloaded and self.parameter.is_cuda:
-            self.warm = {key: kept.pin_memory() for key, kept in self.warm.items()}
 
 
 def master_form(kind: trainable.Trainable, group: dict[str, Any]) -> str | None:

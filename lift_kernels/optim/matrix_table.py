@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..masks.principal import Mask
+from ..masks.selection import warm_part
 from ..nn import trainable, weight_sample
 from ..ops import dispatch
 from ..validation import require
@@ -220,7 +221,7 @@ class MatrixTable:
             self.arenas[kind] = arena
             for row, (ref, entry) in enumerate(members, start=first):
                 ref.arena, ref.row = arena, row
-                ref.keep_warm(entry, warm_start)
+                ref.warm = warm_part(entry, ref.parameter, _warm_place(ref, warm_start))
                 if weight_sample.KEY in entry:
                     self.samples[ref] = entry[weight_sample.KEY].to(device, copy=True)
         self.missing = [ref for ref in self.refs if ref.arena is None]
@@ -261,7 +262,7 @@ class MatrixTable:
             rows, lists = [refs[i].row for i in places], [masks[i].indices for i in places]
             kept.update(zip(places, arena.migrate(rows, lists, validate=False, backend=backend).unbind()))
         for ref, mask in zip(refs, masks):
-            ref.keep_warm(mask._asdict(), warm_start)
+            ref.warm = warm_part(mask._asdict(), ref.parameter, _warm_place(ref, warm_start))
         drift.note(refs)
         self.unseen.update(dict.fromkeys(refs))
         return [kept[i] for i in range(len(refs))]
@@ -326,6 +327,10 @@ class MatrixTable:
     def tensors(self) -> list[Tensor]:
         """All buffers of the arenas."""
         return [t for arena in self.arenas.values() for t in (*arena.buffers().values(), arena.steps)]
+
+
+def _warm_place(ref: MatrixRef, warm_start: str | None) -> str | None:
+    return "pinned" if warm_start and ref.group.get("offload") else warm_start
 
 
 def _is_unchanged(group: dict[str, Any], then: tuple[dict[str, Any], bool | None, list[Tensor]]) -> bool:

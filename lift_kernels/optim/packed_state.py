@@ -60,7 +60,7 @@ class PackedState:
 
     def _new(self, arena: Tensor, size: int) -> Tensor:
         """A buffer of zeros in place of another."""
-        return arena.new_zeros(size)
+        return torch.zeros(size, dtype=arena.dtype, device=arena.device)
 
     def buffers(self) -> dict[str, Tensor]:
         """The buffers that exist, by name. All but scales have the arena's length."""

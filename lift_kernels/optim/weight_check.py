@@ -54,8 +54,6 @@ def _raise_for(found: Mapping[MatrixRef, int], samples: Mapping[MatrixRef, Tenso
 
 def warn_of_stale_masks(stale: list[str], total: int) -> None:
     """Say which first masks, by name, were made before the weights were loaded; forget them."""
-    if not stale:
-        return
     logger.warning(
         "%d of %d masks were made by pack_gradients from other weights than the present ones, e.g. that of %s; "
         "load the weights before pack_gradients, or call optimizer.refresh(drop_gradients=True) for masks of the "
