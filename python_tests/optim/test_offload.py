@@ -28,8 +28,9 @@ from helpers.optimizers import (
 
 from lift_kernels import LiftAdamW
 from lift_kernels.ops import dispatch
-from lift_kernels.optim import offload
-from lift_kernels.optim.offload import HostState, chunks_of
+from lift_kernels.optim import staging
+from lift_kernels.optim.offload import HostState
+from lift_kernels.optim.staging import chunks_of
 
 FORMS = {
     "fp32": dict(state_dtype=FP32),
@@ -48,7 +49,7 @@ LONG = ((90, 70), (64, 33), (40,))  # the first needs many chunks
 
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch):
-    monkeypatch.setattr(offload, "CHUNK", 192)
+    monkeypatch.setattr(staging, "CHUNK", 192)
 
 
 def made(place, shapes=LONG, dtype=BF16, **options):
@@ -71,12 +72,14 @@ def assert_places(optimizer, place):
 
 @pytest.mark.parametrize("counts", [[], [0], [1], [192], [193], [500, 3, 64, 0, 200], [65] * 9])
 def test_chunks_hold_every_entry_once(counts):
-    chunks = chunks_of(counts)
+    offsets = [1000 * i for i in range(len(counts))]
+    chunks = chunks_of(offsets, counts)
     parts = [part for chunk in chunks for part in chunk]
     assert [(i, e) for i, n in enumerate(counts) for e in range(n)] == [
-        (part.place, e) for part in parts for e in range(part.start, part.stop)
+        (part.place, e) for part in parts for e in range(part.start, part.start + part.size)
     ]
     assert all(part.start % 64 == part.at % 64 == 0 and part.staged.stop <= 192 for part in parts)
+    assert all(part.arena == 1000 * part.place + part.start for part in parts)
     for chunk in chunks:
         assert all(a.staged.stop <= b.at for a, b in zip(chunk, chunk[1:]))
     assert len(chunks) <= sum(-(-n // 64) * 64 for n in counts) // 192 + 1
@@ -125,6 +128,7 @@ def test_other_numbers_of_entries():
     assert len(index_sets(runs[1])[0]) == 315
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["matrix", "packed"])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("form", FORMS)
@@ -205,6 +209,7 @@ def test_an_interrupted_run_goes_on(form, interrupt):
     assert_same(taken(copied), taken(optimizer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("places", [("cpu", "cpu"), ("cpu", None), (None, "cpu")])
 @pytest.mark.parametrize("forms", [("fp32", "8bit"), ("8bit", "bf16")])
 @pytest.mark.parametrize("masters", [("fp32", "split"), ("split", "fp32"), ("none", "split")])
