@@ -38,6 +38,7 @@ OPTIONS = frozenset(
         "rounding",
         "state_dtype",
         "capturable",
+        "offload",
         "maximize",
         "lift",
         "steps_since_refresh",

@@ -7,6 +7,7 @@ on the CPU, to the bit.
 from __future__ import annotations
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -160,6 +161,55 @@ def test_a_factor_and_a_flag_are_read_together(scaled, cuda, monkeypatch):
         optimizer.step()
     waits = [event.what for event in events.waits]
     assert waits == ["aten._to_copy.default cuda to cpu"] + ["Event.synchronize"] * 8, events.report()
+
+
+class RecordedStream:
+    """A stream that writes down who waits for what."""
+
+    def __init__(self, name, log):
+        self.name, self.log, self.events = name, log, 0
+
+    def record_event(self):
+        name = f"{self.name} {self.events}"
+        self.events += 1
+        self.log.append(name)
+        return SimpleNamespace(name=name, synchronize=lambda: self.log.append(f"host waits for {name}"))
+
+    def wait_event(self, event):
+        self.log.append(f"{self.name} waits for {event.name}")
+
+    def wait_stream(self, stream):
+        self.log.append(f"{self.name} waits for {stream.name}")
+
+
+def test_who_waits_for_what(cuda, monkeypatch):
+    """Memory is filled again when its values have gone up; the current stream waits for the last."""
+    log = []
+    names = iter(["down", "up"])
+    present = RecordedStream("current", log)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device=None: RecordedStream(next(names), log))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: present)
+    _, optimizer = trained("matrix", max_grad_norm=None)
+    monkeypatch.setattr(staging, "CHUNK", 3 * CHUNK)  # three chunks
+    del log[:]
+    give_gradients(optimizer)
+    optimizer.step()
+    assert log == [
+        "down waits for current",
+        "down waits for up 6",  # of the step before, which had chunks 0 to 7
+        "down 8",
+        "down waits for up 7",
+        "down 9",
+        "host waits for down 8",
+        "up 8",
+        "down waits for up 8",
+        "down 10",
+        "host waits for down 9",
+        "up 9",
+        "host waits for down 10",
+        "up 10",
+        "current waits for up",
+    ]
 
 
 def test_bases_and_saved_states_lie_on_the_host(cuda):
