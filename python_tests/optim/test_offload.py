@@ -26,7 +26,7 @@ from helpers.optimizers import (
     train,
 )
 
-from lift_kernels import LiftAdamW
+from lift_kernels import LiftAdamW, ops
 from lift_kernels.ops import dispatch
 from lift_kernels.optim import staging
 from lift_kernels.optim.offload import HostState
@@ -269,6 +269,28 @@ def test_drift_is_predicted_from_masters_in_host_memory():
         train(run, range(6))
     assert str(runs[1].last_refresh) == str(runs[0].last_refresh)
     assert_same(taken(runs[1]), taken(runs[0]))
+
+
+@pytest.mark.parametrize("density", [0.1, 0.2, 0.05])
+def test_a_refresh_that_fails_midway_changes_nothing(density, monkeypatch):
+    weights, optimizer = made("cpu", state_dtype="8bit", refresh_interval=None)
+    train(optimizer, range(3))
+    optimizer.param_groups[0]["density"] = density
+    calls = []
+
+    def failing(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no memory for the second matrix")
+        return migrate(*arguments, **options)
+
+    migrate = ops.packed_migrate
+    monkeypatch.setattr(ops, "packed_migrate", failing)
+    assert_refused(optimizer, torch.OutOfMemoryError, "no memory for the second matrix", optimizer.refresh)
+    optimizer.refresh()
+    assert len(calls) == 4 and [len(indices) for indices in index_sets(optimizer)] == [
+        round(density * w.numel()) for w in weights[:2]
+    ]
 
 
 @pytest.mark.parametrize(

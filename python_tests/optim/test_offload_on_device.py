@@ -183,7 +183,7 @@ class RecordedStream:
 
 
 def test_who_waits_for_what(cuda, monkeypatch):
-    """Memory is filled again when its values have gone up; the current stream waits for the last."""
+    """Memory is filled again once its values have gone up. The current stream waits for all."""
     log = []
     names = iter(["down", "up"])
     present = RecordedStream("current", log)
