@@ -85,9 +85,10 @@ struct State {
   const std::optional<Tensor>&master, &births, &exp_avg_scale, &exp_avg_sq_scale;
 
   // Whether these are arenas of one length, of supported dtypes that go together and with `weight`,
-  // and the segments groups of their own.
-  bool fits(ScalarType weight, const std::vector<int64_t>& offsets) const {
-    if (indices.dim() != 1) return false;
+  // and the segments groups of their own. Index lists that are not `listed` give the length alone.
+  bool fits(ScalarType weight, const std::vector<int64_t>& offsets, bool listed = true) const {
+    if (indices.dim() != 1 || indices.scalar_type() != ScalarType::Int || (listed && !indices.is_contiguous()))
+      return false;
     const int64_t size = indices.size(0);
     const ScalarType moment = exp_avg.scalar_type();
     const bool coded = moment == ScalarType::Char;
@@ -96,7 +97,7 @@ struct State {
     for (const int64_t offset : offsets)
       if (coded && offset % lift::kGroup != 0) return false;
     const int64_t groups = (size + lift::kGroup - 1) / lift::kGroup;
-    return is_vector(indices, ScalarType::Int, size) && is_vector(exp_avg, moment, size) &&
+    return is_vector(exp_avg, moment, size) &&
            is_vector(exp_avg_sq, coded ? ScalarType::Byte : moment, size) &&
            is_optional_vector(exp_avg_scale, ScalarType::Float, groups) &&
            is_optional_vector(exp_avg_sq_scale, ScalarType::Float, groups) &&
@@ -140,7 +141,7 @@ bool fast_check(const std::vector<Tensor>& weights, const std::vector<Tensor>& g
   const ScalarType weight = weights[0].scalar_type(), grad = grads[0].scalar_type();
   if (!is_float(weight) || !is_float(grad)) return false;
   if (stochastic && (state.master.has_value() || weight == ScalarType::Float)) return false;
-  if (!state.fits(weight, offsets) || !is_vector(steps, ScalarType::Float, int64_t(n)) ||
+  if (!state.fits(weight, offsets, !packed_weights) || !is_vector(steps, ScalarType::Float, int64_t(n)) ||
       !is_optional_scalar(inv_scale) || !is_optional_scalar(found_inf) || !segments_fit(offsets, counts, size))
     return false;
   const int32_t weight_number = dtype_number(weights[0]), grad_number = dtype_number(grads[0]);

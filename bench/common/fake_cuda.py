@@ -154,6 +154,8 @@ class FakeCuda:
             cuda_stream=0,
         )
         yield torch.cuda, "current_stream", lambda device=None: stream
+        yield torch.cuda, "Stream", lambda device=None: stream
+        yield torch.cuda, "stream", lambda stream: contextlib.nullcontext()
         yield torch.cuda, "synchronize", lambda device=None: self.wait("torch.cuda.synchronize")
         yield torch.cuda, "is_current_stream_capturing", lambda: False
         yield torch.cuda, "current_device", lambda: 0

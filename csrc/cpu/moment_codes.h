@@ -79,7 +79,8 @@ struct Scale {
 
 // The fp32 master of a bf16 weight, and the low half that is kept of it.
 [[gnu::always_inline]] inline float join_master(uint16_t weight, int16_t low) {
-  const int32_t distance = low == -0x8000 ? 0x8000 : int32_t(low);
+  int32_t distance = low == -0x8000 ? 0x8000 : int32_t(low);
+  distance = (weight & 0x7fffu) == 0 && distance < 0 ? 0 : distance;  // a zero from outside
   return float_of((uint32_t(weight) << 16) + uint32_t(distance));
 }
 [[gnu::always_inline]] inline int16_t low_half(float master) {

@@ -165,8 +165,10 @@ class Step {
     }
 
     const WS* rounded = stored;
-    if constexpr (sizeof(WS) == 4) rounded = w;
-    else if (a_.master_low != nullptr) loops_.split(w, stored, a_.master_low + arena, n);
+    if constexpr (sizeof(WS) == 4) {
+      rounded = w;
+      if (a_.packed_weights && a_.master != nullptr) std::copy_n(w, n, stored);
+    } else if (a_.master_low != nullptr) loops_.split(w, stored, a_.master_low + arena, n);
     else if (a_.stochastic) loops_.round_stochastic[W::number](w, stored, n, uint32_t(arena), scalars.key);
     else loops_.round_nearest[W::number](w, stored, n);
     if (!a_.packed_weights) interleave(n, [&](int j) { weight[index[j]] = rounded[j]; }, later.n, prefetch_w);

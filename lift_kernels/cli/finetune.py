@@ -162,6 +162,7 @@ def _add_state(group: Any) -> None:
         "(default: fp32)",
     )
     add("--grad-dtype", help="of packed gradients: float32 or bfloat16 (default: float32)")
+    add("--offload", help="cpu: moments and masters in host memory, and the step on the CPU (default: none)")
 
 
 def add_training(group: Any, steps: int) -> None:

@@ -28,6 +28,7 @@ USED_BY = {
     "state_dtype": SPARSE,
     "master": SPARSE,
     "grad_dtype": SPARSE,
+    "offload": SPARSE,
 }
 """Which methods use an option. All use the others, and ``extra`` is refused where it has no use."""
 LEARNING_RATES = dict.fromkeys(METHODS, 1e-3) | {"full": 1e-4}
@@ -51,6 +52,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "state_dtype": tuple(STATE_DTYPES),
     "master": tuple(MASTERS),
     "grad_dtype": ("float32", "bfloat16"),
+    "offload": ("none", "cpu"),
     "dtype": tuple(DTYPES),
     "device": ("auto", "cpu", "cuda"),
     "parallel": PARALLEL,
@@ -82,6 +84,7 @@ class Settings:
         master: masters of weights that are not float32, a key of MASTERS, for the methods of
             SPARSE.
         grad_dtype: of packed gradients, float32 or bfloat16.
+        offload: cpu keeps the state of the methods of SPARSE in host memory, or none.
         density: share of each matrix that is trained, by the methods of SPARSE and shira.
         rank: rank of the approximation that selects the entries.
         budget_rank: train (rows + columns) x budget_rank entries per matrix, in place of density.
@@ -133,6 +136,7 @@ class Settings:
     state_dtype: str = "float32"
     master: str = "fp32"
     grad_dtype: str = "float32"
+    offload: str = "none"
     density: float = 0.05
     rank: int = 64
     budget_rank: int | None = None

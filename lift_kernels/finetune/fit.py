@@ -101,6 +101,7 @@ def _choices(settings: Settings, given: Collection[str], config: Any, device: st
         accumulations = [settings.accumulation]
     forms = [f for f in FORMS if f.kind == _kind(settings) and f.finetune and not set(f.options) & set(given)]
     own = {name: getattr(settings, name) for name in FINETUNE_OPTIONS & set(given)}
+    own = {name: None if value == "none" else value for name, value in own.items()}
     forms = [replace(form, **own) for form in forms] if settings.method in SPARSE else forms
     for dtype in dict.fromkeys(dtypes):
         shapes = _shapes(settings, config, dtype)

@@ -86,6 +86,7 @@ def sparse_optimizer(
             max_grad_norm=CLIP_NORM,
             state_dtype=STATE_DTYPES[settings.state_dtype],
             master=MASTERS[settings.master],
+            offload=None if settings.offload == "none" else settings.offload,
             warm_start=None,  # bases would enlarge the state by a quarter, and a run has few refreshes to speed up
             **masks,
             **budget,

@@ -214,12 +214,14 @@ def _stacked(tensors: list[Tensor | None]) -> Tensor | None:
 def warm_part(entry: dict[str, Any], p: Tensor, where: str | None) -> dict[str, Tensor]:
     """``basis`` and ``threshold`` of a mask or a saved state, moved to where they are kept.
 
-    ``where`` is ``"device"`` (that of the parameter), ``"cpu"``, or None to keep nothing.
+    ``where`` is ``"device"`` (that of the parameter), ``"cpu"``, ``"pinned"`` (host memory from
+    which copies to the device need not wait), or None to keep nothing.
     """
     if where is None:
         return {}
     target = p.device if where == "device" else torch.device("cpu")
-    return {key: entry[key].to(target) for key in ("basis", "threshold") if entry.get(key) is not None}
+    kept = {key: entry[key].to(target) for key in ("basis", "threshold") if entry.get(key) is not None}
+    return {key: part.pin_memory() for key, part in kept.items()} if where == "pinned" and p.is_cuda else kept
 
 
 def _selected(part: SelectionRequest, selection: str | Callable[..., Tensor], seed: int) -> Tensor:

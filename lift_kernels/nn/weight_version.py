@@ -24,9 +24,10 @@ def regather(values: Tensor, weight: Tensor, indices: Tensor) -> bool:
     Returns whether any value changed.
 
     A value that rounds to the weight's entry keeps all its bits. So loading a checkpoint of the
-    model after that of the optimizer loses nothing. So does one to which the entry rounds.
+    model after that of the optimizer loses nothing. So does one to which the entry rounds. Values
+    may be on another device.
     """
-    present = ops.packed_gather(weight.detach(), indices)
+    present = ops.packed_gather(weight.detach(), indices).to(values.device)
     coarse = values.dtype if values.dtype != torch.float32 else present.dtype
     stale = values.to(coarse) != present.to(coarse)
     changed = bool(stale.any())

@@ -58,7 +58,7 @@ def check_adamw(
     require(packed_grads or not packed_weights, "packed_weights=True needs packed_grads=True")
     if len(grads) != len(weights):
         raise ValueError(f"every weight needs a gradient, got {len(weights)} weights and {len(grads)} gradients")
-    check_arena(weights, indices, offsets, counts, "weights")
+    check_arena(weights, indices, offsets, counts, "weights", listed=not packed_weights)
     if not fast_check(weights, grads, counts, packed_grads, device):
         check_grads(grads, weights, counts, packed_grads)
         check_weights(weights, grads, "gradient", device)
@@ -142,14 +142,23 @@ def check_migrated_segments(
 
 
 def check_arena(
-    tensors: Sequence[Tensor], indices: Tensor, offsets: Sequence[int], counts: Sequence[int], label: str
+    tensors: Sequence[Tensor],
+    indices: Tensor,
+    offsets: Sequence[int],
+    counts: Sequence[int],
+    label: str,
+    *,
+    listed: bool = True,
 ) -> None:
-    """Check that there is one segment per tensor and that each lies within an int32 arena."""
+    """Check that there is one segment per tensor and that each lies within an int32 arena.
+
+    Where ``indices`` is not read (``listed`` is False), it may be one number that is expanded.
+    """
     require(
         len(tensors) == len(offsets) == len(counts),
         f"{label}, offsets and counts must be equally long, got {len(tensors)}, {len(offsets)}, {len(counts)}",
     )
-    check_index_vector(indices)
+    check_index_vector(indices if listed or indices.dim() != 1 else indices[:0])
     size = indices.numel()
     for i, (offset, count) in enumerate(zip(offsets, counts)):
         if offset < 0 or count < 0 or offset + count > size:

@@ -81,7 +81,8 @@ def sparse_adamw_(
         found_inf: 0-dim float32 on the device. If it is not zero, nothing changes.
         packed_grads: gradients are packed vectors and not dense.
         packed_weights: weights are vectors of the ``counts[i]`` selected entries, and no matrices.
-            So are the gradients then.
+            So are the gradients then. Only the length of ``indices`` counts: it may be one number
+            that is expanded.
         maximize: step along the gradient and not against it.
         stochastic: round the weights stochastically. This needs bfloat16 or float16 weights and no
             master. The noise is a function of ``seed``, step and arena position, the same on every

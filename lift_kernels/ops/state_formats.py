@@ -121,7 +121,12 @@ def split_master(master: Tensor) -> Tensor:
 
 
 def join_master(weight: Tensor, low: Tensor) -> Tensor:
-    """Return the fp32 masters (k,) of bf16 weights (k,) and their low halves (k,) int16."""
+    """Return the fp32 masters (k,) of bf16 weights (k,) and their low halves (k,) int16.
+
+    A weight that was set to zero from outside may have a low half that says below. The master is
+    zero then.
+    """
     # A low half above 0x8000 belongs to a master below its weight. As int16 it is negative.
     signed = torch.where(low == -0x8000, 0x8000, low.int())
+    signed = torch.where(weight == 0, signed.clamp(min=0), signed)
     return ((weight.view(torch.int16).int() << 16) + signed).view(torch.float32)

@@ -13,6 +13,7 @@ from .. import ops
 from ..validation import check_gradient, require
 from .matrix_ref import MatrixRef
 from .matrix_table import MatrixTable
+from .offload import HostState
 from .packed_state import PackedState
 
 
@@ -55,30 +56,28 @@ class Bucket:
         """The fused update of these matrices, after `begin`."""
         arena, group, steps = self.arena, self.group, self._steps
         assert steps is not None
-        ops.sparse_adamw_(
-            self._weights,
-            self.grads,
-            arena.indices,
-            *self._segments,
-            arena.exp_avg,
-            arena.exp_avg_sq,
-            steps,
-            group["lr"],
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            master=arena.master,
-            births=arena.births,
-            exp_avg_scale=arena.exp_avg_scale,
-            exp_avg_sq_scale=arena.exp_avg_sq_scale,
-            inv_scale=self._here(inv_scale),
-            found_inf=self._here(found_inf),
-            packed_grads=self.packed,
-            maximize=group["maximize"],
-            stochastic=group["rounding"] == "stochastic",
-            seed=seed,
-            backend=backend,
-        )
+        options: dict[str, Any] = dict(betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"])
+        options |= dict(inv_scale=self._here(inv_scale), found_inf=self._here(found_inf), packed_grads=self.packed)
+        options |= dict(maximize=group["maximize"], stochastic=group["rounding"] == "stochastic")
+        options |= dict(seed=seed, backend=backend)
+        if isinstance(arena, HostState):
+            arena.step(self._weights, self.grads, *self._segments, steps, group["lr"], **options)
+        else:
+            ops.sparse_adamw_(
+                self._weights,
+                self.grads,
+                arena.indices,
+                *self._segments,
+                arena.exp_avg,
+                arena.exp_avg_sq,
+                steps,
+                group["lr"],
+                master=arena.master,
+                births=arena.births,
+                exp_avg_scale=arena.exp_avg_scale,
+                exp_avg_sq_scale=arena.exp_avg_sq_scale,
+                **options,
+            )
         arena.end_step(self.rows, steps)
         increment_version(self._values)  # They are views of the master with counters of their own.
         for ref in self.hooked:
@@ -90,7 +89,7 @@ class Bucket:
         self.grads, self._steps = [], None
 
     def _here(self, number: Tensor | None) -> Tensor | None:
-        """A 0-dim number on the device of the arena."""
+        """A 0-dim number on the device of the weights."""
         if number is None:
             return None
         return number.to(self.arena.indices.device, non_blocking=True).reshape(())

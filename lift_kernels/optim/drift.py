@@ -188,12 +188,14 @@ def _sampled(arena: PackedState, refs: Sequence[MatrixRef]) -> list[Tensor]:
     counts = [arena.counts[row] for row in rows]
     sizes = [sample_size(k) for k in counts]
     places = [arena.offsets[row] + torch.arange(n) * k // n for row, k, n in zip(rows, counts, sizes)]
-    positions = torch.cat(places).to(arena.indices.device, non_blocking=True)
+    device, positions = arena.indices.device, torch.cat(places)
     if arena.master is not None and arena.master.dtype == torch.float32:
-        return list(arena.master[positions].split(sizes))
+        sampled = arena.master[positions.to(arena.master.device, non_blocking=True)]
+        return list(sampled.to(device).split(sizes))
+    positions = positions.to(device, non_blocking=True)
     # A migration from empty lists gathers the values of all entries of all weights in one call.
     offsets = [0, *itertools.accumulate(-(-n // ALIGNMENT) * ALIGNMENT for n in sizes)]
-    values, first, second = torch.zeros(3, offsets[-1], device=arena.indices.device).unbind()
+    values, first, second = torch.zeros(3, offsets[-1], device=device).unbind()
     ops.arena_migrate_(
         [arena.weights[row].detach() for row in rows],
         arena.indices[positions].split(sizes),

@@ -38,6 +38,7 @@ OPTIONS = frozenset(
         "rounding",
         "state_dtype",
         "capturable",
+        "offload",
         "maximize",
         "lift",
         "steps_since_refresh",
@@ -90,6 +91,12 @@ def check_group(group: dict[str, Any]) -> None:
     )
     for option in ("maximize", "capturable"):
         require(isinstance(group[option], bool), f"{option} must be True or False, got {group[option]!r}", TypeError)
+    offload = group.get("offload")  # State dicts and pickles of earlier versions lack it.
+    require(offload in (None, "cpu"), f"offload must be 'cpu' or None, got {offload!r}")
+    require(
+        offload is None or not group["capturable"],
+        f"capturable=True cannot work with offload={offload!r}: a CUDA graph replays no step on the CPU; leave one out",
+    )
     require(group["lift"] in (True, False, None), f"lift must be True, False or None, got {group['lift']!r}")
 
 

@@ -55,7 +55,8 @@ class LiftAdamW(Optimizer):
         master: of bf16/fp16 weights, ``"fp32"``, ``"split"`` (bf16: low bits beside them) or None.
         rounding: ``"nearest"`` or, with ``master=None``, ``"stochastic"``.
         state_dtype: of the moments: torch.float32, torch.bfloat16, or ``"8bit"`` for 8-bit codes.
-        max_grad_norm: clips the norm over all trained entries of all groups. The host never waits.
+        offload: ``"cpu"`` keeps moments, masters and bases in host memory, where steps are made.
+        max_grad_norm: clips the norm over all trained entries of all groups.
         capturable: as in torch: the step may be captured in a CUDA graph. Refresh between replays.
         selection: ``"principal"`` (the paper), ``"off_principal"`` (the least |W_r| outside the 2k
             largest weights), ``"magnitude"``, ``"gradient"`` (largest when the mask is made) or
@@ -99,6 +100,7 @@ class LiftAdamW(Optimizer):
         master: str | None = "fp32",
         rounding: str = "nearest",
         state_dtype: torch.dtype | str = torch.float32,
+        offload: str | None = None,
         max_grad_norm: float | None = None,
         capturable: bool = False,
         maximize: bool = False,
@@ -117,11 +119,11 @@ class LiftAdamW(Optimizer):
         self._replicas, self._coverage = Replicas(process_group), Coverage()
         self._stale_masks: list[str] = []  # names of first masks that were made from other weights
         self._start_afresh()
-        options: dict[str, Any] = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        options: dict[str, Any] = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
         options |= dict(rank=rank, density=density, budget_rank=budget_rank, refresh_interval=refresh_interval)
         options |= dict(refresh_schedule=refresh_schedule, refresh_drift=refresh_drift, bias_correction=bias_correction)
         options |= dict(master=master, rounding=rounding, state_dtype=state_dtype, capturable=capturable)
-        options |= dict(maximize=maximize, lift=None, steps_since_refresh=0)
+        options |= dict(offload=offload, lift=None, steps_since_refresh=0)
         super().__init__(params, options)
         warn_of_overridden(options, self.param_groups)
 
@@ -216,8 +218,7 @@ class LiftAdamW(Optimizer):
         for group, parameters in dense:
             dense_adamw_(parameters, self.state, group, factor, found_inf)
         groups = list({id(bucket.group): bucket.group for bucket in buckets}.values())
-        # A CUDA graph replays kernels and not the schedule. The user refreshes between replays.
-        if self._schedule.count_step(groups, found_inf) and not dispatch.capturing():
+        if self._schedule.count_step(groups, found_inf) and not dispatch.capturing():  # A replay counts no steps.
             if due := self._schedule.due(groups, table.refs):
                 self.last_refresh = renew(self._table, due, self._mask_options(), self.state)
             self._schedule.restart(groups)
@@ -299,9 +300,8 @@ class LiftAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict`. Its masks replace all masks made before.
 
-        Parameters are matched by name where both sides have names, else by position. All state goes
-        to its parameter's device. The model may be loaded before or after. The first step compares
-        both, by samples of the weights that the state holds.
+        Parameters are matched by name where both sides have names, else by position. The model may
+        be loaded before or after. The first step compares both, by the state's samples of weights.
 
         Raises ValueError, naming the parameter, for the state of another model or version. Nothing
         is changed then.

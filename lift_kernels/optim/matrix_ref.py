@@ -71,11 +71,11 @@ class MatrixRef:
         assert self.arena is not None, f"{self.name} has no mask yet"
         return self.arena.counts[self.row]
 
-    def kind(self) -> tuple[torch.device, torch.dtype, torch.dtype | str, str | None, bool]:
-        """Device, weight dtype and form of state: those of one kind share an arena."""
+    def kind(self) -> tuple[torch.device, torch.dtype, torch.dtype | str, str | None, bool, str | None]:
+        """Device, weight dtype, form and place of state: those of one kind share an arena."""
         matrix, group = self.trainable.matrix, self.group
-        master = master_form(self.trainable, group)
-        return matrix.device, matrix.dtype, group["state_dtype"], master, group["bias_correction"] == "per_entry"
+        form = group["state_dtype"], master_form(self.trainable, group), group["bias_correction"] == "per_entry"
+        return matrix.device, matrix.dtype, *form, group.get("offload")
 
 
 def master_form(kind: trainable.Trainable, group: dict[str, Any]) -> str | None:

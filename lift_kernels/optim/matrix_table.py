@@ -19,6 +19,7 @@ from .coverage import packing_problem
 from .hyperparameters import is_sparse
 from .mask_options import MaskOptions
 from .matrix_ref import DenseRef, MatrixRef, names_of
+from .offload import HostState
 from .packed_state import PackedState
 from .several_ranks import Replicas, compare_lists
 
@@ -41,7 +42,7 @@ class MatrixTable:
         lost: which parameter packing has taken from the optimizer (`packing_problem`), or empty.
         samples: of the weights of loaded states and first masks (`weight_sample`), until they are
             compared with the present weights.
-        arenas: by device, dtypes and form of state.
+        arenas: by device, dtypes, form and place of state.
         version: numbers that rise when any of these change, or the layout of an arena.
     """
 
@@ -210,15 +211,16 @@ class MatrixTable:
         for ref, entry in zip(refs, entries):
             kinds[ref.kind()].append((ref, entry))
         for kind, members in kinds.items():
-            device, _, state_dtype, master, births = kind
-            arena = self.arenas.get(kind) or PackedState(device, state_dtype, master=master, births=births)
+            device, _, state_dtype, master, births, offload = kind
+            make = HostState if offload else PackedState
+            arena = self.arenas.get(kind) or make(device, state_dtype, master=master, births=births)
             matrices, lists = [ref.trainable.matrix for ref, _ in members], [entry for _, entry in members]
             first = len(arena.weights)
             arena.append(matrices, lists, [ref.name for ref, _ in members], validate=False)
             self.arenas[kind] = arena
             for row, (ref, entry) in enumerate(members, start=first):
                 ref.arena, ref.row = arena, row
-                ref.warm = warm_part(entry, ref.parameter, warm_start)
+                ref.warm = warm_part(entry, ref.parameter, _warm_place(ref, warm_start))
                 if weight_sample.KEY in entry:
                     self.samples[ref] = entry[weight_sample.KEY].to(device, copy=True)
         self.missing = [ref for ref in self.refs if ref.arena is None]
@@ -259,7 +261,7 @@ class MatrixTable:
             rows, lists = [refs[i].row for i in places], [masks[i].indices for i in places]
             kept.update(zip(places, arena.migrate(rows, lists, validate=False, backend=backend).unbind()))
         for ref, mask in zip(refs, masks):
-            ref.warm = warm_part(mask._asdict(), ref.parameter, warm_start)
+            ref.warm = warm_part(mask._asdict(), ref.parameter, _warm_place(ref, warm_start))
         drift.note(refs)
         self.unseen.update(dict.fromkeys(refs))
         return [kept[i] for i in range(len(refs))]
@@ -324,6 +326,10 @@ class MatrixTable:
     def tensors(self) -> list[Tensor]:
         """All buffers of the arenas."""
         return [t for arena in self.arenas.values() for t in (*arena.buffers().values(), arena.steps)]
+
+
+def _warm_place(ref: MatrixRef, warm_start: str | None) -> str | None:
+    return "pinned" if warm_start and ref.group.get("offload") else warm_start
 
 
 def _is_unchanged(group: dict[str, Any], then: tuple[dict[str, Any], bool | None, list[Tensor]]) -> bool:

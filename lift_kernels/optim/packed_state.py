@@ -13,7 +13,7 @@ from .. import ops
 from ..nn.weight_version import follow_weight, warn_of_changed, weight_version
 from ..ops.state_formats import GROUP, groups_of
 from ..validation import ALIGNMENT, check_index_lists, check_matrix, require
-from .state_conversion import EIGHT_BIT, SCALES, master_as, moment_dtypes, moments_as
+from .state_conversion import EIGHT_BIT, SCALES, check_lengths, master_as, moment_dtypes, moments_as
 
 
 class PackedState:
@@ -58,6 +58,10 @@ class PackedState:
         self._addresses: list[int] = []
         self._counters: list[int] = []
 
+    def _new(self, arena: Tensor, size: int) -> Tensor:
+        """A buffer of zeros in place of another."""
+        return torch.zeros(size, dtype=arena.dtype, device=arena.device)
+
     def buffers(self) -> dict[str, Tensor]:
         """The buffers that exist, by name. All but scales have the arena's length."""
         names = ("indices", "exp_avg", "exp_avg_sq", *SCALES, "master", "births")
@@ -87,7 +91,7 @@ class PackedState:
         if validate:
             check_index_lists([entry["indices"] for entry in entries], [w.numel() for w in weights], names)
         for entry, name in zip(entries, names):
-            self._check_lengths(entry, name)
+            check_lengths(entry, self.buffers().keys() - set(SCALES), name)
         steps = [
             torch.as_tensor(entry.get("step", 0.0), dtype=torch.float32, device=self.steps.device) for entry in entries
         ]
@@ -125,8 +129,8 @@ class PackedState:
         Masters follow weights that were changed outside the optimizer.
 
         Args:
-            found_inf: a number on this device. The step will be skipped, and so is not counted,
-                unless it is zero.
+            found_inf: a number beside ``steps``. Unless it is zero, the step will be skipped, and
+                so is not counted.
 
         Returns (len(rows),) fp32. Raises, naming the parameter, if a weight changed its dtype,
         device or strides.
@@ -171,21 +175,7 @@ class PackedState:
         if old != new:
             self._resize(rows, [max(pair) for pair in zip(old, new)])
         try:
-            kept = ops.arena_migrate_(
-                [self.weights[row].detach() for row in rows],
-                lists,
-                self.indices,
-                [self.offsets[row] for row in rows],
-                old,
-                self.exp_avg,
-                self.exp_avg_sq,
-                self.steps if self._is_all(rows) else self.steps[self._row_tensor(tuple(rows))],
-                master=self.master,
-                births=self.births,
-                exp_avg_scale=self.exp_avg_scale,
-                exp_avg_sq_scale=self.exp_avg_sq_scale,
-                backend=backend,
-            )
+            kept = self._move(rows, lists, old, backend)
         except Exception:
             if old != new:
                 self._resize(rows, old)  # The space for longer lists holds nothing yet.
@@ -194,6 +184,24 @@ class PackedState:
             self._resize(rows, new)
         self._mark(rows)
         return kept
+
+    def _move(self, rows: Sequence[int], lists: Sequence[Tensor], old: Sequence[int], backend: str | None) -> Tensor:
+        """`migrate` of matrices that have ``old`` entries, within their segments."""
+        return ops.arena_migrate_(
+            [self.weights[row].detach() for row in rows],
+            lists,
+            self.indices,
+            [self.offsets[row] for row in rows],
+            old,
+            self.exp_avg,
+            self.exp_avg_sq,
+            self.steps if self._is_all(rows) else self.steps[self._row_tensor(tuple(rows))],
+            master=self.master,
+            births=self.births,
+            exp_avg_scale=self.exp_avg_scale,
+            exp_avg_sq_scale=self.exp_avg_sq_scale,
+            backend=backend,
+        )
 
     def regather_masters(self, rows: Sequence[int]) -> None:
         """Let masters follow weights that were changed outside the optimizer (`weight_version`).
@@ -251,7 +259,7 @@ class PackedState:
         buffers = {}
         for name, arena in self.buffers().items():
             step = GROUP if name in SCALES else 1
-            buffers[name] = grown = torch.zeros(offsets[-1] // step, dtype=arena.dtype, device=arena.device)
+            buffers[name] = grown = self._new(arena, offsets[-1] // step)
             for start, was, count, old_count in zip(offsets, self.offsets, counts, self.counts):
                 start, was, size = start // step, was // step, -(-min(count, old_count) // step)
                 grown[start : start + size] = arena[was : was + size]
@@ -286,13 +294,3 @@ class PackedState:
                     f"{name}: the weight became {weight.dtype} on {weight.device} after the optimizer had taken it as "
                     f"{was[0]} on {was[1]}; make the optimizer after converting the model"
                 )
-
-    def _check_lengths(self, entry: dict[str, Tensor], name: str) -> None:
-        """Raise unless all of an entry is as long as its index list."""
-        indices = entry["indices"]
-        for key in self.buffers().keys() - set(SCALES):
-            value = entry.get(key)
-            require(
-                value is None or value.shape == indices.shape,
-                f"{name}: {key} has {getattr(value, 'numel', int)()} entries, its index list {indices.numel()}",
-            )

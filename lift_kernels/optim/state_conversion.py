@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -61,6 +61,17 @@ def _widened(entry: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return widened[0], widened[1].square()
 
 
+def check_lengths(entry: Mapping[str, Tensor], keys: Iterable[str], name: str) -> None:
+    """Raise, naming the matrix, unless these parts of a state are as long as its index list."""
+    indices = entry["indices"]
+    for key in keys:
+        value = entry.get(key)
+        require(
+            value is None or value.shape == indices.shape,
+            f"{name}: {key} has {getattr(value, 'numel', int)()} entries, its index list {indices.numel()}",
+        )
+
+
 def check_scales(entry: Mapping[str, Tensor], name: str) -> None:
     """Raise, naming the matrix, unless the scales of a saved state of 8-bit moments fit it."""
     k, starts = entry["exp_avg"].numel(), _starts(entry)
@@ -86,7 +97,7 @@ def whole_master(master: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
     """fp32 masters (k,): ``master`` itself, or those whose low halves it holds beside a weight."""
     if master.dtype != torch.int16:
         return master
-    return join_master(ops.packed_gather(weight.detach(), indices), master)
+    return join_master(ops.packed_gather(weight.detach(), indices).to(master.device), master)
 
 
 def master_as(master: Tensor, dtype: torch.dtype) -> Tensor:

@@ -29,7 +29,7 @@ def in_own_order(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -
     DDP's ``module.`` or torch.compile's ``_orig_mod.``.
 
     ``refresh_drift`` stays that of ``groups`` where none was saved. A form of state stays where it
-    is not the default: moments and masters are put into it.
+    is not the default: moments and masters are put into it. ``offload`` always stays.
 
     Raises ValueError, with the names that differ, for parameters of other names or in other groups.
     """
@@ -57,6 +57,7 @@ def in_own_order(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -
     for group, own_group in zip(ordered, groups):
         if group.get("refresh_drift") is None:  # Version 0.1 has no such key.
             group["refresh_drift"] = own_group.get("refresh_drift")
+        group["offload"] = own_group.get("offload")  # of this machine
         if own_group["state_dtype"] != torch.float32:
             group["state_dtype"] = own_group["state_dtype"]
         if own_group["master"] != "fp32":

@@ -21,7 +21,7 @@ MASTERS: Mapping[str | None, int] = {"fp32": 4, "split": 2, None: 0}
 """Bytes of the master of an entry. A split one is the low 16 bits; the bf16 weight is the rest."""
 TRANSFERS = 2 * 2**26
 """Bytes on the device through which offloaded state passes, an estimate."""
-FINETUNE_OPTIONS = frozenset({"state_dtype", "master", "grad_dtype"})
+FINETUNE_OPTIONS = frozenset({"state_dtype", "master", "grad_dtype", "offload"})
 """Those of the options of LIFT's forms that the command ``finetune`` has; a test compares them."""
 UNBUILT = "sharded weights are not supported yet"
 

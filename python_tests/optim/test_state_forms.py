@@ -146,6 +146,21 @@ def test_a_model_that_is_loaded_later_keeps_low_halves():
     assert 0 < moved < 0.1, "the step starts from the loaded weight"
 
 
+@pytest.mark.parametrize("name", ["reference", "native-cpu"])
+def test_weights_that_are_set_to_zero_later_stay_finite(name):
+    """A low half below the weight has no meaning beside a zero, of either sign."""
+    matrices, optimizer = make(master="split", backend=name)
+    train(optimizer, range(2))
+    low = optimizer.state[matrices[0]]["master"]
+    assert (low < 0).any()
+    with torch.no_grad():
+        matrices[0].copy_(torch.where(torch.rand_like(matrices[0], dtype=FP32) < 0.5, 0.0, -0.0))
+    saved = optimizer.state_dict()["state"][0]["master"]
+    assert saved.isfinite().all() and saved.abs().max() < 1e-38
+    train(optimizer, [2])
+    assert matrices[0].isfinite().all()
+
+
 def live_bytes(skip: set[int]) -> int:
     """Bytes of all storages that are alive, but for those at the addresses of ``skip``."""
     gc.collect()

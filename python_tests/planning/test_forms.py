@@ -151,10 +151,10 @@ def test_commands_of_finetune_parse(form, gpus):
 
 def test_other_commands():
     assert "not supported yet" in command_of(FORM["LIFT, dense gradients, sharded"], RUN, False)
-    line = command_of(FORM["LIFT, offloaded, bf16 grads"], RUN, True)
-    assert line == (
+    based = Run("m", "bfloat16", 1, 512, 1, 1, {}, "cpu")
+    assert command_of(FORM["LIFT, offloaded, bf16 grads"], based, True) == (
         "LiftAdamW(pack_gradients(model, freeze_rest=True, grad_dtype=torch.bfloat16), offload='cpu', "
-        "warm_start=None); with gradient checkpointing"
+        "warm_start='cpu'); with gradient checkpointing"
     )
     line = command_of(FORM["LIFT, 8-bit, split, bf16 grads"], RUN, False)
     assert line.endswith(" --state-dtype 8bit --master split --grad-dtype bfloat16")

@@ -78,6 +78,7 @@ def join_master(pattern, low):
     """Return the fp32 masters of bf16 patterns and low halves, both int16."""
     distance = low.to(tl.int32)
     distance = tl.where(distance == -0x8000, 0x8000, distance)
+    distance = tl.where((pattern & 0x7FFF) == 0, tl.maximum(distance, 0), distance)  # a zero from outside
     return ((pattern.to(tl.int32) << 16) + distance).to(tl.float32, bitcast=True)
 
 
