@@ -75,6 +75,7 @@ struct Batch {
   // The root of entry j is rounded by dither(word + j * growth).
   [[gnu::always_inline]] LIFT_TARGET void write(const Codes& c, int at, int n, uint32_t word, uint32_t growth) {
     alignas(64) float factor[2 * kGroups];
+    alignas(64) float scaled[kBatch], root_of_scaled[kBatch];
     alignas(64) int32_t first_wide[kBatch], root_wide[kBatch];
     for (int i = 0; i < 2 * kGroups; ++i) {
       const Scale of(largest[i], i < kGroups ? kFirstCube : kRootCube);
@@ -84,9 +85,13 @@ struct Batch {
     for (int group = 0; group < kGroups; ++group) {
       const float first_factor = factor[group], root_factor = factor[kGroups + group];
       for (int j = group * kGroup; j < (group + 1) * kGroup; ++j) first_wide[j] = first_code(first[j], first_factor);
-      for (int j = group * kGroup; j < (group + 1) * kGroup; ++j, word += growth)
-        root_wide[j] = root_code(root[j], root_factor, dither(word));
+      for (int j = group * kGroup; j < (group + 1) * kGroup; ++j) {
+        scaled[j] = on_scale(root[j], root_factor);
+        root_of_scaled[j] = cube_root(scaled[j]);
+      }
     }
+    for (int j = 0; j < kBatch; ++j, word += growth)
+      root_wide[j] = root_code(root[j], scaled[j], root_of_scaled[j], dither(word));
     int8_t* __restrict first_to = first_codes.entries;
     uint8_t* __restrict root_to = root_codes.entries;
     for (int j = 0; j < kBatch; ++j) first_to[j] = int8_t(first_wide[j]);
