@@ -56,9 +56,9 @@ struct Scale {
   return int32_t(float_of(bits_of(code) | (bits ^ magnitude)));  // truncated towards zero
 }
 
-// The code of a root, from what `on_scale` makes of it and the cube root of that. It is rounded up where
-// the share of the way to the next code is 1 - up or more. Comparisons are numbers here, because GCC
-// would make branches of them.
+// The code of a root, from what `on_scale` makes of it and the cube root of that. It is rounded up
+// where the share of the way to the next code is 1 - up or more. Comparisons are numbers here, because
+// GCC would make branches of them.
 [[gnu::always_inline]] inline int32_t root_code(float root, float scaled, float root_of_scaled, float up) {
   const int32_t code = int32_t(root_of_scaled);
   const float below = float(code);
