@@ -56,11 +56,11 @@ struct Scale {
   return int32_t(float_of(bits_of(code) | (bits ^ magnitude)));  // truncated towards zero
 }
 
-// Rounds up where the share of the way to the next code is 1 - up or more. Comparisons are numbers
-// here, because GCC would make branches of them.
-[[gnu::always_inline]] inline int32_t root_code(float root, float factor, float up) {
-  const float scaled = on_scale(root, factor);
-  const int32_t code = int32_t(cube_root(scaled));
+// The code of a root, from what `on_scale` makes of it and the cube root of that. It is rounded up
+// where the share of the way to the next code is 1 - up or more. Comparisons are numbers here, because
+// GCC would make branches of them.
+[[gnu::always_inline]] inline int32_t root_code(float root, float scaled, float root_of_scaled, float up) {
+  const int32_t code = int32_t(root_of_scaled);
   const float below = float(code);
   const float distance = 3.0f * below * (below + 1.0f) + 1.0f;
   const int32_t rounded = code + int32_t(scaled - below * below * below >= (1.0f - up) * distance);

@@ -26,9 +26,10 @@ LIFT_TARGET void update_per_entry(float* __restrict w, void* m, void* v, const f
   }
 }
 
-// 8-bit moments go in batches of four groups. All loops over a batch have a constant length, and they
-// convert codes and compute apart: the vectors of a loop over bytes and floats would be as short as
-// those of the bytes. Where fewer entries are left, zeros follow their copies. A zero changes no scale.
+// 8-bit moments go in batches of four groups. All loops over a batch have a constant length. They
+// convert codes and compute apart: a loop over bytes and floats fills whole vectors of bytes, which at
+// v4 takes more entries than a group has, or it has narrower vectors. Where fewer entries are left,
+// zeros follow their copies. A zero changes no scale.
 constexpr int kGroups = 4, kBatch = kGroups * kGroup;
 
 // `n` entries that are left: they themselves, or a copy if they are no whole batch.
@@ -62,19 +63,21 @@ struct Batch {
   }
 
   [[gnu::always_inline]] LIFT_TARGET void read(const Codes& c, int at) {
-    const int8_t* __restrict first_code = first_codes.entries;
-    const uint8_t* __restrict root_code = root_codes.entries;
-    for (int j = 0; j < kBatch; ++j) first[j] = cube(first_code[j]);
-    for (int j = 0; j < kBatch; ++j) root[j] = cube(root_code[j]);
+    const int8_t* __restrict first_from = first_codes.entries;
+    const uint8_t* __restrict root_from = root_codes.entries;
+    for (int j = 0; j < kBatch; ++j) first[j] = cube(first_from[j]);
+    for (int j = 0; j < kBatch; ++j) root[j] = cube(root_from[j]);
     for (int group = 0; group < kGroups; ++group) {
       scale[group] = group < groups ? c.first_scale[at / kGroup + group] : 0.0f;
       scale[kGroups + group] = group < groups ? c.root_scale[at / kGroup + group] : 0.0f;
     }
   }
 
-  // The root of entry j is rounded by dither(word + j * growth).
+  // The root of entry j is rounded by dither(word + j * growth). Its code and its cube root are in loops
+  // of their own. Together they are a chain of 150 cycles, of which a core has too few in flight.
   [[gnu::always_inline]] LIFT_TARGET void write(const Codes& c, int at, int n, uint32_t word, uint32_t growth) {
     alignas(64) float factor[2 * kGroups];
+    alignas(64) float scaled[kBatch], root_of_scaled[kBatch];
     alignas(64) int32_t first_wide[kBatch], root_wide[kBatch];
     for (int i = 0; i < 2 * kGroups; ++i) {
       const Scale of(largest[i], i < kGroups ? kFirstCube : kRootCube);
@@ -84,9 +87,13 @@ struct Batch {
     for (int group = 0; group < kGroups; ++group) {
       const float first_factor = factor[group], root_factor = factor[kGroups + group];
       for (int j = group * kGroup; j < (group + 1) * kGroup; ++j) first_wide[j] = first_code(first[j], first_factor);
-      for (int j = group * kGroup; j < (group + 1) * kGroup; ++j, word += growth)
-        root_wide[j] = root_code(root[j], root_factor, dither(word));
+      for (int j = group * kGroup; j < (group + 1) * kGroup; ++j) {
+        scaled[j] = on_scale(root[j], root_factor);
+        root_of_scaled[j] = cube_root(scaled[j]);
+      }
     }
+    for (int j = 0; j < kBatch; ++j, word += growth)
+      root_wide[j] = root_code(root[j], scaled[j], root_of_scaled[j], dither(word));
     int8_t* __restrict first_to = first_codes.entries;
     uint8_t* __restrict root_to = root_codes.entries;
     for (int j = 0; j < kBatch; ++j) first_to[j] = int8_t(first_wide[j]);
@@ -108,7 +115,8 @@ struct Bias {
   return {s.step_size * inv_bc1, inv_sqrt_bc2};
 }
 
-// Updates the weights and moments of a batch. `biases` is empty, or has both corrections of an entry.
+// Updates the weights and moments of a batch. `biases` is empty, or has both corrections of each
+// entry.
 template <class... Biases>
 [[gnu::always_inline]] inline LIFT_TARGET void update_batch(Batch& b, float* __restrict w, const float* __restrict g,
                                                             const Scalars& s, const Biases* __restrict... biases) {

@@ -150,7 +150,7 @@ def test_steps_on_other_forms_of_state(driver):
             assert_same_bits(there.state(), here.state())
 
 
-@every_run
+@every_level
 def test_migrations_of_other_forms_of_state(driver):
     """8-bit moments and low halves: all bits are the reference's."""
     generator = torch.Generator().manual_seed(6)
