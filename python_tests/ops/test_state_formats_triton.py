@@ -242,6 +242,17 @@ def test_sparse_adamw_low_halves_between_two_weights(backend):
     assert torch.equal(forms.low[segment], state_formats.split_master(masters))
 
 
+def test_sparse_adamw_codes_behind_a_segment_have_no_part(backend):
+    """They are the largest ones, and gradients make the moments of the segment small."""
+    forms = make_forms(backend)
+    problem, behind = forms.problem, torch.ones_like(forms.codes["exp_avg"], dtype=torch.bool)
+    for i, grad in enumerate(problem.grads):
+        behind[problem.segment(i)] = False
+        grad.view(-1)[problem.index(i)] = -5.0 * problem.exp_avg[problem.segment(i)]
+    forms.codes["exp_avg"][behind] = 127
+    step_and_check(backend, forms)
+
+
 @pytest.mark.parametrize("births", [False, True], ids=["global", "per-entry"])
 def test_sparse_adamw_codes_of_what_is_not_finite(backend, births):
     """The scale of its group is NaN, and no other group sees it."""
