@@ -123,7 +123,7 @@ def test_a_triton_kernel_that_spills(monkeypatch, capsys):
 
 def test_a_triton_kernel_that_lost_its_wide_loads(monkeypatch, capsys):
     """The variant for unaligned segments, declared as the one for aligned ones."""
-    (unaligned,) = (case for case in CASES if "unaligned" in case.name)
+    unaligned = next(case for case in CASES if "unaligned" in case.name)
     bad = compile_in_process(dataclasses.replace(unaligned, loads=("int32", "fp32"), stores=("fp32",)), 80)
     assert (bad.wide_loads, bad.needed_loads, bad.wide_stores, bad.needed_stores) == (0, 4, 0, 2)
     assert report(monkeypatch, [bad]) == 1
@@ -167,6 +167,7 @@ def test_cuda_kernels_that_are_wrong(tmp_path):
         ({"narrow_copies": 1}, "lost wide copies"),
         ({"wide_copies": 0}, "lost wide copies"),
         ({"tensor_cores": ""}, "tensor cores unused"),
+        ({"single_bytes": 9, "admitted_bytes": 8}, "codes move byte by byte"),
         ({"dynamic_shared": 163 * 1024 + 1}, "fits on no multiprocessor"),
     ],
 )

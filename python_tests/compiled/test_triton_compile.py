@@ -1,7 +1,8 @@
 """The Triton kernels, compiled for sm_80, sm_90 and sm_100, and products for sm_75 and sm_120.
 
-They have no spills, 128-bit accesses on every contiguous stream, and products on the tensor cores
-of cards that have them. `make report` compiles for more targets.
+They have no spills, 128-bit accesses on every contiguous stream of which a thread has so much, no
+accesses of single codes, and products on the tensor cores of cards that have them. `make report`
+compiles for more targets.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def test_triton_compile(compiled, case, target):
     factors = 3 if case in PASSES and case.multiples and target == 75 else 0
     assert record.wide_loads == case.needed(case.loads) + factors, "a contiguous stream is not read 128 bits at a time"
     assert record.wide_stores == case.needed(case.stores), "a contiguous stream is not written 128 bits at a time"
+    assert case.single_bytes is None or record.single_bytes <= case.single_bytes, "codes move byte by byte"
 
 
 @pytest.mark.parametrize("target", PRODUCT_TARGETS)
