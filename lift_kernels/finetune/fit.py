@@ -45,8 +45,9 @@ def fitted(settings: Settings, given: Collection[str], memory: str) -> tuple[Set
     """Choose options with which a step fits, and return them with a line that says what and why.
 
     What changes no result is tried first: more passes a step, then checkpointing, which takes a
-    third longer. Then come bfloat16 weights. The longest sequences are assumed, of ``max_length``
-    tokens, all of them with labels. Measuring the model is not counted.
+    third longer. Then come smaller forms of state, and bfloat16 weights last. The longest sequences
+    are assumed, of ``max_length`` tokens, all of them with labels. Measuring the model is not
+    counted.
 
     Args:
         settings: options of the run.
