@@ -7,8 +7,10 @@ import transformers
 from torch import nn
 
 from lift_kernels import LiftAdamW, lift_param_groups, pack_gradients
+from lift_kernels.finetune.config import DTYPES, STATE_DTYPES
 from lift_kernels.nn.param_groups import pattern_of, stacked_weights
 from lift_kernels.nn.weight_kinds import LINEAR, weights_of
+from lift_kernels.planning.forms import Form
 from lift_kernels.planning.live_storages import LiveStorages
 
 VOCABULARY, BATCH, SEQ = 2000, 1, 128
@@ -26,13 +28,17 @@ def config_of(name: str) -> transformers.PreTrainedConfig:
     return transformers.MixtralConfig(**SIZES, num_hidden_layers=6, num_local_experts=4, num_experts_per_tok=2)
 
 
-def prepare(model, kind: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+def prepare(model, form: Form) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The model and its optimizer, as `finetune` makes them, without refreshes."""
-    if kind in ("dense", "packed"):
-        groups_of = pack_gradients if kind == "packed" else lift_param_groups
-        groups = groups_of(model, extra=pattern_of(stacked_weights(model)) or None, freeze_rest=True)
-        return model, LiftAdamW(groups, lr=1e-4, warm_start=None, refresh_interval=None)
-    if kind != "full":
+    if form.lift:
+        rules = {"extra": pattern_of(stacked_weights(model)) or None, "freeze_rest": True}
+        if form.kind == "packed":
+            groups = pack_gradients(model, **rules, grad_dtype=DTYPES[form.grad_dtype])
+        else:
+            groups = lift_param_groups(model, **rules)
+        state = {"state_dtype": STATE_DTYPES[form.state_dtype], "master": form.master, "offload": form.offload}
+        return model, LiftAdamW(groups, lr=1e-4, warm_start=None, refresh_interval=None, **state)
+    if form.kind != "full":
         from peft import LoraConfig, ShiraConfig, get_peft_model
 
         linear = [w for w in weights_of(model) if w.kind == LINEAR]
@@ -40,25 +46,31 @@ def prepare(model, kind: str) -> tuple[nn.Module, torch.optim.Optimizer]:
         entries, sides = sum(w.numel for w in linear), sum(sum(w.parameter.shape) for w in linear)
         lora, shira = LoraConfig(r=16, target_modules=targets), ShiraConfig(r=round(0.05 * entries / sides))
         shira.target_modules = set(targets)
-        model = get_peft_model(model, lora if kind == "lora" else shira)
+        model = get_peft_model(model, lora if form.kind == "lora" else shira)
     trained = [p for p in model.parameters() if p.requires_grad]
     return model, torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
 
-def measured(config, kind: str, dtype: torch.dtype, checkpointing: bool) -> tuple[int, int]:
-    """Bytes that are kept between steps, and the most that are alive during one, the second."""
+def training(config, form: Form, dtype: torch.dtype, checkpointing: bool, device: str = "cpu"):
+    """The model, its optimizer, and a function that takes a whole step."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).train().to(device)
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    model, optimizer = prepare(model, kind)
-    ids = torch.randint(0, VOCABULARY, (BATCH, SEQ))
+    model, optimizer = prepare(model, form)
+    ids = torch.randint(0, VOCABULARY, (BATCH, SEQ)).to(device)
 
     def step() -> None:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
+    return model, optimizer, step
+
+
+def measured(config, form: Form, dtype: torch.dtype, checkpointing: bool) -> tuple[int, int]:
+    """Bytes that are kept between steps, and the most that are alive during one, the second."""
+    model, optimizer, step = training(config, form, dtype, checkpointing)
     step()
     live = LiveStorages()
     live.hold([*model.parameters(), *model.buffers()])
