@@ -21,7 +21,7 @@ class BackendDevice:
 
 
 REFERENCE = BackendDevice("reference", "cpu")
-STATE_FORMS = ("reference", "native-cpu")
+STATE_FORMS = ("reference", "native-cpu", "triton")
 """Backends that take 8-bit moments, low halves of masters and packed weights."""
 OPS_BY_LEVEL = ("sparse_adamw", "packed_l2_norm", "lowrank_topk")
 """Ops whose loops are compiled for each level of instruction sets (csrc/cpu/levels.h)."""

@@ -378,3 +378,20 @@ def test_another_optimizer_cannot_train_coarse_values():
     with pytest.raises(RuntimeError, match="its torch.bfloat16 values are too coarse for torch.float32 weights; train"):
         sgd.step()
     assert torch.equal(bits(model.weight), before)
+
+
+def test_small_steps_move_as_many_weights():
+    """With a rate of 1e-5 a step is far below half a bf16 ulp. Masters add such steps up."""
+    moved = []
+    for options in ({}, {"state_dtype": "8bit", "master": "split"}):
+        generator = torch.Generator().manual_seed(3)
+        weight = nn.Parameter((0.02 * torch.randn(256, 256, generator=generator)).to(BF16))
+        was = weight.detach().clone()
+        optimizer = LiftAdamW([weight], lr=1e-5, rank=8, density=0.2, refresh_interval=100, **options)
+        scale = torch.exp(1.5 * torch.randn(256, 1, generator=generator))
+        for _ in range(500):
+            weight.grad = (scale * (torch.randn(256, 256, generator=generator) + 0.3)).to(BF16)
+            optimizer.step()
+        moved.append(int((weight != was).sum()))
+    assert moved[0] > 5000
+    assert abs(moved[1] - moved[0]) <= 0.01 * moved[0]
