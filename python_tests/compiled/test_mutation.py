@@ -25,7 +25,7 @@ CORE = (
     "found_inf_changes_nothing or noise_is_the_specified_one or decay_touches or packed_migrate or "
     "packed_l2_norm or one_matrix_at_a_time or weight_grad_by_hand or weight_grad_in_several_panels or "
     "lowrank_topk_of_whole or lowrank_topk_with_any or lowrank_topk_where_all or lowrank_topk_tells or "
-    "bitmap_to_indices or arena_migrate"
+    "bitmap_to_indices or arena_migrate or forms"
 )
 
 
@@ -57,6 +57,8 @@ NATIVE_CANDIDATES = "csrc/cpu/candidates.h"
 NATIVE_SELECT, TRITON_SELECT = "csrc/cpu/lowrank_topk.cpp", "lift_kernels/ops/triton/lowrank_topk.py"
 TRITON_BITMAP = "lift_kernels/ops/triton/bitmap_to_indices.py"
 NATIVE_ARENA, TRITON_ARENA = "csrc/cpu/arena_migrate.cpp", "lift_kernels/ops/triton/arena_migrate.py"
+FORMATS, NATIVE_FORMATS = "lift_kernels/ops/state_formats.py", "csrc/cpu/moment_codes.h"
+TRITON_FORMATS = "lift_kernels/ops/triton/state_formats.py"
 NATIVE_GRAD, TRITON_GRAD = "csrc/cpu/packed_weight_grad.cpp", "lift_kernels/ops/triton/packed_weight_grad.py"
 
 MUTANTS = [
@@ -168,10 +170,26 @@ MUTANTS = [
         "index shifted",
         "triton",
         TRITON,
-        "tl.pointer_type(WEIGHT), bitcast=True) + index",
-        "tl.pointer_type(WEIGHT), bitcast=True) + index + 1",
+        "weight += index",
+        "weight += index + 1",
     ),
     Mutant("found_inf ignored", "triton", TRITON, "tl.load(found_inf) != 0.0", "tl.load(found_inf) > 1.0"),
+    Mutant("forms: to nearest", "reference", FORMATS, ">= (1.0 - up) * distance", ">= 0.5 * distance"),
+    Mutant("forms: a root lost", "reference", FORMATS, "code.clamp(1, ROOT_TOP)", "code.clamp(0, ROOT_TOP)"),
+    Mutant("forms: NaN hidden", "reference", FORMATS, "scales, torch.nan)", "scales, 0.0)"),
+    Mutant("forms: ties forgotten", "reference", FORMATS, "(low == 0x8000) & above", "(low == 0x8000) & ~above"),
+    Mutant("forms: ties forgotten", "native-cpu", NATIVE_FORMATS, "== 0x18000u", "== 0x8000u"),
+    Mutant("forms: another dither", "native-cpu", NATIVE_FORMATS, "0x91e10da5u", "0x31e10da5u"),
+    Mutant(
+        "forms: scales of the first group",
+        "native-cpu",
+        NATIVE_ARENA,
+        "scales[(old + p) / kGroup]",
+        "scales[old / kGroup]",
+    ),
+    Mutant("forms: ties forgotten", "triton", TRITON_FORMATS, "== 0x18000)", "== 0x8000)"),
+    Mutant("forms: another dither", "triton", TRITON_FORMATS, "0x91E10DA5", "0x31E10DA5"),
+    Mutant("forms: NaN hidden", "triton", TRITON_FORMATS, 'float("nan")', "0.0"),
     Mutant("sides exchanged", "reference", REFERENCE, "grad_output.t() @ input", "input.t() @ grad_output"),
     Mutant(
         "first entry of a panel lost",
@@ -244,12 +262,20 @@ MUTANTS = [
         "out[stays] = values[(place[stays] + 1).clamp_(max=old_indices.numel() - 1)]",
     ),
     Mutant(
-        "arena: last old entry lost", "reference", REFERENCE, "(counts[i], new.numel())", "(counts[i] - 1, new.numel())"
+        "arena: last old entry lost",
+        "reference",
+        REFERENCE,
+        "(slice(offsets[i], offsets[i] + count) for count in (counts[i], new.numel()))",
+        "(slice(offsets[i], offsets[i] + count) for count in (counts[i] - 1, new.numel()))",
     ),
     Mutant(
-        "arena: weights ignored", "reference", REFERENCE, "torch.float32) if arena is master", "torch.float32) if 0"
+        "arena: weights ignored",
+        "reference",
+        REFERENCE,
+        "None if split else packed_gather_ref(weight, new, torch.float32)",
+        "None",
     ),
-    Mutant("arena: born at zero", "reference", REFERENCE, "(births, int(steps[i]))", "(births, 0)"),
+    Mutant("arena: born at zero", "reference", REFERENCE, "old, new, int(steps[i]))", "old, new, 0)"),
     Mutant("arena: the list stays", "reference", REFERENCE, "        indices[after] = new\n", ""),
     Mutant(
         "arena: the next old value",
@@ -389,8 +415,14 @@ def run_core(copies: dict[Mutant, Path], interpret: str) -> None:
         ]
         if not mutant.file:
             files += ["python_tests/ops/test_lowrank_topk.py", "python_tests/ops/test_bitmap_to_indices.py"]
-            files += ["python_tests/ops/test_arena_migrate.py"]
-        if mutant.name.startswith("bitmap"):
+            files += ["python_tests/ops/test_arena_migrate.py", "python_tests/ops/test_arena_migrate_forms.py"]
+            files += ["python_tests/ops/test_sparse_adamw_forms.py", "python_tests/ops/test_state_formats.py"]
+        selection = f"{mutant.backend} and ({CORE})"
+        if mutant.name.startswith("forms") and mutant.backend == "reference":
+            files, selection = ["python_tests/ops/test_state_formats.py"], "test"
+        elif mutant.name.startswith("forms"):
+            files = ["python_tests/ops/test_sparse_adamw_forms.py", "python_tests/ops/test_arena_migrate_forms.py"]
+        elif mutant.name.startswith("bitmap"):
             files = ["python_tests/ops/test_bitmap_to_indices.py"]
         elif mutant.name.startswith("arena"):
             files = ["python_tests/ops/test_arena_migrate.py"]
@@ -400,7 +432,7 @@ def run_core(copies: dict[Mutant, Path], interpret: str) -> None:
             files = files[2:]
         elif mutant.file:
             files = files[1:2] if "packed" in mutant.file or mutant.name.startswith("norm") else files[:1]
-        lines.append(" ".join([str(copy), f"{mutant.backend} and ({CORE})".replace(" ", "+"), *files]))
+        lines.append(" ".join([str(copy), selection.replace(" ", "+"), *files]))
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": "", "TRITON_INTERPRET": interpret}
     subprocess.run([sys.executable, "-c", RUNNER, "\n".join(lines)], env=os.environ | settings, cwd="/", check=True)
 
