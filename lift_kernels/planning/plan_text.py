@@ -11,7 +11,7 @@ _COLUMNS = ("weights", "values", "indices", "gradients", "moments", "masters", "
 _FORMULA = """\
 Counted on a model without numbers, not measured; scratch is an estimate. Of a step,
   total = weights + values + indices + moments + masters + bases
-          + max(activations and gradients, gradients + scratch of new masks),
+          + max(activations and gradients, dense gradients + scratch of new masks),
   activations and gradients = max(top, bottom) of the backward pass, each a + b x layers.
 Gradients come while activations go, so a total is less than the sum of its row. With
 checkpointing a layer keeps its input alone, and one layer at a time is computed again."""
