@@ -65,7 +65,7 @@ def test_a_wrong_step_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(ops, "sparse_adamw_", wrong)
     status, rows = dry_run(bench_sparse_adamw, tmp_path)
     spoilt = [row for row in rows if row["set"] == "dry, bf16" and row["variant"].startswith("packed grads")]
-    assert status == 1 and len(spoilt) == 4
+    assert status == 1 and len(spoilt) == 7
     assert_refused(spoilt)
     assert_timed([row for row in rows if row not in spoilt])
     assert any(row["variant"].startswith("dense grads, bf16 moments + ") for row in rows)

@@ -52,7 +52,8 @@ def sparse_part(model_state, optimizer_state):
 def as_then(optimizer_state):
     """A state dict as version 0.1 saved it.
 
-    It knew neither samples of weights nor a bound of drift. Shapes were lists.
+    It knew neither samples of weights nor a bound of drift, and no state in host memory. Shapes
+    were lists.
     """
     entries, groups = {}, []
     for i, entry in optimizer_state["state"].items():
@@ -60,7 +61,7 @@ def as_then(optimizer_state):
         if "matrix_shape" in entry:
             entries[i] |= {"shape": entry["matrix_shape"].tolist(), "version": int(entry["version"])}
     for group in optimizer_state["param_groups"]:
-        groups.append({key: value for key, value in group.items() if key != "refresh_drift"})
+        groups.append({key: value for key, value in group.items() if key not in ("refresh_drift", "offload")})
     return {**optimizer_state, "state": entries, "param_groups": groups}
 
 
