@@ -16,7 +16,8 @@ EIGHT_BIT = "8bit"
 SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
 """Buffers of an arena that have an element for each group of entries."""
 STARTS = "group_starts"
-"""Key of a saved state of 8-bit moments: where groups start anew within its index list."""
+"""Key of a saved state of 8-bit moments: the places in its index list where parts
+with groups of their own begin."""
 
 
 def moment_dtypes(state_dtype: torch.dtype | str) -> tuple[torch.dtype, torch.dtype]:

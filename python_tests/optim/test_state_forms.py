@@ -166,12 +166,8 @@ def live_bytes(skip: set[int]) -> int:
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.layout == torch.strided:
-            try:
-                storage = thing.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-            except (RuntimeError, NotImplementedError):
-                continue
+        if type(thing) in (torch.Tensor, nn.Parameter) and thing.layout == torch.strided:
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
     return sum(size for address, size in storages.items() if address not in skip)
 
 
