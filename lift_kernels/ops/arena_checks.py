@@ -62,8 +62,8 @@ def check_adamw(
     if not fast_check(weights, grads, counts, packed_grads, device):
         check_grads(grads, weights, counts, packed_grads)
         check_weights(weights, grads, "gradient", device)
-    for i, (weight, count) in enumerate(zip(weights, counts)):
-        if packed_weights and weight.numel() != count:
+    for i, (weight, count) in enumerate(zip(weights, counts) if packed_weights else ()):
+        if weight.numel() != count:
             raise ValueError(f"packed weight {i} has {weight.numel()} entries, its index list {count}")
     check_state(indices, exp_avg, exp_avg_sq, master, births)
     check_scales(indices, offsets, exp_avg, exp_avg_scale, exp_avg_sq_scale)
@@ -255,8 +255,8 @@ def check_scales(
             raise ValueError(f"{label} must be contiguous of shape {shape} on {indices.device}, got {describe(x)}")
         if x is not None and x.dtype != torch.float32:
             raise TypeError(f"{label} must be torch.float32, got {x.dtype}")
-    for i, offset in enumerate(offsets):
-        if coded and offset % GROUP:
+    for i, offset in enumerate(offsets if coded else ()):
+        if offset % GROUP:
             raise ValueError(f"segment {i} starts at {offset}; with 8-bit moments it must be a multiple of {GROUP}")
 
 

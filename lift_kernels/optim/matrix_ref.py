@@ -84,8 +84,10 @@ def master_form(kind: trainable.Trainable, group: dict[str, Any]) -> str | None:
     fp32 ``values`` of a packed layer are a view of the masters, so there are some beside fp32
     weights, too.
     """
-    viewed = kind.packed and kind.parameter.dtype == torch.float32
-    return group["master"] if viewed or kind.matrix.dtype != torch.float32 else None
+    viewed, dtype = kind.packed and kind.parameter.dtype == torch.float32, kind.matrix.dtype
+    if group["master"] == "split" and dtype != torch.bfloat16:  # The option came with a loaded state.
+        return "fp32" if viewed or dtype != torch.float32 else None
+    return group["master"] if viewed or dtype != torch.float32 else None
 
 
 class DenseRef(NamedTuple):

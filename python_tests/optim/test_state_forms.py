@@ -96,6 +96,22 @@ def test_a_state_loads_into_every_form(saved_as, state_dtype, master):
     assert all(p.isfinite().all() for p in again)
 
 
+@pytest.mark.parametrize("dtype", [FP16, FP32], ids=str)
+def test_split_masters_load_into_a_model_of_another_dtype(dtype):
+    """Its weights have no low halves, so masters are whole there, where there are some."""
+    matrices, optimizer = make(master="split")
+    train(optimizer, range(3))
+    saved = optimizer.state_dict()
+    again = [nn.Parameter(p.detach().to(dtype)) for p in matrices]
+    other = LiftAdamW(again, **SMALL)
+    other.load_state_dict(saved)
+    entry = other.state[again[0]]
+    assert ("master" in entry) == (dtype == FP16)
+    if dtype == FP16:
+        assert entry["master"].dtype == FP32 and torch.equal(entry["master"], saved["state"][0]["master"])
+    assert torch.equal(entry["exp_avg"], saved["state"][0]["exp_avg"])
+
+
 def test_a_state_in_fp32_comes_from_one_in_codes():
     """The state dict says so: its options win over those that an optimizer has by default."""
     matrices, optimizer = make(state_dtype="8bit")
